@@ -1,0 +1,1 @@
+"""Benchmarks: one table of cases, read by tests and by `python -m orthonorm bench`."""

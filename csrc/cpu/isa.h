@@ -1,0 +1,77 @@
+// Which instruction set runs, chosen once per process; torch-free.
+//
+// A kernel is written once as a plain loop in a lambda; `specialized(body)` runs the copy compiled
+// for the processor at hand. Explicit micro-kernels switch on `isa()` themselves.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ORTHONORM_X86 1
+#else
+#define ORTHONORM_X86 0
+#endif
+
+namespace orthonorm {
+
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+
+inline Isa detect_isa() {
+#if ORTHONORM_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512) {
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+  }
+  return avx2 ? Isa::avx2 : Isa::portable;
+#else
+  return Isa::portable;
+#endif
+}
+
+// The processor's set, or a lower one named by ORTHONORM_ISA (portable, avx2, avx512, avx512bf16).
+inline Isa isa() {
+  static const Isa chosen = [] {
+    const Isa best = detect_isa();
+    const char* wish = std::getenv("ORTHONORM_ISA");
+    if (wish == nullptr) return best;
+    const char* names[] = {"portable", "avx2", "avx512", "avx512bf16"};
+    for (int i = 0; i <= static_cast<int>(best); ++i) {
+      if (std::strcmp(wish, names[i]) == 0) return static_cast<Isa>(i);
+    }
+    return best;
+  }();
+  return chosen;
+}
+
+#if ORTHONORM_X86
+#define ORTHONORM_AVX2 [[gnu::target("arch=x86-64-v3")]]
+#define ORTHONORM_AVX512 [[gnu::target("arch=x86-64-v4,prefer-vector-width=512")]]
+#define ORTHONORM_AVX512BF16 \
+  [[gnu::target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")]]
+
+// `flatten` inlines the body, whose loops are then vectorized for the function's own target.
+template <class Body>
+ORTHONORM_AVX2 [[gnu::flatten, gnu::noinline]] void run_avx2(const Body& body) {
+  body();
+}
+template <class Body>
+ORTHONORM_AVX512 [[gnu::flatten, gnu::noinline]] void run_avx512(const Body& body) {
+  body();
+}
+#endif
+
+template <class Body>
+void specialized(const Body& body) {
+#if ORTHONORM_X86
+  if (isa() >= Isa::avx512) return run_avx512(body);
+  if (isa() == Isa::avx2) return run_avx2(body);
+#endif
+  body();
+}
+
+}  // namespace orthonorm

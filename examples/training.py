@@ -1,0 +1,282 @@
+"""One optimizer's run: the training loop, its log, its checkpoint.
+
+    python -m orthonorm.examples.training runs/demo/adamw
+
+trains what `run.json` in that folder says (train_lm.py writes it and starts this program once per
+optimizer, so that each one's peak memory is its own) and leaves there
+
+    log.csv         one row per evaluation
+    checkpoint.pt   everything needed to continue bit for bit; loads with weights_only=True
+    result.json     the numbers of the finished run
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orthonorm.examples.config import Config
+from orthonorm.examples.data import TrainBatches, validation_windows
+from orthonorm.examples.model import Llama
+from orthonorm.examples.optimizers import Settings, build_optimizer
+from orthonorm.examples.progress import Progress, write_whole
+
+CSV_COLUMNS = ("step", "tokens", "train_loss", "val_loss", "lr", "seconds", "optimizer_seconds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One optimizer in one comparison: what `run.json` holds."""
+
+    config: Config
+    optimizer: str
+    settings: Settings
+
+    @staticmethod
+    def read(path: Path) -> Run:
+        """The reverse of `text`."""
+        values = json.loads(path.read_text())
+        return Run(Config(**values["config"]), values["optimizer"], values["settings"])
+
+    def text(self) -> str:
+        """JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def cosine(config: Config, step: int) -> float:
+    """Share of the largest learning rate at `step`: linear warm-up, then half a cosine."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+    low = config.min_lr_ratio
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class Trainer:
+    """Model, optimizer, schedule and data of one run, and where it stands."""
+
+    def __init__(self, run: Run, folder: Path, tokens: Path) -> None:
+        self.run, self.config, self.folder = run, run.config, folder
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.device = torch.device(config.device)
+        self.model = Llama(config.shape()).to(self.device)
+        settings = dict(run.settings)
+        self.optimizer = build_optimizer(run.optimizer, self.model, settings.pop("lr"), **settings)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: cosine(config, step)
+        )
+        text = torch.load(tokens, weights_only=True, mmap=True)
+        self.batches = TrainBatches(text["train"], config)
+        self.validation = validation_windows(text["val"], config).to(self.device)
+        self.step = 0
+        self.seconds = self.optimizer_seconds = 0.0  # training only, evaluations not counted
+        self.peak_bytes = 0
+        self.diverged = False
+
+    # The loop ---------------------------------------------------------------------------------
+
+    def train(self, stop_after: int | None = None) -> None:
+        """Trains to the end; or as if interrupted, to the first evaluation at `stop_after`."""
+        config, progress = self.config, Progress(self.run.optimizer, self.config.steps, self.step)
+        if self.step == 0:
+            self.report(progress, train_loss=math.nan, lr=0.0)
+        losses: list[float] = []
+        while self.step < config.steps and not self.diverged:
+            started = self.clock()
+            losses.append(self.forward_backward(self.batches[self.step].to(self.device)))
+            if config.clip:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            before = self.clock()
+            self.optimizer.step()
+            after = self.clock()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self.optimizer_seconds += after - before
+            self.seconds += self.clock() - started
+            progress.step()
+            self.diverged = not math.isfinite(losses[-1])
+            if self.step % config.eval_every == 0 or self.step == config.steps or self.diverged:
+                self.report(progress, sum(losses) / len(losses), lr)
+                self.save()
+                losses.clear()
+                if stop_after is not None and self.step >= stop_after:
+                    break
+        progress.close()
+        if self.step == config.steps or self.diverged:
+            self.finish()
+
+    def forward_backward(self, windows: Tensor) -> float:
+        """Adds the batch's gradient to .grad, in parts of micro_batch windows; the mean loss."""
+        total = 0.0
+        for part in windows.split(self.config.micro_batch or len(windows)):
+            loss = self.loss(part) * (len(part) / len(windows))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def loss(self, windows: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats per token, of predicting each next token."""
+        with self.autocast():
+            logits = self.model(windows[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss over the validation windows."""
+        parts = self.validation.split(self.config.micro_batch or self.config.batch)
+        return sum(self.loss(part).item() * len(part) for part in parts) / len(self.validation)
+
+    # What it leaves ---------------------------------------------------------------------------
+
+    def report(self, progress: Progress, train_loss: float, lr: float) -> None:
+        """Evaluates, appends the row to log.csv and prints it."""
+        val_loss = self.validation_loss()
+        self.val_loss = val_loss
+        tokens = self.step * self.config.batch * self.config.context
+        with (self.folder / "log.csv").open("a", newline="") as file:
+            csv.writer(file).writerow(
+                [self.step, tokens, repr(train_loss), repr(val_loss), repr(lr),
+                 f"{self.seconds:.4f}", f"{self.optimizer_seconds:.4f}"]
+            )  # fmt: skip
+        progress.say(
+            f"{self.run.optimizer:12} step {self.step:6}/{self.config.steps}  "
+            f"train {train_loss:.4f}  val {val_loss:.4f}  {self.seconds:7.1f} s"
+        )
+
+    def finish(self) -> None:
+        """Writes result.json, which says that the run is complete."""
+        result = {
+            "optimizer": self.run.optimizer,
+            "settings": self.run.settings,
+            "steps": self.step,
+            "diverged": self.diverged or not math.isfinite(self.val_loss),
+            "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
+            "seconds": self.seconds,
+            "optimizer_seconds": self.optimizer_seconds,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "state_bytes": sum(t.nbytes for t in tensors_in(self.optimizer.state_dict())),
+            "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)) or None,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        text = json.dumps(result, indent=2) + "\n"
+        write_whole(self.folder / "result.json", lambda path: path.write_text(text))
+
+    def save(self) -> None:
+        """Writes checkpoint.pt: tensors, numbers and strings only."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        checkpoint = {
+            "step": self.step,  # also the position in the data: batch i is a function of i
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+            "val_loss": self.val_loss,
+            "diverged": self.diverged,
+            "seconds": self.seconds,
+            "optimizer_seconds": self.optimizer_seconds,
+            "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)),
+        }
+        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+
+    def resume(self) -> None:
+        """Stands where checkpoint.pt was written, or at the start if there is none."""
+        path, rows = self.folder / "checkpoint.pt", [",".join(CSV_COLUMNS)]
+        if path.exists():
+            saved = torch.load(path, weights_only=True, map_location=self.device)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            torch.set_rng_state(saved["rng"].cpu())
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
+            for name in ("step", "val_loss", "diverged", "seconds", "optimizer_seconds"):
+                setattr(self, name, saved[name])
+            self.peak_bytes = saved["peak_bytes"]
+            written = (self.folder / "log.csv").read_text().splitlines()[1:]
+            rows += [row for row in written if int(row.split(",")[0]) <= self.step]
+        text = "\n".join(rows) + "\n"
+        write_whole(self.folder / "log.csv", lambda part: part.write_text(text))
+
+    # The device -------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 where the config says so, else nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
+
+    def clock(self) -> float:
+        """Seconds, with everything that was started on the device done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: of this process on a CPU, of torch's allocator on CUDA; 0: unknown.
+
+    Linux's VmHWM rather than ru_maxrss, which a child inherits from the process that started it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) * 1024
+    except (OSError, StopIteration):
+        pass
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains the run in one folder, from its checkpoint if it has one."""
+    parser = argparse.ArgumentParser(prog="orthonorm.examples.training", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder that holds run.json")
+    parser.add_argument("--stop-after", type=int, help="stop at the first evaluation at this step")
+    args = parser.parse_args(argv)
+    run = Run.read(args.folder / "run.json")
+    try:
+        trainer = Trainer(run, args.folder, args.folder.parent / "tokens.pt")
+        trainer.resume()
+        trainer.train(args.stop_after)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""Argument checks shared by ops and optimizers: every error names the op, the rule and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def tensor(op: str, name: str, value: object, min_dim: int = 0) -> None:
+    """`value` is a dense floating-point tensor with at least `min_dim` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, got layout {value.layout}")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}"
+        )
+    if value.dim() < min_dim:
+        raise ValueError(
+            f"{op}: {name} must have at least {min_dim} dimensions, got shape {shape(value)}"
+        )
+
+
+def tensors(op: str, name: str, values: object, min_dim: int = 0) -> None:
+    """`values` is a list of such tensors on one device."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a list of tensors, got {type(values).__name__}")
+    for i, value in enumerate(values):
+        tensor(op, f"{name}[{i}]", value, min_dim)
+
+
+def same_lengths(op: str, **lists: Sequence[Any]) -> None:
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{op}: lists must have equal lengths, got {lengths}")
+
+
+def same_shapes(op: str, **lists: Sequence[Tensor]) -> None:
+    """Lists of equal length whose i-th tensors share shape and device."""
+    same_lengths(op, **lists)
+    (first, leaders), *others = lists.items()
+    for name, values in others:
+        for i, (a, b) in enumerate(zip(leaders, values, strict=True)):
+            if a.shape != b.shape:
+                raise ValueError(
+                    f"{op}: {name}[{i}] must have the shape of {first}[{i}] "
+                    f"{shape(a)}, got {shape(b)}"
+                )
+    same_device(op, **lists)
+
+
+def same_device(op: str, **lists: Sequence[Tensor]) -> None:
+    devices = {str(t.device) for values in lists.values() for t in values}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors must be on one device, got {sorted(devices)}")
+
+
+def equal_shape(op: str, name: str, value: Tensor, wanted: Sequence[int]) -> None:
+    if shape(value) != tuple(wanted):
+        raise ValueError(f"{op}: {name} must have shape {tuple(wanted)}, got {shape(value)}")
+
+
+def number(
+    op: str, name: str, value: object, low: float = -math.inf, high: float = math.inf
+) -> None:
+    """`value` is a finite number in [low, high], or a one-element tensor (not read)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be in [{low:g}, {high:g}], got {value}")
+
+
+def fraction(op: str, name: str, value: object) -> None:
+    """`value` is a decay rate in [0, 1)."""
+    number(op, name, value)
+    if not isinstance(value, Tensor) and not 0.0 <= value < 1.0:  # type: ignore[operator]
+        raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
+
+
+def integer(op: str, name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
+
+
+def choice(op: str, name: str, value: object, options: Collection[Any]) -> None:
+    if value not in options:
+        known = ", ".join(repr(o) for o in options)
+        raise ValueError(f"{op}: {name} must be one of {known}, got {value!r}")
+
+
+def same_dtype(op: str, **values: Tensor) -> None:
+    dtypes = {name: str(t.dtype) for name, t in values.items()}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"{op}: tensors must share one dtype, got {dtypes}")

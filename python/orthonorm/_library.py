@@ -1,0 +1,158 @@
+"""Registration: one decorated reference is an op's schema, fallback, fake, oracle and documentation.
+
+`@op(schema)` defines `torch.ops.orthonorm.<name>` and installs the decorated body under
+CompositeExplicitAutograd, so it serves every device nobody claimed and traces under torch.compile.
+Compiled libraries (`_C.so`, `_C_cuda.so`) and Triton modules only fill dispatch keys above it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAMESPACE = "orthonorm"
+BACKENDS = ("auto", "triton", "reference")
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+class Op(Generic[P, R]):
+    """An op: calling it checks its arguments, then dispatches to the kernel of their device.
+
+    Attributes:
+        name, schema: as torch knows them (`torch.ops.orthonorm.<name>`).
+        overload: the dispatched op without the Python-side argument checks (for inner loops).
+        composite: True if the body calls other ops; its speed is then theirs.
+    """
+
+    def __init__(self, schema: str, body: Callable[P, R], composite: bool) -> None:
+        self.name = schema[: schema.index("(")]
+        self.schema, self.composite = schema, composite
+        self._body = body
+        self._check: Callable[P, None] | None = None
+        self.__doc__, self.__wrapped__ = body.__doc__, body
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._checked_body, "CompositeExplicitAutograd")
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._check is not None:
+            self._check(*args, **kwargs)
+        result: R = self.overload(*args, **kwargs)
+        return result
+
+    def __repr__(self) -> str:
+        return f"<orthonorm op {self.schema}>"
+
+    def check(self, function: Callable[P, None]) -> Callable[P, None]:
+        """Decorator: what this op demands of its arguments, raised before anything is written."""
+        self._check = function
+        return function
+
+    def _checked_body(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._check is not None:
+            self._check(*args, **kwargs)
+        return self._body(*args, **kwargs)
+
+    def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The definition in plain torch, whatever kernels are loaded: oracle and baseline."""
+        if not self.composite:
+            return self._checked_body(*args, **kwargs)
+        with reference():
+            return self._checked_body(*args, **kwargs)
+
+
+OPS: dict[str, Op[..., Any]] = {}
+
+
+def op(schema: str, *, composite: bool = False) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Register the decorated reference under `schema`; `composite` if it calls other ops."""
+
+    def register(body: Callable[P, R]) -> Op[P, R]:
+        made = Op(schema, body, composite)
+        OPS[made.name] = made
+        return made
+
+    return register
+
+
+def autograd(op: Op[..., Any], backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
+    """Give an op its gradient; `setup` and `backward` as torch.library.register_autograd has them."""
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=_library
+    )
+
+
+class reference(TorchDispatchMode):  # noqa: N801 - a context manager, used like a function
+    """Within `with orthonorm.reference():` every op runs its plain-torch reference."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == NAMESPACE:
+            with self:
+                return OPS[func._opname]._checked_body(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether a compiled or Triton kernel fills dispatch key `key` ("CPU", "CUDA") of op `name`."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key))
+
+
+class Loaded:
+    """What was found when the package was imported; read by `python -m orthonorm`."""
+
+    def __init__(self) -> None:
+        self.backend = os.environ.get("ORTHONORM_BACKEND", "auto")
+        self.libraries: dict[str, str] = {}  # file name -> "loaded" or the reason it is not
+        self.served: dict[tuple[str, str], str] = {}  # (op, key) -> "C++", "CUDA" or "Triton"
+
+    def load(self, folder: Path) -> None:
+        """Compiled libraries claim their keys first, Triton fills the CUDA keys still free."""
+        if self.backend not in BACKENDS:
+            raise ValueError(
+                f"orthonorm: ORTHONORM_BACKEND must be one of {BACKENDS}, got {self.backend!r}"
+            )
+        self._load_library(folder / "_C.so", "CPU", "C++", wanted=True)
+        has_cuda = torch.version.cuda is not None
+        self._load_library(folder / "_C_cuda.so", "CUDA", "CUDA", wanted=has_cuda)
+        if has_cuda and self.backend != "reference":
+            self._load_triton()
+
+    def _load_library(self, path: Path, key: str, label: str, wanted: bool) -> None:
+        if self.backend != "auto":
+            self.libraries[path.name] = f"not loaded: ORTHONORM_BACKEND={self.backend}"
+        elif not wanted:
+            self.libraries[path.name] = "not loaded: this torch is a CPU build"
+        elif not path.exists():
+            self.libraries[path.name] = "not built"
+        else:
+            torch.ops.load_library(path)
+            self.libraries[path.name] = "loaded"
+            for name in OPS:
+                if has_kernel(name, key):
+                    self.served[name, key] = label
+
+    def _load_triton(self) -> None:
+        if importlib.util.find_spec("triton") is None:
+            return
+        for name in OPS:
+            module = f"{NAMESPACE}.kernels.{name.rstrip('_')}"
+            if has_kernel(name, "CUDA") or importlib.util.find_spec(module) is None:
+                continue
+            _library.impl(name, getattr(importlib.import_module(module), name), "CUDA")
+            self.served[name, "CUDA"] = "Triton"
+
+
+LOADED = Loaded()

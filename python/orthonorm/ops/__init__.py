@@ -1,0 +1,48 @@
+"""Every op: its schema, its meaning and its definition in plain torch, one family per file.
+
+Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.reference(X)`), or use
+the bare torch op (`torch.ops.orthonorm.gram`).
+"""
+
+from .newton_schulz import newton_schulz, small_newton_schulz
+from .normalize import (
+    column_moment_,
+    column_normalize,
+    factored_moment_,
+    rotated_adam_,
+    row_moment_,
+    row_normalize,
+)
+from .spectral import gram_iteration, power_iteration_, spectral_norm
+from .steps import (
+    adamw_step_,
+    conda_step_,
+    decayed_update_,
+    magnitude,
+    muon_prologue_,
+    muon_step_,
+)
+from .words import apply, gram, symmetric_update
+
+__all__ = [
+    "adamw_step_",
+    "apply",
+    "column_moment_",
+    "column_normalize",
+    "conda_step_",
+    "decayed_update_",
+    "factored_moment_",
+    "gram",
+    "gram_iteration",
+    "magnitude",
+    "muon_prologue_",
+    "muon_step_",
+    "newton_schulz",
+    "power_iteration_",
+    "rotated_adam_",
+    "row_moment_",
+    "row_normalize",
+    "small_newton_schulz",
+    "spectral_norm",
+    "symmetric_update",
+]

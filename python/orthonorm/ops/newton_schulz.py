@@ -1,0 +1,230 @@
+"""K1, whole polynomials on lists of matrices: scale, iterate, return."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import orthogonalize as k1
+from .._library import op
+
+FORMS = ("auto", "direct", "gram")
+PRECISIONS = ("auto", "full", "float32", "float64", "bfloat16", "float16")
+SCALES = ("frobenius", "schatten4", "aol", "none")
+
+
+def frobenius(X: Tensor) -> Tensor:
+    """|X|_F of each matrix of a batch, float64, shape (..., 1, 1): no overflow, no underflow.
+
+    Squares of any float32 fit float64; float64 matrices are measured against their largest entry.
+    """
+    if X.dtype != torch.float64:
+        return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    if X.numel() == 0:
+        return X.new_zeros((*X.shape[:-2], 1, 1))
+    _, exponent = torch.frexp(X.abs().amax((-2, -1), keepdim=True))
+    unit = torch.ldexp(torch.ones((), dtype=X.dtype, device=X.device), exponent)
+    return torch.linalg.vector_norm(X / unit, dim=(-2, -1), keepdim=True) * unit
+
+
+def divide(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """X / divisor rounded once to dtype, 0 where the divisor is 0. float64 in between, so that
+    a power of two in X and in the divisor cancels exactly whatever its size."""
+    return torch.where(divisor == 0, 0.0, X.double() / divisor).to(dtype)
+
+
+def scaled(
+    X: Tensor, scale: str, eps: float, safety: float, dtype: torch.dtype, norm: Tensor | None
+) -> Tensor:
+    """X brought into the polynomial's range: X / (safety max(|X|_F, eps)) and what `scale` adds."""
+    if scale == "none":
+        return (X.double() / safety).to(dtype) if safety != 1.0 else X.to(dtype)
+    norm = frobenius(X) if norm is None else norm.to(torch.float64)
+    Y = divide(X, safety * norm.clamp(min=eps), dtype)
+    if scale == "schatten4":  # |X|_S4 = |X X^T|_F^(1/2) >= sigma_1
+        Y = divide(Y, frobenius(k1.gram(Y)).sqrt() * safety, dtype)
+    elif scale == "aol":  # rows by (sum_j |X X^T|_ij)^(1/2); changes the polar factor
+        rows = k1.gram(Y).double().abs().sum(-1, keepdim=True)
+        Y = divide(Y, rows.sqrt() * safety, dtype)
+    return Y
+
+
+def iterate(X: Tensor, triples: k1.Triples, restarts: list[int], form: str) -> Tensor:
+    """The polynomial on the short side of a scaled batch."""
+    wide = X.shape[-2] <= X.shape[-1]
+    Y = X if wide else X.mT
+    Y = k1.gram_form(Y, triples, restarts) if form == "gram" else k1.direct(Y, triples)
+    return Y if wide else Y.mT
+
+
+def triples_of(coefficients: list[float]) -> k1.Triples:
+    a, b, c = coefficients[::3], coefficients[1::3], coefficients[2::3]
+    return list(zip(a, b, c, strict=True))
+
+
+@op(
+    "small_newton_schulz(Tensor[] X, float[] coefficients, ScalarType dtype, bool scale=True, "
+    "float eps=0.0, float safety=1.0, Tensor? norms=None) -> Tensor[]"
+)
+def small_newton_schulz(
+    X: list[Tensor],
+    coefficients: list[float],
+    dtype: torch.dtype,
+    scale: bool = True,
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> list[Tensor]:
+    """`newton_schulz` in direct form for matrices whose sides are at most 128, one core each.
+
+    A kernel keeps a whole matrix in cache through all iterations and may accumulate more precisely
+    than `dtype`, which bounds the products' operands (float32, bfloat16, float16 or float64).
+
+    Shapes: each X[i] is (..., m, n), the results too, contiguous, in the dtype of X[i].
+    """
+    out = []
+    for x, norm in zip(X, split_norms(X, norms), strict=True):
+        y = scaled(x, "frobenius" if scale else "none", eps, safety, dtype, norm)
+        wide = x.shape[-2] <= x.shape[-1]
+        y = y if wide else y.mT
+        for a, b, c in triples_of(coefficients):
+            A = y @ y.mT
+            y = a * y + (b * A + c * (A @ A)) @ y
+        out.append((y if wide else y.mT).to(x.dtype).contiguous())
+    return out
+
+
+def split_norms(X: list[Tensor], norms: Tensor | None) -> list[Tensor | None]:
+    """The norm of each matrix of the list, shaped to divide it: (..., 1, 1)."""
+    if norms is None:
+        return [None] * len(X)
+    batches = [x.shape[:-2] for x in X]
+    parts = norms.split([math.prod(b) for b in batches])
+    return [p.view(*b, 1, 1) for p, b in zip(parts, batches, strict=True)]
+
+
+@op(
+    "newton_schulz(Tensor[] X, float[] coefficients, int[] restarts, str form=\"auto\", "
+    "str precision=\"auto\", str scale=\"frobenius\", float eps=0.0, float safety=1.0, "
+    "Tensor? norms=None) -> Tensor[]",
+    composite=True,
+)
+def newton_schulz(
+    X: list[Tensor],
+    coefficients: list[float],
+    restarts: list[int],
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> list[Tensor]:
+    """X <- a X + (b A + c A^2) X, A = X X^T, for each (a, b, c), after X <- X / max(|X|_F, eps).
+
+    Args:
+        X: (batches of) matrices of any shapes; tall ones iterate on X^T X.
+        coefficients: a, b, c of every iteration, flattened.
+        restarts: iterations before which the Gram form multiplies X out again.
+        form, precision: see `orthogonalize.choose`; results come in the dtype of X.
+        scale: "frobenius", "schatten4", "aol" (rows; a different factor) or "none".
+        eps: lower clamp of |X|_F; 0 keeps the result independent of the scale of X.
+        safety: divides the scaled input once more (coefficient sets that need sigma_1 < 1).
+        norms: |X|_F of every matrix if the caller has it (float64, one per matrix).
+
+    Zero in, zero out. A non-finite entry stays inside its own matrix of the batch.
+    """
+    triples = triples_of(coefficients)
+    out: list[Tensor] = list(X)
+    small: dict[torch.dtype, list[int]] = {}
+    parts = split_norms(X, norms)
+    for i, x in enumerate(X):
+        choice = k1.choose(x, triples, restarts, form, precision)
+        if x.numel() == 0:
+            out[i] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        elif choice.small and scale in ("frobenius", "none"):
+            small.setdefault(choice.dtype, []).append(i)
+        else:
+            y = scaled(x, scale, eps, safety, choice.dtype, parts[i])
+            out[i] = iterate(y, triples, restarts, choice.form).to(x.dtype).contiguous()
+    for dtype, rows in small.items():
+        some = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])  # type: ignore[union-attr]
+        matrices = [X[i] for i in rows]
+        done = small_newton_schulz(
+            matrices, coefficients, dtype, scale != "none", eps, safety, some
+        )
+        for i, y in zip(rows, done, strict=True):
+            out[i] = y
+    return out
+
+
+def _check_polynomial(
+    name: str,
+    X: list[Tensor],
+    coefficients: list[float],
+    eps: float,
+    safety: float,
+    norms: Tensor | None,
+) -> None:
+    check.tensors(name, "X", X, min_dim=2)
+    check.same_device(name, X=X)
+    if len(coefficients) == 0 or len(coefficients) % 3:
+        raise ValueError(
+            f"{name}: coefficients must be (a, b, c) per iteration, got {len(coefficients)} numbers"
+        )
+    for value in coefficients:
+        check.number(name, "coefficients", value, -1e6, 1e6)
+    check.number(name, "eps", eps, 0.0)
+    check.number(name, "safety", safety, 1.0)
+    if norms is not None:
+        check.tensor(name, "norms", norms)
+        check.equal_shape(name, "norms", norms, (sum(math.prod(x.shape[:-2]) for x in X),))
+
+
+@small_newton_schulz.check
+def _(
+    X: list[Tensor],
+    coefficients: list[float],
+    dtype: torch.dtype,
+    scale: bool = True,
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> None:
+    name = "small_newton_schulz"
+    _check_polynomial(name, X, coefficients, eps, safety, norms)
+    check.choice(name, "dtype", dtype, check.FLOATS)
+    for i, x in enumerate(X):
+        if max(x.shape[-2:]) > k1.SMALL:
+            raise ValueError(
+                f"{name}: X[{i}] must have sides of at most {k1.SMALL}, got {check.shape(x)}"
+            )
+
+
+@newton_schulz.check
+def check_newton_schulz(
+    X: list[Tensor],
+    coefficients: list[float],
+    restarts: list[int],
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> None:
+    name = "newton_schulz"
+    _check_polynomial(name, X, coefficients, eps, safety, norms)
+    check.choice(name, "form", form, FORMS)
+    check.choice(name, "precision", precision, PRECISIONS)
+    check.choice(name, "scale", scale, SCALES)
+    for r in restarts:
+        check.integer(name, "restarts", r, 1)
+        if r >= len(coefficients) // 3:
+            raise ValueError(
+                f"{name}: restarts must lie before the last of {len(coefficients) // 3} "
+                f"iterations, got {r}"
+            )

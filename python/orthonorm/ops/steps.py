@@ -1,0 +1,361 @@
+"""Fused optimizer steps on lists of parameters, and the passes they are made of.
+
+Scheduled numbers (`lr`, `momentum`) are one-element tensors on the parameters' device, so changing
+them neither recompiles nor synchronizes. No op writes a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._library import op
+from .newton_schulz import check_newton_schulz, frobenius, newton_schulz
+from .normalize import accumulator, rotated_adam_
+
+
+def _norms(X: list[Tensor]) -> Tensor:
+    parts = [frobenius(x).reshape(-1) for x in X]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+@op("magnitude(Tensor[] X) -> Tensor")
+def magnitude(X: list[Tensor]) -> Tensor:
+    """|X|_F of every matrix of the list, float64: finite exactly if every entry is.
+
+    No overflow or underflow for any finite entries whose norm float64 can hold.
+
+    Shapes: X[i] is (..., m, n); the result is 1-D, batches flattened in list order.
+    """
+    return _norms(X)
+
+
+@magnitude.check
+def _(X: list[Tensor]) -> None:
+    check.tensors("magnitude", "X", X, min_dim=2)
+    check.same_device("magnitude", X=X)
+
+
+@op(
+    "muon_prologue_(Tensor[] grads, Tensor(a!)[] momentum_buffers, Tensor(b!)[] updates, "
+    "Tensor momentum, bool nesterov=True) -> Tensor"
+)
+def muon_prologue_(
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    updates: list[Tensor],
+    momentum: Tensor,
+    nesterov: bool = True,
+) -> Tensor:
+    """B <- mu B + (1-mu) G;  U = mu B + (1-mu) G if nesterov else B;  returns |U|_F.
+
+    One pass: reads G and B, writes B and U (in the dtype of `updates`), and measures U before it is
+    rounded, as `magnitude` does.
+
+    Shapes: entry i of the three lists agree, (..., m, n); the norms are 1-D float64.
+    """
+    norms = []
+    for g, b, u in zip(grads, momentum_buffers, updates, strict=True):
+        dtype = accumulator(g, b, u)
+        mu = momentum.to(dtype)
+        x, new = g.to(dtype), b.to(dtype)
+        new = x + mu * (new - x)
+        out = x + mu * (new - x) if nesterov else new
+        b.copy_(new)
+        u.copy_(out)
+        norms.append(out)
+    return _norms(norms)
+
+
+@muon_prologue_.check
+def _(
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    updates: list[Tensor],
+    momentum: Tensor,
+    nesterov: bool = True,
+) -> None:
+    name = "muon_prologue_"
+    check.tensors(name, "grads", grads, min_dim=2)
+    check.tensors(name, "momentum_buffers", momentum_buffers, min_dim=2)
+    check.tensors(name, "updates", updates, min_dim=2)
+    check.same_shapes(name, grads=grads, momentum_buffers=momentum_buffers, updates=updates)
+    check.tensor(name, "momentum", momentum)
+    check.number(name, "momentum", momentum)
+
+
+@op(
+    "decayed_update_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float weight_decay, "
+    "float[] factors) -> ()"
+)
+def decayed_update_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+    weight_decay: float,
+    factors: list[float],
+) -> None:
+    """W_i <- (1 - lr weight_decay) W_i - lr factor_i U_i, in one pass, rounded once.
+
+    Shapes: W_i and U_i agree, any number of dimensions; factors has one number per tensor.
+    """
+    for w, u, factor in zip(params, updates, factors, strict=True):
+        dtype = accumulator(w, u)
+        rate = lr.to(torch.float64)
+        decay, step = (1 - rate * weight_decay).to(dtype), (rate * factor).to(dtype)
+        w.copy_(decay * w.to(dtype) - step * u.to(dtype))
+
+
+@decayed_update_.check
+def _(
+    params: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+    weight_decay: float,
+    factors: list[float],
+) -> None:
+    name = "decayed_update_"
+    check.tensors(name, "params", params)
+    check.tensors(name, "updates", updates)
+    check.same_shapes(name, params=params, updates=updates)
+    check.same_lengths(name, params=params, factors=factors)
+    check.tensor(name, "lr", lr)
+    check.number(name, "lr", lr)
+    check.number(name, "weight_decay", weight_decay, 0.0)
+
+
+@op(
+    "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
+    "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decay_first=True, bool correct_eps=True) -> ()"
+)
+def adamw_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay_first: bool = True,
+    correct_eps: bool = True,
+) -> None:
+    """W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), m and v decayed averages of G and G^2.
+
+    Increments each parameter's step count t, then corrects bias: m^ = m / (1-beta1^t),
+    v^ = v / (1-beta2^t). `correct_eps=True` adds eps to sqrt(v^) (torch.optim.AdamW), False to the
+    uncorrected sqrt(v) before correcting (Conda's companion, transformers). `decay_first=False`
+    decays the updated weight instead of the old one (ALGORITHMS: Conda decays last).
+
+    Shapes: entry i of the first four lists agree; steps[i] has one element, float32 or float64.
+    """
+    for w, g, m, v, step in zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True):
+        step.add_(1)
+        t = step.to(torch.float64)
+        rate = lr.to(torch.float64)
+        correct1, correct2 = 1 - beta1**t, (1 - beta2**t).sqrt()
+        dtype = accumulator(w, g, m, v)
+        x = g.to(dtype)
+        new_m = beta1 * m.to(dtype) + (1 - beta1) * x
+        new_v = beta2 * v.to(dtype) + (1 - beta2) * x * x
+        size = (rate * correct2 / correct1).to(dtype)
+        denominator = new_v.sqrt() + (eps * correct2 if correct_eps else rate * 0 + eps).to(dtype)
+        update = size * new_m / denominator
+        update = torch.where(denominator == 0, 0.0, update)
+        decay = (1 - rate * weight_decay).to(dtype)
+        old = w.to(dtype)
+        w.copy_(decay * old - update if decay_first else decay * (old - update))
+        m.copy_(new_m)
+        v.copy_(new_v)
+
+
+@adamw_step_.check
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay_first: bool = True,
+    correct_eps: bool = True,
+) -> None:
+    name = "adamw_step_"
+    lists = dict(params=params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    for label, values in lists.items():
+        check.tensors(name, label, values)
+    check.same_shapes(name, **lists)
+    check.tensors(name, "steps", steps)
+    check.same_lengths(name, params=params, steps=steps)
+    for step in steps:
+        check.number(name, "steps", step)
+    check.tensor(name, "lr", lr)
+    check.number(name, "lr", lr)
+    check.fraction(name, "beta1", beta1)
+    check.fraction(name, "beta2", beta2)
+    check.number(name, "eps", eps, 0.0)
+    check.number(name, "weight_decay", weight_decay, 0.0)
+
+
+@op(
+    "muon_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, "
+    "Tensor momentum, float weight_decay, float[] factors, float[] coefficients, int[] restarts, "
+    'bool nesterov=True, str form="auto", str precision="auto", str scale="frobenius", '
+    "float eps=0.0, float safety=1.0) -> ()",
+    composite=True,
+)
+def muon_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    coefficients: list[float],
+    restarts: list[int],
+    nesterov: bool = True,
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+) -> None:
+    """W <- (1 - lr wd) W - lr factor polar(U), U the (Nesterov) momentum: one Muon step on a list.
+
+    muon_prologue_, newton_schulz and decayed_update_; their arguments mean the same here.
+    """
+    updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in momentum_buffers]
+    norms = muon_prologue_(grads, momentum_buffers, updates, momentum, nesterov)
+    polars = newton_schulz(
+        updates, coefficients, restarts, form, precision, scale, eps, safety, norms
+    )
+    decayed_update_(params, polars, lr, weight_decay, factors)
+
+
+@muon_step_.check
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    coefficients: list[float],
+    restarts: list[int],
+    nesterov: bool = True,
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+) -> None:
+    name = "muon_step_"
+    lists = dict(params=params, grads=grads, momentum_buffers=momentum_buffers)
+    for label, values in lists.items():
+        check.tensors(name, label, values, min_dim=2)
+    check.same_shapes(name, **lists)
+    check.same_lengths(name, params=params, factors=factors)
+    for label, value in (("lr", lr), ("momentum", momentum)):
+        check.tensor(name, label, value)
+        check.number(name, label, value)
+    check.number(name, "weight_decay", weight_decay, 0.0)
+    check_newton_schulz(grads, coefficients, restarts, form, precision, scale, eps, safety)
+
+
+@op(
+    "conda_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
+    "Tensor(c!)[] exp_avg_sq, Tensor[] bases, Tensor scales, Tensor lr, float beta1, float beta2, "
+    "float eps, float weight_decay) -> ()",
+    composite=True,
+)
+def conda_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    bases: list[Tensor],
+    scales: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """W <- (1 - lr wd) (W - scale Q N), N = M / (sqrt(V) + eps) in the rotated basis: a Conda step.
+
+    One matrix at a time: G' = Q^T G (wide) or G Q (tall and square) into a work buffer the size of
+    the largest matrix, `rotated_adam_` on it, then Q N (or N Q^T) accumulated into W. M and V live
+    in rotated coordinates, which is exact as long as Q stands (arXiv:2509.24218; the refresh of Q is
+    the optimizer's). `scales` holds the signed-off step size of each matrix: lr * scale * bias
+    correction, 1-D float64.
+
+    Shapes: W, G, M, V of entry i are (..., m, n), Q (..., k, k) with k = min(m, n).
+    """
+    for i, w in enumerate(params):
+        work = rotate(grads[i].to(exp_avg[i].dtype), bases[i])
+        decay = 1 - lr.to(torch.float64) * weight_decay
+        size = scales[i : i + 1] * (decay if weight_decay else 1.0)
+        rotated_adam_([exp_avg[i]], [exp_avg_sq[i]], [work], beta1, beta2, eps, size)
+        if weight_decay:
+            w.mul_(decay.to(accumulator(w)))
+        rotate_back_(w, work, bases[i])
+
+
+def rotate(X: Tensor, Q: Tensor) -> Tensor:
+    """X in the basis Q of its short side: X Q if rows >= columns, else Q^T X."""
+    return X @ Q if X.shape[-2] >= X.shape[-1] else Q.mT @ X
+
+
+def rotate_back_(W: Tensor, N: Tensor, Q: Tensor) -> None:
+    """W <- W - N Q^T (rows >= columns) or W - Q N, accumulated by the product where dtypes allow."""
+    left, right = (N, Q.mT) if W.shape[-2] >= W.shape[-1] else (Q, N)
+    if W.dtype != N.dtype:
+        W.copy_(W.to(N.dtype) - left @ right)
+    elif W.dim() == 2:
+        W.addmm_(left, right, alpha=-1)
+    else:
+        W.copy_(W - left @ right)
+
+
+@conda_step_.check
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    bases: list[Tensor],
+    scales: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    name = "conda_step_"
+    lists = dict(params=params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    for label, values in lists.items():
+        check.tensors(name, label, values, min_dim=2)
+    check.same_shapes(name, **lists)
+    check.tensors(name, "bases", bases, min_dim=2)
+    check.same_lengths(name, params=params, bases=bases)
+    for i, (w, q, m) in enumerate(zip(params, bases, exp_avg, strict=True)):
+        k = min(w.shape[-2:])
+        check.equal_shape(name, f"bases[{i}]", q, (*w.shape[:-2], k, k))
+        check.same_dtype(name, **{f"bases[{i}]": q, f"exp_avg[{i}]": m})
+    check.tensor(name, "scales", scales)
+    check.equal_shape(name, "scales", scales, (len(params),))
+    check.number(name, "lr", lr)
+    check.fraction(name, "beta1", beta1)
+    check.fraction(name, "beta2", beta2)
+    check.number(name, "eps", eps, 0.0)
+    check.number(name, "weight_decay", weight_decay, 0.0)

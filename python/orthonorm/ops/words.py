@@ -1,0 +1,85 @@
+"""K1, the words every orthogonalization is written in: gram, symmetric_update, apply.
+
+All take batches (leading dimensions), accumulate in float32 or better, store in the input's dtype
+and return fresh contiguous tensors. What they return as symmetric is symmetric bit for bit.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _checks as check
+from .._library import op
+
+
+def _mirror(A: Tensor) -> Tensor:
+    """The lower triangle on both sides."""
+    return A.tril() + A.tril(-1).mT
+
+
+@op("gram(Tensor X) -> Tensor")
+def gram(X: Tensor) -> Tensor:
+    """X X^T, symmetric bit for bit. For the other side pass X.mT.
+
+    Shapes: X is (..., m, n) with any strides, the result (..., m, m).
+    """
+    return _mirror(X @ X.mT)
+
+
+@op(
+    "symmetric_update(Tensor C, Tensor A, Tensor B, float alpha=1.0, float beta=0.0) -> Tensor"
+)
+def symmetric_update(
+    C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """beta C + alpha A B for symmetric C and commuting symmetric A, B: symmetric bit for bit.
+
+    That A B is symmetric is the caller's promise (polynomials of one matrix commute); only its
+    lower triangle is read. `symmetric_update(A, A, A, c, b)` is b A + c A^2.
+
+    Shapes: (..., n, n) throughout.
+    """
+    return _mirror(beta * C + alpha * (A @ B))
+
+
+@op("apply(Tensor X, Tensor B, float a, float b=1.0) -> Tensor")
+def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
+    """a X + b B X.
+
+    Shapes: X is (..., m, n), B (..., m, m), the result (..., m, n).
+    """
+    return (b * (B @ X) if a == 0 else a * X + b * (B @ X)).contiguous()
+
+
+def _square(name: str, label: str, A: Tensor) -> None:
+    check.tensor(name, label, A, min_dim=2)
+    if A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"{name}: {label} must be square, got shape {check.shape(A)}")
+
+
+@gram.check
+def _(X: Tensor) -> None:
+    check.tensor("gram", "X", X, min_dim=2)
+
+
+@symmetric_update.check
+def _(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 0.0) -> None:
+    name = "symmetric_update"
+    for label, value in (("C", C), ("A", A), ("B", B)):
+        _square(name, label, value)
+    check.same_shapes(name, C=[C], A=[A], B=[B])
+    check.same_dtype(name, C=C, A=A, B=B)
+    check.number(name, "alpha", alpha)
+    check.number(name, "beta", beta)
+
+
+@apply.check
+def _(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> None:
+    name = "apply"
+    check.tensor(name, "X", X, min_dim=2)
+    _square(name, "B", B)
+    check.equal_shape(name, "B", B, (*X.shape[:-1], X.shape[-2]))
+    check.same_device(name, X=[X], B=[B])
+    check.same_dtype(name, X=X, B=B)
+    check.number(name, "a", a)
+    check.number(name, "b", b)

@@ -1,0 +1,96 @@
+"""The K1 algorithm, written once over the words of `ops/words.py`.
+
+X is wide or square here (rows <= columns), already scaled; callers transpose.
+
+direct   A = X X^T;  X <- a X + (b A + c A^2) X                                    per iteration
+gram     R = X X^T, Q = I;  Z = b R + c R^2;  Q <- a Q + Q Z;  W = a R + R Z;  R <- a W + Z W
+         at a restart X <- Q X, R <- X X^T, Q <- I;  in the end X <- Q X
+         (Gram Newton-Schulz, Dao-AILab; the long side is touched only at restarts and in the end)
+With c = 0 the square is skipped: Z = b R costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops.words import apply, gram, symmetric_update
+
+Triples = list[tuple[float, float, float]]
+FLOAT32_RATE = 0.25  # of bf16 through torch's CPU products, AVX512-BF16, measured 2026-11
+SMALL = 128  # matrices with both sides up to this stay in one core's cache through all iterations
+
+
+class Choice(NamedTuple):
+    """How one matrix is iterated."""
+
+    form: str  # "direct" or "gram"
+    dtype: torch.dtype
+    small: bool
+
+
+def direct(X: Tensor, triples: Triples) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T, for each (a, b, c)."""
+    for a, b, c in triples:
+        A = gram(X)
+        X = apply(X, A, a, b) if c == 0 else apply(X, symmetric_update(A, A, A, c, b), a)
+    return X
+
+
+def gram_form(X: Tensor, triples: Triples, restarts: list[int]) -> Tensor:
+    """The same polynomial on R = X X^T, forming X again only before the iterations in `restarts`."""
+    R, Q = gram(X), None
+    for t, (a, b, c) in enumerate(triples):
+        if t in restarts and Q is not None:
+            X = apply(X, Q, 0.0)
+            R, Q = gram(X), None
+        Z, z = (R, b) if c == 0 else (symmetric_update(R, R, R, c, b), 1.0)
+        if Q is None:
+            Q = z * Z
+            Q.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            Q = symmetric_update(Q, Q, Z, z, a)
+        if t + 1 < len(triples) and t + 1 not in restarts:
+            W = symmetric_update(R, R, Z, z, a)
+            R = symmetric_update(W, Z, W, z, a)
+    return X if Q is None else apply(X, Q, 0.0)
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose(
+    X: Tensor, triples: Triples, restarts: list[int], form: str, precision: str
+) -> Choice:
+    """Form and dtype for a matrix: the most accurate that is no slower than bf16 in direct form.
+
+    `form` and `precision` are obeyed when they are not "auto". Costs count full products in units
+    of n^3, n the short side, alpha the long side over the short.
+    """
+    n, m = sorted(X.shape[-2:])
+    alpha, steps, sweeps = m / max(n, 1), len(triples), 1 + len(restarts)
+    cost_direct = sum(4 * alpha + (0 if c == 0 else 2) for _, _, c in triples)
+    products = sum(3 if c == 0 else 4 for _, _, c in triples) - 3 * sweeps
+    cost_gram = 2 * products + 4 * alpha * sweeps
+    gram_pays = steps > 1 and n > 1 and cost_gram < cost_direct
+    small = m <= SMALL
+    if precision == "full":
+        dtype = X.dtype if X.dtype == torch.float64 else torch.float32
+    elif precision != "auto":
+        dtype = getattr(torch, precision)
+    elif X.dtype == torch.float64:
+        dtype = torch.float64
+    elif X.device.type != "cpu":
+        dtype = torch.float16
+    elif small or not _fast_bfloat16(X.device) or cost_gram < FLOAT32_RATE * cost_direct:
+        dtype = torch.float32
+    else:
+        dtype = torch.bfloat16
+    if form == "auto":
+        form = "gram" if gram_pays and dtype != torch.bfloat16 else "direct"
+    return Choice(form, dtype, small)
