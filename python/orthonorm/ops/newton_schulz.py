@@ -25,8 +25,8 @@ def frobenius(X: Tensor) -> Tensor:
         return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     if X.numel() == 0:
         return X.new_zeros((*X.shape[:-2], 1, 1))
-    _, exponent = torch.frexp(X.abs().amax((-2, -1), keepdim=True))
-    unit = torch.ldexp(torch.ones((), dtype=X.dtype, device=X.device), exponent)
+    peak, exponent = torch.frexp(X.abs().amax((-2, -1), keepdim=True))
+    unit = torch.ldexp(torch.ones_like(peak), exponent)
     return torch.linalg.vector_norm(X / unit, dim=(-2, -1), keepdim=True) * unit
 
 

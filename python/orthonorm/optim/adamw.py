@@ -1,0 +1,36 @@
+"""AdamW: W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), fused over all parameters of a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import MatrixOptimizer
+
+
+class AdamW(MatrixOptimizer):
+    """torch.optim.AdamW's update (defaults, order of operations, state names) as one fused pass.
+
+    Args:
+        params: parameters, named parameters or param groups; all use the AdamW rule.
+        lr: learning rate, a number or a one-element tensor.
+        betas, eps, weight_decay: as torch.optim.AdamW.
+        nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
+            "error".
+
+    Source: arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        nonfinite: str = "propagate",
+    ) -> None:
+        settings = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite
+        )
+        super().__init__(params, {"rule": "adamw", **settings}, adamw=settings)

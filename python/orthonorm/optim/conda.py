@@ -1,0 +1,105 @@
+"""Conda: Adam whose moments live in the momentum's singular basis, one-sided, refreshed rarely."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..ops import conda_step_
+from ..ops.newton_schulz import divide, frobenius
+from ..ops.steps import rotate
+from .base import Batch, MatrixOptimizer, check_betas
+
+
+class Conda(MatrixOptimizer):
+    """W <- W - lr s c_t Q N, N = M / (sqrt(V) + eps), M and V Adam's averages of Q^T G.
+
+    Q is the basis of the momentum's short side (Q N^T from the right for rows >= columns),
+    recomputed every `update_proj_gap` steps; c_t = sqrt(1-beta2^t) / (1-beta1^t). The momentum is
+    stored rotated, which is exact while Q stands: two products a step. V is elementwise, keeps its
+    index (k-th largest direction) over refreshes and is not bias-corrected under the root.
+
+    Args:
+        params: parameters, named parameters or param groups (`split_params(model)` makes them).
+        lr: learning rate, of matrices and of the companion, a number or a one-element tensor.
+        betas, eps: of the averages; eps is added to sqrt(V).
+        weight_decay: decoupled, applied to the updated weight with the raw lr.
+        update_proj_gap: steps between refreshes of Q (at steps 1, 1 + gap, ...).
+        scale: factor s on matrix updates (the authors' runs use 0.25).
+        nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
+            "error" (raise before anything is written).
+        adamw: settings of groups with rule="adamw"; by default this optimizer's own.
+
+    State of a matrix: `exp_avg` (rotated), `exp_avg_sq`, `basis`, and `step`, an int.
+
+    Source: arXiv:2509.24218 and its code, github.com/jie040109/Conda.
+    """
+
+    elementwise_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    companion: ClassVar[dict[str, Any]] = {"decay_first": False, "correct_eps": False}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        update_proj_gap: int = 2000,
+        scale: float = 0.25,
+        nonfinite: str = "propagate",
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
+        shared = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite)
+        defaults = dict(shared, update_proj_gap=update_proj_gap, scale=scale)
+        super().__init__(params, defaults, {**shared, **(adamw or {})})
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        check_betas("Conda", group)
+        check.integer("Conda", "update_proj_gap", group["update_proj_gap"], 1)
+        check.number("Conda", "scale", group["scale"], 0.0, math.inf)
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        k = min(x.shape[-2:])
+        return {"basis": (*x.shape[:-2], k, k)}
+
+    def update(self, batch: Batch, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        for p in dict.fromkeys(batch.owners):
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        steps = [self.state[p]["step"] for p in batch.owners]
+        momenta, bases = batch.state["exp_avg"], batch.state["basis"]
+        for i, t in enumerate(steps):
+            if (t - 1) % group["update_proj_gap"] == 0:
+                refresh_(bases[i], momenta[i], batch.grads[i], beta1)
+        lr = self.scalar(group, "lr", batch.params[0].device)
+        corrections = [math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in steps]
+        scales = lr * torch.tensor(corrections, dtype=torch.float64, device=lr.device)
+        conda_step_.overload(
+            batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
+            beta1, beta2, group["eps"], group["weight_decay"],
+        )  # fmt: skip
+
+
+def refresh_(basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float) -> None:
+    """Q <- eigenvectors, descending, of the Gram of beta1 M + (1-beta1) G; M re-expressed in Q.
+
+    Everything in float64, on the short side. A non-finite matrix takes the identity: `eigh` would
+    raise for the whole list, and its update is not finite anyway.
+    """
+    Q, M = basis.double(), momentum.double()
+    M = M @ Q.mT if M.shape[-2] >= M.shape[-1] else Q @ M  # zero at the first step, as Q is
+    X = beta1 * M + (1 - beta1) * grad.double()
+    X = divide(X, frobenius(X), torch.float64)
+    A = X.mT @ X if X.shape[-2] >= X.shape[-1] else X @ X.mT
+    finite = A.isfinite().all(-1).all(-1)[..., None, None]
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    Q = torch.linalg.eigh(torch.where(finite, A, identity)).eigenvectors.flip(-1)
+    basis.copy_(Q)
+    momentum.copy_(rotate(M, Q))

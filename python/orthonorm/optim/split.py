@@ -1,0 +1,100 @@
+"""Which parameters are matrices: param groups for every optimizer here, from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+# Names (a component of the dotted path) of weights that map to or from tokens and classes.
+NOT_HIDDEN = (
+    "*embed*", "wte", "wpe", "tok_emb*", "pos_emb*", "*_token", "lm_head", "head", "output_layer",
+    "classifier", "unembed*",
+)  # fmt: skip
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def split_params(
+    model: nn.Module,
+    *,
+    adamw: Sequence[str] = NOT_HIDDEN,
+    heads: Mapping[str, int | Sequence[int]] | None = None,
+    split: Mapping[str, Sequence[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """Param groups of a model: hidden matrices to rule="matrix", all else to rule="adamw".
+
+    To AdamW go vectors and scalars (gains, biases), embeddings and whatever is tied to them,
+    matrices with a side of 1, transposed convolutions, and parameters with a path component that
+    matches a pattern of `adamw` (embeddings, heads). Convolution weights are flattened to
+    out x rest, 3-D weights are batches (expert stacks), nn.MultiheadAttention's fused
+    in_proj_weight is split into its three matrices.
+
+    Args:
+        model: its parameters that require gradients are grouped, each once, with their names.
+        adamw: shell patterns for path components that AdamW takes.
+        heads: {pattern: number of heads}: matching weights are one matrix per head. The pattern is
+            matched against the dotted name ("*.attn.q_proj.weight").
+        split: {pattern: row counts}: matching fused weights are split along dim 0; `heads` may then
+            give one number per piece.
+
+    Returns: groups with `params` as (name, parameter) pairs; lr and the rest come from the optimizer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"split_params: model must be an nn.Module, got {type(model).__name__}")
+    _check_patterns(model, heads=heads, split=split)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    tied = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters()}
+    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        owner = owners[id(p)]
+        if id(p) in tied or not _hidden(name, p, owner, adamw):
+            keys: dict[str, Any] = {"rule": "adamw"}
+        else:
+            keys = {"rule": "matrix", **_views(name, p, owner, heads or {}, split or {})}
+        slot = tuple(sorted((k, str(v)) for k, v in keys.items()))
+        groups.setdefault(slot, {"params": [], **keys})["params"].append((name, p))
+    return sorted(groups.values(), key=lambda g: str(g["rule"]) == "adamw")
+
+
+def _hidden(name: str, p: Tensor, owner: nn.Module, adamw: Sequence[str]) -> bool:
+    if p.dim() < 2 or isinstance(owner, TRANSPOSED):
+        return False
+    rows, cols = (p.shape[0], p[0].numel()) if isinstance(owner, CONVOLUTIONS) else p.shape[-2:]
+    if min(rows, cols) < 2:
+        return False
+    return not any(fnmatchcase(part, pattern) for part in name.split(".") for pattern in adamw)
+
+
+def _views(
+    name: str,
+    p: Tensor,
+    owner: nn.Module,
+    heads: Mapping[str, int | Sequence[int]],
+    split: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    if isinstance(owner, CONVOLUTIONS) and p.dim() == 3:
+        keys["flatten"] = True
+    for label, patterns in (("split", split), ("heads", heads)):
+        for pattern, value in patterns.items():
+            if fnmatchcase(name, pattern):
+                keys[label] = value if isinstance(value, int) else tuple(value)
+    if "split" not in keys and name.endswith("in_proj_weight") and p.shape[0] % 3 == 0:
+        keys["split"] = (p.shape[0] // 3,) * 3
+    return keys
+
+
+def _check_patterns(model: nn.Module, **patterns: Mapping[str, Any] | None) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for label, mapping in patterns.items():
+        for pattern in mapping or {}:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"split_params: {label} pattern must match a parameter name, got {pattern!r}"
+                )

@@ -1,0 +1,75 @@
+"""Parameters as the matrices an update works on: views, never copies of a parameter or its state.
+
+Param-group keys, all optional, apply to every parameter of the group:
+    flatten  True: (out, ...) becomes out x rest; False: leading dimensions are a batch; None: 4-D and
+             5-D weights (convolutions) are flattened, 3-D ones (expert stacks) are batches.
+    split    row counts of the matrices fused along dim 0, for example (d, d_kv, d_kv) of a QKV weight.
+    heads    number of equal row blocks that are matrices of their own, or one number per split piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+VIEW_DEFAULTS: dict[str, Any] = {"flatten": None, "split": None, "heads": None}
+
+
+def _heads_of(group: Mapping[str, Any], pieces: int) -> Sequence[int]:
+    heads = group.get("heads")
+    if heads is None:
+        return (1,) * pieces
+    return (heads,) * pieces if isinstance(heads, int) else tuple(heads)
+
+
+def _flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+    flatten = group.get("flatten")
+    return len(shape) > 3 if flatten is None else bool(flatten) and len(shape) > 2
+
+
+def check_views(name: str, shape: Sequence[int], group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a parameter of this shape can be seen as the group's keys say."""
+    if len(shape) < 2:
+        raise ValueError(
+            f"{name} must have at least two dimensions to be a matrix, got shape {tuple(shape)}; "
+            "put it in a group with rule='adamw' (orthonorm.optim.split_params does)"
+        )
+    split, heads = group.get("split"), group.get("heads")
+    if split is None and heads is None:
+        return
+    if len(shape) > 2 and not _flattens(shape, group):
+        raise ValueError(f"{name}: split and heads need a 2-D weight, got shape {tuple(shape)}")
+    pieces = (shape[0],) if split is None else tuple(split)
+    if any(not isinstance(p, int) or p < 1 for p in pieces) or sum(pieces) != shape[0]:
+        raise ValueError(f"{name}: split must be row counts that add up to {shape[0]}, got {split}")
+    counts = _heads_of(group, len(pieces))
+    if len(counts) != len(pieces):
+        raise ValueError(f"{name}: heads must be one number or one per split piece, got {heads}")
+    for rows, count in zip(pieces, counts, strict=True):
+        if not isinstance(count, int) or count < 1 or rows % count:
+            raise ValueError(f"{name}: heads must divide the {rows} rows, got {count}")
+
+
+def memory_order(t: Tensor) -> list[int]:
+    """Trailing dimensions from the slowest to the fastest in memory (channels_last is not a copy)."""
+    return [0, *sorted(range(1, t.dim()), key=lambda d: -t.stride(d))]
+
+
+def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
+    """`t` (parameter, gradient or state of `like`) as matrices (..., m, n).
+
+    A flattened weight's columns are in the memory order of `like`, the parameter, so that the result
+    is a view; polar factors and one-sided rotations do not depend on the order of columns.
+    """
+    if _flattens(like.shape, group):
+        t = t.permute(memory_order(like)).reshape(t.shape[0], -1)
+    split, heads = group.get("split"), group.get("heads")
+    if split is None and heads is None:
+        return [t]
+    pieces = [t] if split is None else list(t.split(list(split)))
+    return [
+        piece if count == 1 and heads is None else piece.unflatten(0, (count, -1))
+        for piece, count in zip(pieces, _heads_of(group, len(pieces)), strict=True)
+    ]
