@@ -76,6 +76,11 @@ def _restarts(restarts: Sequence[int], steps: int) -> tuple[int, ...]:
     return out
 
 
+def _check_lambda(lambda_min: float) -> None:
+    if not -1 < lambda_min <= 0:
+        raise ValueError(f"coefficients: lambda_min must be in (-1, 0], got {lambda_min}")
+
+
 def _choice(what: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"coefficients: {what} must be one of {', '.join(allowed)}, got {value!r}")
@@ -107,7 +112,11 @@ def image(triples: Sequence[Triple], low: float = 1e-3, high: float = 1.0) -> tu
 
 def _image(triples: Triples, low: float, high: float, rounding: float) -> tuple[float, float]:
     """The image when every value, the input included, may be off by a factor 1 +- rounding."""
-    low, high = low - rounding * abs(low), high + rounding * abs(high)
+
+    def grow(x: float) -> float:
+        return math.copysign(rounding, x)
+
+    low, high = low * (1 - grow(low)), high * (1 + grow(high))
     for a, b, c in triples:
         roots: list[float] = []  # y = x^2 with p'(x) = a + 3b y + 5c y^2 = 0, no cancellation
         if (d := 9 * b * b - 20 * a * c) >= 0:
@@ -116,7 +125,7 @@ def _image(triples: Triples, low: float, high: float, rounding: float) -> tuple[
         points = [low, high, *(s * math.sqrt(y) for y in roots for s in (-1, 1))]
         values = [_polynomial((a, b, c), x) for x in points if low <= x <= high]
         low, high = min(values), max(values)
-        low, high = low - rounding * abs(low), high + rounding * abs(high)
+        low, high = low * (1 - grow(low)), high * (1 + grow(high))
     return low, high
 
 
@@ -141,8 +150,7 @@ def gram_condition(
     where x^2 is far below |lambda_min|). Q multiplies rounding errors by up to this condition.
     """
     triples = _triples(triples)
-    if not -1 < lambda_min <= 0:
-        raise ValueError(f"coefficients: lambda_min must be in (-1, 0], got {lambda_min}")
+    _check_lambda(lambda_min)
     return _gram_condition(triples, _restarts(restarts, len(triples)), float(lambda_min))
 
 
@@ -193,6 +201,7 @@ def best_restarts(
     reaches 1e8, as in the original search: more restarts are needed.
     """
     triples = _triples(triples)
+    _check_lambda(lambda_min)
     if not 0 <= count < len(triples):
         raise ValueError(f"coefficients: count must be in [0, {len(triples)}), got {count}")
     found = _search(triples, count, float(lambda_min))
@@ -312,6 +321,8 @@ class Coefficients:
         if not (math.isfinite(self.safety) and self.safety > 0):
             raise ValueError(f"coefficients: safety must be positive, got {self.safety}")
         _check_steps(self.default_steps)
+        for positions in (self.restarts or (), *self.measured):
+            _restarts(positions, self.default_steps)
 
     def steps(self, n: int | None = None) -> Triples:
         """The n triples to run (None: default_steps); ValueError past the end if "error"."""
@@ -374,7 +385,7 @@ _OVERSHOOT = "no safety factor: f(1.01) is about 1e95, so half precision is refu
 _SETS = (
     Coefficients(
         "keller", (_KELLER,), "https://kellerjordan.github.io/posts/muon/", restarts=(3,),
-        measured=((),), note="never converges: its image stays [0.68, 1.13]",
+        note="without restart in float16 a rank-1 X comes out x1.06 (n = 256) to x1.8 (48 x 192)",
     ),
     Coefficients("you5", (
         (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
@@ -467,7 +478,7 @@ _SETS = (
     ),
     Coefficients(
         "modula_quintic", ((3.0, -3.2, 1.2),), "https://github.com/modula-systems/modula",
-        restarts=(3,), measured=((),),
+        restarts=(3,),
     ),
     Coefficients("inverse_root", (
         (7.424865680309214, -18.39581635618996, 12.896720413604342),
@@ -488,13 +499,13 @@ ALIASES: Mapping[str, str] = MappingProxyType({
 
 
 # ---- safety --------------------------------------------------------------------------------------
-# Largest gram_condition accepted. Measured in emulation (n=256, m=1024, seven spectra: Gaussian,
-# logarithmic, rank 1, rank n/2, constant, two spikes). float16, lambda_min -4e-4: every placement
-# up to 400 kept the output norm within 5 % of exact; 444 lost it (x7.8), so did 456-659 (x1.5-2);
-# 7.6e4 overflowed. float32: up to 1e7 the error is <= 2e-3 (6e-5 for keller without restart),
-# beyond it 2e-4..9e-3 (you5, Polar Express) and 1e26 (deepseek_v4). float64 is judged with
-# lambda_min scaled to its roundoff (8e4 for deepseek_v4). bfloat16: errors of 0.2-3.9 and norms of
-# x1.1-20 even with the best restart (KERNELS.md 4.4), so it has no limit.
+# Largest gram_condition accepted. Measured in emulation with fp32 accumulation: n = 256, m = 1024,
+# seven spectra (Gaussian, two logarithmic, rank 1, rank n/2, constant, two spikes). float16: every
+# placement up to 400 kept the output norm within 5 % of exact (8 % at n = 64..512, m/n = 2..32); of
+# the nine at 444-667, five lost it (x1.5-7.8); 7.6e4 overflowed. float32: up to 1e7 errors are
+# <= 2e-3 (6e-5 for keller without restart); beyond, 2e-4..9e-3 (you5, Polar Express) and 1e26
+# (deepseek_v4). float64 is judged with lambda_min scaled to its roundoff (worst: 8e4, deepseek_v4).
+# bfloat16: norms of x1.1-20 with the best restart (KERNELS.md 4.4: errors 0.2-0.9), so no limit.
 LIMITS: Mapping[str, float] = MappingProxyType({"float16": 400.0, "float32": 1e7, "float64": 1e7})
 
 
@@ -570,7 +581,7 @@ def _unsafe(c: Coefficients, dtype: str, form: Form, restarts: tuple[int, ...]) 
     if dtype == "bfloat16":
         return (
             f"store float16 in the Gram form (restarts={default_restarts(c, 'float16')}) or use "
-            f"form='direct', got bfloat16, which loses {c.name} with any restarts"
+            f"form='direct', got bfloat16, whose rounding the Gram form of {c.name} multiplies"
         )
     triples, limit = c.steps(), LIMITS[dtype]
     scale = ROUNDOFF[dtype] / ROUNDOFF["float16"] if dtype == "float64" else 1.0
@@ -580,7 +591,7 @@ def _unsafe(c: Coefficients, dtype: str, form: Form, restarts: tuple[int, ...]) 
     fits = gram_condition(triples, better, LAMBDA_MIN * scale) <= limit
     return (
         f"use {f'restarts={better} or ' if fits else ''}form='direct', got restarts={restarts}, "
-        f"with which {c.name} has gram_condition {condition:.1e} > {limit:.0e} ({dtype})"
+        f"with which {c.name} has gram_condition {condition:.1e} > {limit:g} ({dtype})"
     )
 
 

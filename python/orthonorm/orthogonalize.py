@@ -87,10 +87,10 @@ def choose(
         dtype = torch.float64
     elif X.device.type != "cpu":
         dtype = torch.float16
-    elif small or not _fast_bfloat16(X.device) or cost_gram < FLOAT32_RATE * cost_direct:
+    elif small or form == "gram" or not _fast_bfloat16(X.device):
         dtype = torch.float32
     else:
-        dtype = torch.bfloat16
+        dtype = torch.float32 if cost_gram < FLOAT32_RATE * cost_direct else torch.bfloat16
     if form == "auto":
         form = "gram" if gram_pays and dtype != torch.bfloat16 else "direct"
     return Choice(form, dtype, small)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import orthogonalize as k1
 from .._library import op
+from .words import addmm
 
 FORMS = ("auto", "direct", "gram")
 PRECISIONS = ("auto", "full", "float32", "float64", "bfloat16", "float16")
@@ -92,7 +93,8 @@ def small_newton_schulz(
         y = y if wide else y.mT
         for a, b, c in triples_of(coefficients):
             A = y @ y.mT
-            y = a * y + (b * A + c * (A @ A)) @ y
+            B = b * A if c == 0 else addmm(A, A, A, c, b)
+            y = addmm(y, B, y, 1.0, a)
         out.append((y if wide else y.mT).to(x.dtype).contiguous())
     return out
 

@@ -6,6 +6,9 @@ and return fresh contiguous tensors. What they return as symmetric is symmetric 
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -15,6 +18,14 @@ from .._library import op
 def _mirror(A: Tensor) -> Tensor:
     """The lower triangle on both sides."""
     return A.tril() + A.tril(-1).mT
+
+
+def addmm(C: Tensor, A: Tensor, B: Tensor, alpha: float, beta: float) -> Tensor:
+    """beta C + alpha A B, rounded once, contiguous."""
+    if C.dim() == 2:
+        return torch.addmm(C, A, B, alpha=alpha, beta=beta).contiguous()
+    flat = [t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in (C, A, B)]
+    return torch.baddbmm(*flat, alpha=alpha, beta=beta).reshape(C.shape).contiguous()
 
 
 @op("gram(Tensor X) -> Tensor")
@@ -39,7 +50,7 @@ def symmetric_update(
 
     Shapes: (..., n, n) throughout.
     """
-    return _mirror(beta * C + alpha * (A @ B))
+    return _mirror(addmm(C, A, B, alpha, beta))
 
 
 @op("apply(Tensor X, Tensor B, float a, float b=1.0) -> Tensor")
@@ -48,7 +59,7 @@ def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
 
     Shapes: X is (..., m, n), B (..., m, m), the result (..., m, n).
     """
-    return (b * (B @ X) if a == 0 else a * X + b * (B @ X)).contiguous()
+    return addmm(X, B, X, b, a)
 
 
 def _square(name: str, label: str, A: Tensor) -> None:

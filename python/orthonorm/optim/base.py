@@ -176,7 +176,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise NotImplementedError(f"{self.name} has no matrix rule")
 
     def _with_gradients(self, group: dict[str, Any]) -> list[int]:
-        indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        params = group["params"]
+        indices = [i for i, p in enumerate(params) if p.grad is not None and p.numel() > 0]
         for i in indices:
             g = group["params"][i].grad
             if g.layout != torch.strided or g.dtype not in check.FLOATS:
