@@ -6,12 +6,24 @@ orthogonalize (Newton-Schulz iterations), normalize (second moments) and spectra
 
 from pathlib import Path
 
-from . import ops
+from . import coefficients, ops
 from ._library import LOADED, OPS, reference
 from ._version import __version__
+from .exact import PolarExact, polar_exact
+from .polar import odd_polynomial, polar
 
 
 
 LOADED.load(Path(__file__).parent)
 
-__all__ = ["OPS", "__version__", "ops", "reference"]
+__all__ = [
+    "OPS",
+    "PolarExact",
+    "__version__",
+    "coefficients",
+    "odd_polynomial",
+    "ops",
+    "polar",
+    "polar_exact",
+    "reference",
+]

@@ -1,0 +1,50 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Both set up .venv and build first.
+#
+# TORCH is what pip installs into .venv. With a CUDA torch already in the active Python, .venv uses it.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.version.cuda is not None))" 2>/dev/null)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+
+.PHONY: demo test bench lint cpp clean help
+
+help:
+	@echo "make demo   train a small language model with AdamW, Muon and Conda (about five minutes)"
+	@echo "make test   run every test this machine can run"
+	@echo "make bench  time the ops against their peers; make lint; make cpp (C++ tests, sanitizers)"
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(if $(filter 1,$(HAS_CUDA_TORCH)),--system-site-packages) $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(if $(filter 1,$(HAS_CUDA_TORCH)),,$(PY) -m pip install -q "$(TORCH)")
+	$(PY) -m pip install -q "setuptools>=77" wheel ninja
+	$(PY) -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev']))" | $(PY) -m pip install -q -r /dev/stdin
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/built
+	$(PY) -m orthonorm train --preset demo --out runs/demo
+
+test: $(VENV)/built
+	$(PY) -m pytest
+
+bench: $(VENV)/built
+	$(PY) -m orthonorm bench claims
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+cpp:
+	cmake -S . -B build/cpp -DSANITIZE=ON
+	cmake --build build/cpp -j 2
+	ctest --test-dir build/cpp --output-on-failure
+
+clean:
+	rm -rf build dist $(VENV) runs python/*.egg-info python/orthonorm/*.so

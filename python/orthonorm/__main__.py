@@ -1,0 +1,88 @@
+"""`python -m orthonorm`: what is installed and what serves each op; `bench` and `train` follow."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import LOADED, OPS, __version__
+
+COMMANDS = {
+    "bench": ("orthonorm.bench.__main__", "time ops and optimizer steps against their peers"),
+    "train": ("orthonorm.examples.train_lm", "train a small language model on real text"),
+}
+DEVICES = ("CPU", "CUDA")
+
+
+def serving(name: str, key: str) -> tuple[str, str]:
+    """Which backend serves op `name` on dispatch key `key`, and why."""
+    if (name, key) in LOADED.served:
+        return LOADED.served[name, key], "kernel loaded"
+    if OPS[name].composite:
+        return "composite", "calls the ops above; their kernels serve it"
+    library = {"CPU": "_C.so", "CUDA": "_C_cuda.so"}[key]
+    if key == "CUDA" and torch.version.cuda is None:
+        return "-", "this torch is a CPU build"
+    state = LOADED.libraries.get(library, "not built")
+    return "reference", "no kernel yet" if state == "loaded" else f"{library} {state}"
+
+
+def versions() -> list[tuple[str, str]]:
+    """Versions and what was found, as (name, text) rows."""
+    try:
+        from importlib.metadata import version
+
+        triton = version("triton")
+    except ImportError:
+        triton = "not installed"
+    rows = [
+        ("orthonorm", __version__),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+        ("triton", triton),
+        ("python", platform.python_version()),
+        ("platform", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"),
+        ("cpu capability", torch.backends.cpu.get_cpu_capability()),
+        ("ORTHONORM_BACKEND", LOADED.backend),
+    ]
+    return rows + [(name, state) for name, state in LOADED.libraries.items()]
+
+
+def show_config(markdown: bool = False) -> str:
+    """Versions, libraries, and for each op and device the backend that serves it and why."""
+    ops = [(n, *(f for key in DEVICES for f in serving(n, key))) for n in sorted(OPS)]
+    if markdown:
+        head = ["| op | CPU | CUDA |", "|---|---|---|"]
+        return "\n".join(head + [f"| `{n}` | {cpu} | {cuda} |" for n, cpu, _, cuda, _ in ops])
+    lines = [f"{name:18} {text}" for name, text in versions()]
+    lines += ["", f"{'op':22} {'CPU':10} {'CUDA':10} why"]
+    for name, cpu, why_cpu, cuda, why_cuda in ops:
+        why = why_cpu if why_cpu == why_cuda else f"CPU: {why_cpu}; CUDA: {why_cuda}"
+        lines.append(f"{name:22} {cpu:10} {cuda:10} {why}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[arguments[0]][0])
+        return int(module.main(arguments[1:]) or 0)
+    commands = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m orthonorm",
+        description="Print what is installed and which backend serves each op, or run a command.",
+        epilog=f"commands (each with its own --help):\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", choices=[*COMMANDS], help=argparse.SUPPRESS)
+    parser.add_argument("--markdown", action="store_true", help="the op table for a README")
+    print(show_config(parser.parse_args(arguments).markdown))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
