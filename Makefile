@@ -15,16 +15,14 @@ help:
 	@echo "make test   run every test this machine can run"
 	@echo "make bench  time the ops against their peers; make lint; make cpp (C++ tests, sanitizers)"
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed:
 	$(PYTHON) -m venv $(if $(filter 1,$(HAS_CUDA_TORCH)),--system-site-packages) $(VENV)
-	$(PY) -m pip install -q --upgrade pip
 	$(if $(filter 1,$(HAS_CUDA_TORCH)),,$(PY) -m pip install -q "$(TORCH)")
 	$(PY) -m pip install -q "setuptools>=77" wheel ninja
-	$(PY) -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev']))" | $(PY) -m pip install -q -r /dev/stdin
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/built
@@ -36,7 +34,7 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(PY) -m orthonorm bench claims
 
-lint: $(VENV)/installed
+lint: $(VENV)/built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

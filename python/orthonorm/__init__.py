@@ -17,6 +17,7 @@ from .polar import odd_polynomial, polar
 LOADED.load(Path(__file__).parent)
 
 __all__ = [
+    "LOADED",
     "OPS",
     "PolarExact",
     "__version__",

@@ -24,7 +24,7 @@ def serving(name: str, key: str) -> tuple[str, str]:
     if (name, key) in LOADED.served:
         return LOADED.served[name, key], "kernel loaded"
     if OPS[name].composite:
-        return "composite", "calls the ops above; their kernels serve it"
+        return "composite", "calls other ops, whose kernels serve it"
     library = {"CPU": "_C.so", "CUDA": "_C_cuda.so"}[key]
     if key == "CUDA" and torch.version.cuda is None:
         return "-", "this torch is a CPU build"
