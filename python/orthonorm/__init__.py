@@ -13,7 +13,6 @@ from .exact import PolarExact, polar_exact
 from .polar import odd_polynomial, polar
 
 
-
 LOADED.load(Path(__file__).parent)
 
 __all__ = [

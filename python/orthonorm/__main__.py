@@ -45,7 +45,10 @@ def versions() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
         ("triton", triton),
         ("python", platform.python_version()),
-        ("platform", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"),
+        (
+            "platform",
+            f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        ),
         ("cpu capability", torch.backends.cpu.get_cpu_capability()),
         ("ORTHONORM_BACKEND", LOADED.backend),
     ]

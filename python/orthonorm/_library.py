@@ -96,7 +96,11 @@ class reference(TorchDispatchMode):  # noqa: N801 - a context manager, used like
     """Within `with orthonorm.reference():` every op runs its plain-torch reference."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == NAMESPACE:

@@ -19,7 +19,11 @@ from .ops.normalize import accumulator
 from .ops.spectral import gram_iteration, start_vector
 from .ops.words import apply, gram, symmetric_update
 
-LIFT = (3.4445, -4.7750, 2.0315)  # sigma -> [0.68, 1.13] from below, kellerjordan.github.io/posts/muon
+LIFT = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # sigma -> [0.68, 1.13] from below, kellerjordan.github.io/posts/muon
 POLISH = (1.875, -1.25, 0.375)
 STEPS = {torch.float32: (15, 4), torch.float64: (31, 5)}  # lifts reach sigma_n = eps sigma_1
 RESOLVED = (0.044, 0.46)  # sigma^2 with one preimage under a lift; no lift jumps over the interval

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import orthogonalize as k1
 from .._library import op
-from .words import addmm
+from .words import addmm, gram
 
 FORMS = ("auto", "direct", "gram")
 PRECISIONS = ("auto", "full", "float32", "float64", "bfloat16", "float16")
@@ -46,9 +46,9 @@ def scaled(
     norm = frobenius(X) if norm is None else norm.to(torch.float64)
     Y = divide(X, safety * norm.clamp(min=eps), dtype)
     if scale == "schatten4":  # |X|_S4 = |X X^T|_F^(1/2) >= sigma_1
-        Y = divide(Y, frobenius(k1.gram(Y)).sqrt() * safety, dtype)
+        Y = divide(Y, frobenius(gram(Y)).sqrt() * safety, dtype)
     elif scale == "aol":  # rows by (sum_j |X X^T|_ij)^(1/2); changes the polar factor
-        rows = k1.gram(Y).double().abs().sum(-1, keepdim=True)
+        rows = gram(Y).double().abs().sum(-1, keepdim=True)
         Y = divide(Y, rows.sqrt() * safety, dtype)
     return Y
 
@@ -109,8 +109,8 @@ def split_norms(X: list[Tensor], norms: Tensor | None) -> list[Tensor | None]:
 
 
 @op(
-    "newton_schulz(Tensor[] X, float[] coefficients, int[] restarts, str form=\"auto\", "
-    "str precision=\"auto\", str scale=\"frobenius\", float eps=0.0, float safety=1.0, "
+    'newton_schulz(Tensor[] X, float[] coefficients, int[] restarts, str form="auto", '
+    'str precision="auto", str scale="frobenius", float eps=0.0, float safety=1.0, '
     "Tensor? norms=None) -> Tensor[]",
     composite=True,
 )

@@ -267,9 +267,7 @@ def _normalize(X: Tensor, dim: int, scale: float, eps: float, eps_at: str) -> Te
     return torch.where(divisor == 0, 0.0, x / divisor).to(X.dtype).contiguous()
 
 
-@op(
-    'row_normalize(Tensor X, float scale=1.0, float eps=0.0, str eps_at="outside") -> Tensor'
-)
+@op('row_normalize(Tensor X, float scale=1.0, float eps=0.0, str eps_at="outside") -> Tensor')
 def row_normalize(
     X: Tensor, scale: float = 1.0, eps: float = 0.0, eps_at: str = "outside"
 ) -> Tensor:
@@ -282,9 +280,7 @@ def row_normalize(
     return _normalize(X, -1, scale, eps, eps_at)
 
 
-@op(
-    'column_normalize(Tensor X, float scale=1.0, float eps=0.0, str eps_at="outside") -> Tensor'
-)
+@op('column_normalize(Tensor X, float scale=1.0, float eps=0.0, str eps_at="outside") -> Tensor')
 def column_normalize(
     X: Tensor, scale: float = 1.0, eps: float = 0.0, eps_at: str = "outside"
 ) -> Tensor:

@@ -37,9 +37,7 @@ def gram(X: Tensor) -> Tensor:
     return _mirror(X @ X.mT)
 
 
-@op(
-    "symmetric_update(Tensor C, Tensor A, Tensor B, float alpha=1.0, float beta=0.0) -> Tensor"
-)
+@op("symmetric_update(Tensor C, Tensor A, Tensor B, float alpha=1.0, float beta=0.0) -> Tensor")
 def symmetric_update(
     C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:

@@ -30,7 +30,5 @@ class AdamW(MatrixOptimizer):
         *,
         nonfinite: str = "propagate",
     ) -> None:
-        settings = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite
-        )
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite)
         super().__init__(params, {"rule": "adamw", **settings}, adamw=settings)

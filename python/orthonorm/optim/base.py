@@ -129,7 +129,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _label(self, group: Mapping[str, Any], index: int) -> str:
         names = group.get("param_names")
-        return repr(names[index]) if names else f"{index} of shape {tuple(group['params'][index].shape)}"
+        return (
+            repr(names[index])
+            if names
+            else f"{index} of shape {tuple(group['params'][index].shape)}"
+        )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError for hyperparameters of a matrix group out of range."""
@@ -146,7 +150,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # ---- the step -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Gradients are read, never written.
 
         All gradients are checked before anything is written: an error leaves parameters and state
@@ -198,7 +202,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if bad and group["nonfinite"] == "error":
             raise ValueError(
                 f"{self.name}: gradients must be finite (nonfinite='error'), got inf or nan for "
-                f"parameter {self._label(group, bad[0])}" + (f" and {len(bad) - 1} more" * (len(bad) > 1))
+                f"parameter {self._label(group, bad[0])}"
+                + (f" and {len(bad) - 1} more" * (len(bad) > 1))
             )
         if bad:
             group["skipped"] = group.get("skipped", 0) + len(bad)
@@ -276,7 +281,5 @@ def check_betas(name: str, group: Mapping[str, Any]) -> None:
 def names_of(groups: Iterable[Mapping[str, Any]]) -> list[str]:
     """The parameter names recorded in param groups, in order ("" where none were given)."""
     return [
-        name
-        for group in groups
-        for name in group.get("param_names") or [""] * len(group["params"])
+        name for group in groups for name in group.get("param_names") or [""] * len(group["params"])
     ]

@@ -54,7 +54,7 @@ def check_views(name: str, shape: Sequence[int], group: Mapping[str, Any]) -> No
 
 def memory_order(t: Tensor) -> list[int]:
     """Trailing dimensions from the slowest to the fastest in memory (channels_last is not a copy)."""
-    return [0, *sorted(range(1, t.dim()), key=lambda d: -t.stride(d))]
+    return [0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)]
 
 
 def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:

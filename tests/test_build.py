@@ -1,0 +1,61 @@
+"""The build: sources found by folder, a library without C++ or Python symbols, files of a size."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import orthonorm
+import pytest
+from orthonorm import LOADED, OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not run from a checkout")
+
+
+def test_sources_are_named_after_ops() -> None:
+    for pattern in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"):
+        for source in ROOT.glob(pattern):
+            assert source.stem in OPS, f"{source.name} is not an op"
+    for module in ROOT.glob("kernels/*.py"):
+        text = module.read_text()
+        if "triton.jit" in text and "def " in text and not module.stem.startswith("_"):
+            names = {name.rstrip("_") for name in OPS}
+            assert module.stem in names | {"tiles", "configs"}, f"{module.name} is not an op"
+
+
+def test_setup_and_cmake_read_the_same_folders() -> None:
+    setup, cmake = (ROOT / "setup.py").read_text(), (ROOT / "CMakeLists.txt").read_text()
+    for folder in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"):
+        assert f'glob("{folder}")' in setup
+        assert re.search(rf"file\(GLOB \w+ CONFIGURE_DEPENDS {re.escape(folder)}\)", cmake)
+    for flag in ("-O3", "-fno-math-errno"):
+        assert flag in setup and flag in cmake
+
+
+def test_library_uses_only_the_stable_abi() -> None:
+    if LOADED.libraries["_C.so"] != "loaded" or shutil.which("nm") is None:
+        pytest.skip("needs _C.so and nm")
+    library = Path(orthonorm.__file__).parent / "_C.so"
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    foreign = [s for s in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)|_?Py[A-Z]", s)]
+    assert not foreign, foreign
+    assert any(s.startswith("torch_") or s.startswith("aoti_torch_") for s in symbols)
+
+
+def test_version_is_the_changelogs() -> None:
+    heading = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert heading and heading[1] == orthonorm.__version__
+
+
+def test_files_stay_readable() -> None:
+    """400 lines a source file: longer ones are split by meaning."""
+    for folder in ("python", "kernels", "bench", "examples", "csrc", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".cpp", ".cu", ".h"} and "egg-info" not in str(path):
+                lines = path.read_text().count("\n")
+                assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"

@@ -1,0 +1,128 @@
+"""Param groups and views: routing, heads, fused weights, experts, convolutions, memory formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from orthonorm import optim
+from torch import Tensor, nn
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.conv1 = nn.Conv1d(4, 8, 3)
+        self.experts = nn.Parameter(torch.randn(3, 8, 6))
+        self.attn = nn.MultiheadAttention(8, 2)
+        self.qkv = nn.Linear(8, 16)
+        self.norm = nn.LayerNorm(8)
+        self.value = nn.Linear(8, 1)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+
+def test_split_params_routes_every_parameter_once() -> None:
+    model = Tiny()
+    model.norm.bias.requires_grad_(False)
+    groups = optim.split_params(
+        model, split={"qkv.weight": (8, 4, 4)}, heads={"qkv.weight": (2, 1, 1)}
+    )
+    routed = {name: g for g in groups for name, _ in g["params"]}
+    assert set(routed) == {n for n, p in model.named_parameters() if p.requires_grad}
+    matrix = {n for n, g in routed.items() if g["rule"] == "matrix"}
+    assert matrix == {
+        "conv.weight", "conv1.weight", "experts", "attn.in_proj_weight", "attn.out_proj.weight",
+        "qkv.weight",
+    }  # fmt: skip
+    assert routed["qkv.weight"]["split"] == (8, 4, 4) and routed["qkv.weight"]["heads"] == (2, 1, 1)
+    assert routed["attn.in_proj_weight"]["split"] == (8, 8, 8)
+    assert routed["conv1.weight"]["flatten"] is True
+    with pytest.raises(ValueError, match="nothing_like_this"):
+        optim.split_params(model, heads={"nothing_like_this": 2})
+    for cls in (optim.Muon, optim.Conda):
+        opt = cls(groups, lr=0.01)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        opt.step()
+
+
+@pytest.mark.parametrize("name", ["Muon", "Conda"])
+def test_views_are_the_matrices_they_stand_for(name: str) -> None:
+    """heads, split, experts and convolutions equal separate parameters of those shapes."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    kwargs = dict(lr=0.1, weight_decay=0.1, **(
+        {"adjust_lr_fn": "match_rms_adamw", "precision": "full"} if name == "Muon"
+        else {"update_proj_gap": 2}))  # fmt: skip
+    fused, experts, conv = randn(12, 5), randn(3, 4, 6), randn(5, 3, 2, 2)
+    pieces = [*fused[:8].view(2, 4, 5), fused[8:10], fused[10:], *experts, conv.reshape(5, -1)]
+    separate = [nn.Parameter(x.clone()) for x in pieces]
+    whole = [nn.Parameter(x.clone()) for x in (fused, experts, conv)]
+    groups = [
+        {"params": whole[:1], "split": (8, 2, 2), "heads": (2, 1, 1)},
+        {"params": whole[1:]},
+    ]
+    a, b = optim.REGISTRY[name](groups, **kwargs), optim.REGISTRY[name](separate, **kwargs)
+    for _ in range(4):
+        G, E, C = randn(12, 5), randn(3, 4, 6), randn(5, 3, 2, 2)
+        whole[0].grad, whole[1].grad, whole[2].grad = G.clone(), E.clone(), C.clone()
+        for p, g in zip(
+            separate, [*G[:8].view(2, 4, 5), G[8:10], G[10:], *E, C.reshape(5, -1)], strict=True
+        ):
+            p.grad = g.clone()
+        a.step()
+        b.step()
+    after = [*whole[0][:8].view(2, 4, 5), whole[0][8:10], whole[0][10:], *whole[1],
+             whole[2].reshape(5, -1)]  # fmt: skip
+    for x, p in zip(after, separate, strict=True):
+        torch.testing.assert_close(x, p, atol=1e-12, rtol=1e-12)
+
+
+def test_channels_last_and_transposed_weights() -> None:
+    weight = torch.randn(8, 6, 3, 3)
+    plain = nn.Parameter(weight.clone())
+    last = nn.Parameter(weight.clone().to(memory_format=torch.channels_last))
+    turned = nn.Parameter(torch.randn(7, 5).mT)
+    a = optim.Muon([plain], lr=0.1)
+    b = optim.Muon([last, turned], lr=0.1)
+    grad = torch.randn_like(weight)
+    plain.grad, last.grad = grad.clone(), grad.clone().to(memory_format=torch.channels_last)
+    turned.grad = torch.randn(5, 7)
+    a.step()
+    b.step()
+    torch.testing.assert_close(plain, last, atol=1e-5, rtol=1e-5)
+    assert turned.isfinite().all()
+
+
+def test_bad_views_are_refused() -> None:
+    p = nn.Parameter(torch.ones(12, 5))
+    for keys, word in (
+        ({"heads": 5}, "heads"), ({"split": (6, 5)}, "split"), ({"split": (6, 6), "heads": (1,)}, "heads"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            optim.Muon([{"params": [p], **keys}])
+    with pytest.raises(ValueError, match="2-D"):
+        optim.Muon([{"params": [nn.Parameter(torch.ones(2, 3, 4))], "heads": 2}])
+
+
+def test_one_object_serves_schedulers_and_clipping() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    opt = optim.Muon(optim.split_params(model), lr=0.1, adamw=dict(lr=1e-2))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 30)
+    x = torch.randn(32, 6)
+    losses = []
+    for _ in range(30):
+        opt.zero_grad()
+        loss = (model(x) - x).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert opt.param_groups[0]["lr"] < 1e-6 and opt.param_groups[1]["lr"] < 1e-6
