@@ -33,24 +33,26 @@ class Config:
     heads: int = option(4, "attention heads")
     layers: int = option(4, "transformer blocks")
     tied: bool = option(False, "share the embedding with the head")
+    init_std: float = option(0.0, "deviation of the initial matrices; 0: 1/sqrt(their columns)")
     context: int = option(128, "tokens in a window")
-    batch: int = option(16, "windows in a step")
+    batch: int = option(8, "windows in a step")
     micro_batch: int = option(0, "windows in one forward pass (less memory); 0: the whole batch")
-    steps: int = option(300, "optimizer steps")
-    warmup: int = option(30, "steps of linear warm-up before the cosine")
+    steps: int = option(500, "optimizer steps")
+    warmup: int = option(50, "steps of linear warm-up before the cosine")
     min_lr_ratio: float = option(0.1, "last learning rate as a share of the largest")
     clip: float = option(0.0, "clip the gradient's global norm to this; 0: do not clip")
     bf16: bool = option(False, "forward and backward in bfloat16 autocast, fp32 weights")
     seed: int = option(0, "seed of the initial weights and of the data order")
-    eval_every: int = option(20, "steps between evaluations; each also writes a checkpoint")
-    eval_windows: int = option(128, "windows of validation text in one evaluation")
+    eval_every: int = option(25, "steps between evaluations; each also writes a checkpoint")
+    eval_windows: int = option(64, "windows of validation text in one evaluation")
     device: str = option("cpu", "torch device; only the CPU is tested")
     threads: int = option(0, "CPU threads; 0: as many as torch chooses")
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "steps", "eval_every", "eval_windows"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("corpus_bytes", "micro_batch", "warmup", "clip", "threads", "seed"):
+        not_negative = "corpus_bytes init_std warmup clip seed micro_batch threads"
+        for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         self._require(self.vocab >= 256, "vocab", "must be at least 256, the number of bytes")
         self._require(self.warmup < self.steps, "warmup", f"must be below steps={self.steps}")
@@ -67,9 +69,8 @@ class Config:
 
     def shape(self) -> ModelShape:
         """The model's sizes."""
-        return ModelShape(
-            self.vocab, self.hidden, self.intermediate, self.heads, self.layers, self.tied
-        )
+        names = [field.name for field in dataclasses.fields(ModelShape)]
+        return ModelShape(**{name: getattr(self, name) for name in names})
 
 
 def _llama(hidden: int, intermediate: int, heads: int, layers: int, steps: int) -> dict[str, Any]:
@@ -81,9 +82,9 @@ def _llama(hidden: int, intermediate: int, heads: int, layers: int, steps: int) 
     """
     return {
         "hidden": hidden, "intermediate": intermediate, "heads": heads, "layers": layers,
-        "corpus_bytes": 0, "vocab": 32_000, "context": 256, "batch": 512, "micro_batch": 128,
-        "steps": steps, "warmup": steps // 10, "eval_every": steps // 100, "eval_windows": 2048,
-        "bf16": True, "device": "cuda",
+        "corpus_bytes": 0, "vocab": 32_000, "init_std": 0.02, "context": 256, "batch": 512,
+        "micro_batch": 128, "steps": steps, "warmup": steps // 10, "eval_every": steps // 100,
+        "eval_windows": 2048, "bf16": True, "device": "cuda",
     }  # fmt: skip
 
 
@@ -92,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "corpus_bytes": 300_000, "hidden": 32, "intermediate": 64, "heads": 2, "layers": 2,
         "context": 64, "batch": 8, "steps": 40, "warmup": 4, "eval_every": 10, "eval_windows": 32,
+        "threads": 1,
     },
     "60m": _llama(512, 1376, 8, 8, 10_000),
     "130m": _llama(768, 2048, 12, 12, 20_000),

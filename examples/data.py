@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from orthonorm.examples.config import Config, UsageError
+from torch import Tensor
 
 TEXT_SUFFIXES = (".py", ".txt", ".rst")
 # Not text to learn from: tests, other people's packages, tables of code points, build leftovers.
 SKIPPED_FOLDERS = frozenset(
-    "test tests idle_test Icons site-packages dist-packages encodings lib-dynload __pycache__ "
-    "_bundled turtledemo".split()
-)
+    (
+        "test", "tests", "idle_test", "Icons", "turtledemo", "encodings", "lib-dynload",
+        "site-packages", "dist-packages", "_bundled", "__pycache__",
+    )
+)  # fmt: skip
 VALIDATION_SHARE = 16  # one file in 16 is validation text
 
 
@@ -90,9 +91,9 @@ def _read_files(data: str, limit: int) -> tuple[list[tuple[str, bytes]], str]:
 
 def _walk(root: Path, library: bool) -> Iterator[Path]:
     """Files below `root`; of the library only text, without tests and tables."""
+    skipped = SKIPPED_FOLDERS if library else frozenset()
     for folder, folders, names in os.walk(root):
-        hidden = {name for name in folders if name.startswith((".", "config-"))}
-        folders[:] = [n for n in folders if n not in hidden | (SKIPPED_FOLDERS if library else set())]
+        folders[:] = [n for n in folders if n not in skipped and not n.startswith((".", "config-"))]
         for name in names:
             path = Path(folder, name)
             if (path.suffix in TEXT_SUFFIXES or not library) and path.is_file():
@@ -120,7 +121,8 @@ def _split(files: list[tuple[str, bytes]]) -> tuple[list[bytes], list[bytes]]:
 
 
 def _as_bytes(texts: list[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8)
+    text = bytearray(b"\n".join(texts))
+    return torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 
 def _byte_pairs(train: list[bytes], val: list[bytes], vocab: int, source: str) -> Corpus:

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a `Llama`; `intermediate` is the width of the SwiGLU, 2.7 x hidden in LLaMA."""
+    """Sizes of a `Llama`; `intermediate` is the width of the SwiGLU, 2.7 x hidden in LLaMA.
+
+    `init_std` is the standard deviation of the initial matrices, 0.02 in LLaMA; 0 stands for
+    1 / sqrt(columns), over sqrt(2 layers) where a block adds to its input.
+    """
 
     vocab: int
     hidden: int
@@ -23,6 +27,7 @@ class ModelShape:
     heads: int
     layers: int
     tied: bool = False
+    init_std: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "intermediate", "heads", "layers"):
@@ -65,7 +70,8 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(shape).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return mixed
 
 
 class Mlp(nn.Module):
@@ -78,7 +84,8 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Block(nn.Module):
@@ -93,13 +100,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class Llama(nn.Module):
     """Tokens (batch, length) to logits (batch, length, vocab).
 
-    Every matrix starts as N(0, 0.02^2), as in LLaMA; with `tied` the head is the embedding.
+    With `tied` the head is the embedding. Small widths need the wider start of `init_std` 0: at
+    hidden 192, AdamW's best loss after 120 steps was 2.74 from 0.02 and 2.29 from it.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -109,9 +118,11 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-6)
         self.head = nn.Linear(shape.hidden, shape.vocab, bias=False)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = (parameter.shape[1] * (2 * shape.layers if adds else 1)) ** -0.5
+                nn.init.normal_(parameter, std=shape.init_std or std)
         if shape.tied:
             self.head.weight = self.embed.weight
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
-
 from orthonorm.examples.config import PAPER_PRESETS, UsageError
 from orthonorm.examples.model import hidden_matrices
+from orthonorm.optim import AdamW, Conda, Muon, split_params
+from torch import nn
+from torch.optim import Optimizer
 
 Settings = dict[str, Any]  # keyword arguments of a builder; JSON values
 
@@ -27,18 +27,19 @@ PAPER_SETTINGS: dict[str, Settings] = {
         "adjust_lr_fn": "match_rms_adamw",
     },
     "conda": {
-        "lr": 0.01, "betas": [0.9, 0.99], "weight_decay": 0.0, "update_gap": 2000, "scale": 0.25,
+        "lr": 0.01, "betas": [0.9, 0.99], "weight_decay": 0.0, "update_proj_gap": 2000,
+        "scale": 0.25,
     },
 }  # fmt: skip
 
 
 def torch_adamw(
-    model: nn.Module, *, lr: float, betas: tuple[float, float] = (0.9, 0.95),
+    model: nn.Module, *, lr: float, betas: Sequence[float] = (0.9, 0.95),
     weight_decay: float = 0.1,
 ) -> Optimizer:  # fmt: skip
     """torch's own AdamW on everything, in its fused form."""
     return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True
+        model.parameters(), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True
     )
 
 
@@ -60,13 +61,11 @@ def torch_muon(
 
 
 def adamw(
-    model: nn.Module, *, lr: float, betas: tuple[float, float] = (0.9, 0.95),
+    model: nn.Module, *, lr: float, betas: Sequence[float] = (0.9, 0.95),
     weight_decay: float = 0.1,
 ) -> Optimizer:  # fmt: skip
     """orthonorm's AdamW on everything."""
-    from orthonorm.optim import AdamW
-
-    return AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    return AdamW(model.parameters(), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
 
 
 def muon(
@@ -74,24 +73,21 @@ def muon(
     weight_decay: float = 0.1, adjust_lr_fn: str | None = None,
 ) -> Optimizer:  # fmt: skip
     """orthonorm's Muon: hidden matrices orthogonalized, the rest AdamW, in one optimizer."""
-    from orthonorm.optim import Muon, split_params
-
     return Muon(
         split_params(model), lr=lr, momentum=momentum, weight_decay=weight_decay,
-        adjust_lr_fn=adjust_lr_fn, adamw={"lr": adamw_lr, "betas": (0.9, 0.95)},
+        adjust_lr_fn=adjust_lr_fn,
+        adamw={"lr": adamw_lr, "betas": (0.9, 0.95), "weight_decay": weight_decay},
     )  # fmt: skip
 
 
 def conda(
-    model: nn.Module, *, lr: float, betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0, update_gap: int = 2000, scale: float = 0.25,
+    model: nn.Module, *, lr: float, betas: Sequence[float] = (0.9, 0.99),
+    weight_decay: float = 0.0, update_proj_gap: int = 2000, scale: float = 0.25,
 ) -> Optimizer:  # fmt: skip
     """orthonorm's Conda: Adam in the momentum's singular basis, the rest AdamW at the same lr."""
-    from orthonorm.optim import Conda, split_params
-
     return Conda(
-        split_params(model), lr=lr, betas=tuple(betas), weight_decay=weight_decay,
-        update_gap=update_gap, scale=scale,
+        split_params(model), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay,
+        update_proj_gap=update_proj_gap, scale=scale,
     )  # fmt: skip
 
 
@@ -133,7 +129,7 @@ class Together(Optimizer):
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Steps every part."""
         for part in self.parts:
             part.step()

@@ -14,7 +14,8 @@ EXPLANATION = """\
 val loss: nats per token at the last step, the same windows for all. Steps and time to {baseline}'s
 loss: when the validation loss first falls to {baseline}'s last one, linear between evaluations;
 time without evaluations. In optimizer: share of the training time spent in optimizer.step().
-Peak memory: {memory}. State: tensors in the optimizer's state_dict."""
+Peak memory: {memory}. State: tensors in the
+optimizer's state_dict."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Finished:
     def read(folder: Path) -> Finished:
         """From the folder in which training.py left its files."""
         with (folder / "log.csv").open(newline="") as file:
-            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+            rows = [{key: float(row[key]) for key in row} for row in csv.DictReader(file)]
         return Finished(folder.name, rows, json.loads((folder / "result.json").read_text()))
 
     def reaches(self, loss: float) -> tuple[float, float] | None:
@@ -78,7 +79,7 @@ def table(runs: Sequence[Finished], device: str) -> str:
             ]
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    padded = [[cell.ljust(widths[i]) for i, cell in enumerate(line)] for line in lines]
     padded.insert(1, ["-" * width for width in widths])
     process = "of the run's own process, Python and torch included"
     memory = "of torch's CUDA allocator" if device.startswith("cuda") else process
@@ -96,13 +97,13 @@ def plot(runs: Sequence[Finished], path: Path, title: str) -> str | None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for axis, column, label in zip(axes, ("step", "seconds"), ("step", "training seconds"), strict=True):
+    for axis, column in zip(axes, ("step", "seconds"), strict=True):
         for index, run in enumerate(runs):
             rows, color = run.rows, f"C{index}"
             x = [row[column] for row in rows]
             axis.plot(x, [row["val_loss"] for row in rows], color=color, label=run.name)
             axis.plot(x, [row["train_loss"] for row in rows], color=color, alpha=0.3, linewidth=1)
-        axis.set_xlabel(label)
+        axis.set_xlabel("training seconds" if column == "seconds" else "step")
         axis.grid(alpha=0.3)
     ends = [row["val_loss"] for run in runs for row in run.rows[1:]]
     finite = [loss for loss in ends if loss == loss and loss != float("inf")]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from orthonorm.examples.config import Config
 from orthonorm.examples.optimizers import Settings
 from orthonorm.examples.progress import write_whole
@@ -59,7 +58,7 @@ def write_settings(
     best: dict[str, Settings], losses: dict[str, list[dict[str, float | None]]],
 ) -> None:  # fmt: skip
     """Writes the settings with how they were made; other rules' settings in the file stay."""
-    old = json.loads(path.read_text()) if path.exists() else {"settings": {}, "sweep": {}, "how": {}}
+    old = json.loads(path.read_text()) if path.exists() else {"settings": {}, "sweep": {}}
     how = {
         "command": command,
         "date": datetime.date.today().isoformat(),

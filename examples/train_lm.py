@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--optimizers", nargs="+", choices=BUILDERS, metavar="NAME",
         help=f"of {', '.join(BUILDERS)} (default: adamw muon conda)")  # fmt: skip
     add("--lr", nargs="+", default=[], metavar="NAME=VALUE",
-        help="instead of the tuned learning rates; muon.adamw=VALUE is that of Muon's AdamW")  # fmt: skip
+        help="instead of the tuned rates; muon.adamw=VALUE is that of Muon's AdamW")  # fmt: skip
     add("--out", type=Path, help="output folder (default: runs/PRESET)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue what is in --out, if any")
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stop-after", type=int, metavar="STEP", help="stop early; --resume continues")
     add("--sweep", action="store_true", help="search learning rates instead of comparing")
     add("--tuned", type=Path,
-        help="settings file to read; for --sweep the one to write (default: OUT/tuned.json)")  # fmt: skip
+        help="settings to read; for --sweep to write (default: OUT/tuned.json)")  # fmt: skip
     sizes = parser.add_argument_group("sizes, schedule and text (defaults: those of the preset)")
     for field in dataclasses.fields(Config):
         kind: dict[str, Any] = {"type": type(field.default), "metavar": "N"}
@@ -94,7 +94,15 @@ def open_workspace(args: argparse.Namespace) -> Workspace:
             )
     names = list(dict.fromkeys(args.optimizers or ["adamw", "muon", "conda"]))
     parse_rates(args.lr, names)
+    for name in names:
+        default_settings(name, preset, settings_file(args))
     return Workspace.create(out, preset, given, names)
+
+
+def settings_file(args: argparse.Namespace) -> Path:
+    """Where default settings come from; a sweep may name a file that it is going to make."""
+    named: Path | None = args.tuned
+    return TUNED if named is None or (args.sweep and not named.exists()) else named
 
 
 def compare(work: Workspace, args: argparse.Namespace) -> int:
@@ -104,7 +112,7 @@ def compare(work: Workspace, args: argparse.Namespace) -> int:
     failed = False
     for name in work.names:
         started = work.settings_of(name)
-        settings = started or default_settings(name, work.preset, args.tuned or TUNED)
+        settings = started or default_settings(name, work.preset, settings_file(args))
         try:
             if work.run(name, name, {**settings, **rates.get(name, {})}, args.stop_after):
                 complete.append(name)
@@ -117,6 +125,8 @@ def compare(work: Workspace, args: argparse.Namespace) -> int:
         write_whole(work.out / "table.md", lambda path: path.write_text(text))
         curves = plot(runs, work.out / "curves.png", work.source)
         print(f"\n{text}\n{curves or f'Curves: {work.out}/curves.png'}")
+    if len(complete) < len(work.names) and not failed:
+        print(f"Stopped early; --resume --out {work.out} continues.")
     return 1 if failed else 0
 
 
@@ -129,7 +139,7 @@ def search(work: Workspace, args: argparse.Namespace, command: str) -> int:
         loss: float | None = work.finished(label).result["val_loss"]
         return loss
 
-    base = args.tuned if args.tuned and args.tuned.exists() else TUNED
+    base = settings_file(args)
     best, losses = sweep(
         work.names, lambda name: default_settings(name, work.preset, base), measure
     )

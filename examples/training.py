@@ -20,20 +20,19 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from orthonorm.examples.config import Config
 from orthonorm.examples.data import TrainBatches, validation_windows
 from orthonorm.examples.model import Llama
 from orthonorm.examples.optimizers import Settings, build_optimizer
 from orthonorm.examples.progress import Progress, write_whole
+from torch import Tensor
 
 CSV_COLUMNS = ("step", "tokens", "train_loss", "val_loss", "lr", "seconds", "optimizer_seconds")
 
@@ -89,6 +88,7 @@ class Trainer:
         self.seconds = self.optimizer_seconds = 0.0  # training only, evaluations not counted
         self.peak_bytes = 0
         self.diverged = False
+        self.val_loss = math.nan
 
     # The loop ---------------------------------------------------------------------------------
 
@@ -99,21 +99,18 @@ class Trainer:
             self.report(progress, train_loss=math.nan, lr=0.0)
         losses: list[float] = []
         while self.step < config.steps and not self.diverged:
-            started = self.clock()
-            losses.append(self.forward_backward(self.batches[self.step].to(self.device)))
-            if config.clip:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             lr = float(self.optimizer.param_groups[0]["lr"])
-            before = self.clock()
-            self.optimizer.step()
-            after = self.clock()
-            self.schedule.step()
-            self.optimizer.zero_grad()
+            with self.timed("seconds"):
+                losses.append(self.forward_backward(self.batches[self.step].to(self.device)))
+                if config.clip:
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+                with self.timed("optimizer_seconds"):
+                    self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
             self.step += 1
-            self.optimizer_seconds += after - before
-            self.seconds += self.clock() - started
-            progress.step()
             self.diverged = not math.isfinite(losses[-1])
+            progress.step()
             if self.step % config.eval_every == 0 or self.step == config.steps or self.diverged:
                 self.report(progress, sum(losses) / len(losses), lr)
                 self.save()
@@ -127,7 +124,7 @@ class Trainer:
     def forward_backward(self, windows: Tensor) -> float:
         """Adds the batch's gradient to .grad, in parts of micro_batch windows; the mean loss."""
         total = 0.0
-        for part in windows.split(self.config.micro_batch or len(windows)):
+        for part in parts(windows, self.config.micro_batch or len(windows)):
             loss = self.loss(part) * (len(part) / len(windows))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
@@ -142,24 +139,25 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss over the validation windows."""
-        parts = self.validation.split(self.config.micro_batch or self.config.batch)
-        return sum(self.loss(part).item() * len(part) for part in parts) / len(self.validation)
+        size = self.config.micro_batch or self.config.batch
+        total = sum(self.loss(part).item() * len(part) for part in parts(self.validation, size))
+        return total / len(self.validation)
 
     # What it leaves ---------------------------------------------------------------------------
 
     def report(self, progress: Progress, train_loss: float, lr: float) -> None:
         """Evaluates, appends the row to log.csv and prints it."""
-        val_loss = self.validation_loss()
-        self.val_loss = val_loss
+        self.val_loss = val_loss = self.validation_loss()
         tokens = self.step * self.config.batch * self.config.context
         with (self.folder / "log.csv").open("a", newline="") as file:
             csv.writer(file).writerow(
                 [self.step, tokens, repr(train_loss), repr(val_loss), repr(lr),
                  f"{self.seconds:.4f}", f"{self.optimizer_seconds:.4f}"]
             )  # fmt: skip
+        shown = f"{train_loss:.4f}" if self.step else "  -   "
         progress.say(
             f"{self.run.optimizer:12} step {self.step:6}/{self.config.steps}  "
-            f"train {train_loss:.4f}  val {val_loss:.4f}  {self.seconds:7.1f} s"
+            f"train {shown}  val {val_loss:.4f}  {self.seconds:7.1f} s"
         )
 
     def finish(self) -> None:
@@ -214,7 +212,8 @@ class Trainer:
                 setattr(self, name, saved[name])
             self.peak_bytes = saved["peak_bytes"]
             written = (self.folder / "log.csv").read_text().splitlines()[1:]
-            rows += [row for row in written if int(row.split(",")[0]) <= self.step]
+            whole = [row for row in written if row.count(",") == rows[0].count(",")]
+            rows += [row for row in whole if int(row.split(",")[0]) <= self.step]
         text = "\n".join(rows) + "\n"
         write_whole(self.folder / "log.csv", lambda part: part.write_text(text))
 
@@ -224,11 +223,23 @@ class Trainer:
         """bfloat16 where the config says so, else nothing."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time inside to the attribute `name`, with the device's work awaited."""
+        started = self.clock()
+        yield
+        setattr(self, name, getattr(self, name) + self.clock() - started)
+
     def clock(self) -> float:
-        """Seconds, with everything that was started on the device done."""
+        """Seconds, once everything that was started on the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def parts(windows: Tensor, size: int) -> list[Tensor]:
+    """`windows` in slices of at most `size`."""
+    return [windows[i : i + size] for i in range(0, len(windows), size)]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from orthonorm.examples.config import PRESETS, Config, UsageError, make_config
 from orthonorm.examples.data import load_corpus
 from orthonorm.examples.optimizers import Settings
@@ -42,11 +41,13 @@ class Workspace:
         """Checks, reads the text, writes tokens.pt, then config.json, which marks the start."""
         config = make_config(preset, given)
         check_device(config.device)
+        # Other thread counts sum in another order, so the count is part of the run.
+        config = dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
         corpus = load_corpus(config)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--out must be a folder that can be made, got {out}: {error}") from None
+            raise UsageError(f"--out must be a folder, got {out}: {error}") from None
         (out / "config.json").unlink(missing_ok=True)
         for started in list(out.glob("*/run.json")):
             for name in RUN_FILES:
@@ -115,5 +116,6 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device must be one that torch can use here, got {device}: {reason}") from None
+        why = str(error).splitlines()[0]
+        rule = "--device must be one that torch can use here"
+        raise UsageError(f"{rule}, got {device}: {why}") from None

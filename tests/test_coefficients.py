@@ -172,13 +172,26 @@ def test_safe_dtypes(c: Coefficients) -> None:
 # crc32 of repr(triples), taken once every digit had been compared by program with KERNELS.md 4.1,
 # ALGORITHMS.md B2.5 and, for what they abridge, public copies: the images forgive a wrong digit.
 DIGITS = {
-    "keller": 1399594250, "you5": 325720618, "you6": 1030009097, "leloykun5": 2836684584,
-    "polar_express_1.02": 2580667728, "polar_express_raw": 1835547239, "cans": 1952237514,
-    "polar_express_nvidia": 2430436973, "polar_express_rederived_1.01": 738592571,
-    "polar_express_rederived_1.02": 653937142, "polar_express_old": 1698110331, "aol": 201185425,
-    "aol_flipping": 3727767922, "deepseek_v4": 3921345497, "cubic5": 3051407725,
-    "classic_cubic": 2701225279, "classic_quintic": 2717686682, "convergent_quintic": 927770562,
-    "modula_quintic": 3664532373, "inverse_root": 3789643324,
+    "keller": 1399594250,
+    "you5": 325720618,
+    "you6": 1030009097,
+    "leloykun5": 2836684584,
+    "polar_express_1.02": 2580667728,
+    "polar_express_raw": 1835547239,
+    "cans": 1952237514,
+    "polar_express_nvidia": 2430436973,
+    "polar_express_rederived_1.01": 738592571,
+    "polar_express_rederived_1.02": 653937142,
+    "polar_express_old": 1698110331,
+    "aol": 201185425,
+    "aol_flipping": 3727767922,
+    "deepseek_v4": 3921345497,
+    "cubic5": 3051407725,
+    "classic_cubic": 2701225279,
+    "classic_quintic": 2717686682,
+    "convergent_quintic": 927770562,
+    "modula_quintic": 3664532373,
+    "inverse_root": 3789643324,
 }
 
 
@@ -439,8 +452,12 @@ def test_cubic5_needs_its_safety_in_bfloat16() -> None:
 
 # ---- arguments -----------------------------------------------------------------------------------
 def test_resolve_names_triples_and_lists() -> None:
-    assert resolve("quintic") == resolve("you5") == COEFFICIENTS["you5"].__class__(
-        **{**dataclasses.asdict(COEFFICIENTS["you5"]), "past_end": "error"}
+    assert (
+        resolve("quintic")
+        == resolve("you5")
+        == COEFFICIENTS["you5"].__class__(
+            **{**dataclasses.asdict(COEFFICIENTS["you5"]), "past_end": "error"}
+        )
     )
     assert resolve("simple").triples == resolve(k._KELLER).triples == (k._KELLER,) * 5
     assert resolve([3.4445, -4.775, 2.0315], 7).triples == (k._KELLER,) * 7
@@ -479,12 +496,21 @@ ERRORS = [
     (lambda: resolve("keller", True), TypeError, "steps must be an int, got True"),
     (lambda: resolve("cubic5", 6), ValueError, "cubic5 runs at most 5 steps, got 6"),
     (lambda: resolve([(1, 0, 0)] * 3, 4), ValueError, "None or the 3 triples given, got 4"),
-    (lambda: k.check_safe(KELLER, dtype="fp16", form="gram"), ValueError,
-     "dtype must be one of float16, .*, got 'fp16'"),
-    (lambda: k.check_safe(KELLER, dtype="float16", form="auto"), ValueError,
-     "form must be one of direct, gram, got 'auto'"),
-    (lambda: k.check_safe(KELLER, dtype="float16", form="gram", restarts=(5,)), ValueError,
-     r"restarts must increase within \[1, 4\], got \(5,\)"),
+    (
+        lambda: k.check_safe(KELLER, dtype="fp16", form="gram"),
+        ValueError,
+        "dtype must be one of float16, .*, got 'fp16'",
+    ),
+    (
+        lambda: k.check_safe(KELLER, dtype="float16", form="auto"),
+        ValueError,
+        "form must be one of direct, gram, got 'auto'",
+    ),
+    (
+        lambda: k.check_safe(KELLER, dtype="float16", form="gram", restarts=(5,)),
+        ValueError,
+        r"restarts must increase within \[1, 4\], got \(5,\)",
+    ),
     (lambda: k.gram_condition(KELLER.steps(), (2, 2)), ValueError, r"increase .* got \(2, 2\)"),
     (lambda: k.gram_condition(KELLER.steps(), (0,)), ValueError, r"increase .* got \(0,\)"),
     (lambda: k.gram_condition(KELLER.steps(), (), 1e-3), ValueError, "lambda_min .* got 0.001"),

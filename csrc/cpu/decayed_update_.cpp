@@ -1,14 +1,31 @@
-#include "orthonorm.h"
+#include "../decayed_update.h"
+
+#include "elementwise.h"
+
 namespace orthonorm {
 namespace {
-void decayed_update_(TensorList params, TensorList updates, Tensor lr, double weight_decay, std::vector<double> factors) {
+
+void decayed_update_(const TensorList& params, const TensorList& updates, const Tensor& lr,
+                     double weight_decay, const std::vector<double>& factors) {
+  const Pass<2> pass("decayed_update_", Unit::tensor,
+                     {{{"params", params, Use::update}, {"updates", updates, Use::read}}});
+  STD_TORCH_CHECK(factors.size() == params.size(), "decayed_update_: factors must have ",
+                  params.size(), " numbers, got ", factors.size());
   const double rate = item(lr);
-  for (size_t i = 0; i < params.size(); ++i) {
-    float* w = static_cast<float*>(params[i].data_ptr());
-    const float* u = static_cast<const float*>(updates[i].data_ptr());
-    for (int64_t j = 0; j < params[i].numel(); ++j) w[j] = (1 - rate * weight_decay) * w[j] - rate * factors[i] * u[j];
-  }
+  pass.run([&]<class A>(const Part<2>& part, int64_t, const std::array<A*, 2>& at, int64_t count) {
+    const DecayedUpdate<A> c(rate, weight_decay, factors[part.entry]);
+    specialized([=] {
+      A* __restrict w = at[0];
+      const A* __restrict u = at[1];
+      for (int64_t i = 0; i < count; ++i) decayed_update(c, w[i], u[i]);
+    });
+  });
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) {
+  m.impl("decayed_update_", TORCH_BOX(&decayed_update_));
 }
-STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) { m.impl("decayed_update_", TORCH_BOX(&decayed_update_)); }
-}
+
+}  // namespace orthonorm

@@ -64,19 +64,16 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precision: str) -> Choice:
+def choose(
+    X: Tensor, triples: Triples, restarts: list[int], form: str, precision: str
+) -> Choice:
     """Form and dtype for a matrix: the most accurate that is no slower than bf16 in direct form.
 
-    `form` and `precision` are obeyed when they are not "auto". Costs count full products in units
-    of n^3, n the short side, alpha the long side over the short.
+    `form` and `precision` are obeyed when they are not "auto". Costs are compared only where they
+    decide: under torch.compile every comparison of sizes is a guard.
     """
     n, m = sorted(X.shape[-2:])
-    alpha, steps, sweeps = m / max(n, 1), len(triples), 1 + len(restarts)
-    cost_direct = sum(4 * alpha + (0 if c == 0 else 2) for _, _, c in triples)
-    products = sum(3 if c == 0 else 4 for _, _, c in triples) - 3 * sweeps
-    cost_gram = 2 * products + 4 * alpha * sweeps
-    gram_pays = steps > 1 and n > 1 and cost_gram < cost_direct
-    small = m <= SMALL
+    small = m <= SMALL and form != "gram"
     if precision == "full":
         dtype = X.dtype if X.dtype == torch.float64 else torch.float32
     elif precision != "auto":
@@ -85,10 +82,26 @@ def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precisio
         dtype = torch.float64
     elif X.device.type != "cpu":
         dtype = torch.float16
-    elif small or form == "gram" or not _fast_bfloat16(X.device):
+    elif small or n <= 1 or form == "gram" or not _fast_bfloat16(X.device):
         dtype = torch.float32
     else:
-        dtype = torch.float32 if cost_gram < FLOAT32_RATE * cost_direct else torch.bfloat16
+        wins = form == "auto" and _gram_wins(X, triples, restarts, FLOAT32_RATE)
+        dtype = torch.float32 if wins else torch.bfloat16
     if form == "auto":
-        form = "gram" if gram_pays and dtype != torch.bfloat16 else "direct"
+        pays = dtype != torch.bfloat16 and not small and _gram_wins(X, triples, restarts, 1.0)
+        form = "gram" if pays else "direct"
     return Choice(form, dtype, small)
+
+
+def _gram_wins(X: Tensor, triples: Triples, restarts: list[int], rate: float) -> bool:
+    """Whether the Gram form costs less than `rate` times the direct form.
+
+    Costs count full products in units of n^3, n the short side, alpha the long side over the short.
+    """
+    n, m = sorted(X.shape[-2:])
+    if len(triples) == 1 or n <= 1:
+        return False
+    alpha, sweeps = m / n, 1 + len(restarts)
+    cost_direct = sum(4 * alpha + (0 if c == 0 else 2) for _, _, c in triples)
+    products = sum(3 if c == 0 else 4 for _, _, c in triples) - 3 * sweeps
+    return 2 * products + 4 * alpha * sweeps < rate * cost_direct

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .coefficients import ROUNDOFF, check_safe, default_restarts, resolve
+from .coefficients import ROUNDOFF, Coefficients, check_safe, default_restarts, resolve
+from .exact import polar_exact
 from .ops.newton_schulz import FORMS, PRECISIONS, SCALES, newton_schulz
 
 
@@ -21,6 +22,7 @@ class Polynomial(NamedTuple):
     restarts: list[int]
     scale: str
     safety: float
+    precision: str  # "auto" only where every dtype it may choose is safe
 
 
 def polynomial(
@@ -35,30 +37,63 @@ def polynomial(
     """Resolve coefficients and restarts; ValueError for combinations known to blow up."""
     check.choice("polar", "method", method, FORMS)
     check.choice("polar", "precision", precision, PRECISIONS)
-    if isinstance(coefficients, list):
-        coefficients = tuple(tuple(t) if isinstance(t, list) else t for t in coefficients)
+    coefficients = _frozen(coefficients)
+    if not isinstance(coefficients, (str, tuple, Coefficients)):
+        resolve(coefficients)  # raises
     if isinstance(restarts, (list, tuple)):
+        for r in restarts:
+            check.integer("polar", "restarts", r, 1)
         restarts = tuple(restarts)
     elif restarts != "auto":
         raise TypeError(f"polar: restarts must be 'auto' or a list of iterations, got {restarts!r}")
-    half = precision == "auto" and device is not None and device.type != "cpu"
-    dtype = precision if precision in ROUNDOFF else "float16" if half else "float32"
-    return _polynomial(coefficients, steps, method, restarts, dtype)
+    on_gpu = device is not None and device.type != "cpu"
+    return _polynomial(coefficients, steps, method, restarts, precision, on_gpu)
+
+
+def _polynomial(
+    coefficients: Any, steps: int | None, method: str, restarts: Any, precision: str, on_gpu: bool
+) -> Polynomial:
+    return _resolved(coefficients, steps, method, restarts, precision, on_gpu)
+
+
+# torch.compile calls it while tracing and keeps the result, as it would for a function decorated
+# with torch.compiler.assume_constant_result; that decorator imports the whole of torch._dynamo.
+_polynomial._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
-def _polynomial(
-    coefficients: Any, steps: int | None, method: str, restarts: Any, dtype: str
+def _resolved(
+    coefficients: Any, steps: int | None, method: str, restarts: Any, precision: str, on_gpu: bool
 ) -> Polynomial:
     c = resolve(coefficients, steps)
+    half = precision == "auto" and on_gpu
+    dtype = precision if precision in ROUNDOFF else "float16" if half else "float32"
     check_safe(c, dtype=dtype, form="direct", restarts=())
     if method == "gram" or (method == "auto" and dtype != "bfloat16"):
         restarts = default_restarts(c, dtype) if restarts == "auto" else restarts
         check_safe(c, dtype=dtype, form="gram", restarts=restarts)
     elif restarts == "auto":
         restarts = ()
-    flat = [x for triple in c.steps(steps) for x in triple]
-    return Polynomial(flat, list(restarts), c.prescale, c.safety)
+    if precision == "auto" and not on_gpu and not _holds_in_bfloat16(c):
+        precision = "full"
+    flat = [x for triple in c.steps() for x in triple]
+    return Polynomial(flat, list(restarts), c.prescale, c.safety, precision)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, so that it can be a key."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple(_frozen(v) for v in value)
+    return value
+
+
+def _holds_in_bfloat16(c: Coefficients) -> bool:
+    """Whether "auto" may choose bfloat16, the direct form's dtype for large matrices on CPUs."""
+    try:
+        check_safe(c, dtype="bfloat16", form="direct")
+    except ValueError:
+        return False
+    return True
 
 
 @overload
@@ -94,8 +129,9 @@ def polar(
             that keep it safe (`coefficients.default_restarts`).
         precision: dtype of the iterates: "float32", "float64", "bfloat16", "float16"; "full" keeps
             float32 and float64 inputs as they are; "auto" is the most accurate that is no slower
-            than bfloat16 in direct form (CPU: float32 or bfloat16, GPU: float16).
-            "exact" calls `polar_exact` and returns its factor.
+            than bfloat16 in direct form (CPU: float32, or bfloat16 where it is faster and safe for
+            these coefficients; GPU: float16). "exact" calls `polar_exact`, whatever the
+            coefficients, and returns its factor.
         scale: "frobenius", "schatten4" (tighter: |X X^T|_F^(1/2)), "aol" (rows; a different factor)
             or "none"; None is what the coefficients were made for.
         eps: lower clamp of |X|_F. 0 makes polar(2^k X) == polar(X) bit for bit.
@@ -109,23 +145,35 @@ def polar(
     Source: arXiv:2502.16982, arXiv:2505.16932, Gram form: github.com/Dao-AILab/gram-newton-schulz.
     """
     single = isinstance(X, Tensor)
+    if not isinstance(X, (Tensor, list, tuple)):
+        raise TypeError(f"polar: X must be a Tensor or a list of them, got {type(X).__name__}")
     matrices = [X] if isinstance(X, Tensor) else list(X)
     check.tensors("polar", "X", matrices, min_dim=2)
     if precision == "exact":
-        from .exact import polar_exact
-
+        _left_alone(steps=(steps, None), method=(method, "auto"), restarts=(restarts, "auto"),
+                    scale=(scale, None), eps=(eps, 0.0))  # fmt: skip
         factors = [polar_exact(x).factor for x in matrices]
         return factors[0] if single else factors
     if scale is not None:
         check.choice("polar", "scale", scale, SCALES)
+    check.number("polar", "eps", eps, 0.0)
     device = matrices[0].device if matrices else None
     p = polynomial(
         coefficients, steps, method=method, restarts=restarts, precision=precision, device=device
     )
     out = newton_schulz(
-        matrices, p.coefficients, p.restarts, method, precision, scale or p.scale, eps, p.safety
+        matrices, p.coefficients, p.restarts, method, p.precision, scale or p.scale, eps, p.safety
     )
     return out[0] if single else out
+
+
+def _left_alone(**options: tuple[Any, Any]) -> None:
+    """ValueError for options, given with their defaults, that precision="exact" has no use for."""
+    for name, (value, default) in options.items():
+        if value != default:
+            raise ValueError(
+                f"polar: {name} must stay {default!r} with precision='exact', got {value!r}"
+            )
 
 
 def odd_polynomial(
@@ -145,9 +193,13 @@ def odd_polynomial(
     name = "odd_polynomial"
     check.tensor(name, "X", X, min_dim=2)
     check.choice(name, "precision", precision, PRECISIONS)
+    if not isinstance(coefficients, (list, tuple)):
+        raise TypeError(f"{name}: coefficients must be a list of triples, got {coefficients!r}")
     flat: list[float] = []
     for triple in coefficients:
-        if len(triple) != 3:
+        if not isinstance(triple, (list, tuple)) or len(triple) != 3:
             raise ValueError(f"{name}: coefficients must be triples (a, b, c), got {triple!r}")
-        flat += [float(x) for x in triple]
+        for x in triple:
+            check.number(name, "coefficients", x)
+            flat.append(float(x))
     return newton_schulz([X], flat, [], "direct", precision, "none")[0]

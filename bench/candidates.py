@@ -1,0 +1,173 @@
+"""Candidates: ours, the reference, torch's own way and the memory floor, as calls on one input.
+
+`start` functions do everything that need not be timed and return a Running. What a peer cannot do
+(a rank it does not take, a package that is not there) it says by raising Unavailable.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from orthonorm._library import LOADED, NAMESPACE, OPS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .cases import Case, Outputs, tensors
+from .inputs import Arguments
+
+KINDS = ("reference", "torch", "floor")
+
+
+class Unavailable(Exception):
+    """Why a candidate cannot run here: one sentence."""
+
+
+class Running(NamedTuple):
+    """`call` is what gets timed; `outputs` names what it produced, for the error column; `work` is
+    its own FLOPs if they are not the op's."""
+
+    call: Callable[[], Any]
+    outputs: Callable[[Any], Outputs] = lambda _: {}
+    work: float | None = None
+
+
+Start = Callable[[Case, list[Arguments]], Running]
+
+
+class Peer(NamedTuple):
+    label: str
+    kind: str
+    start: Start
+
+
+def run_calls(f: Callable[..., Any], case: Case, calls: list[Arguments]) -> Running:
+    """An implementation with the op's own signature, once per call of the workload."""
+    bound = [functools.partial(f, **arguments) for arguments in calls]
+
+    def outputs(returned: list[Any]) -> Outputs:
+        found: Outputs = {}
+        for arguments, result in zip(calls, returned, strict=True):
+            for name, values in case.outputs(arguments, result).items():
+                found.setdefault(name, []).extend(values)
+        return found
+
+    if len(bound) == 1:
+        only = bound[0]
+        return Running(only, lambda result: outputs([result]))
+    return Running(lambda: [g() for g in bound], outputs)
+
+
+def start_ours(case: Case, calls: list[Arguments]) -> Running:
+    return run_calls(case.op, case, calls)
+
+
+def start_reference(case: Case, calls: list[Arguments]) -> Running:
+    return run_calls(case.op.reference, case, calls)
+
+
+class _Serving(TorchDispatchMode):
+    """Notes which backend serves every op that a call reaches, bodies of composites included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace != NAMESPACE:
+            return func(*args, **(kwargs or {}))
+        op = OPS[func._opname]
+        key = next((t.device.type for t in _flat(args)), "cpu").upper()
+        label = LOADED.served.get((op.name, key))
+        if label is None and op.composite:
+            with self:
+                return op._checked_body(*args, **(kwargs or {}))
+        self.labels.add(label or "reference")
+        return func(*args, **(kwargs or {}))
+
+
+def _flat(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _flat(value)
+
+
+def served_by(call: Callable[[], Any]) -> str:
+    """"C++", "Triton", "reference", or several joined by " + ": who does the work of this call."""
+    with _Serving() as mode:
+        call()
+    return " + ".join(sorted(mode.labels)) or "reference"
+
+
+# ---- ceilings ------------------------------------------------------------------------------------
+def read(t: Tensor) -> Tensor:
+    """One pass over a tensor that keeps nothing."""
+    return torch.linalg.vector_norm(t)
+
+
+PASSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "read": read,
+    "update": lambda t: t.mul_(1.0),  # read and write in place, numbers unchanged
+    "copy": lambda t: t * 1.0,  # read, and write to a fresh tensor
+    "write": lambda t: t.zero_(),
+}
+TRAFFIC = {"read": 1, "update": 2, "copy": 2, "write": 1}
+
+
+def passes(case: Case, calls: list[Arguments]) -> Iterator[tuple[str, Tensor]]:
+    """The passes over memory that a call cannot avoid, matrix by matrix.
+
+    Arguments 64 times smaller than their matrix are left out.
+    """
+    for arguments in calls:
+        named = tensors(arguments)
+        for i in range(max((len(ts) for ts in named.values()), default=0)):
+            entry = {name: ts[i] for name, ts in named.items() if i < len(ts)}
+            size = max(t.numel() for t in entry.values())
+            large = {name: t for name, t in entry.items() if 64 * t.numel() >= size}
+            for name in case.reread:
+                yield "read", large[name]
+            for name, t in large.items():
+                if name in case.written:
+                    yield "write", t
+                elif name in case.mutated:
+                    yield "update", t
+                else:
+                    yield ("copy" if case.maps else "read"), t
+
+
+def bytes_moved(case: Case, calls: list[Arguments]) -> float:
+    """The least traffic of a call in bytes."""
+    return float(sum(TRAFFIC[k] * t.numel() * t.element_size() for k, t in passes(case, calls)))
+
+
+PRODUCT = 1024  # sides of the product that stands for the arithmetic a processor offers
+
+
+def start_product(case: Case, calls: list[Arguments]) -> Running:
+    """torch.mm in the dtype the op's products may run in: the rate beside the rate."""
+    arguments = calls[0]
+    t = next(iter(tensors(arguments).values()))[0]
+    precision = arguments.get("dtype", arguments.get("precision", t.dtype))
+    dtype = getattr(torch, precision, t.dtype) if isinstance(precision, str) else precision
+    if dtype == torch.float16 and t.device.type == "cpu":
+        raise Unavailable("float16 products through torch on a CPU tell nothing")
+    A, B = (torch.randn(PRODUCT, PRODUCT, device=t.device).to(dtype) for _ in range(2))
+    return Running(functools.partial(torch.mm, A, B), work=2.0 * PRODUCT**3)
+
+
+def start_floor(case: Case, calls: list[Arguments]) -> Running:
+    """The same passes over the same tensors by torch, numbers of the arguments kept."""
+    steps = [functools.partial(PASSES[kind], t) for kind, t in passes(case, calls)]
+
+    def call() -> None:
+        for step in steps:
+            step()
+
+    return Running(call)

@@ -1,0 +1,298 @@
+"""The one table of cases: a row per op and per optimizer step, read by tests and benchmarks.
+
+A row says how to make an op's arguments from shapes, what its work is in FLOPs, which argument it
+must read twice, which variants of its keywords the tests run, and on which shapes and dtypes the
+benchmark shows it. What an op mutates is read from its schema; its oracle is its own reference
+on the arguments in float64 (`inputs.doubled`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from orthonorm._library import OPS, Op
+from torch import Tensor
+
+from . import makers
+from .inputs import Arguments, Inputs
+from .makers import KELLER, Make
+from .shapes import Workload
+
+CUBIC = [1.5, -0.5, 0.0] * 4
+BOTH = ("float32", "bfloat16")
+SMALL = ("500x32x32", "500x64x64", "64x128x128")
+LARGE = ("768x3072", "768x2304", "1024x4096", "2048x2048", "12x768x768")
+
+Outputs = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op: its arguments, its work and where it is shown.
+
+    Attributes:
+        make: arguments from a list of shapes (an op on one matrix gets a list of one).
+        flops: nominal floating-point operations of one call, 0 for memory-bound ops.
+        reread: arguments no kernel avoids reading twice (a reduction, then scaling by it).
+        written: mutated arguments that are only written.
+        maps: returns a tensor of its input's size.
+        variants: keyword sets the tests run beside the defaults.
+        scale_free: finite for every finite input, whatever its scale (DESIGN.md decision 7).
+        shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
+        limit: longest side the op takes.
+    """
+
+    name: str
+    make: Make
+    flops: Callable[[Arguments], float] = lambda _: 0.0
+    reread: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    maps: bool = False
+    variants: tuple[Arguments, ...] = ()
+    scale_free: bool = False
+    shapes: tuple[str, ...] = ("gpt2-small-3",)
+    dtypes: tuple[str, ...] = BOTH
+    limit: int | None = None
+
+    @property
+    def op(self) -> Op[..., Any]:
+        return OPS[self.name]
+
+    @property
+    def schema(self) -> Any:
+        return self.op.overload._schema
+
+    @property
+    def mutated(self) -> tuple[str, ...]:
+        """Names of the arguments the op writes."""
+        return tuple(
+            a.name for a in self.schema.arguments if a.alias_info and a.alias_info.is_write
+        )
+
+    @property
+    def takes_list(self) -> bool:
+        return str(self.schema.arguments[0].type) == "List[Tensor]"
+
+    def calls(self, workload: Workload, inputs: Inputs, **keywords: Any) -> list[Arguments]:
+        """The arguments of every call a workload takes: one for a list op, else one per shape.
+
+        A keyword that is a function is called with the arguments made so far.
+        """
+        lists = [workload.shapes] if self.takes_list else [(s,) for s in workload.shapes]
+        calls = []
+        for i, shapes in enumerate(lists):
+            made = self.make(shapes, inputs.but(seed=inputs.seed + i))
+            for name, value in keywords.items():
+                made[name] = value(made) if callable(value) else value
+            calls.append(made)
+        return calls
+
+    def outputs(self, arguments: Arguments, results: Any) -> Outputs:
+        """Everything the op returned or wrote, by name."""
+        found = {name: as_list(arguments[name]) for name in self.mutated}
+        if isinstance(results, tuple):
+            found |= {f"result{i}": as_list(r) for i, r in enumerate(results)}
+        elif results is not None:
+            found["result"] = as_list(results)
+        return found
+
+
+def as_list(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def tensors(arguments: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """The tensor arguments by name, each as a list."""
+    found = {}
+    for name, value in arguments.items():
+        values = as_list(value)
+        if values and all(isinstance(v, Tensor) for v in values):
+            found[name] = values
+    return found
+
+
+# ---- work ----------------------------------------------------------------------------------------
+def sides(t: Tensor) -> tuple[int, int, int]:
+    """Matrices in the batch, short side, long side."""
+    n, m = sorted(t.shape[-2:])
+    return math.prod(t.shape[:-2]), n, m
+
+
+def polynomial_flops(arguments: Arguments) -> float:
+    """Nominal: the direct form, T (4 n^2 m + 2 n^3), or T 4 n^2 m where c = 0 (KERNELS.md 5.1)."""
+    squares = arguments["coefficients"][2::3]
+    total = 0.0
+    for x in arguments["X"] if "X" in arguments else arguments["params"]:
+        batch, n, m = sides(x)
+        total += batch * sum(4.0 * n * n * m + (2.0 * n**3 if c else 0.0) for c in squares)
+    return total
+
+
+def gram_flops(arguments: Arguments) -> float:
+    """Full products: X X^T or B X."""
+    X: Tensor = arguments["X"]
+    return 2.0 * X.numel() * X.shape[-2]
+
+
+def update_flops(arguments: Arguments) -> float:
+    A: Tensor = arguments["A"]
+    return 2.0 * A.numel() * A.shape[-1]
+
+
+def norm_flops(arguments: Arguments) -> float:
+    """Two products with a vector per step."""
+    return 4.0 * arguments["W"].numel() * float(arguments.get("steps", 32))
+
+
+def gram_iteration_flops(arguments: Arguments) -> float:
+    batch, n, m = sides(arguments["W"])
+    return batch * 2.0 * n * n * (m + (arguments.get("steps", 5) - 1) * n)
+
+
+def rotation_flops(arguments: Arguments) -> float:
+    """Two products with the basis, 4 m n k."""
+    return sum(4.0 * w.numel() * min(w.shape[-2:]) for w in arguments["params"])
+
+
+# ---- the table -----------------------------------------------------------------------------------
+_EPS_AT = ({"eps_at": "inside", "keep_norm": False}, {"eps_at": "clamp", "eps": 0.5})
+_DIVISORS = (
+    {"scale": 3.0, "eps": 0.5}, {"eps": 0.5, "eps_at": "inside"}, {"eps": 4.0, "eps_at": "clamp"},
+)  # fmt: skip
+_FORMS = (
+    {"form": "direct", "precision": "full"},
+    {"form": "gram", "precision": "float32"},
+    {"form": "direct", "precision": "bfloat16"},
+    {"scale": "schatten4", "eps": 1e-7, "precision": "full"},
+    {"scale": "aol", "safety": 1.05, "precision": "full"},
+    {"coefficients": CUBIC, "restarts": [], "precision": "full"},
+    {"norms": makers.norms},
+)
+_WORDS = ("768x3072", "2048x2048", "12x768x768", "64x128x128")
+_MODEL = ("gpt2-small-3", "gpt2-small")
+_STATES = (*BOTH, "mixed")
+
+_ROWS = (
+    # K1: the words of the algorithm, then whole polynomials
+    Case("gram", makers.matrix("X"), gram_flops, shapes=_WORDS),
+    Case(
+        "symmetric_update", makers.symmetric_update, update_flops,
+        variants=({"alpha": 1.0, "beta": 0.0},), shapes=("768x768", "2048x2048", "64x128x128"),
+    ),
+    Case("apply", makers.apply, gram_flops, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
+    Case(
+        "small_newton_schulz", makers.small_newton_schulz, polynomial_flops, scale_free=True,
+        variants=({"eps": 1e-7, "safety": 1.05}, {"coefficients": CUBIC},
+                  {"norms": makers.norms, "dtype": torch.float32}),
+        shapes=SMALL, limit=128,
+    ),
+    Case(
+        "newton_schulz", makers.newton_schulz, polynomial_flops, scale_free=True, variants=_FORMS,
+        shapes=SMALL + LARGE,
+    ),
+    # K2: second moments and normalization
+    Case(
+        "rotated_adam_", makers.rotated_adam, dtypes=_STATES,
+        variants=({"eps": 0.0}, {"scales": makers.scales}),
+    ),
+    Case(
+        "row_moment_", makers.moments("moments", ""), reread=("X",), variants=_EPS_AT,
+        dtypes=_STATES,
+    ),
+    Case(
+        "column_moment_", makers.moments("", "moments"), reread=("X",), variants=_EPS_AT,
+        dtypes=_STATES,
+    ),
+    Case(
+        "factored_moment_", makers.moments("row_moments", "column_moments"), reread=("X",),
+        variants=_EPS_AT, dtypes=_STATES,
+    ),
+    Case("row_normalize", makers.matrix("X"), maps=True, scale_free=True, variants=_DIVISORS),
+    Case(
+        "column_normalize", makers.matrix("X"), reread=("X",), maps=True, scale_free=True,
+        variants=_DIVISORS,
+    ),
+    # K3: spectral norms
+    Case(
+        "power_iteration_", makers.power_iteration, scale_free=True, shapes=_MODEL,
+        variants=({"steps": 3, "order": "v_first"}, {"steps": 0}, {"eps": 1e-12}),
+    ),
+    Case(
+        "spectral_norm", makers.matrix("W", steps=8), norm_flops, scale_free=True,
+        variants=({"steps": 1},),
+    ),
+    Case(
+        "gram_iteration", makers.matrix("W"), gram_iteration_flops, scale_free=True,
+        variants=({"steps": 0}, {"steps": 2}),
+    ),
+    # steps on lists of parameters and their passes
+    Case("magnitude", makers.magnitude, scale_free=True, shapes=_MODEL),
+    Case(
+        "muon_prologue_", makers.muon_prologue, written=("updates",), dtypes=_STATES,
+        variants=({"nesterov": False},),
+    ),
+    Case(
+        "decayed_update_", makers.decayed_update, dtypes=_STATES, shapes=_MODEL,
+        variants=({"weight_decay": 0.0, "factors": makers.factors},),
+    ),
+    Case(
+        "adamw_step_", makers.adamw_step, dtypes=_STATES,
+        variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0}),
+    ),
+    Case(
+        "muon_step_", makers.muon_step, polynomial_flops, dtypes=_STATES,
+        variants=({"nesterov": False, "precision": "full", "factors": makers.factors},
+                  {"form": "gram", "eps": 1e-7}),
+        shapes=("gpt2-small-3", "llama-3m"),
+    ),
+    Case(
+        "conda_step_", makers.conda_step, rotation_flops, dtypes=_STATES,
+        variants=({"weight_decay": 0.0},), shapes=("gpt2-small-3", "llama-3m"),
+    ),
+)  # fmt: skip
+CASES: dict[str, Case] = {case.name: case for case in _ROWS}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer's step: its class in orthonorm.optim and its work per step.
+
+    Attributes:
+        name: on the command line; optimizer: in `orthonorm.optim.REGISTRY` (and its class name).
+        settings: constructor arguments, those that peers share; own: those that only ours takes.
+        flops: nominal, of one matrix; states: matrices of state per parameter.
+    """
+
+    name: str
+    optimizer: str
+    settings: Mapping[str, Any]
+    own: Mapping[str, Any] = field(default_factory=dict)
+    flops: Callable[[Tensor], float] = lambda _: 0.0
+    states: int = 1
+    shapes: tuple[str, ...] = ("llama-3m", "gpt2-small-3")
+    dtypes: tuple[str, ...] = ("float32",)
+
+
+STEPS: dict[str, Step] = {
+    step.name: step
+    for step in (
+        Step(
+            "muon", "Muon", {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95},
+            flops=lambda w: polynomial_flops({"X": [w], "coefficients": KELLER}),
+        ),
+        Step(
+            "conda", "Conda", {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8},
+            own={"scale": 0.25, "update_proj_gap": 10**9},  # the one refresh falls into the warm-up
+            flops=lambda w: rotation_flops({"params": [w]}), states=2,
+        ),
+        Step(
+            "adamw", "AdamW",
+            {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}, states=2,
+        ),
+    )
+}  # fmt: skip
+NAMES = (*CASES, *STEPS)

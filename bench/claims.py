@@ -1,0 +1,161 @@
+"""The suite `claims`: every figure the project promises, its target, and whether it held just now.
+
+Ratios are medians over rounds of the two times in that round, so a neighbour that slows a whole
+round cancels. A claim that does not hold on a busy machine is measured again before it is believed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from . import candidates, peers, report
+from .cases import CASES, LARGE
+from .environment import import_times, peak_extra_memory
+from .inputs import Inputs
+from .measure import Request, Row, measure
+from .shapes import MODELS, parse
+from .timing import Plan, quantile
+
+SMALL_TARGETS = {"500x32x32": 100.0, "500x64x64": 19.0, "64x128x128": 4.5}
+K2 = (
+    "rotated_adam_", "row_moment_", "column_moment_", "factored_moment_", "row_normalize",
+    "column_normalize",
+)  # fmt: skip
+FLOOR = peers.FLOOR.label
+POLYNOMIAL, POWER, EAGER = (
+    peers.TORCH[name][0].label for name in ("newton_schulz", "power_iteration_", "conda_step_")
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One promise as measured: figure `>=` or `<=` target, and no larger error where compared."""
+
+    what: str
+    figure: float
+    relation: str
+    target: float
+    unit: str = "x"
+    ours: str = ""
+    other: str = ""
+    error: float | None = None
+    other_error: float | None = None
+
+    @property
+    def held(self) -> bool:
+        within = self.figure >= self.target if self.relation == ">=" else self.figure <= self.target
+        compared = self.error is not None and self.other_error is not None
+        return within and not (compared and self.error > self.other_error)  # type: ignore[operator]
+
+    def cells(self) -> tuple[str, ...]:
+        errors = ["" if e is None else f"{e:.1e}" for e in (self.error, self.other_error)]
+        target = f"{self.relation} {self.target:g}{self.unit}"
+        held = "held" if self.held else "NOT HELD"
+        return (self.what, self.ours, self.other, f"{self.figure:.3g}{self.unit}", target, held,
+                *errors)  # fmt: skip
+
+
+HEAD = ("", "ours", "other", "figure", "target", "", "our error", "its error")
+
+
+def compare(rows: list[Row], other: str, what: str, relation: str, target: float) -> Claim:
+    """How many times our time the other takes (">="), or we take the other's ("<=")."""
+    ours, peer = rows[0], next(row for row in rows if row.backend == other)
+    if ours.time is None or peer.time is None or peer.round_ratio is None:
+        return Claim(f"{what}: {ours.note or peer.note}", math.nan, relation, target)
+    figure = peer.round_ratio if relation == ">=" else 1 / peer.round_ratio
+    mine, other_time = (f"{report.milliseconds(t.median)} ms" for t in (ours.time, peer.time))
+    return Claim(
+        what, figure, relation, target, "x", mine, other_time, ours.error, peer.error
+    )
+
+
+Found = tuple[Claim, list[Row]]
+Section = tuple[str, Callable[[Request], Iterator[Found]]]
+
+
+def _polynomials(base: Request) -> Iterator[Found]:
+    for shape, target in SMALL_TARGETS.items():
+        for precision in ("float32", "bfloat16"):
+            rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
+                                   precision=precision, kinds=("torch",)))  # fmt: skip
+            yield compare(rows, POLYNOMIAL, f"{shape} {precision}", ">=", target), rows
+    for shape in LARGE:
+        rows = measure(
+            replace(base, name="newton_schulz", workload=parse(shape), kinds=("torch",))
+        )
+        yield compare(rows, POLYNOMIAL, f"{shape} auto", ">=", 1.0), rows
+
+
+def _conda(base: Request) -> Iterator[Found]:
+    workload = MODELS["gpt2-small-3"]
+    rows = measure(replace(base, name="conda_step_", workload=workload, kinds=("torch",)))
+    yield compare(rows, EAGER, "21 M parameters, 12 matrices", ">=", 1.5), rows
+    case = CASES["conda_step_"]
+    calls = case.calls(workload, Inputs(device=base.device))
+    extra = [
+        peak_extra_memory(peer.start(case, calls).call, base.device)
+        for peer in (candidates.Peer("", "ours", candidates.start_ours), *peers.TORCH[case.name])
+    ]
+    if extra[0] is None or extra[1] is None:
+        return
+    largest = max(w.numel() * w.element_size() for w in calls[0]["params"])
+    mine, other = (f"{e / 2**20:.1f} MiB" for e in extra if e is not None)
+    yield Claim("extra memory, of one work buffer", extra[0] / largest, "<=", 1.25, "x", mine,
+                other), []  # fmt: skip
+
+
+def _moments(base: Request) -> Iterator[Found]:
+    for name in K2:
+        workload = MODELS["gpt2-small"]
+        rows = measure(replace(base, name=name, workload=workload, kinds=("floor",)))
+        yield compare(rows, FLOOR, name, "<=", 1.1), rows
+
+
+def _power(base: Request) -> Iterator[Found]:
+    workload = MODELS["gpt2-small"]
+    rows = measure(replace(base, name="power_iteration_", workload=workload))
+    yield compare(rows, FLOOR, "one step, against one read", "<=", 1.15), rows
+    yield compare(rows, POWER, "one step, against torch's", ">=", 4.5), []
+
+
+def _imports(base: Request) -> Iterator[Found]:
+    seconds, woke = import_times()
+    took = quantile(seconds, 0.5) * 1e3
+    yield Claim("import orthonorm after torch", took, "<=", 150.0, " ms"), []
+    yield Claim("CUDA initialized by the import", float(woke), "<=", 0.0, ""), []
+
+
+SECTIONS: tuple[Section, ...] = (
+    (
+        "Newton-Schulz, 5 steps of (3.4445, -4.775, 2.0315), float32 input, against "
+        "torch.optim.Muon's function (bfloat16)",
+        _polynomials,
+    ),
+    ("Conda step between refreshes, float32, against the eager form with three products", _conda),
+    ("K2 over 85 M float32 elements, against the same reads and copies by torch", _moments),
+    ("Power iteration over 340 MB of float32 matrices", _power),
+    ("Import", _imports),
+)
+
+
+def run_claims(plan: Plan, device: str) -> Iterator[Found]:
+    """Measure every promise and print it, section by section: claims and the rows under them."""
+    base = Request("newton_schulz", parse("1x1"), plan=plan, device=device)
+    claims: list[Claim] = []
+    for title, section in SECTIONS:
+        found = []
+        for claim, rows in section(base):
+            found.append(claim)
+            yield claim, rows
+        claims += found
+        lines = report.align([HEAD, *(claim.cells() for claim in found)])
+        print("\n".join([title, *("  " + line for line in lines), ""]), flush=True)
+    print(f"{sum(claim.held for claim in claims)} of {len(claims)} held in this run\n")
+
+
+def record(claim: Claim) -> dict[str, Any]:
+    return {**asdict(claim), "held": claim.held}

@@ -1,0 +1,141 @@
+"""The machine, the versions and the state of the source a figure belongs to; memory and imports."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orthonorm
+import torch
+from orthonorm._library import LOADED
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _instructions() -> str:
+    flags = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    found = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return " ".join(flag for flag in flags if flag in found)
+
+
+def commit() -> str:
+    """The source's commit, "+" if files differ from it; empty outside git."""
+    folder = Path(orthonorm.__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short", "HEAD")
+    return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What goes with every result, JSON-ready."""
+    on_gpu = device.startswith("cuda")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "orthonorm": orthonorm.__version__,
+        "commit": commit(),
+        "kernels": LOADED.backend,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "instructions": _instructions(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """The environment in two or three lines for people."""
+    source = f"orthonorm {found['orthonorm']}"
+    source += f" ({found['commit']})" if found["commit"] else ""
+    lines = [
+        f"{found['device']}, {found['cores']} cores, {found['threads']} threads, "
+        f"{found['instructions']}".rstrip(", "),
+        f"{source}, torch {found['torch']}, Python {found['python']}, {found['date']}",
+    ]
+    if found["load"] is not None and found["load"] > 0.5:
+        lines.append(
+            f"other work was running (load {found['load']}): read ratios, not times, and run again"
+        )
+    return lines
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_extra_memory(call: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Bytes beyond what was held before, at the worst moment of a second call; None if unknown.
+
+    On Linux the resident set's high-water mark, reset before the call, so memory from any allocator
+    counts; on CUDA torch's own count.
+    """
+    call()
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+IMPORT = (
+    "import time, torch; start = time.perf_counter(); import orthonorm; "
+    "print(time.perf_counter() - start, torch.cuda.is_initialized())"
+)
+
+
+def import_times(rounds: int = 5) -> tuple[list[float], bool]:
+    """Seconds that `import orthonorm` takes after torch, in fresh processes; whether CUDA woke."""
+    seconds, woke = [], False
+    for _ in range(rounds):
+        done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"import orthonorm failed: {done.stderr.strip().splitlines()[-1:]}")
+        took, touched = done.stdout.split()
+        seconds.append(float(took))
+        woke = woke or touched == "True"
+    return seconds, woke

@@ -1,0 +1,168 @@
+"""Makers: for every op, its arguments from a list of shapes. `cases.py` is the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import Arguments, Inputs
+from .shapes import Shape
+
+KELLER = [3.4445, -4.7750, 2.0315] * 5
+Make = Callable[[Sequence[Shape], Inputs], Arguments]
+
+
+def each(make: Callable[[str, Shape], Tensor], tag: str, shapes: Sequence[Shape]) -> list[Tensor]:
+    return [make(f"{tag}[{i}]", shape) for i, shape in enumerate(shapes)]
+
+
+def matrix(name: str, **keywords: Any) -> Make:
+    return lambda shapes, inputs: {name: inputs.matrix(name, shapes[0]), **keywords}
+
+
+def _symmetric(inputs: Inputs, shape: Shape) -> Tensor:
+    """A Gram matrix of the shape's rows with norm near 1, float64, bitwise symmetric."""
+    x = inputs.normal("A", shape).double()
+    A = x @ x.mT / max(1, sum(shape[-2:]))
+    return A.tril() + A.tril(-1).mT
+
+
+def symmetric_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    A = _symmetric(inputs, shapes[0])
+    B = 0.5 * A + A @ A
+    C = A - 0.25 * B
+    lower = (C, A, B.tril() + B.tril(-1).mT)
+    C, A, B = (inputs.put(t.tril() + t.tril(-1).mT) for t in lower)
+    return {"C": C, "A": A, "B": B, "alpha": 2.0315, "beta": -4.775}
+
+
+def apply(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    B = inputs.put(_symmetric(inputs, shapes[0]))
+    return {"X": inputs.matrix("X", shapes[0]), "B": B, "a": 3.4445, "b": 0.75}
+
+
+def newton_schulz(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    X = each(inputs.matrix, "X", shapes)
+    return {"X": X, "coefficients": list(KELLER), "restarts": [3]}
+
+
+def small_newton_schulz(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    X = each(inputs.matrix, "X", shapes)
+    return {"X": X, "coefficients": list(KELLER), "dtype": inputs.dtype}
+
+
+def magnitude(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {"X": each(inputs.matrix, "X", shapes)}
+
+
+def norms(arguments: Arguments) -> Tensor:
+    """|X|_F of every matrix: what a caller that measured it hands over."""
+    parts = [torch.linalg.matrix_norm(x.double()).reshape(-1) for x in arguments["X"]]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def scales(arguments: Arguments) -> Tensor:
+    return torch.linspace(0.5, 2.0, len(arguments["X"]), dtype=torch.float64)
+
+
+def rotated_adam(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {
+        "exp_avg": each(inputs.state, "exp_avg", shapes),
+        "exp_avg_sq": each(inputs.moment, "exp_avg_sq", shapes),
+        "X": each(inputs.matrix, "X", shapes),
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+    }
+
+
+def moments(rows: str, columns: str) -> Make:
+    def make(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+        made: Arguments = {}
+        if rows:
+            made[rows] = each(inputs.moment, rows, [(*s[:-1], 1) for s in shapes])
+        if columns:
+            made[columns] = each(inputs.moment, columns, [(*s[:-2], 1, s[-1]) for s in shapes])
+        return {**made, "X": each(inputs.matrix, "X", shapes), "beta2": 0.95, "eps": 1e-8}
+
+    return make
+
+
+def power_iteration(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {
+        "W": each(inputs.matrix, "W", shapes),
+        "u": each(inputs.unit, "u", [s[:-1] for s in shapes]),
+        "v": each(inputs.unit, "v", [(*s[:-2], s[-1]) for s in shapes]),
+    }
+
+
+def muon_prologue(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {
+        "grads": each(inputs.matrix, "grads", shapes),
+        "momentum_buffers": each(inputs.state, "momentum_buffers", shapes),
+        "updates": each(inputs.state, "updates", shapes),
+        "momentum": inputs.number(0.95),
+    }
+
+
+def factors(arguments: Arguments) -> list[float]:
+    return [0.5 + 0.25 * i for i in range(len(arguments["params"]))]
+
+
+def decayed_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {
+        "params": each(inputs.matrix, "params", shapes),
+        "updates": each(inputs.state, "updates", shapes),
+        "lr": inputs.number(0.02),
+        "weight_decay": 0.1,
+        "factors": [1.0] * len(shapes),
+    }
+
+
+def adamw_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {
+        "params": each(inputs.matrix, "params", shapes),
+        "grads": each(inputs.matrix, "grads", shapes),
+        "exp_avg": each(inputs.state, "exp_avg", shapes),
+        "exp_avg_sq": each(inputs.moment, "exp_avg_sq", shapes),
+        "steps": [inputs.number(3.0 + i) for i in range(len(shapes))],
+        "lr": inputs.number(3e-2),
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
+
+
+def muon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {
+        "params": each(inputs.matrix, "params", shapes),
+        "grads": each(inputs.matrix, "grads", shapes),
+        "momentum_buffers": each(inputs.state, "momentum_buffers", shapes),
+        "lr": inputs.number(0.02),
+        "momentum": inputs.number(0.95),
+        "weight_decay": 0.1,
+        "factors": [1.0] * len(shapes),
+        "coefficients": list(KELLER),
+        "restarts": [3],
+    }
+
+
+def conda_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    scales = [0.02 + 0.01 * i for i in range(len(shapes))]
+    return {
+        "params": each(inputs.matrix, "params", shapes),
+        "grads": each(inputs.matrix, "grads", shapes),
+        "exp_avg": each(inputs.state, "exp_avg", shapes),
+        "exp_avg_sq": each(inputs.moment, "exp_avg_sq", shapes),
+        "bases": each(inputs.basis, "bases", shapes),
+        "scales": inputs.numbers(scales),
+        "lr": inputs.number(1e-2),
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }

@@ -1,0 +1,100 @@
+"""Shapes: awkward ones for tests, those of real models for benchmarks, and free ones as text.
+
+A workload is the list of (batches of) matrices one call works on. As text, `+` joins its entries
+and `12*768x768` repeats one: "12*768x2304+500x32x32".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+
+class Workload(NamedTuple):
+    """A named list of shapes, each (..., rows, columns)."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def distinct(self) -> Workload:
+        """One of each shape: enough to measure an error on."""
+        return Workload(self.name, tuple(dict.fromkeys(self.shapes)))
+
+
+def _layers(count: int, *shapes: Shape) -> tuple[Shape, ...]:
+    return shapes * count
+
+
+def _gpt2(width: int) -> tuple[Shape, ...]:
+    return ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+
+
+def _llama(hidden: int, inner: int) -> tuple[Shape, ...]:
+    attention = ((hidden, hidden),) * 4
+    return (*attention, (inner, hidden), (inner, hidden), (hidden, inner))
+
+
+# The matrices of whole models as an optimizer sees them: (out, in), fused QKV in GPT-2.
+MODELS: dict[str, Workload] = {
+    w.name: w
+    for w in (
+        Workload("gpt2-small", _layers(12, *_gpt2(768))),  # 48 matrices, 85 M parameters
+        Workload("gpt2-small-3", _layers(3, *_gpt2(768))),  # its first 3 layers, 21 M
+        Workload("gpt2-medium", _layers(24, *_gpt2(1024))),
+        Workload("llama-3m", _layers(4, *_llama(256, 688))),  # the size `make demo` trains
+        Workload("llama-60m", _layers(8, *_llama(512, 1376))),
+        Workload("llama-130m", _layers(12, *_llama(768, 2048))),
+    )
+}
+
+# Single shapes that CPU.md and KERNELS.md measure and price.
+NAMED = (
+    "768x3072", "768x2304", "1024x4096", "2048x2048", "12x768x768", "64x128x128", "500x64x64",
+    "500x32x32", "768x768", "3072x768", "768x50257",
+)  # fmt: skip
+
+# For tests: one-element sides, primes, both orientations, batches, empty batches, empty sides.
+AWKWARD: tuple[Shape, ...] = (
+    (1, 1), (1, 7), (7, 1), (2, 3), (13, 29), (31, 17), (64, 64), (33, 131), (131, 67),
+    (3, 5, 7), (2, 3, 19, 8), (4, 1, 5),
+)  # fmt: skip
+EMPTY: tuple[Shape, ...] = ((0, 5, 7), (2, 0, 4, 4), (0, 5), (5, 0), (3, 0, 4))
+
+
+def parse(text: str) -> Workload:
+    """A workload from its text: a model's name or "64x2048x768", "12*768x768+768x3072"."""
+    if text in MODELS:
+        return MODELS[text]
+    shapes: list[Shape] = []
+    for part in text.split("+"):
+        count, _, shape = part.rpartition("*")
+        try:
+            repeats = int(count) if count else 1
+            sides = tuple(int(side) for side in shape.split("x"))
+        except ValueError:
+            repeats, sides = 0, ()
+        if repeats < 1 or len(sides) < 2 or min(sides) < 0:
+            raise ValueError(
+                f"bench: shape must be a name ({', '.join(MODELS)}) or sides such as 64x2048x768, "
+                f"repeated with 12*768x768 and joined by +, got {text!r}"
+            )
+        shapes += [sides] * repeats
+    return Workload(text, tuple(shapes))
+
+
+def describe(shapes: Iterable[Shape]) -> str:
+    """The text of a list of shapes, equal neighbours counted."""
+    parts: list[tuple[Shape, int]] = []
+    for shape in shapes:
+        if parts and parts[-1][0] == shape:
+            parts[-1] = (shape, parts[-1][1] + 1)
+        else:
+            parts.append((shape, 1))
+    return "+".join((f"{n}*" if n > 1 else "") + "x".join(map(str, s)) for s, n in parts)

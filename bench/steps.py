@@ -1,0 +1,164 @@
+"""Optimizer steps as candidates: ours from orthonorm.optim, torch's, and Conda's eager form.
+
+Every candidate owns a copy of the parameters and reads the same gradients; its output is the
+update W_after - W_before of one step from fresh state.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import orthonorm
+import torch
+from torch import Tensor
+
+from .candidates import Running, Unavailable, served_by
+from .cases import Step
+from .inputs import Inputs
+from .shapes import Workload
+
+
+class Model:
+    """Parameters and gradients of a workload; candidates take copies of the first."""
+
+    def __init__(self, workload: Workload, inputs: Inputs) -> None:
+        named = [(f"[{i}]", shape) for i, shape in enumerate(workload.shapes)]
+        self.params = [inputs.normal("params" + n, s).to(inputs.dtype) for n, s in named]
+        self.grads = [inputs.matrix("grads" + n, s) for n, s in named]
+
+    def parameters(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Fresh leaves holding the same numbers, `.grad` set."""
+        leaves = []
+        for w, g in zip(self.params, self.grads, strict=True):
+            leaf = w.to(g.device, dtype or w.dtype, copy=True).requires_grad_()
+            leaf.grad = g.to(leaf.dtype)
+            leaves.append(leaf)
+        return leaves
+
+
+Start = Callable[[Model], Running]
+
+
+class Entrant(NamedTuple):
+    label: str
+    kind: str
+    start: Start
+
+
+def _running(model: Model, params: list[Tensor], call: Callable[[], Any]) -> Running:
+    def outputs(_: Any) -> dict[str, list[Tensor]]:
+        pairs = zip(params, model.params, strict=True)
+        return {"update": [w.detach().double() - before.double() for w, before in pairs]}
+
+    return Running(call, outputs)
+
+
+def _run(model: Model, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Running:
+    params = model.parameters()
+    return _running(model, params, make(params).step)
+
+
+def _class(step: Step) -> Any:
+    if importlib.util.find_spec("orthonorm.optim") is None:
+        raise Unavailable("orthonorm.optim is not there yet")
+    module = importlib.import_module("orthonorm.optim")
+    if not hasattr(module, step.optimizer):
+        raise Unavailable(f"orthonorm.optim has no {step.optimizer}")
+    return getattr(module, step.optimizer)
+
+
+def _ours(step: Step, precision: str | None, model: Model) -> Running:
+    extra = {} if precision is None else {"precision": precision}
+    make = functools.partial(_class(step), **step.settings, **step.own, **extra)
+    return _run(model, make)
+
+
+def label(step: Step, model: Model, precision: str | None) -> str:
+    """Which backend serves our step, for the table."""
+    try:
+        return served_by(_ours(step, precision, model).call)
+    except Unavailable:
+        return f"orthonorm.optim.{step.optimizer}"
+
+
+def truth(step: Step, model: Model) -> dict[str, list[Tensor]] | None:
+    """Our step in float64 by the references alone."""
+    try:
+        make = functools.partial(_class(step), **step.settings, **step.own)
+    except Unavailable:
+        return None
+    params = model.parameters(torch.float64)
+    running = _running(model, params, make(params).step)
+    with orthonorm.reference():
+        return running.outputs(running.call())
+
+
+def _torch_muon(step: Step, model: Model) -> Running:
+    if any(w.dim() != 2 for w in model.params):
+        raise Unavailable("torch.optim.Muon takes 2-D parameters only")
+    return _run(model, functools.partial(torch.optim.Muon, **step.settings))
+
+
+def _torch_adamw(step: Step, how: str, model: Model) -> Running:
+    settings: dict[str, Any] = {**step.settings, how: True}
+    return _run(model, functools.partial(torch.optim.AdamW, **settings))
+
+
+class _EagerConda(torch.optim.Optimizer):
+    """ALGORITHMS.md B1.1 as its authors' code has it: SVD of the momentum at the first step, then
+    three products a step (arXiv:2509.24218)."""
+
+    def __init__(self, params: list[Tensor], lr: float, betas: tuple[float, float], eps: float,
+                 scale: float) -> None:  # fmt: skip
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, scale=scale))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for w in group["params"]:
+                state, right = self.state[w], w.shape[-2] >= w.shape[-1]
+                if not state:
+                    state.update(m=torch.zeros_like(w), v=torch.zeros_like(w), t=0)
+                m, v = state["m"].mul_(beta1).add_(w.grad, alpha=1 - beta1), state["v"]
+                if state["t"] == 0:
+                    wide = m if m.dtype == torch.float64 else m.float()
+                    U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
+                    state["q"] = (Vh.mT if right else U).to(w.dtype).contiguous()
+                q = state["q"]
+                state["t"] += 1
+                g, direction = (w.grad @ q, m @ q) if right else (q.mT @ w.grad, q.mT @ m)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                normalized = direction / v.sqrt().add_(group["eps"])
+                correction = (1 - beta2 ** state["t"]) ** 0.5 / (1 - beta1 ** state["t"])
+                size = group["lr"] * correction * group["scale"]
+                w.add_(normalized @ q.mT if right else q @ normalized, alpha=-size)
+
+
+def _eager_conda(step: Step, model: Model) -> Running:
+    settings = {**step.settings, "scale": step.own["scale"]}
+    return _run(model, functools.partial(_EagerConda, **settings))
+
+
+def entrants(step: Step, ours: str, precision: str | None) -> list[Entrant]:
+    """Ours, then what torch has for it."""
+    found = [Entrant(ours, "ours", functools.partial(_ours, step, precision))]
+    if step.name == "muon":
+        found.append(Entrant("torch.optim.Muon", "torch", functools.partial(_torch_muon, step)))
+    elif step.name == "conda":
+        found.append(
+            Entrant("eager, three products", "torch", functools.partial(_eager_conda, step))
+        )
+    else:
+        for how in ("fused", "foreach"):
+            start = functools.partial(_torch_adamw, step, how)
+            found.append(Entrant(f"torch.optim.AdamW({how})", "torch", start))
+    return found
+
+
+def bytes_moved(step: Step, model: Model) -> float:
+    """Gradients read, parameters and states read and written, all in one dtype."""
+    return float(sum(w.numel() * w.element_size() for w in model.params) * (3 + 2 * step.states))

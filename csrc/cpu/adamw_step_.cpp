@@ -1,0 +1,59 @@
+#include "../adamw_step.h"
+
+#include "elementwise.h"
+
+namespace orthonorm {
+namespace {
+
+// Adds 1 to every step count and returns what each parameter's step multiplies by.
+std::vector<AdamWStep<double>> advance(const TensorList& steps, const AdamWRule& rule) {
+  std::vector<AdamWStep<double>> made;
+  made.reserve(steps.size());
+  for (const Tensor& step : steps) {
+    if (step.scalar_type() == ScalarType::Double) {
+      *static_cast<double*>(step.data_ptr()) += 1;
+    } else {
+      *static_cast<float*>(step.data_ptr()) += 1;
+    }
+    made.emplace_back(rule, item(step));
+  }
+  return made;
+}
+
+void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
+                 const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
+                 double beta1, double beta2, double eps, double weight_decay, bool decay_first,
+                 bool correct_eps) {
+  const Pass<4> pass("adamw_step_", Unit::tensor,
+                     {{{"params", params, Use::update},
+                       {"grads", grads, Use::read},
+                       {"exp_avg", exp_avg, Use::update},
+                       {"exp_avg_sq", exp_avg_sq, Use::update}}});
+  STD_TORCH_CHECK(steps.size() == params.size(), "adamw_step_: lists must have equal lengths, got ",
+                  params.size(), " params and ", steps.size(), " steps");
+  for (const Tensor& step : steps) {
+    STD_TORCH_CHECK(step.numel() == 1, "adamw_step_: steps must have one element, got ",
+                    step.numel());
+    const ScalarType dtype = step.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                    "adamw_step_: steps must be float32 or float64");
+  }
+  const AdamWRule rule{item(lr), beta1, beta2, eps, weight_decay, decay_first, correct_eps};
+  const std::vector<AdamWStep<double>> made = advance(steps, rule);
+  pass.run([&]<class A>(const Part<4>& part, int64_t, const std::array<A*, 4>& at, int64_t count) {
+    const AdamWStep<A> c(made[part.entry]);
+    specialized([=] {
+      A *__restrict w = at[0], *__restrict m = at[2], *__restrict v = at[3];
+      const A* __restrict g = at[1];
+      for (int64_t i = 0; i < count; ++i) adamw_step(c, w[i], g[i], m[i], v[i]);
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) {
+  m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
+}
+
+}  // namespace orthonorm

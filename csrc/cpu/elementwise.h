@@ -1,0 +1,206 @@
+// One pass over the elements of lists of tensors, the same for one tensor alone and in any list.
+//
+// Every tensor (or every matrix of a batch) is cut into blocks of `Pass::block` elements. A thread
+// takes a range of all blocks of all tensors; a block is worked through in chunks that fit L1. What
+// a kernel adds up over a block therefore depends neither on the list nor on the threads.
+#pragma once
+
+#include "layout.h"
+
+namespace orthonorm {
+
+// The numbers of a 1-D tensor on the CPU.
+inline std::vector<double> numbers(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 1, op, ": ", name, " must have one dimension, got ", t.dim());
+  std::vector<double> values(t.numel());
+  for (size_t i = 0; i < values.size(); ++i) values[i] = item(t, static_cast<int64_t>(i));
+  return values;
+}
+
+enum class Use { read, update, write };
+
+struct NamedList {
+  const char* name;
+  const TensorList& tensors;
+  Use use;
+};
+
+// One tensor of each list, or one matrix of each.
+template <int N>
+struct Part {
+  std::array<char*, N> data;
+  std::array<ScalarType, N> dtype;
+  std::array<bool, N> linear;
+  int64_t count;        // elements
+  int64_t first;        // elements of all parts before
+  int64_t first_block;  // blocks of all parts before
+  int64_t entry;        // place in the list
+  int64_t layout;       // index of what is not linear, or -1
+  bool wide;            // arithmetic in double
+};
+
+enum class Unit { tensor, matrix };
+
+template <int N>
+class Pass {
+ public:
+  static constexpr int64_t block = 8192;
+  static constexpr int64_t chunk = 1024;  // four streams of double in 32 KB of L1
+  // Elements worth waking a thread for, as torch has it (at::internal::GRAIN_SIZE).
+  static constexpr int64_t grain = 32768;
+
+  // Checks lengths, dtypes and shapes; nothing is written before.
+  Pass(const char* op, Unit unit, const std::array<NamedList, N>& lists) {
+    const size_t length = lists[0].tensors.size();
+    for (int k = 0; k < N; ++k) {
+      uses_[k] = lists[k].use;
+      STD_TORCH_CHECK(lists[k].tensors.size() == length, op, ": lists must have equal lengths, got ",
+                      length, " ", lists[0].name, " and ", lists[k].tensors.size(), " ",
+                      lists[k].name);
+    }
+    parts_.reserve(length);
+    for (size_t i = 0; i < length; ++i) {
+      add(op, unit, lists, i, facts(lists, i, std::make_index_sequence<N>()));
+    }
+  }
+
+  const std::vector<Part<N>>& parts() const { return parts_; }
+  int64_t blocks() const { return blocks_; }
+  static int64_t blocks(int64_t count) { return (count + block - 1) / block; }
+
+  // Calls body(part, block, pointers, count) for every chunk of every block, in order within a block.
+  // pointers[k] holds `count` values in the part's arithmetic (float or double): the tensor's memory
+  // or a copy, which is written back unless the list is only read.
+  template <class Body>
+  void run(const Body& body) const {
+    parallel(elements_, grain, [&](int64_t begin, int64_t end) {
+      auto part = std::partition_point(parts_.begin(), parts_.end(), [&](const Part<N>& p) {
+        return p.first + p.count <= begin;
+      });
+      for (; part != parts_.end() && part->first < end; ++part) {
+        // The blocks that start in [begin, end).
+        const int64_t from = blocks(std::max<int64_t>(begin - part->first, 0));
+        const int64_t to = blocks(std::min(end - part->first, part->count));
+        for (int64_t i = from; i < to; ++i) {
+          part->wide ? run_block<double>(*part, i, body) : run_block<float>(*part, i, body);
+        }
+      }
+    });
+  }
+
+ private:
+  template <size_t... K>
+  static std::array<Facts, N> facts(const std::array<NamedList, N>& lists, size_t i,
+                                    std::index_sequence<K...>) {
+    return {Facts(lists[K].tensors[i])...};
+  }
+
+  void add(const char* op, Unit unit, const std::array<NamedList, N>& lists, size_t i,
+           const std::array<Facts, N>& tensors) {
+    const Facts& first = tensors[0];
+    STD_TORCH_CHECK(unit == Unit::tensor || first.dim >= 2, op, ": ", lists[0].name, "[", i,
+                    "] must have at least 2 dimensions, got shape ", first.shape());
+    const int64_t dims = unit == Unit::tensor ? first.dim : 2;
+    Part<N> part{};
+    part.entry = static_cast<int64_t>(i);
+    part.layout = -1;
+    bool contiguous = true;
+    for (int k = 0; k < N; ++k) {
+      const Facts& t = tensors[k];
+      STD_TORCH_CHECK(floating(t.dtype), op, ": ", lists[k].name, "[", i,
+                      "] must be float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(t.same_shape(first), op, ": ", lists[k].name, "[", i,
+                      "] must have the shape of ", lists[0].name, "[", i, "] ", first.shape(),
+                      ", got ", t.shape());
+      STD_TORCH_CHECK(uses_[k] == Use::read || !t.expanded(), op, ": ", lists[k].name, "[", i,
+                      "] is written and must not be expanded");
+      part.dtype[k] = t.dtype;
+      part.data[k] = t.data;
+      part.wide = part.wide || t.dtype == ScalarType::Double;
+      contiguous = contiguous && t.contiguous(dims);
+    }
+    part.linear.fill(true);
+    part.count = std::accumulate(first.sizes + first.dim - dims, first.sizes + first.dim,
+                                 int64_t{1}, std::multiplies<>());
+    if (!contiguous && part.count > 0) {
+      part.layout = static_cast<int64_t>(layouts_.size());
+      layouts_.emplace_back(tensors, dims);
+      for (int k = 0; k < N; ++k) part.linear[k] = layouts_.back().linear(k);
+    }
+    add_batch(part, tensors, first.dim - dims);
+  }
+
+  // `part` once for every index of the first `batch_dims` dimensions.
+  void add_batch(Part<N> part, const std::array<Facts, N>& tensors, int64_t batch_dims) {
+    const int64_t* sizes = tensors[0].sizes;
+    const int64_t batch =
+        std::accumulate(sizes, sizes + batch_dims, int64_t{1}, std::multiplies<>());
+    const std::array<char*, N> origin = part.data;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int k = 0; k < N; ++k) {
+        int64_t offset = 0, rest = b;
+        for (int64_t d = batch_dims; d-- > 0; rest /= sizes[d]) {
+          offset += rest % sizes[d] * tensors[k].strides[d];
+        }
+        part.data[k] = origin[k] + offset * element_size(part.dtype[k]);
+      }
+      part.first = elements_;
+      part.first_block = blocks_;
+      parts_.push_back(part);
+      elements_ += part.count;
+      blocks_ += blocks(part.count);
+    }
+  }
+
+  template <class A, class Body>
+  void run_block(const Part<N>& part, int64_t index, const Body& body) const {
+    alignas(64) A scratch[N][chunk];
+    const int64_t end = std::min(part.count, (index + 1) * block);
+    for (int64_t at = index * block; at < end; at += chunk) {
+      const int64_t count = std::min(chunk, end - at);
+      std::array<A*, N> pointers;
+      for (int k = 0; k < N; ++k) pointers[k] = fetch(part, k, at, count, scratch[k]);
+      body(part, part.first_block + index, pointers, count);
+      for (int k = 0; k < N; ++k) {
+        if (pointers[k] == scratch[k] && uses_[k] != Use::read) {
+          put_back(part, k, at, count, scratch[k]);
+        }
+      }
+    }
+  }
+
+  template <class A>
+  A* fetch(const Part<N>& part, int k, int64_t at, int64_t count, A* scratch) const {
+    const int64_t size = element_size(part.dtype[k]);
+    if (part.linear[k] && part.dtype[k] == dtype_of<A>()) {
+      return reinterpret_cast<A*>(part.data[k] + at * size);
+    }
+    if (uses_[k] == Use::write) return scratch;
+    if (part.linear[k]) {
+      load_into(part.data[k] + at * size, part.dtype[k], 1, count, scratch);
+      return scratch;
+    }
+    layouts_[part.layout].runs(
+        k, at, count, [&](int64_t offset, int64_t stride, int64_t done, int64_t length) {
+          load_into(part.data[k] + offset * size, part.dtype[k], stride, length, scratch + done);
+        });
+    return scratch;
+  }
+
+  template <class A>
+  void put_back(const Part<N>& part, int k, int64_t at, int64_t count, const A* scratch) const {
+    const int64_t size = element_size(part.dtype[k]);
+    if (part.linear[k]) return store(scratch, part.data[k] + at * size, part.dtype[k], 1, count);
+    layouts_[part.layout].runs(
+        k, at, count, [&](int64_t offset, int64_t stride, int64_t done, int64_t length) {
+          store(scratch + done, part.data[k] + offset * size, part.dtype[k], stride, length);
+        });
+  }
+
+  std::array<Use, N> uses_;
+  std::vector<Part<N>> parts_;
+  std::vector<Layout<N>> layouts_;
+  int64_t elements_ = 0, blocks_ = 0;
+};
+
+}  // namespace orthonorm

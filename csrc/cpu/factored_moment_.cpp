@@ -1,0 +1,318 @@
+// `factored_moment_`: X is read once for the sums and once to be scaled.
+//
+// The norm of the result is needed before anything is written, and it is a sum of x_ij^2 y_ij^2 f^2
+// over all elements, which row and column sums do not determine. But y_ij^2 is a row's number times a
+// column's, and a row's is known once that row was read: while it sits in the cache its squares are
+// added to column sums once more, weighted. That is exact for eps = 0 and for a clamp that touches
+// nothing; otherwise the next order in eps comes from one more set of column sums, and only where
+// both leave an error to be seen (eps near the root of V somewhere) X is read a third time.
+#include "run_loops.h"
+
+namespace orthonorm {
+namespace {
+
+// What a unit of runs, or a tile of columns, adds to its matrix.
+struct Part {
+  double before;       // sum of x^2
+  double moments;      // sum of the moments
+  double largest;      // of 1 / sqrt(moment)
+  double first, second;  // weighted sums for the norm; `first` is the norm in the third pass
+};
+constexpr int64_t kPart = sizeof(Part) / sizeof(double);
+
+class FactoredMoments {
+ public:
+  FactoredMoments(const std::vector<Job>& jobs, double beta2, double eps, EpsAt at, bool keep_norm)
+      : jobs_(jobs), beta2_(beta2), eps_(eps), at_(at), near_(at), keep_norm_(keep_norm) {}
+
+  void run() {
+    for_chunks(jobs_, [&](size_t begin, size_t end) {
+      plan(begin, end);
+      each(units_, [&](auto a, const Unit& u) { first_pass<decltype(a)>(u); });
+      for_units(tiles_, [&](const Unit& unit) { specialized([&] { finish(unit); }); });
+      for (size_t k = begin; k < end; ++k) conclude(jobs_[k], places_[k - begin]);
+      std::vector<Unit> third;
+      std::copy_if(units_.begin(), units_.end(), std::back_inserter(third),
+                   [&](const Unit& u) { return keep_norm_ && !place(u).norm_known; });
+      if (!third.empty()) {
+        each(third, [&](auto a, const Unit& u) { norm_pass<decltype(a)>(u); });
+        for (Place& p : places_) rescale(p);
+      }
+      each(units_, [&](auto a, const Unit& u) { second_pass<decltype(a)>(u); });
+    });
+  }
+
+ private:
+  // Where a job's doubles lie in the workspace: a number for each run and column, parts by unit and
+  // tile; and what became of them.
+  struct Place {
+    int64_t outer, inner, parts, units, tiles;
+    double mean = 0, ratio = 1, before = 0;
+    bool near = false, norm_known = true;
+  };
+
+  template <class F>
+  void each(const std::vector<Unit>& units, const F& f) {
+    for_units(units, [&](const Unit& unit) {
+      if (jobs_[unit.job].x.dtype == ScalarType::Double) {
+        specialized([&] { f(double(), unit); });
+      } else {
+        specialized([&] { f(float(), unit); });
+      }
+    });
+  }
+
+  int64_t sets() const { return keep_norm_ ? 3 : 1; }  // of column sums
+
+  void plan(size_t begin, size_t end) {
+    units_.clear(), tiles_.clear(), places_.clear();
+    first_job_ = begin;
+    int64_t work = 0;
+    for (size_t k = begin; k < end; ++k) {
+      const Job& job = jobs_[k];
+      const int64_t id = static_cast<int64_t>(k), inner = job.x.inner;
+      Place place{};
+      place.outer = work;
+      place.inner = place.outer + job.x.outer;
+      place.tiles = ceil_div(inner, kTile);
+      place.parts = place.inner + inner;
+      work = place.parts + kPart * place.tiles;
+      cut(job, 64, INT64_MAX, [&](int64_t o0, int64_t o1, int64_t i0, int64_t i1) {
+        units_.push_back({id, o0, o1, i0, i1, work + place.units++ * (kPart + sets() * inner)});
+      });
+      for (int64_t t = 0; t < place.tiles; ++t) {
+        tiles_.push_back({id, 0, place.units, t * kTile, std::min((t + 1) * kTile, inner), work});
+      }
+      work += place.units * (kPart + sets() * inner);
+      places_.push_back(place);
+    }
+    if (work > capacity_) workspace_.reset(new double[work]), capacity_ = work;
+  }
+
+  Place& place(const Unit& unit) { return places_[unit.job - first_job_]; }
+  double* work(int64_t at) const { return workspace_.get() + at; }
+  Part& part(int64_t at) const { return *reinterpret_cast<Part*>(work(at)); }
+
+  // Moments of the runs, then column sums of the same runs while they are in the cache.
+  template <class A>
+  void first_pass(const Unit& unit) {
+    const Job& job = jobs_[unit.job];
+    double* sums = work(unit.work + kPart);
+    std::fill(sums, sums + sets() * job.x.inner, 0.0);
+    Part total{};
+    for (int64_t o = unit.o0; o < unit.o1; o += kGroup) {
+      const int64_t count = std::min(kGroup, unit.o1 - o);
+      double first[kGroup], second[kGroup];
+      run_moments<A>(job, o, count, work(place(unit).outer + o), first, second, total);
+      for (int64_t i = 0; i < job.x.inner; i += kTile) {
+        const Unit tile{unit.job, o, o + count, i, std::min(i + kTile, job.x.inner), 0};
+        add_columns<A>(job.x, tile, first, second, sums + i);
+      }
+    }
+    part(unit.work) = total;
+  }
+
+  // 1 / sqrt(moment) of runs [o, o + count) and the weights of their squares in the norm.
+  template <class A>
+  void run_moments(const Job& job, int64_t o, int64_t count, double* inverses, double* first,
+                   double* second, Part& total) const {
+    double moments[kGroup];
+    job.along_outer().read(o, count, moments);
+    for (int64_t r = 0; r < count; ++r) {
+      const double square = run_squares<A>(job.x, o + r, false);
+      moments[r] = decayed(moments[r], square / static_cast<double>(job.x.inner), beta2_);
+      const double inverse = inverse_or_zero(std::sqrt(moments[r]));
+      inverses[r] = inverse;
+      first[r] = inverse * inverse;
+      second[r] = first[r] * (at_ == EpsAt::inside ? first[r] : inverse);
+      total.before += square;
+      total.moments += moments[r];
+      total.largest = std::max(total.largest, inverse);
+    }
+    job.along_outer().write(o, count, moments);
+  }
+
+  template <class A>
+  void add_columns(const Runs& x, const Unit& tile, const double* first, const double* second,
+                   double* sums) const {
+    const int64_t count = tile.i1 - tile.i0;
+    const WeightedSums sets{sums, sums + x.inner, sums + 2 * x.inner};
+    const bool weighted = keep_norm_;
+    for_fours<A>(
+        x, tile.o0, tile.o1, tile.i0, count,
+        [&](int64_t o, const A* const(&rows)[4]) {
+          if (!weighted) return add_squares<4>(rows, count, sums);
+          add_weighted_squares<4>(rows, first + (o - tile.o0), second + (o - tile.o0), count, sets);
+        },
+        [&](int64_t o, const A* const(&row)[1]) {
+          if (!weighted) return add_squares<1>(row, count, sums);
+          add_weighted_squares<1>(row, first + (o - tile.o0), second + (o - tile.o0), count, sets);
+        });
+  }
+
+  // The columns of one tile: their sums over all units, their moments, their share of the norm.
+  void finish(const Unit& tile) {
+    const Job& job = jobs_[tile.job];
+    const int64_t count = tile.i1 - tile.i0, inner = job.x.inner;
+    double sums[3][kTile] = {};
+    for (int64_t unit = tile.o0; unit < tile.o1; ++unit) {
+      const double* from = work(tile.work + unit * (kPart + sets() * inner) + kPart + tile.i0);
+      for (int64_t s = 0; s < sets(); ++s) {
+        for (int64_t i = 0; i < count; ++i) sums[s][i] += from[s * inner + i];
+      }
+    }
+    double moments[kTile];
+    double* inverses = work(place(tile).inner + tile.i0);
+    job.along_inner().read(tile.i0, count, moments);
+    for (int64_t i = 0; i < count; ++i) {
+      const double mean_square = sums[0][i] / static_cast<double>(job.x.outer);
+      moments[i] = decayed(moments[i], mean_square, beta2_);
+      inverses[i] = inverse_or_zero(std::sqrt(moments[i]));
+    }
+    job.along_inner().write(tile.i0, count, moments);
+    Part total{};
+    for (int64_t i = 0; i < count; ++i) {
+      const double square = inverses[i] * inverses[i];
+      total.moments += moments[i];
+      total.largest = std::max(total.largest, inverses[i]);
+      total.first += square * sums[1][i];
+      total.second += square * (at_ == EpsAt::inside ? square : inverses[i]) * sums[2][i];
+    }
+    part(place(tile).parts + kPart * (tile.i0 / kTile)) = total;
+  }
+
+  // The matrix as a whole: the mean of its row moments, whether eps is small, the norm.
+  void conclude(const Job& job, Place& p) const {
+    Part runs{}, columns{};
+    const int64_t first_unit = p.parts + kPart * p.tiles;
+    for (int64_t u = 0; u < p.units; ++u) {
+      add(runs, part(first_unit + u * (kPart + sets() * job.x.inner)));
+    }
+    for (int64_t t = 0; t < p.tiles; ++t) add(columns, part(p.parts + kPart * t));
+    const int64_t rows = job.swapped ? job.x.inner : job.x.outer;
+    p.mean = (job.swapped ? columns : runs).moments / static_cast<double>(rows);
+    p.before = runs.before;
+    // The largest y and t of the matrix, and what the neglected terms may amount to.
+    const bool wide = job.x.dtype == ScalarType::Double, inside = at_ == EpsAt::inside;
+    const double y = std::sqrt(p.mean) * runs.largest * columns.largest;
+    const double t = inside ? eps_ * y * y : eps_ * y;
+    p.near = t <= (at_ == EpsAt::clamp ? 1 : wide ? 0x1p-18 : 0x1p-11);
+    const double scale = inside ? p.mean : std::sqrt(p.mean);
+    const double order0 = p.mean * columns.first;
+    const double order1 = p.mean * near_.norm_linear * eps_ * scale * columns.second;
+    p.norm_known = p.near && 1.5 * t * order1 <= order0 * (wide ? 0x1p-54 : 0x1p-35);
+    if (keep_norm_ && p.norm_known) p.ratio = norm_ratio(p.before, order0 - order1);
+  }
+
+  static void add(Part& sum, const Part& part) {
+    sum.before += part.before;
+    sum.moments += part.moments;
+    sum.largest = std::max(sum.largest, part.largest);
+    sum.first += part.first;
+    sum.second += part.second;
+  }
+
+  // Calls f(roots) with sqrt(moment) of the columns of each tile of a unit, and the tile.
+  template <class F>
+  void for_tiles(const Unit& unit, const double* inverses, const F& f) const {
+    for (int64_t i = unit.i0; i < unit.i1; i += kTile) {
+      const Unit tile{unit.job, unit.o0, unit.o1, i, std::min(i + kTile, unit.i1), 0};
+      double roots[kTile];
+      for (int64_t j = i; j < tile.i1; ++j) roots[j - i] = inverse_or_zero(inverses[j]);
+      f(tile, roots);
+    }
+  }
+
+  FarRow far_row(const Unit& unit, int64_t o) {
+    const Place& p = place(unit);
+    const double root = inverse_or_zero(std::sqrt(p.mean) * work(p.outer)[o]);
+    return {root, p.ratio, eps_};
+  }
+
+  // |X^|^2 of a unit where eps is not small.
+  template <class A>
+  void norm_pass(const Unit& unit) {
+    const Runs& x = jobs_[unit.job].x;
+    double sum = 0;
+    for_tiles(unit, work(place(unit).inner), [&](const Unit& tile, const double* roots) {
+      alignas(64) A scratch[kTile];
+      const int64_t count = tile.i1 - tile.i0;
+      for (int64_t o = tile.o0; o < tile.o1; ++o) {
+        const A* row = load(x.at(o, tile.i0), x.dtype, x.stride_inner, count, scratch);
+        const FarRow c = far_row(unit, o);
+        sum += at_ == EpsAt::outside  ? sum_far<EpsAt::outside>(row, c, roots, count)
+               : at_ == EpsAt::inside ? sum_far<EpsAt::inside>(row, c, roots, count)
+                                      : sum_far<EpsAt::clamp>(row, c, roots, count);
+      }
+    });
+    part(unit.work).first = sum;
+  }
+
+  void rescale(Place& p) const {
+    if (p.norm_known) return;
+    const Job& job = jobs_[first_job_ + (&p - places_.data())];
+    double after = 0;
+    for (int64_t u = 0; u < p.units; ++u) {
+      after += part(p.parts + kPart * p.tiles + u * (kPart + sets() * job.x.inner)).first;
+    }
+    p.ratio = norm_ratio(p.before, after);
+  }
+
+  template <class A>
+  void second_pass(const Unit& unit) {
+    const Job& job = jobs_[unit.job];
+    const Place& p = place(unit);
+    if (p.near) {
+      const double* outer = work(p.outer);
+      const double* inner = work(p.inner);
+      const bool inside = at_ == EpsAt::inside;
+      const double step = inside ? std::sqrt(eps_) : eps_;
+      return map_runs<A>(job, unit, [&](int64_t o, int64_t i, const A* x, int64_t n, A* y) {
+        const double row = std::sqrt(p.mean) * outer[o];
+        scale_near(x, {row * p.ratio, row * step, near_.linear, near_.quadratic, inside}, inner + i,
+                   n, y);
+      });
+    }
+    for_tiles(unit, work(p.inner), [&](const Unit& tile, const double* roots) {
+      map_runs<A>(job, tile, [&](int64_t o, int64_t, const A* x, int64_t n, A* y) {
+        const FarRow c = far_row(unit, o);
+        if (at_ == EpsAt::outside) return scale_far<EpsAt::outside>(x, c, roots, n, y);
+        if (at_ == EpsAt::inside) return scale_far<EpsAt::inside>(x, c, roots, n, y);
+        scale_far<EpsAt::clamp>(x, c, roots, n, y);
+      });
+    });
+  }
+
+  static constexpr int64_t kGroup = 16;  // runs whose squares are summed both ways in the cache
+
+  const std::vector<Job>& jobs_;
+  const double beta2_, eps_;
+  const EpsAt at_;
+  const NearFactor near_;
+  const bool keep_norm_;
+  size_t first_job_ = 0;
+  int64_t capacity_ = 0;
+  std::vector<Unit> units_, tiles_;
+  std::vector<Place> places_;
+  std::unique_ptr<double[]> workspace_;
+};
+
+void factored_moment_(TensorList row_moments, TensorList column_moments, TensorList X, double beta2,
+                      double eps, std::string eps_at, bool keep_norm) {
+  const char* op = "factored_moment_";
+  STD_TORCH_CHECK(row_moments.size() == X.size() && column_moments.size() == X.size(), op,
+                  ": lists must have equal lengths, got ", row_moments.size(), " row_moments, ",
+                  column_moments.size(), " column_moments and ", X.size(), " X");
+  const EpsAt at = parse_eps_at(op, eps_at);
+  JobList list(op);
+  for (size_t i = 0; i < X.size(); ++i) list.add(i, X[i], X[i], &row_moments[i], &column_moments[i]);
+  FactoredMoments(list.jobs(), beta2, eps, at, keep_norm).run();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) {
+  m.impl("factored_moment_", TORCH_BOX(&factored_moment_));
+}
+
+}  // namespace orthonorm

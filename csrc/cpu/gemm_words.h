@@ -1,0 +1,85 @@
+// From tensors to the packed products of gemm.h; what gram, symmetric_update and apply share.
+//
+// As an internal interface for other ops: fill a gemm::Product (any strides, transposes by swapping
+// them, D may be the tensor E that it accumulates into) and call `compute`.
+#pragma once
+
+#include "../orthonorm.h"
+
+#include "../gemm.h"
+
+namespace orthonorm {
+
+// Compiled once for all ops, in gram.cpp.
+extern template void gemm::multiply(
+    const Product<float>&, int64_t, const Parallel&, Isa);
+extern template void gemm::multiply(
+    const Product<double>&, int64_t, const Parallel&, Isa);
+extern template void gemm::multiply(
+    const Product<gemm::Bf16>&, int64_t, const Parallel&, Isa);
+extern template void gemm::multiply(
+    const Product<gemm::Fp16>&, int64_t, const Parallel&, Isa);
+
+template <class T, class O>
+void compute(const gemm::Product<T, O>& product) {
+  const gemm::Parallel threads = [](int64_t n, const gemm::Range& f) { parallel(n, 1, f); };
+  gemm::multiply(product, torch::stable::get_num_threads(), threads, isa());
+}
+
+// A tensor whose batch dimensions share one stride: itself, or a copy in the rare other case.
+inline Tensor batched(const Tensor& t) {
+  return collapses(t) ? t : torch::stable::contiguous(t);
+}
+
+template <class T>
+gemm::Strided<T> strided(const Tensor& t) {
+  const MatrixView v = view(t);
+  return {static_cast<T*>(v.data), v.stride_row, v.stride_col, v.stride_batch};
+}
+
+// A fresh contiguous tensor with the batch dimensions of `like`.
+inline Tensor fresh(const Tensor& like, int64_t rows, int64_t cols) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d + 2 < like.dim(); ++d) sizes.push_back(like.size(d));
+  sizes.push_back(rows);
+  sizes.push_back(cols);
+  return torch::stable::new_empty(like, sizes);
+}
+
+// f(element{}) with the element type that stores `dtype`.
+template <class F>
+void with_element(const char* op, ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(gemm::Bf16{});
+    case ScalarType::Half: return f(gemm::Fp16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": tensors must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline void check_matrix(const char* op, const char* label, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() >= 2, op, ": ", label, " must have at least 2 dimensions, got ", t.dim());
+}
+
+inline void check_square(const char* op, const char* label, const Tensor& t) {
+  check_matrix(op, label, t);
+  const int64_t rows = t.size(t.dim() - 2), cols = t.size(t.dim() - 1);
+  STD_TORCH_CHECK(rows == cols, op, ": ", label, " must be square, got ", rows, " x ", cols);
+}
+
+// `other` has the dtype of `t` and its sizes up to the last `differ` dimensions.
+inline void check_like(const char* op, const char* label, const Tensor& other, const Tensor& t,
+                       int64_t differ) {
+  STD_TORCH_CHECK(other.scalar_type() == t.scalar_type(), op, ": ", label,
+                  " must have the dtype of the other tensors");
+  STD_TORCH_CHECK(other.dim() == t.dim(), op, ": ", label, " must have ", t.dim(),
+                  " dimensions like the other tensors, got ", other.dim());
+  for (int64_t d = 0; d + differ < t.dim(); ++d) {
+    STD_TORCH_CHECK(other.size(d) == t.size(d), op, ": dimension ", d, " of ", label, " must be ",
+                    t.size(d), ", got ", other.size(d));
+  }
+}
+
+}  // namespace orthonorm

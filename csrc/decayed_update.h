@@ -1,0 +1,25 @@
+// One element of `decayed_update_`; torch-free.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+namespace orthonorm {
+
+// What is constant over one tensor. Made in double, converted once to the tensor's arithmetic.
+template <class A>
+struct DecayedUpdate {
+  A decay, step;
+
+  DecayedUpdate(double lr, double weight_decay, double factor)
+      : decay(static_cast<A>(1 - lr * weight_decay)), step(static_cast<A>(lr * factor)) {}
+};
+
+// w <- (1 - lr weight_decay) w - lr factor u.
+template <class A>
+ORTHONORM_HD inline void decayed_update(const DecayedUpdate<A>& c, A& w, A u) {
+  w = std::fma(-c.step, u, c.decay * w);
+}
+
+}  // namespace orthonorm

@@ -1,0 +1,66 @@
+// Memory and threads of one packed product; torch-free.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <sys/mman.h>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <new>
+
+namespace orthonorm::gemm {
+
+using Range = std::function<void(int64_t, int64_t)>;
+using Parallel = std::function<void(int64_t, const Range&)>;
+
+// Memory for one call, aligned to cache lines and vectors.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes)
+      : data_(::operator new(static_cast<size_t>(bytes), std::align_val_t(ALIGN))) {
+#ifdef HUGE
+  if (bytes>(4<<20)) madvise((void*)(((uintptr_t)data_.get()+4095)&~4095ull), bytes-4096, MADV_HUGEPAGE);
+#endif
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(static_cast<char*>(data_.get()) + used_);
+    used_ += bytes_for<T>(count);
+    return taken;
+  }
+  template <class T>
+  static int64_t bytes_for(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + ALIGN - 1) / ALIGN * ALIGN;
+  }
+
+ private:
+  static constexpr int64_t ALIGN = 64;
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(ALIGN)); }
+  };
+  std::unique_ptr<void, Free> data_;
+  int64_t used_ = 0;
+};
+
+// The threads of one call: `each` hands out indices one by one, so a slow core takes fewer.
+struct Crew {
+  int64_t threads;
+  const Parallel& parallel;
+
+  template <class F>
+  void each(int64_t count, const F& f) const {
+    if (threads <= 1 || count <= 1) {
+      for (int64_t i = 0; i < count; ++i) f(int64_t{0}, i);
+      return;
+    }
+    std::atomic<int64_t> next{0};
+    parallel(std::min(threads, count), [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(slot, i);
+      }
+    });
+  }
+};
+
+}  // namespace orthonorm::gemm

@@ -1,0 +1,195 @@
+"""gram, symmetric_update, apply: the dispatched kernels against their definitions in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import orthonorm  # noqa: F401 - loads the kernels
+from orthonorm.ops.words import apply, gram, symmetric_update
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [
+    (1, 1),
+    (1, 37),
+    (37, 1),
+    (2, 3),
+    (31, 33),
+    (64, 64),
+    (97, 211),
+    (149, 83),
+    (48, 1000),
+    (3, 41, 67),
+    (2, 3, 17, 19),
+    (17, 5, 9),
+]
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def symmetric(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    A = normal(*shape, shape[-1], dtype=torch.float64, seed=seed)
+    return ((A + A.mT) / shape[-1] ** 0.5).to(dtype)
+
+
+def layouts(X: Tensor) -> dict[str, Tensor]:
+    """The same numbers in memory that is contiguous, transposed, and a slice of something larger."""
+    wide = X.new_full((*X.shape[:-2], X.shape[-2] + 2, 2 * X.shape[-1] + 3), float("nan"))
+    wide[..., 1 : 1 + X.shape[-2], 1 : 1 + 2 * X.shape[-1] : 2] = X
+    return {
+        "contiguous": X,
+        "transposed": X.mT.contiguous().mT,
+        "sliced": wide[..., 1 : 1 + X.shape[-2], 1 : 1 + 2 * X.shape[-1] : 2],
+    }
+
+
+def double(args: tuple) -> tuple:
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+
+
+def assert_within_twice(op, args: tuple) -> Tensor:
+    """err(kernel) <= 2 err(same-dtype torch), both against the definition in float64."""
+    got, same = op(*args), op.reference(*args)
+    exact = op.reference(*double(args))
+    assert got.dtype == same.dtype and got.shape == same.shape and got.is_contiguous()
+    # One rounding of the largest result is unavoidable where torch happens to be exact.
+    tiny = torch.finfo(got.dtype).eps / 2 * float(exact.abs().amax()) if exact.numel() else 0.0
+    error = float((got.double() - exact).abs().amax()) if exact.numel() else 0.0
+    theirs = float((same.double() - exact).abs().amax()) if exact.numel() else 0.0
+    assert error <= 2 * max(theirs, tiny)
+    return got
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_words_against_float64(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    batch, m = shape[:-2], shape[-2]
+    B = normal(*batch, m, m, dtype=dtype, seed=1) / max(m, 1) ** 0.5
+    A = symmetric(*batch, m, dtype=dtype, seed=2)
+    for X in layouts(normal(*shape, dtype=dtype)).values():
+        G = assert_within_twice(gram, (X,))
+        assert torch.equal(G, G.mT)
+        assert_within_twice(apply, (X, B, 3.4445, -1.5))
+        assert_within_twice(apply, (X, B.mT, 0.0))
+    for C in layouts(A).values():
+        S = assert_within_twice(symmetric_update, (C, C, A, 2.0315, -4.775))
+        assert torch.equal(S, S.mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0), (0, 0), (5, 0)], ids=str)
+def test_words_of_nothing(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    X = torch.zeros(shape, dtype=dtype)
+    square = torch.ones(*shape[:-1], shape[-2], dtype=dtype)
+    assert torch.equal(gram(X), torch.zeros_like(square))
+    assert apply(X, square, 2.0).shape == X.shape
+    assert symmetric_update(square, square, square, 1.0, 1.0).shape == square.shape
+
+
+def words(X: Tensor, B: Tensor) -> list[Tensor]:
+    A = gram(X)
+    return [A, symmetric_update(A, A, A, 0.5, -1.0), apply(X, B, 1.5, 0.25)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(9, 20, 31), (3, 200, 300), (2, 2, 65, 129)], ids=str)
+def test_batch_and_threads_change_no_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    X = normal(*shape, dtype=dtype)
+    B = normal(*shape[:-1], shape[-2], dtype=dtype, seed=3)
+    together = words(X, B)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, words(X, B), together))
+    finally:
+        torch.set_num_threads(threads)
+    flat = [t.flatten(0, -3) for t in together]
+    for i, (x, b) in enumerate(zip(X.flatten(0, -3), B.flatten(0, -3), strict=True)):
+        assert all(torch.equal(one, many[i]) for one, many in zip(words(x, b), flat, strict=True))
+
+
+def test_batch_strides_that_do_not_collapse() -> None:
+    X = normal(4, 6, 10, 12)[::2, ::3]
+    B = normal(1, 1, 10, 10, seed=4).expand(2, 2, 10, 10)
+    assert torch.equal(gram(X), gram(X.contiguous()))
+    assert torch.equal(apply(X, B, 1.0), apply(X.contiguous(), B.contiguous(), 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_numbers_stay_in_their_matrix(dtype: torch.dtype, value: float) -> None:
+    X = normal(3, 37, 53, dtype=dtype)
+    B = normal(3, 37, 37, dtype=dtype, seed=5) / 6
+    clean = words(X, B)
+    X[1, 36, 52] = value
+    for dirty, before in zip(words(X, B), clean, strict=True):
+        assert torch.equal(dirty[0], before[0]) and torch.equal(dirty[2], before[2])
+        assert not torch.isfinite(dirty[1]).all()
+    assert torch.isfinite(gram(X)[1, :36, :36]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_extreme_scales(scale: float) -> None:
+    X, B = normal(40, 70) * scale, normal(40, 40, seed=6)
+    assert_within_twice(gram, (X,))
+    assert_within_twice(apply, (X, B, 2.0))
+    assert_within_twice(apply, (X * scale, B, 2.0))
+
+
+def test_subnormal_numbers() -> None:
+    X, B = normal(20, 30) * 1e-40, normal(20, 20, seed=7)
+    assert_within_twice(apply, (X, B, 2.0))
+    exact = apply.reference(X.double(), B.double(), 2.0)
+    assert float((apply(X, B, 2.0).double() - exact).abs().max()) < 1e-43
+
+
+def test_inputs_are_not_written() -> None:
+    X, B = normal(33, 47), normal(33, 33, seed=8)
+    before = X.clone(), B.clone()
+    words(X, B)
+    assert torch.equal(X, before[0]) and torch.equal(B, before[1])
+
+
+def test_kernels_check_shapes_themselves() -> None:
+    op = torch.ops.orthonorm
+    with pytest.raises((RuntimeError, ValueError), match="apply"):
+        op.apply(torch.ones(3, 4), torch.ones(4, 4), 1.0)
+    with pytest.raises((RuntimeError, ValueError), match="apply"):
+        op.apply(torch.ones(3, 4), torch.ones(3, 3).double(), 1.0)
+    with pytest.raises((RuntimeError, ValueError), match="symmetric_update"):
+        op.symmetric_update(torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4))
+    with pytest.raises((RuntimeError, ValueError), match="gram"):
+        op.gram(torch.ones(3))
+
+
+PROGRAM = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_words as t
+for dtype in t.DTYPES:
+    for shape in [(1, 1), (37, 1), (31, 33), (97, 211), (48, 1000), (3, 41, 67)]:
+        t.test_words_against_float64(dtype, shape)
+    t.test_batch_and_threads_change_no_bit(dtype, (3, 100, 150))
+    t.test_non_finite_numbers_stay_in_their_matrix(dtype, float("inf"))
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets(isa: str) -> None:
+    """Names this processor lacks fall back to what it has; all are run in a process of their own."""
+    environment = {**os.environ, "ORTHONORM_ISA": isa}
+    code = PROGRAM.format(tests=os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
