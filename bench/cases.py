@@ -123,7 +123,7 @@ def sides(t: Tensor) -> tuple[int, int, int]:
 
 
 def polynomial_flops(arguments: Arguments) -> float:
-    """Nominal: the direct form, T (4 n^2 m + 2 n^3), or T 4 n^2 m where c = 0 (KERNELS.md 5.1)."""
+    """Nominal: the direct form, T (4 n^2 m + 2 n^3), or T 4 n^2 m where c = 0."""
     squares = arguments["coefficients"][2::3]
     total = 0.0
     for x in arguments["X"] if "X" in arguments else arguments["params"]:

@@ -50,7 +50,7 @@ def _low_rank(k: int) -> Tensor:
     return torch.where(torch.arange(k) < 32, 1.0, 1e-3).double()
 
 
-# Singular values of k numbers; None: independent normal entries. KERNELS.md 4.4 and CPU.md.
+# Singular values of k numbers; None: independent normal entries.
 SPECTRA: dict[str, Callable[[int], Tensor] | None] = {
     "gaussian": None,
     "log-1e-2": _logarithmic(1e-2),

@@ -116,7 +116,7 @@ def _torch_power(case: Case, calls: list[Arguments]) -> Running:
 
 def _eager_conda(case: Case, calls: list[Arguments]) -> Running:
     """Conda's rule as its authors' code has it: momentum in original coordinates, three products
-    (arXiv:2509.24218; ALGORITHMS.md B1.1, steps 1 and 3-10)."""
+    (arXiv:2509.24218 and its code)."""
     (a,) = calls
     if a["grads"] and a["grads"][0].dtype != a["exp_avg"][0].dtype:
         raise Unavailable("the authors' code keeps its states in the parameters' dtype")

@@ -54,7 +54,7 @@ MODELS: dict[str, Workload] = {
     )
 }
 
-# Single shapes that CPU.md and KERNELS.md measure and price.
+# Single shapes.
 NAMED = (
     "768x3072", "768x2304", "1024x4096", "2048x2048", "12x768x768", "64x128x128", "500x64x64",
     "500x32x32", "768x768", "3072x768", "768x50257",

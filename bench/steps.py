@@ -108,7 +108,7 @@ def _torch_adamw(step: Step, how: str, model: Model) -> Running:
 
 
 class _EagerConda(torch.optim.Optimizer):
-    """ALGORITHMS.md B1.1 as its authors' code has it: SVD of the momentum at the first step, then
+    """Conda as its authors' code has it: SVD of the momentum at the first step, then
     three products a step (arXiv:2509.24218)."""
 
     def __init__(self, params: list[Tensor], lr: float, betas: tuple[float, float], eps: float,

@@ -15,10 +15,10 @@ namespace orthonorm::gemm {
 
 // Lanes summed in registers before they are added to memory. Errors of long sums of one sign grow
 // with the length of a chunk, not of the depth; the additions cost about one percent (2026-11).
-inline constexpr int64_t CHUNK = 256;
-
-// Lanes ahead of their use that packed lines are fetched at.
-inline constexpr int64_t AHEAD = 16;
+#ifndef CHUNK_
+#define CHUNK_ 256
+#endif
+inline constexpr int64_t CHUNK = CHUNK_;
 
 // out[r WIDTH + c] (+)= sum over k < depth of quad[r / 4][k WIDTH + r % 4] * panel[k WIDTH + c],
 // added to what is there if `more`. Both compilers keep all sums in registers.

@@ -37,12 +37,23 @@ struct MatrixView {
   }
 };
 
-// Whether the leading dimensions of `t` collapse into one batch stride.
+// Whether the leading dimensions of `t` collapse into one batch stride (trivially, if it is empty).
 inline bool collapses(const Tensor& t) {
-  for (int64_t d = 0; d + 3 < t.dim(); ++d) {
-    if (t.size(d) != 1 && t.stride(d) != t.stride(d + 1) * t.size(d + 1)) return false;
+  int64_t inner = -1;  // the innermost batch dimension with more than one entry seen so far
+  for (int64_t d = t.dim() - 3; d >= 0 && t.numel() != 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (inner >= 0 && t.stride(d) != t.stride(inner) * t.size(inner)) return false;
+    inner = d;
   }
   return true;
+}
+
+// The stride between matrices of a batch whose dimensions collapse.
+inline int64_t batch_stride(const Tensor& t) {
+  for (int64_t d = t.dim() - 3; d >= 0; --d) {
+    if (t.size(d) != 1) return t.stride(d);
+  }
+  return 0;
 }
 
 // The view of a tensor with at least two dimensions whose batch dimensions collapse.
@@ -54,7 +65,7 @@ inline MatrixView view(const Tensor& t) {
   for (int64_t d = 0; d + 2 < dim; ++d) batch *= t.size(d);
   return {t.data_ptr(),      t.scalar_type(),
           batch,             t.size(dim - 2),
-          t.size(dim - 1),   dim > 2 ? t.stride(dim - 3) : 0,
+          t.size(dim - 1),   batch_stride(t),
           t.stride(dim - 2), t.stride(dim - 1)};
 }
 

@@ -108,7 +108,7 @@ class Llama(nn.Module):
     """Tokens (batch, length) to logits (batch, length, vocab).
 
     With `tied` the head is the embedding. Small widths need the wider start of `init_std` 0: at
-    hidden 192, AdamW's best loss after 120 steps was 2.74 from 0.02 and 2.29 from it.
+    hidden 192 AdamW reached 2.74 in 120 steps from 0.02 and 2.30 from it (2026-11-23).
     """
 
     def __init__(self, shape: ModelShape) -> None:

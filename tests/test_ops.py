@@ -544,7 +544,7 @@ def test_every_optimizer_has_a_step() -> None:
 
 
 def test_work_is_counted() -> None:
-    """FLOPs against the formula of KERNELS.md 5.1 in units of n^3: direct quintic 5 (4 a + 2)."""
+    """FLOPs against the formula in units of n^3: direct quintic 5 (4 a + 2)."""
     case = CASES["newton_schulz"]
     (arguments,) = case.calls(Workload("", ((64, 256), (256, 64))), Inputs())
     assert case.flops(arguments) == 2 * 5 * (4 * 4 + 2) * 64**3

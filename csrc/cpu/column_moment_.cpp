@@ -1,4 +1,4 @@
-#include "axis_moment.h"
+#include "axis_scaling.h"
 
 namespace orthonorm {
 namespace {

@@ -1,4 +1,4 @@
-#include "axis_normalize.h"
+#include "axis_scaling.h"
 
 namespace orthonorm {
 namespace {

@@ -29,7 +29,7 @@ class FactoredMoments {
     for_chunks(jobs_, [&](size_t begin, size_t end) {
       plan(begin, end);
       each(units_, [&](auto a, const Unit& u) { first_pass<decltype(a)>(u); });
-      for_units(tiles_, [&](const Unit& unit) { specialized([&] { finish(unit); }); });
+      for_units(tiles_, [&](const Unit& unit) { finish(unit); });
       for (size_t k = begin; k < end; ++k) conclude(jobs_[k], places_[k - begin]);
       std::vector<Unit> third;
       std::copy_if(units_.begin(), units_.end(), std::back_inserter(third),
@@ -54,11 +54,7 @@ class FactoredMoments {
   template <class F>
   void each(const std::vector<Unit>& units, const F& f) {
     for_units(units, [&](const Unit& unit) {
-      if (jobs_[unit.job].x.dtype == ScalarType::Double) {
-        specialized([&] { f(double(), unit); });
-      } else {
-        specialized([&] { f(float(), unit); });
-      }
+      jobs_[unit.job].x.dtype == ScalarType::Double ? f(double(), unit) : f(float(), unit);
     });
   }
 
@@ -70,27 +66,27 @@ class FactoredMoments {
     int64_t work = 0;
     for (size_t k = begin; k < end; ++k) {
       const Job& job = jobs_[k];
-      const int64_t id = static_cast<int64_t>(k), inner = job.x.inner;
+      const int64_t inner = job.x.inner;
       Place place{};
       place.outer = work;
       place.inner = place.outer + job.x.outer;
       place.tiles = ceil_div(inner, kTile);
       place.parts = place.inner + inner;
       work = place.parts + kPart * place.tiles;
-      cut(job, 64, INT64_MAX, [&](int64_t o0, int64_t o1, int64_t i0, int64_t i1) {
-        units_.push_back({id, o0, o1, i0, i1, work + place.units++ * (kPart + sets() * inner)});
+      cut(job, kColumnRuns, INT64_MAX, [&](int64_t o0, int64_t o1, int64_t i0, int64_t i1) {
+        units_.push_back({k, o0, o1, i0, i1, work + place.units++ * (kPart + sets() * inner)});
       });
       for (int64_t t = 0; t < place.tiles; ++t) {
-        tiles_.push_back({id, 0, place.units, t * kTile, std::min((t + 1) * kTile, inner), work});
+        tiles_.push_back({k, 0, place.units, t * kTile, std::min((t + 1) * kTile, inner), work});
       }
       work += place.units * (kPart + sets() * inner);
       places_.push_back(place);
     }
-    if (work > capacity_) workspace_.reset(new double[work]), capacity_ = work;
+    workspace_.reserve(work);
   }
 
   Place& place(const Unit& unit) { return places_[unit.job - first_job_]; }
-  double* work(int64_t at) const { return workspace_.get() + at; }
+  double* work(int64_t at) const { return workspace_.at(at); }
   Part& part(int64_t at) const { return *reinterpret_cast<Part*>(work(at)); }
 
   // Moments of the runs, then column sums of the same runs while they are in the cache.
@@ -157,9 +153,7 @@ class FactoredMoments {
     double sums[3][kTile] = {};
     for (int64_t unit = tile.o0; unit < tile.o1; ++unit) {
       const double* from = work(tile.work + unit * (kPart + sets() * inner) + kPart + tile.i0);
-      for (int64_t s = 0; s < sets(); ++s) {
-        for (int64_t i = 0; i < count; ++i) sums[s][i] += from[s * inner + i];
-      }
+      for (int64_t s = 0; s < sets(); ++s) add_to(sums[s], from + s * inner, count);
     }
     double moments[kTile];
     double* inverses = work(place(tile).inner + tile.i0);
@@ -223,7 +217,7 @@ class FactoredMoments {
     }
   }
 
-  FarRow far_row(const Unit& unit, int64_t o) {
+  FarRun far_run(const Unit& unit, int64_t o) {
     const Place& p = place(unit);
     const double root = inverse_or_zero(std::sqrt(p.mean) * work(p.outer)[o]);
     return {root, p.ratio, eps_};
@@ -239,7 +233,7 @@ class FactoredMoments {
       const int64_t count = tile.i1 - tile.i0;
       for (int64_t o = tile.o0; o < tile.o1; ++o) {
         const A* row = load(x.at(o, tile.i0), x.dtype, x.stride_inner, count, scratch);
-        const FarRow c = far_row(unit, o);
+        const FarRun c = far_run(unit, o);
         sum += at_ == EpsAt::outside  ? sum_far<EpsAt::outside>(row, c, roots, count)
                : at_ == EpsAt::inside ? sum_far<EpsAt::inside>(row, c, roots, count)
                                       : sum_far<EpsAt::clamp>(row, c, roots, count);
@@ -269,13 +263,13 @@ class FactoredMoments {
       const double step = inside ? std::sqrt(eps_) : eps_;
       return map_runs<A>(job, unit, [&](int64_t o, int64_t i, const A* x, int64_t n, A* y) {
         const double row = std::sqrt(p.mean) * outer[o];
-        scale_near(x, {row * p.ratio, row * step, near_.linear, near_.quadratic, inside}, inner + i,
-                   n, y);
+        const NearRun c{row * p.ratio, row * step, near_.linear, near_.quadratic};
+        inside ? scale_near<true>(x, c, inner + i, n, y) : scale_near<false>(x, c, inner + i, n, y);
       });
     }
     for_tiles(unit, work(p.inner), [&](const Unit& tile, const double* roots) {
       map_runs<A>(job, tile, [&](int64_t o, int64_t, const A* x, int64_t n, A* y) {
-        const FarRow c = far_row(unit, o);
+        const FarRun c = far_run(unit, o);
         if (at_ == EpsAt::outside) return scale_far<EpsAt::outside>(x, c, roots, n, y);
         if (at_ == EpsAt::inside) return scale_far<EpsAt::inside>(x, c, roots, n, y);
         scale_far<EpsAt::clamp>(x, c, roots, n, y);
@@ -291,10 +285,9 @@ class FactoredMoments {
   const NearFactor near_;
   const bool keep_norm_;
   size_t first_job_ = 0;
-  int64_t capacity_ = 0;
   std::vector<Unit> units_, tiles_;
   std::vector<Place> places_;
-  std::unique_ptr<double[]> workspace_;
+  Workspace workspace_;
 };
 
 void factored_moment_(TensorList row_moments, TensorList column_moments, TensorList X, double beta2,

@@ -20,6 +20,8 @@ namespace orthonorm {
 constexpr int64_t kTile = 1024;
 // Elements of a unit: enough to wake a thread for, few enough to share one matrix among threads.
 constexpr int64_t kUnit = 65536;
+// Runs a unit of column sums has at least, so that partial sums stay small beside the matrix.
+constexpr int64_t kColumnRuns = 64;
 // Bytes of matrices a thread sees twice before it goes on to the next.
 constexpr int64_t kChunk = int64_t{4} << 20;
 
@@ -65,7 +67,21 @@ struct Job {
 
 // Runs [o0, o1) x elements [i0, i1) of one job; `work` is the first of its doubles in the workspace.
 struct Unit {
-  int64_t job, o0, o1, i0, i1, work;
+  size_t job;
+  int64_t o0, o1, i0, i1, work;
+};
+
+// Doubles that hold nothing at first, kept from chunk to chunk.
+class Workspace {
+ public:
+  void reserve(int64_t count) {
+    if (count > capacity_) memory_.reset(new double[count]), capacity_ = count;
+  }
+  double* at(int64_t offset) const { return memory_.get() + offset; }
+
+ private:
+  std::unique_ptr<double[]> memory_;
+  int64_t capacity_ = 0;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -167,8 +183,7 @@ class JobList {
   std::vector<Job> jobs_;
 };
 
-// Cuts `job` into units of whole or partial runs and calls f(o0, o1, i0, i1) for each. Column sums
-// want at least 64 runs, so that their partial results stay small beside the matrix.
+// Cuts `job` into units of whole or partial runs and calls f(o0, o1, i0, i1) for each.
 template <class F>
 inline void cut(const Job& job, int64_t min_runs, int64_t max_width, const F& f) {
   const int64_t width = std::max<int64_t>(1, std::min(job.x.inner, max_width));

@@ -1,8 +1,8 @@
 // Loops over the runs of one matrix of any dtype and strides, a tile at a time.
 #pragma once
 
-#include "../moment_loops.h"
 #include "moment_jobs.h"
+#include "moment_loops.h"
 
 namespace orthonorm {
 
@@ -18,7 +18,7 @@ inline double run_squares(const Runs& x, int64_t o, bool norm) {
     if constexpr (sizeof(A) == 4) {
       sum += sum_squares(values, count);
     } else {
-      const SquareSum part = square_sum(values, count);
+      const SquareSum part = sum_squares(values, count);
       wide = i == 0 ? part : wide + part;
     }
   }

@@ -89,7 +89,7 @@ class Coefficients:
         return tuple(d for d in ROUNDOFF if not _unsafe(self, d, form, default_restarts(self, d)))
 
 
-# ---- data: KERNELS.md 4.1, ALGORITHMS.md B2.5 ----------------------------------------------------
+# ---- data, each with its source ------------------------------------------------------------------
 _KELLER: Triple = (3.4445, -4.7750, 2.0315)
 _RAW: Triples = (  # polar_express() with its default arguments
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -245,7 +245,7 @@ ALIASES: Mapping[str, str] = MappingProxyType({
 # the nine at 444-667, five lost it (x1.5-7.8); 7.6e4 overflowed. float32: up to 1e7 errors are
 # <= 2e-3 (6e-5 for keller without restart); beyond, 2e-4..9e-3 (you5, Polar Express) and 1e26
 # (deepseek_v4). float64 is judged with lambda_min scaled to its roundoff (worst: 8e4, deepseek_v4).
-# bfloat16: norms of x1.1-20 with the best restart (KERNELS.md 4.4: errors 0.2-0.9), so no limit.
+# bfloat16: norms of x1.1-20 with the best restart (errors 0.2-0.9), so no limit.
 LIMITS: Mapping[str, float] = MappingProxyType({"float16": 400.0, "float32": 1e7, "float64": 1e7})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from . import _checks as check
 from .coefficients import ROUNDOFF, Coefficients, check_safe, default_restarts, resolve
 from .exact import polar_exact
 from .ops.newton_schulz import FORMS, PRECISIONS, SCALES, newton_schulz
+
+Matrices = TypeVar("Matrices", Tensor, list[Tensor])
 
 
 class Polynomial(NamedTuple):
@@ -96,14 +98,8 @@ def _holds_in_bfloat16(c: Coefficients) -> bool:
     return True
 
 
-@overload
-def polar(X: Tensor, coefficients: Any = ..., **options: Any) -> Tensor: ...
-@overload
-def polar(X: Sequence[Tensor], coefficients: Any = ..., **options: Any) -> list[Tensor]: ...
-
-
 def polar(
-    X: Tensor | Sequence[Tensor],
+    X: Matrices,
     coefficients: Any = "polar_express",
     *,
     steps: int | None = None,
@@ -112,7 +108,7 @@ def polar(
     precision: str = "auto",
     scale: str | None = None,
     eps: float = 0.0,
-) -> Tensor | list[Tensor]:
+) -> Matrices:
     """U V^T for X = U S V^T, approximately: Newton-Schulz on X / max(|X|_F, eps).
 
     Each singular value sigma of the scaled X becomes f(sigma), f the composed odd polynomial, whose
@@ -153,7 +149,7 @@ def polar(
         _left_alone(steps=(steps, None), method=(method, "auto"), restarts=(restarts, "auto"),
                     scale=(scale, None), eps=(eps, 0.0))  # fmt: skip
         factors = [polar_exact(x).factor for x in matrices]
-        return factors[0] if single else factors
+        return cast(Matrices, factors[0] if single else factors)
     if scale is not None:
         check.choice("polar", "scale", scale, SCALES)
     check.number("polar", "eps", eps, 0.0)
@@ -164,7 +160,7 @@ def polar(
     out = newton_schulz(
         matrices, p.coefficients, p.restarts, method, p.precision, scale or p.scale, eps, p.safety
     )
-    return out[0] if single else out
+    return cast(Matrices, out[0] if single else out)
 
 
 def _left_alone(**options: tuple[Any, Any]) -> None:

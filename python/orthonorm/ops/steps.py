@@ -149,7 +149,7 @@ def adamw_step_(
     Increments each parameter's step count t, then corrects bias: m^ = m / (1-beta1^t),
     v^ = v / (1-beta2^t). `correct_eps=True` adds eps to sqrt(v^) (torch.optim.AdamW), False to the
     uncorrected sqrt(v) before correcting (Conda's companion, transformers). `decay_first=False`
-    decays the updated weight instead of the old one (ALGORITHMS: Conda decays last).
+    decays the updated weight instead of the old one (Conda decays last).
 
     Shapes: entry i of the first four lists agree; steps[i] has one element, float32 or float64.
     """

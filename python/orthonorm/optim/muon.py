@@ -94,6 +94,6 @@ class Muon(MatrixOptimizer):
             batch.params, batch.grads, batch.state["momentum_buffer"],
             self.scalar(group, "lr", device), self.scalar(group, "momentum", device),
             group["weight_decay"], [factor(*x.shape[-2:]) for x in batch.params],
-            p.coefficients, p.restarts, group["nesterov"], group["method"], group["precision"],
+            p.coefficients, p.restarts, group["nesterov"], group["method"], p.precision,
             p.scale, group["eps"], p.safety,
         )  # fmt: skip
