@@ -1,4 +1,4 @@
-"""One row per optimizer, and what the tests of optimizers share: parameters, gradients, snapshots."""
+"""One row per optimizer, and what their tests share: parameters, gradients, snapshots."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_library_uses_only_the_stable_abi() -> None:
     ).stdout.split()
     foreign = [s for s in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)|_?Py[A-Z]", s)]
     assert not foreign, foreign
-    assert any(s.startswith("torch_") or s.startswith("aoti_torch_") for s in symbols)
+    assert any(s.startswith(("torch_", "aoti_torch_")) for s in symbols)
 
 
 def test_version_is_the_changelogs() -> None:

@@ -1,4 +1,4 @@
-"""Registration and loading: what serves an op, references side by side with kernels, show-config."""
+"""Registration and loading: what serves an op, references beside kernels, show-config."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ def test_channels_last_and_transposed_weights() -> None:
 def test_bad_views_are_refused() -> None:
     p = nn.Parameter(torch.ones(12, 5))
     for keys, word in (
-        ({"heads": 5}, "heads"), ({"split": (6, 5)}, "split"), ({"split": (6, 6), "heads": (1,)}, "heads"),
+        ({"heads": 5}, "heads"), ({"split": (6, 5)}, "split"),
+        ({"split": (6, 6), "heads": (1,)}, "heads"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             optim.Muon([{"params": [p], **keys}])

@@ -1,4 +1,4 @@
-"""Independent implementations that optimizers are held against, written from the papers' recursions."""
+"""Independent implementations to hold optimizers against, written from the papers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TrustedConda:
-    """Conda as published: momentum in original coordinates, an SVD at each refresh, three products."""
+    """Conda as published: momentum not rotated, an SVD at each refresh, three products."""
 
     def __init__(
         self,

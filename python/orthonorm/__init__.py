@@ -12,7 +12,6 @@ from ._version import __version__
 from .exact import PolarExact, polar_exact
 from .polar import odd_polynomial, polar
 
-
 LOADED.load(Path(__file__).parent)
 
 __all__ = [

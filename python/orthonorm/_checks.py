@@ -1,4 +1,4 @@
-"""Argument checks shared by ops and optimizers: every error names the op, the rule and the value."""
+"""Argument checks of ops and optimizers: every error names the op, the rule and the value."""
 
 from __future__ import annotations
 

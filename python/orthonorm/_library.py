@@ -1,4 +1,4 @@
-"""Registration: one decorated reference is an op's schema, fallback, fake, oracle and documentation.
+"""Registration: one decorated reference is an op's schema, fallback, fake, oracle and docs.
 
 `@op(schema)` defines `torch.ops.orthonorm.<name>` and installs the decorated body under
 CompositeExplicitAutograd, so it serves every device nobody claimed and traces under torch.compile.
@@ -86,13 +86,13 @@ def op(schema: str, *, composite: bool = False) -> Callable[[Callable[P, R]], Op
 
 
 def autograd(op: Op[..., Any], backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
-    """Give an op its gradient; `setup` and `backward` as torch.library.register_autograd has them."""
+    """Give an op its gradient; arguments as torch.library.register_autograd has them."""
     torch.library.register_autograd(
         f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=_library
     )
 
 
-class reference(TorchDispatchMode):  # noqa: N801 - a context manager, used like a function
+class reference(TorchDispatchMode):
     """Within `with orthonorm.reference():` every op runs its plain-torch reference."""
 
     def __torch_dispatch__(

@@ -2,8 +2,8 @@
 
 Newton-Schulz in direct form: first steps that multiply small singular values by 3.4445 and never
 push a large one below 0.68 (so relative sizes survive and the process stays backward stable; steps
-tuned for speed map sigma_1 to the bottom of their band and lose digits), then the convergent quintic
-(15/8, -10/8, 3/8), which cubes the error.
+tuned for speed map sigma_1 to the bottom of their band and lose digits), then the convergent
+quintic (15/8, -10/8, 3/8), which cubes the error.
 
 Both are written around E = I - A, a x + b x^3 + c x^5 = x ((a+b+c) - (b+2c) e + c e^2): near
 sigma = 1 nothing large cancels, which halves both errors (2026-11, n = 1 to 128).
@@ -45,20 +45,24 @@ class PolarExact(NamedTuple):
 
 
 def polar_exact(X: Tensor) -> PolarExact:
-    """Q = U V^T for X = U S V^T, to rounding: |I - Q Q^T|_F and |X - H Q|_F / |X|_F below n eps.
+    """Q = U V^T for X = U S V^T, to rounding: |I - Q Q^T|_F, |X - H Q|_F / |X|_F < (n + 16) eps.
 
-    H = sym(X Q^T) is the other polar factor (for rows > columns Q^T Q and Q H). Float32 and float64
-    compute in their own precision, half types in float32.
+    H = sym(X Q^T) is the other polar factor (for rows > columns Q^T Q and Q H), n the long side.
+    Float32 and float64 compute in their own precision, half types in float32.
 
     Args:
         X: a (batch of) matrices (..., m, n), not modified.
 
     Returns:
         factor: (..., m, n), contiguous, in the dtype of X.
-        orthogonality, residual: the two norms above in units of max(m, n) eps; below 1 is success.
-        rcond: estimate of sigma_min / sigma_max, 0 where it is below the resolution of the dtype.
+        orthogonality, residual: the two norms above in units of (max(m, n) + 16) eps, before the
+            factor is rounded to a half type; success is below 1.
+        rcond: estimate of sigma_min / sigma_max, from above but for rounding; 0 where info is not.
         info: int32; 0 success, 1 numerically rank-deficient (the factor is a partial isometry or
-            inaccurate in the directions below eps sigma_1), 2 non-finite input.
+            inaccurate in the directions below eps sigma_1), 2 non-finite input. A matrix of lower
+            rank may succeed too: rounding has given it the directions it lacks.
+
+    Raises: TypeError for what is not a floating-point tensor, ValueError for fewer dimensions.
     """
     name = "polar_exact"
     check.tensor(name, "X", X, min_dim=2)

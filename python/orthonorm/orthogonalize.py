@@ -40,7 +40,7 @@ def direct(X: Tensor, triples: Triples) -> Tensor:
 
 
 def gram_form(X: Tensor, triples: Triples, restarts: list[int]) -> Tensor:
-    """The same polynomial on R = X X^T, forming X again only before the iterations in `restarts`."""
+    """The same polynomial on R = X X^T; X is formed again only before iterations in `restarts`."""
     R, Q = gram(X), None
     for t, (a, b, c) in enumerate(triples):
         if t in restarts and Q is not None:
@@ -64,9 +64,7 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def choose(
-    X: Tensor, triples: Triples, restarts: list[int], form: str, precision: str
-) -> Choice:
+def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precision: str) -> Choice:
     """Form and dtype for a matrix: the most accurate that is no slower than bf16 in direct form.
 
     `form` and `precision` are obeyed when they are not "auto". Costs are compared only where they

@@ -135,8 +135,8 @@ def polar(
     Returns: the factor(s), contiguous, in the dtype of X. Zero in, zero out; a non-finite entry
     stays inside its own matrix of the batch.
 
-    Raises: ValueError or TypeError for unknown names and for combinations of coefficients, dtype and
-    restarts that are known to blow up; the message names a safe one.
+    Raises: ValueError or TypeError for unknown names and for combinations of coefficients, dtype
+    and restarts that are known to blow up; the message names a safe one.
 
     Source: arXiv:2502.16982, arXiv:2505.16932, Gram form: github.com/Dao-AILab/gram-newton-schulz.
     """

@@ -1,7 +1,7 @@
-"""K2, second moments and normalization: elementwise in a rotated basis, per row, per column, factored.
+"""K2, second moments and normalization: elementwise (rotated), per row, per column, factored.
 
-All `_` ops work on lists of (batches of) matrices. States may have any floating dtype; arithmetic is
-in float32 (float64 if the matrix is), and what is written is rounded once.
+All `_` ops work on lists of (batches of) matrices. States may have any floating dtype; arithmetic
+is in float32 (float64 if the matrix is), and what is written is rounded once.
 Where a denominator meets eps is named by `eps_at`, with s the root mean square:
 "outside": s + eps, "inside": sqrt(s^2 + eps), "clamp": max(s, eps). A zero over zero is zero.
 """
@@ -173,9 +173,9 @@ def factored_moment_(
 ) -> None:
     """X_ij <- X_ij / (sqrt(V_ij) + eps), V = r c^T / mean(r), r and c decayed row and column means.
 
-    Adafactor's rank-one second moment: r_i <- beta2 r_i + (1-beta2) mean_j X_ij^2, c_j likewise over
-    rows (arXiv:1804.04235; the matrix-whitening study, arXiv:2510.25000, scales V by another length
-    by mistake, which only changes its learning rate).
+    Adafactor's rank-one second moment: r_i <- beta2 r_i + (1-beta2) mean_j X_ij^2, c_j likewise
+    over rows (arXiv:1804.04235; the code of arXiv:2510.25000 scales V by another length, which only
+    changes its learning rate).
 
     Shapes: X[i] is (..., m, n), row_moments[i] is (..., m, 1), column_moments[i] is (..., 1, n).
     """

@@ -30,7 +30,7 @@ def _times(A: Tensor, x: Tensor) -> Tensor:
 def _power_steps(
     W: Tensor, u: Tensor, v: Tensor, steps: int, order: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sigma, u, v after `steps` power steps on one batch, on W / |W|_F so that no scale overflows."""
+    """sigma, u, v after `steps` power steps on one batch, on W / |W|_F lest it overflow."""
     peak = frobenius(W)
     A = divide(W, peak, accumulator(W))
     limit = (eps / peak).squeeze(-1).nan_to_num(posinf=0.0).to(A.dtype)
@@ -62,12 +62,12 @@ def power_iteration_(
 
     Updates the warm buffers of every matrix of the list in place and returns the estimates of
     sigma_1, each a lower bound. "u_first" is the order of torch's spectral_norm parametrization,
-    which starts from v; "v_first" that of the legacy hook, which starts from u. eps clamps the norms
-    from below (torch: 1e-12); 0 makes the step independent of the scale of W. A vector whose product
-    is zero is kept. steps = 0 only evaluates sigma.
+    which starts from v; "v_first" that of the legacy hook, which starts from u. eps clamps the
+    norms from below (torch: 1e-12); 0 makes the step independent of the scale of W. A vector whose
+    product is zero is kept. steps = 0 only evaluates sigma.
 
-    Shapes: W[i] is (..., m, n), u[i] (..., m), v[i] (..., n); sigma is 1-D, one number per matrix in
-    list order (batches flattened), float64 if any W is, else float32.
+    Shapes: W[i] is (..., m, n), u[i] (..., m), v[i] (..., n); sigma is 1-D, one number per matrix
+    in list order (batches flattened), float64 if any W is, else float32.
     """
     dtype = accumulator(*W)
     sigmas = []

@@ -295,9 +295,9 @@ def conda_step_(
 
     One matrix at a time: G' = Q^T G (wide) or G Q (tall and square) into a work buffer the size of
     the largest matrix, `rotated_adam_` on it, then Q N (or N Q^T) accumulated into W. M and V live
-    in rotated coordinates, which is exact as long as Q stands (arXiv:2509.24218; the refresh of Q is
-    the optimizer's). `scales` holds the signed-off step size of each matrix: lr * scale * bias
-    correction, 1-D float64.
+    in rotated coordinates, which is exact as long as Q stands (arXiv:2509.24218; the refresh of Q
+    is the optimizer's). `scales` holds the step size of each matrix, 1-D float64: lr * scale * bias
+    correction.
 
     Shapes: W, G, M, V of entry i are (..., m, n), Q (..., k, k) with k = min(m, n).
     """
@@ -317,7 +317,7 @@ def rotate(X: Tensor, Q: Tensor) -> Tensor:
 
 
 def rotate_back_(W: Tensor, N: Tensor, Q: Tensor) -> None:
-    """W <- W - N Q^T (rows >= columns) or W - Q N, accumulated by the product where dtypes allow."""
+    """W <- W - N Q^T (rows >= columns) or W - Q N, accumulated by the product where it can be."""
     left, right = (N, Q.mT) if W.shape[-2] >= W.shape[-1] else (Q, N)
     if W.dtype != N.dtype:
         W.copy_(W.to(N.dtype) - left @ right)

@@ -41,7 +41,7 @@ def split_params(
         split: {pattern: row counts}: matching fused weights are split along dim 0; `heads` may then
             give one number per piece.
 
-    Returns: groups with `params` as (name, parameter) pairs; lr and the rest come from the optimizer.
+    Returns: groups with `params` as (name, parameter) pairs; the rest comes from the optimizer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_params: model must be an nn.Module, got {type(model).__name__}")

@@ -1,10 +1,10 @@
 """Parameters as the matrices an update works on: views, never copies of a parameter or its state.
 
 Param-group keys, all optional, apply to every parameter of the group:
-    flatten  True: (out, ...) becomes out x rest; False: leading dimensions are a batch; None: 4-D and
-             5-D weights (convolutions) are flattened, 3-D ones (expert stacks) are batches.
-    split    row counts of the matrices fused along dim 0, for example (d, d_kv, d_kv) of a QKV weight.
-    heads    number of equal row blocks that are matrices of their own, or one number per split piece.
+    flatten  True: (out, ...) becomes out x rest; False: leading dimensions are a batch; None: 4-D
+             and 5-D weights (convolutions) are flattened, 3-D ones (expert stacks) are batches.
+    split    row counts of the matrices fused along dim 0, as (d, d_kv, d_kv) of a QKV weight.
+    heads    number of equal row blocks that are matrices of their own, or one per split piece.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def check_views(name: str, shape: Sequence[int], group: Mapping[str, Any]) -> No
 
 
 def memory_order(t: Tensor) -> list[int]:
-    """Trailing dimensions from the slowest to the fastest in memory (channels_last is not a copy)."""
+    """Dimensions, trailing ones from the slowest to the fastest in memory (so channels_last)."""
     return [0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)]
 
 
 def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     """`t` (parameter, gradient or state of `like`) as matrices (..., m, n).
 
-    A flattened weight's columns are in the memory order of `like`, the parameter, so that the result
-    is a view; polar factors and one-sided rotations do not depend on the order of columns.
+    A flattened weight's columns are in the memory order of `like`, the parameter, so that the
+    result is a view; polar factors and one-sided rotations do not depend on the order of columns.
     """
     if _flattens(like.shape, group):
         t = t.permute(memory_order(like)).reshape(t.shape[0], -1)
