@@ -26,7 +26,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 demo: $(VENV)/built
-	$(PY) -m orthonorm train --preset demo --out runs/demo
+	$(PY) -m orthonorm train --preset demo --resume --out runs/demo
 
 test: $(VENV)/built
 	$(PY) -m pytest

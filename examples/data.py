@@ -86,7 +86,7 @@ def _read_files(data: str, limit: int) -> tuple[list[tuple[str, bytes]], str]:
     if not files:
         found = "nothing to read" if not unreadable else f"{unreadable} unreadable files"
         raise UsageError(f"the text in {root} must not be empty, got {found}; name one by --data")
-    return files, data or f"Python library {root}"
+    return files, data or f"Python {sys.version_info[0]}.{sys.version_info[1]} library"
 
 
 def _walk(root: Path, library: bool) -> Iterator[Path]:
