@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cases import Case, Outputs, tensors
-from .inputs import Arguments
+from .inputs import DTYPES, Arguments
 
 KINDS = ("reference", "torch", "floor")
 
@@ -154,8 +154,7 @@ def start_product(case: Case, calls: list[Arguments]) -> Running:
     """torch.mm in the dtype the op's products may run in: the rate beside the rate."""
     arguments = calls[0]
     t = next(iter(tensors(arguments).values()))[0]
-    precision = arguments.get("dtype", arguments.get("precision", t.dtype))
-    dtype = getattr(torch, precision, t.dtype) if isinstance(precision, str) else precision
+    dtype = arguments.get("dtype", DTYPES.get(arguments.get("precision", ""), t.dtype))
     if dtype == torch.float16 and t.device.type == "cpu":
         raise Unavailable("float16 products through torch on a CPU tell nothing")
     A, B = (torch.randn(PRODUCT, PRODUCT, device=t.device).to(dtype) for _ in range(2))

@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from . import candidates, steps
 from .candidates import Peer, Running, Unavailable
 from .cases import CASES, STEPS, Case, Outputs, Step
-from .inputs import Arguments, Inputs, copied, doubled
+from .inputs import DTYPES, Arguments, Inputs, copied, doubled
 from .peers import peers
 from .shapes import Workload, describe
 from .timing import Plan, Stats, interleave, median_ratio, ratio_of_medians, stats
@@ -91,8 +89,8 @@ def keywords(case: Case, request: Request) -> Arguments:
     names = {a.name for a in case.schema.arguments}
     if "precision" in names:
         return {"precision": request.precision}
-    if case.name == "small_newton_schulz" and hasattr(torch, request.precision):
-        return {"dtype": getattr(torch, request.precision)}
+    if case.name == "small_newton_schulz" and request.precision in DTYPES:
+        return {"dtype": DTYPES[request.precision]}
     raise ValueError(f"bench: {case.name} takes no precision {request.precision!r}")
 
 

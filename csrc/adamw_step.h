@@ -13,7 +13,7 @@ struct AdamWRule {
   bool decay_first, correct_eps;
 };
 
-// What is constant over one parameter. Made in double, converted once to the parameter's arithmetic.
+// What is constant over one parameter. Made in double, converted once to its arithmetic.
 template <class A>
 struct AdamWStep {
   A decay, size, eps, beta1, gain1, beta2, gain2;
@@ -45,8 +45,8 @@ struct AdamWStep {
         gain2(static_cast<A>(c.gain2)) {}
 };
 
-// m <- beta1 m + (1-beta1) g, v <- beta2 v + (1-beta2) g^2, w <- decay w - size m / (sqrt(v) + eps);
-// no update where that denominator is 0.
+// m <- beta1 m + (1-beta1) g, v <- beta2 v + (1-beta2) g^2,
+// w <- decay w - size m / (sqrt(v) + eps); no update where that denominator is 0.
 template <class A>
 ORTHONORM_HD inline void adamw_step(const AdamWStep<A>& c, A& w, A g, A& m, A& v) {
   m = std::fma(c.beta1, m, c.gain1 * g);

@@ -2,26 +2,28 @@
 //
 //   multiply(product, threads, parallel, isa): parallel(n, f) runs f(begin, end) over [0, n)
 //
-// Both operands are packed once for everybody; then square blocks of the result are handed out. A
-// block takes the depth chunk by chunk: 192 rows of L (192 KB a chunk) stay in L2, one panel of R
-// (32 KB) in L1. Every sum is formed by one thread, chunk by chunk in one order that depends on the
-// depth alone, so results do not depend on the number of threads or on the batch around a matrix.
+// L and R are packed, R in slabs of columns; then square blocks of the result are handed out. Every
+// sum is formed by one thread in an order that depends on the depth alone, so results do not depend
+// on the number of threads or on the batch around a matrix.
 #pragma once
 
 #include "gemm_crew.h"
 #include "gemm_tiles.h"
 
+#include <memory>
 #include <vector>
 
 namespace orthonorm::gemm {
 
-#ifndef DEEP_
-#define DEEP_ 1024
-#endif
-inline constexpr int64_t DEEP = DEEP_;
-// Products deeper than this many lanes, or wider than this many columns, are done slab by slab:
-// packed copies stay a fraction of large operands.
-inline constexpr int64_t SLAB = 4096;
+// Measured 2026-11 with AVX-512 at 768x768 to 2048x2048, on a thread that reaches 249 (float) or 498
+// (bfloat16) GFLOP/s in registers: 200 and 400. All of R packed at once, not in slabs: 150 and 360.
+//
+// A block takes the depth this many lanes at a time: 768 KB of L are reused for its panels of R.
+inline constexpr int64_t DEEP = 1024;
+// Deeper products are summed slab by slab, or packed rows would leave the caches before their use.
+inline constexpr int64_t SLAB = 2048;
+// What is packed of R at a time, for each thread.
+inline constexpr int64_t RIGHT_BYTES = 1 << 20;
 // Below this many operations one thread is done before others have started.
 inline constexpr double SERIAL_WORK = 2e6;
 // Matrices of a batch below this are spread over the threads whole.
@@ -64,9 +66,9 @@ class Engine {
   // Memory for products up to the size of `p` on up to `slots` threads.
   Engine(const Product<T, O>& p, int64_t slots)
       : p_(p),
-        width_(p.symmetric ? p.cols : std::min(p.cols, SLAB)),
         depth_(std::clamp<int64_t>(p.depth, 1, SLAB * STEP)),
         lanes_(lanes_of<Lane>(depth_)),
+        width_(p.gram ? p.cols : std::min(p.cols, slab_width(slots))),
         left_size_(panels(p.rows) * WIDTH * lanes_),
         right_size_(p.gram ? 0 : panels(width_) * WIDTH * lanes_),
         kept_size_(p.depth > depth_ ? blocks(p.rows) * blocks(width_) * SIDE * SIDE : 0),
@@ -81,8 +83,9 @@ class Engine {
 
   // One matrix with all threads.
   void run(const Product<T, O>& p, const Crew& crew) {
-    for (int64_t col = 0; col < p.cols; col += width_) {
-      p_ = p.columns(col, std::min(width_, p.cols - col));
+    p_ = p;
+    for (first_col_ = 0; first_col_ < p.cols; first_col_ += width_) {
+      end_col_ = std::min(first_col_ + width_, p.cols);
       const std::vector<Block> plan = divide(crew.threads);
       for (from_ = 0; from_ == 0 || from_ < p.depth; from_ += depth_) {
         now_ = std::min(depth_, p.depth - from_);
@@ -97,16 +100,21 @@ class Engine {
  private:
   static int64_t panels(int64_t count) { return (count + WIDTH - 1) / WIDTH; }
   static int64_t blocks(int64_t count) { return (count + SIDE - 1) / SIDE; }
+  // Columns of R packed at a time: what was packed is still in the caches when it is used.
+  int64_t slab_width(int64_t slots) const {
+    const int64_t fit = slots * RIGHT_BYTES / (lanes_ * static_cast<int64_t>(sizeof(Lane)));
+    return std::max<int64_t>(fit / SIDE, 1) * SIDE;
+  }
 
   // The result in square blocks, smaller ones where that is needed to keep all threads busy. In a
   // symmetric result blocks on the diagonal, which are cheaper, come last.
   std::vector<Block> divide(int64_t threads) const {
-    const int64_t large = blocks(p_.rows) * blocks(p_.cols) / (p_.symmetric ? 2 : 1);
+    const int64_t large = blocks(p_.rows) * blocks(end_col_ - first_col_) / (p_.symmetric ? 2 : 1);
     const int64_t side = threads > 1 && large < 8 * threads ? SIDE / 2 : SIDE;
     std::vector<Block> plan, diagonal;
-    for (int64_t col = 0; col < p_.cols; col += side) {
+    for (int64_t col = first_col_; col < end_col_; col += side) {
       for (int64_t row = p_.symmetric ? col : 0; row < p_.rows; row += side) {
-        const Block block{row, col, std::min(side, p_.rows - row), std::min(side, p_.cols - col)};
+        const Block block{row, col, std::min(side, p_.rows - row), std::min(side, end_col_ - col)};
         (p_.symmetric && row == col ? diagonal : plan).push_back(block);
       }
     }
@@ -114,19 +122,22 @@ class Engine {
     return plan;
   }
 
-  // Rows of L and columns of R of this slab into panels.
+  // Rows of L, unless the last slab of columns left them, and columns of R into panels.
   void pack(const Crew& crew) {
-    constexpr int64_t part = 4 * CHUNK * STEP;
+    constexpr int64_t part = 1024 * STEP;
     const int64_t parts = std::max<int64_t>(1, (now_ + part - 1) / part);
-    const int64_t left = (panels(p_.rows) + GROUP - 1) / GROUP * parts;
-    const int64_t right = p_.gram ? 0 : (panels(p_.cols) + GROUP - 1) / GROUP * parts;
+    const bool again = first_col_ > 0 && now_ == p_.depth;
+    const int64_t left = again ? 0 : (panels(p_.rows) + GROUP - 1) / GROUP * parts;
+    const int64_t cols = end_col_ - first_col_;
+    const int64_t right = p_.gram ? 0 : (panels(cols) + GROUP - 1) / GROUP * parts;
+    Strided<const T> R = p_.R.transposed();
+    if (!p_.gram) R.data = R.at(first_col_, 0);
     crew.each(left + right, [&](int64_t, int64_t index) {
       const bool is_left = index < left;
-      const Strided<const T> at = is_left ? p_.L : p_.R.transposed();
       const int64_t group = (is_left ? index : index - left) / parts * GROUP;
-      const int64_t begin = index % parts * part;
-      pack_group(at, is_left ? p_.rows : p_.cols, group, begin, std::min(part, now_ - begin),
-                 is_left ? left_ : right_);
+      const int64_t begin = (is_left ? index : index - left) % parts * part;
+      pack_group(is_left ? p_.L : R, is_left ? p_.rows : cols, group, begin,
+                 std::min(part, now_ - begin), is_left ? left_ : right_);
     });
   }
 
@@ -143,7 +154,9 @@ class Engine {
         const int64_t valid = std::min<int64_t>(count - panel * WIDTH, WIDTH);
         const int64_t deep = std::min(turn, begin + depth - k);
         Lane* lanes = to + (panel * lanes_ + k / STEP) * WIDTH;
-        on<I>([&] { pack_panel<T, Lane, WIDTH, BYTES>(start, from.row, from.col, valid, deep, lanes); });
+        on<I>([&] {
+          pack_panel<T, Lane, WIDTH, BYTES>(start, from.row, from.col, valid, deep, lanes);
+        });
       }
     }
   }
@@ -153,14 +166,15 @@ class Engine {
     const int64_t lanes = lanes_of<Lane>(now_);
     const bool first = from_ == 0, last = from_ + now_ == p_.depth;
     if (!first || !last) {
-      sums = kept_ + (block.row / SIDE * blocks(width_) + block.col / SIDE) * SIDE * SIDE +
-             (block.row % SIDE * SIDE + block.col % SIDE * (SIDE / 2));
+      const int64_t col = block.col - first_col_, half = SIDE / 2;
+      sums = kept_ + (block.row / SIDE * blocks(width_) + col / SIDE) * SIDE * SIDE +
+             (block.row % SIDE * SIDE + col % SIDE * half);
     }
     for (int64_t k = 0; k == 0 || k < lanes; k += DEEP) {
       const int64_t chunk = std::min(DEEP, lanes - k);
       S* strip = sums;
       for (int64_t col = block.col; col < block.col + block.cols; col += WIDTH) {
-        const Lane* panel = right_ + col * lanes_ + k * WIDTH;
+        const Lane* panel = right_ + (col - first_col_) * lanes_ + k * WIDTH;
         const int64_t begin = p_.symmetric ? std::max(block.row, col) : block.row;
         for (int64_t row = begin; row < block.row + block.rows; row += HEIGHT) {
           const int64_t rows = std::min<int64_t>(HEIGHT, block.row + block.rows - row);
@@ -236,11 +250,12 @@ class Engine {
   }
 
   Product<T, O> p_;
-  int64_t width_, depth_, lanes_, left_size_, right_size_, kept_size_;
+  int64_t depth_, lanes_, width_, left_size_, right_size_, kept_size_;
   Workspace memory_;
   Lane *left_ = nullptr, *right_ = nullptr;
   S *kept_ = nullptr, *sums_ = nullptr;
-  int64_t from_ = 0, now_ = 0;  // this slab of the depth
+  int64_t first_col_ = 0, end_col_ = 0;  // this slab of columns
+  int64_t from_ = 0, now_ = 0;           // and of the depth
 };
 
 // All matrices of the batch: whole ones side by side when they are small, else one after another.

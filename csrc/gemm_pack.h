@@ -146,7 +146,7 @@ ORTHONORM_INLINE void pack_along(
   }
 }
 
-// `count` <= WIDTH neighbours from `from`, `stride_j` apart, over `depth` elements `stride_k` apart.
+// `count` <= WIDTH neighbours, `stride_j` apart, over `depth` elements `stride_k` apart.
 template <class T, class Lane, int WIDTH, int BYTES>
 ORTHONORM_INLINE void pack_panel(const T* from, int64_t stride_j, int64_t stride_k, int64_t count,
                                  int64_t depth, Lane* to) {

@@ -102,14 +102,6 @@ struct Product {
     one.L = L.matrix(b), one.R = R.matrix(b), one.E = E.matrix(b), one.D = D.matrix(b);
     return one;
   }
-  Product columns(int64_t from, int64_t count) const {
-    Product some = *this;
-    some.cols = count;
-    if (!gram) some.R.data = R.at(0, from);
-    if (E.data != nullptr) some.E.data = E.at(0, from);
-    some.D.data = D.at(0, from);
-    return some;
-  }
 };
 
 }  // namespace orthonorm::gemm

@@ -1,4 +1,4 @@
-// Sums of squares that neither overflow nor vanish, in an order fixed by the data's length; torch-free.
+// Sums of squares that neither overflow nor vanish, in an order fixed by their number; torch-free.
 #pragma once
 
 #include <algorithm>
@@ -8,10 +8,10 @@
 
 namespace orthonorm {
 
-// sum * 4^exponent. A power of two in the data moves to the exponent unrounded, so it moves the norm
-// by exactly itself.
+// sum * 4^exponent. A power of two in the data moves to the exponent unrounded, so it moves the
+// norm by exactly itself.
 struct SquareSum {
-  static constexpr int64_t lowest = -1000, highest = 1000;  // 2^-exponent and its inverse are normal
+  static constexpr int64_t lowest = -1000, highest = 1000;  // 2^exponent and 2^-exponent: normal
   double sum = 0;
   int64_t exponent = lowest;
 
@@ -36,8 +36,8 @@ inline int64_t peak_exponent(const double* x, int64_t count) {
   return biased == 2047 ? 0 : std::clamp(biased - 1022, SquareSum::lowest, SquareSum::highest);
 }
 
-// Sum of x_i^2. float: exact squares summed in double, exponent 0. double: measured against the peak.
-// 64 interleaved sums, then halves: the same order for every instruction set.
+// Sum of x_i^2. float: exact squares summed in double, exponent 0. double: measured against the
+// peak. 64 interleaved sums, then halves: the same order for every instruction set.
 template <class A>
 inline SquareSum square_sum(const A* x, int64_t count) {
   constexpr bool wide = sizeof(A) == 8;

@@ -70,8 +70,9 @@ class Iteration {
       }
       A* const left = at<A>(sweep_ == Sweep::adjoint ? left_ : product_) + first;
       A* const sums = at<A>(sums_) + b * stride<A>(cols);
-      sweep_block<A>(source_, first, {sweep_, rows, cols, at<A>(right_), left, sums, scratch},
-                     isa_);
+      const int64_t after = matrix_->rows - first - rows;
+      sweep_block<A>(source_, first,
+                     {sweep_, rows, cols, after, at<A>(right_), left, sums, scratch}, isa_);
     });
   }
 

@@ -53,6 +53,7 @@ template <class A>
 struct Block {
   Sweep sweep;
   int64_t rows, cols;
+  int64_t after;   // rows of the matrix behind these
   const A* right;  // cols numbers, read by a product
   A* left;         // rows numbers, written by a product, read by an adjoint
   A* sums;         // width(cols) numbers, W^T left of this block
@@ -60,15 +61,20 @@ struct Block {
 };
 
 inline constexpr int64_t LINE = 64;  // bytes of lanes
-inline constexpr int64_t GROUP = 8;  // rows copied at a time
+
+// Rows read at a time. While W^T of a group is summed, the next group is prefetched; the more rows,
+// the more streams keep memory busy and the fewer times the sums are touched. Narrower registers
+// hold the sums of 4 rows.
+inline constexpr int64_t GROUP = 8;
 
 template <class A>
 inline constexpr int64_t LANES = LINE / static_cast<int64_t>(sizeof(A));
 
-// Terms added one after the other before they join a longer sum. Rounding errors of sums of one
+// Terms of a row, or rows, added one after the other before they join a longer sum. Rounding errors of sums of one
 // sign grow with the number of terms: with one sum of 5000 float32 terms, sigma of a 5000x3 matrix
 // was off by 2e-6 instead of 2e-7 (2026-11).
 inline constexpr int64_t CHUNK = 128;
+static_assert(CHUNK % GROUP == 0);
 
 // Columns of a copied row: at least all lanes, for rows shorter than that.
 template <class A>
@@ -164,7 +170,8 @@ struct Rows {
   A* left;
   A* sums;
   const Mask<A>* mask;
-  const T* ahead;  // the rows after these
+  int64_t after;   // rows behind the last one, to be swept next
+  const T* ahead;  // the group to prefetch
 };
 
 template <int R, bool KEEP, int BYTES, class T, class A>
@@ -201,16 +208,16 @@ ORTHONORM_POWER_INLINE void product_of(const Rows<T, A>& p) {
   constexpr int K = LINE / BYTES;
   using V = Vector<A, BYTES>;
   V totals[R][K];
-#pragma GCC unroll 32
+#pragma GCC unroll 16
   for (int i = 0; i < R * K; ++i) totals[i / K][i % K] = V{};
   for (int64_t j = 0; j < p.cols;) {
     V sums[R][K];
-#pragma GCC unroll 32
+#pragma GCC unroll 16
     for (int i = 0; i < R * K; ++i) sums[i / K][i % K] = V{};
     const int64_t end = std::min(p.cols, j + CHUNK * L);
     for (; j + L <= end; j += L) multiply<R, false, BYTES>(p, j, sums);
     if (j < end) multiply<R, true, BYTES>(p, p.cols - L, sums), j = end;
-#pragma GCC unroll 32
+#pragma GCC unroll 16
     for (int i = 0; i < R * K; ++i) totals[i / K][i % K] += sums[i / K][i % K];
   }
 #pragma GCC unroll 8
@@ -255,33 +262,35 @@ ORTHONORM_POWER_INLINE void group(const Rows<T, A>& p) {
   if constexpr (SWEEP != Sweep::product) adjoint_of<R, SWEEP == Sweep::both, BYTES>(p);
 }
 
-// All rows of `p`, R at a time.
+// As many whole groups of R rows as there are from row `done` on; returns the first one left.
 template <int R, Sweep SWEEP, int BYTES, class T, class A>
-ORTHONORM_POWER_INLINE void groups(Rows<T, A> p, int64_t rows) {
-  const T* const first = p.first;
-  A* const left = p.left;
-  int64_t i = 0;
-  for (; i + R <= rows; i += R) {
-    p.first = first + i * p.stride;
-    p.left = left + i;
-    p.ahead = first + std::min(i + R, rows - R) * p.stride;
+ORTHONORM_POWER_INLINE int64_t groups(const Rows<T, A>& all, int64_t rows, int64_t done) {
+  Rows<T, A> p = all;
+  for (; done + R <= rows; done += R) {
+    p.first = all.first + done * p.stride;
+    p.left = all.left + done;
+    p.ahead = all.first + std::min(done + R, rows + p.after - R) * p.stride;
     group<R, SWEEP, BYTES>(p);
   }
-  for (; i < rows; ++i) {
-    p.first = p.ahead = first + i * p.stride;
-    p.left = left + i;
-    group<1, SWEEP, BYTES>(p);
-  }
+  return done;
+}
+
+template <Sweep SWEEP, int BYTES, class T, class A>
+ORTHONORM_POWER_INLINE void sweep_rows(const Rows<T, A>& p, int64_t rows) {
+  int64_t done = 0;
+  if constexpr (BYTES == LINE) done = groups<GROUP, SWEEP, BYTES>(p, rows, done);
+  done = groups<4, SWEEP, BYTES>(p, rows, done);
+  groups<1, SWEEP, BYTES>(p, rows, done);
 }
 
 template <int BYTES, class T, class A>
 ORTHONORM_POWER_INLINE void sweep_rows(const Rows<T, A>& p, int64_t rows, Sweep sweep) {
   if (sweep == Sweep::both) {
-    groups<4, Sweep::both, BYTES>(p, rows);
+    sweep_rows<Sweep::both, BYTES>(p, rows);
   } else if (sweep == Sweep::product) {
-    groups<4, Sweep::product, BYTES>(p, rows);
+    sweep_rows<Sweep::product, BYTES>(p, rows);
   } else {
-    groups<4, Sweep::adjoint, BYTES>(p, rows);
+    sweep_rows<Sweep::adjoint, BYTES>(p, rows);
   }
 }
 
@@ -334,15 +343,15 @@ void copy_rows(const Source& s, int64_t first, int64_t rows, int64_t cols, A* to
   });
 }
 
-// `rows` <= CHUNK rows from `first` on; left is the first of these rows'.
+// `rows` <= CHUNK rows from `first` on, `after` rows behind them; left is the first of these rows'.
 template <class A>
-void sweep_chunk(const Source& s, int64_t first, int64_t rows, A* left, A* sums, const Block<A>& b,
-                 const Mask<A>* mask, Isa chosen) {
+void sweep_chunk(const Source& s, int64_t first, int64_t rows, int64_t after, A* left, A* sums,
+                 const Block<A>& b, const Mask<A>* mask, Isa chosen) {
   if (s.col_stride == 1 && s.exponent == 0 && b.cols >= LANES<A>) {
     with_element(s.element, [&]<class T>(const T*) {
       if constexpr (std::is_same_v<A, double> == std::is_same_v<T, double>) {
         const T* row = static_cast<const T*>(s.data) + first * s.row_stride;
-        const Rows<T, A> p{row, s.row_stride, b.cols, b.right, left, sums, mask, row};
+        const Rows<T, A> p{row, s.row_stride, b.cols, b.right, left, sums, mask, after, row};
         sweep_rows(p, rows, b.sweep, chosen);
       }
     });
@@ -352,7 +361,7 @@ void sweep_chunk(const Source& s, int64_t first, int64_t rows, A* left, A* sums,
   for (int64_t i = 0; i < rows; i += GROUP) {
     const int64_t n = std::min(GROUP, rows - i);
     copy_rows(s, first + i, n, b.cols, b.scratch);
-    const Rows<A, A> p{b.scratch, cols, cols, b.right, left + i, sums, mask, b.scratch};
+    const Rows<A, A> p{b.scratch, cols, cols, b.right, left + i, sums, mask, 0, b.scratch};
     sweep_rows(p, n, b.sweep, chosen);
   }
 }
@@ -368,7 +377,8 @@ void sweep_block(const Source& s, int64_t first, const Block<A>& b, Isa chosen) 
   for (int64_t i = 0; i < b.rows; i += CHUNK) {
     A* const sums = i == 0 ? b.sums : b.scratch + GROUP * cols;
     if (b.sweep != Sweep::product) std::fill_n(sums, cols, A(0));
-    sweep_chunk(s, first + i, std::min(CHUNK, b.rows - i), b.left + i, sums, b, mask, chosen);
+    const int64_t rows = std::min(CHUNK, b.rows - i), after = b.rows + b.after - i - rows;
+    sweep_chunk(s, first + i, rows, after, b.left + i, sums, b, mask, chosen);
     if (b.sweep != Sweep::product && i > 0) {
       for (int64_t j = 0; j < cols; ++j) b.sums[j] += sums[j];
     }

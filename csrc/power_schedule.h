@@ -78,63 +78,82 @@ class Team {
     const int64_t slots = static_cast<int64_t>(slots_.size());
     std::byte* const own = memory_.get() + slots * plan_.shared_bytes + t * own_bytes_;
     std::byte* const scratch = own + plan_.small_bytes;
+    Task task{Task::wait, 0, -1};
     for (;;) {
-      const Task task = claim();
+      task = claim(task);
       switch (task.kind) {
         case Task::none: return;
         case Task::wait: pause(task.item); break;
         case Task::bundle: bundle(task.item, own, scratch); break;
-        case Task::open: open(slots_[task.slot], task.slot, task.item); break;
+        case Task::open: open(task.slot, task.item); break;
         case Task::block:
           slots_[task.slot].iteration.block(task.item, scratch);
-          finish(slots_[task.slot]);
+          finish(slots_[task.slot], task.item);
           break;
       }
     }
   }
 
  private:
-  // A matrix that threads share. Blocks are handed out while next < blocks(); `busy` counts those
-  // handed out and not finished.
+  enum class State : char { free, busy, done };  // of a block in a sweep
+
+  // A matrix that threads share.
   struct Slot {
     Iteration iteration;
-    int64_t next = 0, busy = 0, order = 0;
+    std::vector<State> blocks;
+    int64_t left = 0;   // blocks not done
+    int64_t order = 0;  // which matrix came first
     bool open = false;
   };
   struct Task {
     enum Kind { none, wait, bundle, open, block } kind;
-    int64_t item = 0, slot = 0;  // item: block, matrix, bundle, or the version to wait for
+    int64_t item, slot;  // item: block, matrix, bundle, or the version to wait for
   };
 
-  Task claim() {
+  // A free block, or -1: the one behind `last`, which is being prefetched; else the start of the
+  // longest free run, or its middle if somebody works towards it.
+  static int64_t free_block(const Slot& slot, int64_t last) {
+    const int64_t count = static_cast<int64_t>(slot.blocks.size());
+    if (last >= 0 && last + 1 < count && slot.blocks[last + 1] == State::free) return last + 1;
+    int64_t longest = 0, start = -1;
+    for (int64_t b = 0, run = 0; b < count; ++b) {
+      run = slot.blocks[b] == State::free ? run + 1 : 0;
+      if (run > longest) longest = run, start = b - run + 1;
+    }
+    if (start > 0 && slot.blocks[start - 1] == State::busy) start += longest / 2;
+    return start;
+  }
+
+  // The next task of a thread that did `last`.
+  Task claim(const Task& last) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    int64_t best = -1, free = -1;
-    for (int64_t s = 0; s < static_cast<int64_t>(slots_.size()); ++s) {
+    const int64_t count = static_cast<int64_t>(slots_.size());
+    int64_t best = -1, block = -1, closed = -1;
+    for (int64_t s = 0; s < count; ++s) {
       const Slot& slot = slots_[s];
-      if (!slot.open) {
-        free = s;
-      } else if (slot.next < slot.iteration.blocks() &&
-                 (best < 0 || slot.order < slots_[best].order)) {
-        best = s;
-      }
+      if (!slot.open) closed = s;
+      if (!slot.open || (best >= 0 && slot.order > slots_[best].order)) continue;
+      const bool same = last.kind == Task::block && last.slot == s;
+      const int64_t b = free_block(slot, same ? last.item : -1);
+      if (b >= 0) best = s, block = b;
     }
     if (best >= 0) {
-      ++slots_[best].busy;
-      return {Task::block, slots_[best].next++, best};
+      slots_[best].blocks[block] = State::busy;
+      return {Task::block, block, best};
     }
-    if (free >= 0 && opened_ < plan_.shared.size()) {
-      Slot& slot = slots_[free];
-      slot.open = true, slot.order = static_cast<int64_t>(opened_), slot.busy = 1;
-      slot.next = std::numeric_limits<int64_t>::max();  // none to hand out before it is open
-      return {Task::open, plan_.shared[opened_++], free};
+    if (closed >= 0 && opened_ < plan_.shared.size()) {
+      Slot& slot = slots_[closed];
+      slot.open = true, slot.order = static_cast<int64_t>(opened_);
+      slot.blocks.clear();  // none to hand out before it is open
+      return {Task::open, plan_.shared[opened_++], closed};
     }
     if (bundled_ + 1 < plan_.bundles.size()) {
-      return {Task::bundle, static_cast<int64_t>(bundled_++), 0};
+      return {Task::bundle, static_cast<int64_t>(bundled_++), -1};
     }
     for (const Slot& slot : slots_) {
-      if (slot.open) return {Task::wait, version_.load(std::memory_order_relaxed), 0};
+      if (slot.open) return {Task::wait, version_.load(std::memory_order_relaxed), -1};
     }
-    return {Task::none, 0, 0};
+    return {Task::none, 0, -1};
   }
 
   // Until another thread has opened, swept or closed something.
@@ -144,26 +163,30 @@ class Team {
     }
   }
 
-  void publish(Slot& slot, int64_t next, bool open) {
+  // Hands out the next sweep's blocks, or gives the slot back.
+  void publish(Slot& slot) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    slot.next = next, slot.open = open, slot.busy = 0;
+    slot.open = !slot.iteration.done();
+    slot.left = slot.iteration.blocks();
+    slot.blocks.assign(slot.left, State::free);
     version_.fetch_add(1, std::memory_order_release);
   }
 
-  void open(Slot& slot, int64_t index, int64_t matrix) {
-    std::byte* const memory = memory_.get() + index * plan_.shared_bytes;
-    slot.iteration.begin(io_, matrices_[matrix], matrix, memory, isa_);
-    publish(slot, 0, true);
+  void open(int64_t s, int64_t matrix) {
+    std::byte* const memory = memory_.get() + s * plan_.shared_bytes;
+    slots_[s].iteration.begin(io_, matrices_[matrix], matrix, memory, isa_);
+    publish(slots_[s]);
   }
 
   // The thread that finishes a sweep's last block adds up and starts the next sweep.
-  void finish(Slot& slot) {
+  void finish(Slot& slot, int64_t block) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (--slot.busy > 0 || slot.next < slot.iteration.blocks()) return;
+      slot.blocks[block] = State::done;
+      if (--slot.left > 0) return;
     }
     slot.iteration.end_sweep(io_);
-    publish(slot, 0, !slot.iteration.done());
+    publish(slot);
   }
 
   void bundle(int64_t b, std::byte* memory, std::byte* scratch) const {

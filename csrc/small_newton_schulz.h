@@ -148,6 +148,11 @@ void deliver(Isa isa, const E* X, int64_t ld, int64_t L, int64_t S, bool wide, E
   });
 }
 
+// Apart from `run`, so that the largest code is compiled once per E.
+template <class E>
+void iterate_on(Isa isa, Buffers<E>& m, const Polynomial& p) {
+  on<E>(isa, ORTHONORM_BODY(machine) { iterate<decltype(machine)>(m, p); });
+}
 #if ORTHONORM_X86
 ORTHONORM_AVX512BF16 [[gnu::noinline]] inline void run_bf16(Bf16Buffers& m, const Polynomial& p) {
   iterate_bf16(m, p);
@@ -176,7 +181,7 @@ void run(Isa isa, Arithmetic arithmetic, const Source<In>& x, const Scaling& sca
   static_cast<void>(arithmetic);
   Buffers<E> m = real_buffers<E>(cut, L, S);
   prepare(isa, x, scaling, norm, scratch, L, S, m.X, m.ld);
-  on<E>(isa, ORTHONORM_BODY(machine) { iterate<decltype(machine)>(m, p); });
+  iterate_on(isa, m, p);
   deliver(isa, m.X, m.ld, L, S, wide, y);
 }
 

@@ -5,17 +5,25 @@
 namespace orthonorm {
 namespace {
 
-// Adds 1 to every step count and returns what each parameter's step multiplies by.
+// Adds 1 to every step count and returns what each parameter's step multiplies by. The powers are
+// taken once for a run of equal counts, the usual case.
 std::vector<AdamWStep<double>> advance(const TensorList& steps, const AdamWRule& rule) {
   std::vector<AdamWStep<double>> made;
   made.reserve(steps.size());
+  double last = -1;
   for (const Tensor& step : steps) {
     if (step.scalar_type() == ScalarType::Double) {
       *static_cast<double*>(step.data_ptr()) += 1;
     } else {
       *static_cast<float*>(step.data_ptr()) += 1;
     }
-    made.emplace_back(rule, item(step));
+    const double t = item(step);
+    if (made.empty() || t != last) {
+      made.emplace_back(rule, t);
+    } else {
+      made.push_back(made.back());
+    }
+    last = t;
   }
   return made;
 }

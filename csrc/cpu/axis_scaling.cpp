@@ -17,13 +17,17 @@ void AxisRule::factors(const Job& job, bool outer, int64_t first, int64_t count,
   const Line& moments = outer ? job.along_outer() : job.along_inner();
   const double summed = static_cast<double>(outer ? job.x.inner : job.x.outer);
   moments.read(first, count, factors);
-  for (int64_t i = 0; i < count; ++i) {
-    factors[i] = decayed(factors[i], values[i] / summed, beta2);
-  }
+  specialized([=, this] {
+    for (int64_t i = 0; i < count; ++i) {
+      factors[i] = decayed(factors[i], values[i] / summed, beta2);
+    }
+  });
   moments.write(first, count, factors);
-  for (int64_t i = 0; i < count; ++i) {
-    factors[i] = inverse_or_zero(denominator(factors[i], eps, at));
-  }
+  specialized([=, this] {
+    for (int64_t i = 0; i < count; ++i) {
+      factors[i] = inverse_or_zero(denominator(factors[i], eps, at));
+    }
+  });
 }
 
 namespace {
@@ -115,7 +119,8 @@ class AxisScaling {
   void sum_runs(const Unit& unit) {
     const Job& job = jobs_[unit.job];
     constexpr int64_t most = 128;
-    const int64_t group = std::clamp<int64_t>(kGroup / std::max<int64_t>(1, unit.i1), 1, most);
+    const int64_t fitting = kGroup / std::max<int64_t>(1, unit.i1);
+    const int64_t group = rule_.keep_norm ? most : std::clamp<int64_t>(fitting, 1, most);
     double values[most], before = 0, after = 0;
     for (int64_t o = unit.o0; o < unit.o1; o += group) {
       const int64_t count = std::min(group, unit.o1 - o);

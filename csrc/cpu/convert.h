@@ -1,7 +1,7 @@
 // Runs of elements of any dtype and stride, seen as contiguous float or double.
 //
-// A kernel works on blocks that fit L1: `load` gives a pointer to contiguous values (the tensor's own
-// memory when nothing needs converting), `store` rounds them back once.
+// A kernel works on blocks that fit L1: `load` gives a pointer to contiguous values (the tensor's
+// own memory when nothing needs converting), `store` rounds them back once.
 #pragma once
 
 #include <bit>
@@ -28,6 +28,10 @@ inline bool floating(ScalarType dtype) {
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+[[noreturn]] inline void refuse() {
+  STD_TORCH_CHECK(false, "orthonorm: tensors must be float32, float64, bfloat16 or float16");
+}
+
 template <class A>
 constexpr ScalarType dtype_of() {
   return sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -46,8 +50,8 @@ inline BFloat16 narrow(float value) {
   return {static_cast<uint16_t>(nan ? 0x7fc0 : rounded), BFloat16::from_bits()};
 }
 
-// A double on its way to a 16-bit format: truncated to float, its last bit set if that lost anything
-// (rounding to odd), so that the final rounding is the only one.
+// A double on its way to a 16-bit format: truncated to float, its last bit set if that lost
+// anything (rounding to odd), so that the final rounding is the only one.
 inline float to_odd(double value) {
   const float near = static_cast<float>(value);
   const double back = static_cast<double>(near);
@@ -152,13 +156,14 @@ inline void load_into(const void* data, ScalarType dtype, int64_t stride, int64_
     case ScalarType::Float: gather(static_cast<const float*>(data), stride, count, to); break;
     case ScalarType::BFloat16: gather(static_cast<const BFloat16*>(data), stride, count, to); break;
     case ScalarType::Half: gather(static_cast<const Half*>(data), stride, count, to); break;
-    default: STD_TORCH_CHECK(false, "orthonorm: tensors must be float32, float64, bfloat16 or float16");
+    default: refuse();
   }
 }
 
 // The same without a copy where memory already holds contiguous A; else in `scratch`.
 template <class A>
-inline const A* load(const void* data, ScalarType dtype, int64_t stride, int64_t count, A* scratch) {
+inline const A* load(const void* data, ScalarType dtype, int64_t stride, int64_t count,
+                     A* scratch) {
   if (dtype == dtype_of<A>() && stride == 1) return static_cast<const A*>(data);
   load_into(data, dtype, stride, count, scratch);
   return scratch;
@@ -178,7 +183,7 @@ inline void store(const A* values, void* data, ScalarType dtype, int64_t stride,
     case ScalarType::Float: scatter(values, static_cast<float*>(data), stride, count); break;
     case ScalarType::BFloat16: scatter(values, static_cast<BFloat16*>(data), stride, count); break;
     case ScalarType::Half: scatter(values, static_cast<Half*>(data), stride, count); break;
-    default: STD_TORCH_CHECK(false, "orthonorm: tensors must be float32, float64, bfloat16 or float16");
+    default: refuse();
   }
 }
 

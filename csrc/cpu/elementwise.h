@@ -1,9 +1,16 @@
 // One pass over the elements of lists of tensors, the same for one tensor alone and in any list.
 //
 // Every tensor (or every matrix of a batch) is cut into blocks of `Pass::block` elements. A thread
-// takes a range of all blocks of all tensors; a block is worked through in chunks that fit L1. What
-// a kernel adds up over a block therefore depends neither on the list nor on the threads.
+// takes a range of all blocks of all tensors. A block whose tensors lie in memory as the arithmetic
+// needs them is one run of elements; else it is worked through in chunks that are converted in L1.
+// What a kernel adds up over a block therefore depends neither on the list nor on the threads.
+//
+// Block sizes, 2026-11, 8M elements on one core, against torch passes over the same bytes: calls of
+// 1024 elements 1.20 (decayed_update_), 8192 1.03, 32768 1.06. Software prefetch of the next chunk
+// moved nothing beyond noise.
 #pragma once
+
+#include <functional>
 
 #include "layout.h"
 
@@ -37,6 +44,7 @@ struct Part {
   int64_t entry;        // place in the list
   int64_t layout;       // index of what is not linear, or -1
   bool wide;            // arithmetic in double
+  bool direct;          // every tensor is linear and in the dtype of the arithmetic
 };
 
 enum class Unit { tensor, matrix };
@@ -54,9 +62,9 @@ class Pass {
     const size_t length = lists[0].tensors.size();
     for (int k = 0; k < N; ++k) {
       uses_[k] = lists[k].use;
-      STD_TORCH_CHECK(lists[k].tensors.size() == length, op, ": lists must have equal lengths, got ",
-                      length, " ", lists[0].name, " and ", lists[k].tensors.size(), " ",
-                      lists[k].name);
+      const size_t other = lists[k].tensors.size();
+      STD_TORCH_CHECK(other == length, op, ": lists must have equal lengths, got ", length, " ",
+                      lists[0].name, " and ", other, " ", lists[k].name);
     }
     parts_.reserve(length);
     for (size_t i = 0; i < length; ++i) {
@@ -68,9 +76,10 @@ class Pass {
   int64_t blocks() const { return blocks_; }
   static int64_t blocks(int64_t count) { return (count + block - 1) / block; }
 
-  // Calls body(part, block, pointers, count) for every chunk of every block, in order within a block.
-  // pointers[k] holds `count` values in the part's arithmetic (float or double): the tensor's memory
-  // or a copy, which is written back unless the list is only read.
+  // Calls body(part, block, pointers, count) for every run of every block, in order within a block.
+  // pointers[k] holds `count` values in the part's arithmetic (float or double): the tensor's own
+  // memory or a copy, which is written back unless the list is only read. The length of a run is a
+  // multiple of `chunk`, unless it is the last of a tensor.
   template <class Body>
   void run(const Body& body) const {
     parallel(elements_, grain, [&](int64_t begin, int64_t end) {
@@ -127,6 +136,9 @@ class Pass {
       layouts_.emplace_back(tensors, dims);
       for (int k = 0; k < N; ++k) part.linear[k] = layouts_.back().linear(k);
     }
+    const ScalarType arithmetic = part.wide ? ScalarType::Double : ScalarType::Float;
+    part.direct = std::ranges::all_of(part.linear, std::identity()) &&
+                  std::ranges::all_of(part.dtype, [=](ScalarType t) { return t == arithmetic; });
     add_batch(part, tensors, first.dim - dims);
   }
 
@@ -156,8 +168,9 @@ class Pass {
   void run_block(const Part<N>& part, int64_t index, const Body& body) const {
     alignas(64) A scratch[N][chunk];
     const int64_t end = std::min(part.count, (index + 1) * block);
-    for (int64_t at = index * block; at < end; at += chunk) {
-      const int64_t count = std::min(chunk, end - at);
+    const int64_t run = part.direct ? block : chunk;
+    for (int64_t at = index * block; at < end; at += run) {
+      const int64_t count = std::min(run, end - at);
       std::array<A*, N> pointers;
       for (int k = 0; k < N; ++k) pointers[k] = fetch(part, k, at, count, scratch[k]);
       body(part, part.first_block + index, pointers, count);

@@ -11,6 +11,18 @@ void average(A mu, const A* __restrict g, A* __restrict b, A* __restrict u, int6
   for (int64_t i = 0; i < count; ++i) u[i] = muon_prologue(mu, nesterov, g[i], b[i]);
 }
 
+// Averages a run piece by piece and adds the squares of each while it is in L1, not yet rounded.
+template <bool nesterov, class A>
+SquareSum average_and_measure(SquareSum sum, A mu, const A* g, A* b, A* u, int64_t count) {
+  constexpr int64_t piece = Pass<3>::chunk;
+  for (int64_t i = 0; i < count; i += piece) {
+    const int64_t length = std::min(piece, count - i);
+    average<nesterov>(mu, g + i, b + i, u + i, length);
+    sum = add_squares(sum, u + i, length);
+  }
+  return sum;
+}
+
 Tensor muon_prologue_(const TensorList& grads, const TensorList& momentum_buffers,
                       const TensorList& updates, const Tensor& momentum, bool nesterov) {
   const Pass<3> pass("muon_prologue_", Unit::matrix,
@@ -20,13 +32,11 @@ Tensor muon_prologue_(const TensorList& grads, const TensorList& momentum_buffer
   const double mu = item(momentum);
   std::vector<SquareSum> sums(pass.blocks());
   pass.run([&]<class A>(const Part<3>&, int64_t block, const std::array<A*, 3>& at, int64_t count) {
+    SquareSum& sum = sums[block];
     specialized([&] {
-      if (nesterov) {
-        average<true>(static_cast<A>(mu), at[0], at[1], at[2], count);
-      } else {
-        average<false>(static_cast<A>(mu), at[0], at[1], at[2], count);
-      }
-      sums[block] = sums[block] + square_sum(at[2], count);  // still in L1, not yet rounded
+      const A m = static_cast<A>(mu);
+      sum = nesterov ? average_and_measure<true>(sum, m, at[0], at[1], at[2], count)
+                     : average_and_measure<false>(sum, m, at[0], at[1], at[2], count);
     });
   });
   return norms(pass, sums);

@@ -1,10 +1,21 @@
-// From sums of squares of blocks to a norm for each matrix of a pass.
+// Sums of squares of runs of elements, and a norm for each matrix of a pass from its blocks' sums.
 #pragma once
 
 #include "../magnitude.h"
 #include "elementwise.h"
 
 namespace orthonorm {
+
+// Adds x_i^2 in pieces of one size, so that runs of any multiple of it, and with them converted and
+// unconverted tensors, are added in the same order. A piece fits L1.
+template <class A>
+inline SquareSum add_squares(SquareSum total, const A* x, int64_t count) {
+  constexpr int64_t piece = Pass<1>::chunk;
+  for (int64_t i = 0; i < count; i += piece) {
+    total = total + square_sum(x + i, std::min(piece, count - i));
+  }
+  return total;
+}
 
 // Adds the blocks of every matrix in their order; float64, one number for each part.
 template <int N>

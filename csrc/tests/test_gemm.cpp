@@ -120,7 +120,7 @@ void compare(const char* name, const Product<T>& p, const Expected& want, Isa se
   }
 }
 
-// Every set, on one and on three threads, which must agree bitwise; a guard stands beside each line.
+// Every set, on one and on three threads, which must agree bitwise; guards stand beside each line.
 template <class T>
 void run(const char* name, Product<T> p, bool by_columns = false) {
   const int64_t gap = 2, length = by_columns ? p.rows : p.cols, ld = length + gap;
@@ -149,8 +149,9 @@ void run(const char* name, Product<T> p, bool by_columns = false) {
 template <class T>
 void shapes() {
   std::mt19937 random(7);
-  const int64_t sizes[][2] = {{1, 1},   {1, 9},   {5, 1},    {3, 3},    {4, 17},  {13, 29}, {31, 33},
-                              {33, 31}, {48, 64}, {49, 257}, {65, 130}, {97, 55}, {50, 600}, {5, 0}};
+  const int64_t sizes[][2] = {{1, 1},   {1, 9},   {5, 1},    {3, 3},   {4, 17},
+                              {13, 29}, {31, 33}, {33, 31},  {48, 64}, {49, 257},
+                              {97, 55}, {65, 130}, {50, 400}, {5, 0},   {205, 70}};
   for (const auto& [m, n] : sizes) {
     for (const Order order : {Order::rows, Order::columns, Order::spread}) {
       const Matrices<T> X(2, m, n, order, random), A(2, m, m, order, random);
@@ -172,17 +173,19 @@ void shapes() {
   }
 }
 
-// Deeper than a slab: sums pass through memory.
+// Deeper than a slab, where sums pass through memory, and wider than one.
 template <class T>
 void deep() {
   std::mt19937 random(8);
-  const Matrices<T> X(1, 35, 2 * SLAB + 77, Order::rows, random);
+  const Matrices<T> X(1, 13, 2 * SLAB + 77, Order::rows, random);
+  const Matrices<T> Y(1, 2 * SLAB + 77, 401, Order::rows, random);
   Product<T> gram;
   gram.rows = gram.cols = X.rows, gram.depth = X.cols, gram.L = X.view;
   gram.symmetric = gram.gram = true;
   run("deep gram", gram);
-  Product<T> plain = gram;
-  plain.symmetric = plain.gram = false, plain.R = X.view.transposed();
+  Product<T> plain;
+  plain.rows = X.rows, plain.depth = X.cols, plain.cols = Y.cols, plain.L = X.view;
+  plain.R = Y.view;
   run("deep product", plain);
 }
 

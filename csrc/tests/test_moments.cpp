@@ -1,0 +1,245 @@
+// The rules and loops behind row, column and factored moments and norms, against long double.
+//
+//   g++ -std=c++20 -O2 -Icsrc csrc/tests/test_moments.cpp && ./a.out
+//
+// ORTHONORM_ISA chooses the instruction set. Buffers are as long as they need to be, so that
+// AddressSanitizer sees a read or write beyond them.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/moment_loops.h"
+
+using namespace orthonorm;
+
+namespace {
+
+using Real = long double;
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                   \
+  if (!(condition)) {                                           \
+    ++failures;                                                 \
+    std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+    std::printf(__VA_ARGS__);                                   \
+    std::printf("\n");                                          \
+  }
+
+constexpr double inf = std::numeric_limits<double>::infinity();
+const double nan = std::nan("");
+constexpr EpsAt PLACES[] = {EpsAt::outside, EpsAt::inside, EpsAt::clamp};
+
+template <class A>
+std::unique_ptr<A[]> random_values(int64_t count, double scale, int seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal;
+  auto values = std::make_unique<A[]>(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<A>(scale * normal(random));
+  return values;
+}
+
+// The distance from `got` to the exact value, in halves of A's spacing there: at most 1 if `got` is
+// the exact value rounded once.
+template <class A>
+Real roundings(A got, Real exact) {
+  const A near = static_cast<A>(exact);
+  const A next = std::nextafter(near, std::numeric_limits<A>::infinity());
+  return std::fabs(static_cast<Real>(got) - exact) / ((static_cast<Real>(next) - near) / 2);
+}
+
+void test_rules() {
+  CHECK(inverse_or_zero(0) == 0, "zero");
+  CHECK(inverse_or_zero(4) == 0.25, "four");
+  CHECK(0 * inverse_or_zero(1e-310) == 0, "a denormal's inverse must be finite");
+  CHECK(inverse_or_zero(inf) == 0, "infinity");
+  CHECK(std::isnan(inverse_or_zero(nan)), "NaN");
+  CHECK(denominator(4, 0.5, EpsAt::outside) == 2.5, "outside");
+  CHECK(denominator(4, 5, EpsAt::inside) == 3, "inside");
+  CHECK(denominator(4, 3, EpsAt::clamp) == 3, "clamp from below");
+  CHECK(denominator(4, 1, EpsAt::clamp) == 2, "clamp not touching");
+  CHECK(divisor(3, 16, EpsAt::inside) == 5, "3-4-5");
+  CHECK(divisor(3, 1, EpsAt::outside) == 4 && divisor(3, 4, EpsAt::clamp) == 4, "divisors");
+  CHECK(std::fabs(divisor(1e300, 1, EpsAt::inside) / 1e300 - 1) < 1e-15, "no overflow inside");
+  for (const EpsAt at : PLACES) {
+    CHECK(std::isnan(denominator(nan, 1, at)) && std::isnan(divisor(nan, 1, at)), "NaN stays");
+  }
+  CHECK(decayed(2, 6, 0.75) == 3, "decay");
+  CHECK(norm_ratio(9, 4) == 1.5 && norm_ratio(9, 0) == 0 && norm_ratio(0, 0) == 0, "ratio");
+  CHECK(std::fabs(norm_ratio(1e300, 1e-300) / 1e300 - 1) < 1e-15, "the quotient of squares would overflow");
+}
+
+// The polynomial's promise, from small t to the largest it is used for.
+void test_near_factor() {
+  for (const EpsAt at : {EpsAt::outside, EpsAt::inside}) {
+    const NearFactor near(at);
+    for (double t = 0x1p-30; t < 0x1p-8; t *= 1.7) {
+      const Real s = t, base = 1 + s, slack = 8 * std::numeric_limits<Real>::epsilon();
+      const Real f = at == EpsAt::outside ? 1 / base : 1 / std::sqrt(base);
+      const Real p = 1 + s * (near.linear + near.quadratic * s);
+      CHECK(std::fabs(f - p) <= s * s * s + slack, "t = %g", t);
+      const Real square = 1 - near.norm_linear * s;
+      CHECK(std::fabs(f * f - square) <= 1.5L * near.norm_linear * s * s + slack, "t = %g", t);
+    }
+  }
+}
+
+void test_sums(int64_t count, double scale) {
+  const auto x = random_values<float>(count, scale, 1);
+  Real exact = 0;
+  for (int64_t i = 0; i < count; ++i) exact += static_cast<Real>(x[i]) * x[i];
+  CHECK(std::fabs(sum_squares(x.get(), count) - exact) <= 1e-14L * exact, "%d at %g",
+        static_cast<int>(count), scale);
+  const auto wide = random_values<double>(count, scale, 1);
+  exact = 0;
+  for (int64_t i = 0; i < count; ++i) exact += static_cast<Real>(wide[i]) * wide[i];
+  const double norm = sum_squares(wide.get(), count).norm();
+  CHECK(std::fabs(norm - std::sqrt(exact)) <= 1e-14L * norm, "%d at %g", static_cast<int>(count),
+        scale);
+}
+
+template <int R, class A>
+void test_columns(int64_t count) {
+  std::unique_ptr<A[]> memory[R];
+  const A* runs[R];
+  double first[R], second[R];
+  for (int r = 0; r < R; ++r) {
+    memory[r] = random_values<A>(count, 3, r);
+    runs[r] = memory[r].get();
+    first[r] = 1 + r, second[r] = 0.1 * (1 + r);
+  }
+  auto sums = random_values<double>(count, 1, 9);
+  auto a = random_values<double>(count, 1, 9), b = random_values<double>(count, 1, 9);
+  auto c = random_values<double>(count, 1, 9);
+  const auto start = random_values<double>(count, 1, 9);
+  add_squares<R, A>(runs, count, sums.get());
+  add_weighted_squares<R, A>(runs, first, second, count, {a.get(), b.get(), c.get()});
+  for (int64_t j = 0; j < count; ++j) {
+    Real exact[3] = {start[j], start[j], start[j]}, size = std::fabs(start[j]);
+    for (int r = 0; r < R; ++r) {
+      const Real square = static_cast<Real>(runs[r][j]) * runs[r][j];
+      exact[0] += square, exact[1] += first[r] * square, exact[2] += second[r] * square;
+      size += (1 + first[r]) * square;
+    }
+    CHECK(std::fabs(sums[j] - exact[0]) <= 1e-15L * size, "column %d", static_cast<int>(j));
+    CHECK(std::fabs(a[j] - exact[0]) <= 1e-15L * size, "column %d", static_cast<int>(j));
+    CHECK(std::fabs(b[j] - exact[1]) <= 1e-15L * size, "column %d", static_cast<int>(j));
+    CHECK(std::fabs(c[j] - exact[2]) <= 1e-15L * size, "column %d", static_cast<int>(j));
+  }
+}
+
+// M = double rounds a float result once; in place gives the same bits as out of place.
+template <class M, class A>
+void test_scaling(int64_t count) {
+  const double factor = 1.0 / 3;
+  const Real allowed = sizeof(M) > sizeof(A) ? 1.0000001L : 3;
+  const auto x = random_values<A>(count, 2, 3);
+  const auto factors = random_values<M>(count, 5, 4);
+  auto y = std::make_unique<A[]>(count), z = std::make_unique<A[]>(count);
+  auto w = std::make_unique<A[]>(count);
+  scale<M>(x.get(), factor, count, y.get());
+  scale_each(x.get(), factors.get(), count, z.get());
+  for (int64_t i = 0; i < count; ++i) {
+    CHECK(roundings(y[i], static_cast<Real>(x[i]) * factor) <= allowed, "scale");
+    CHECK(roundings(z[i], static_cast<Real>(x[i]) * factors[i]) <= allowed, "scale_each");
+  }
+  std::copy(x.get(), x.get() + count, w.get());
+  const Ahead ahead{reinterpret_cast<const char*>(x.get()), sizeof(A)};
+  scale<M>(w.get(), factor, count, w.get(), ahead);
+  CHECK(std::equal(w.get(), w.get() + count, y.get()), "in place, with prefetch");
+  std::copy(x.get(), x.get() + count, w.get());
+  scale_each(w.get(), factors.get(), count, w.get());
+  CHECK(std::equal(w.get(), w.get() + count, z.get()), "in place");
+}
+
+void test_division(int64_t count) {
+  const auto x = random_values<double>(count, 2, 5);
+  auto by = random_values<double>(count, 2, 6), y = std::make_unique<double[]>(count);
+  for (int64_t i = 0; i < count; i += 3) by[i] = 0;
+  divide_each(x.get(), by.get(), count, y.get());
+  for (int64_t i = 0; i < count; ++i) CHECK(y[i] == (by[i] == 0 ? 0 : x[i] / by[i]), "each");
+  divide(x.get(), 7, count, y.get());
+  for (int64_t i = 0; i < count; ++i) CHECK(y[i] == x[i] / 7, "by one number");
+  divide(x.get(), 0, count, y.get());
+  for (int64_t i = 0; i < count; ++i) CHECK(y[i] == 0, "by zero");
+}
+
+template <EpsAt at>
+Real factored(double root, double column_root, double eps) {
+  const Real s = static_cast<Real>(root) * column_root;
+  if (at == EpsAt::inside) return 1 / std::sqrt(s * s + eps);
+  return 1 / (at == EpsAt::outside ? s + eps : std::fmax(s, static_cast<Real>(eps)));
+}
+
+// Both forms of the factor where both may be used, and the sum of squares.
+template <EpsAt at, class A>
+void test_factored(int64_t count, double eps) {
+  const double root = 0.7, ratio = 1.3;
+  const auto x = random_values<A>(count, 2, 7);
+  auto roots = std::make_unique<double[]>(count), inverses = std::make_unique<double[]>(count);
+  for (int64_t j = 0; j < count; ++j) {
+    roots[j] = 0.5 + (j % 11) * 0.1;
+    inverses[j] = 1 / roots[j];
+  }
+  auto near = std::make_unique<A[]>(count), far = std::make_unique<A[]>(count);
+  const NearFactor f(at);
+  const double step = at == EpsAt::inside ? std::sqrt(eps) : eps;
+  const NearRun run{ratio / root, step / root, f.linear, f.quadratic};
+  scale_near<at == EpsAt::inside>(x.get(), run, inverses.get(), count, near.get());
+  scale_far<at>(x.get(), {root, ratio, eps}, roots.get(), count, far.get());
+  Real exact_sum = 0;
+  const Real allowed = sizeof(A) == 4 ? 1.01L : 10;
+  for (int64_t j = 0; j < count; ++j) {
+    const Real y = x[j] * factored<at>(root, roots[j], eps);
+    exact_sum += y * y;
+    CHECK(roundings(near[j], y * ratio) <= allowed, "near, eps %g", eps);
+    CHECK(roundings(far[j], y * ratio) <= allowed, "far, eps %g", eps);
+  }
+  const double sum = sum_far<at>(x.get(), {root, 1, eps}, roots.get(), count);
+  CHECK(std::fabs(sum - exact_sum) <= 1e-14L * exact_sum, "sum, eps %g", eps);
+}
+
+void test_zero_denominators() {
+  const float x[3] = {0, 1, -2};
+  const double roots[3] = {0, 0, 1};
+  float y[3];
+  scale_far<EpsAt::outside>(x, {1, 1, 0}, roots, 3, y);
+  CHECK(y[0] == 0 && y[1] == 0 && y[2] == -2, "zero over zero is zero");
+  CHECK(sum_far<EpsAt::clamp>(x, {0, 1, 0}, roots, 3) == 0, "zero row");
+}
+
+}  // namespace
+
+int main() {
+  test_rules();
+  test_near_factor();
+  test_zero_denominators();
+  for (int64_t count = 0; count < 140; ++count) {
+    for (const double scale : {1.0, 1e-40, 1e36}) test_sums(count, scale);
+    test_columns<1, float>(count);
+    test_columns<4, float>(count);
+    test_columns<4, double>(count);
+    test_scaling<double, float>(count);
+    test_scaling<double, double>(count);
+    test_scaling<float, float>(count);
+    test_division(count);
+    for (const double eps : {0.0, 1e-12, 1e-7}) {
+      test_factored<EpsAt::outside, float>(count, eps);
+      test_factored<EpsAt::inside, float>(count, eps);
+      test_factored<EpsAt::clamp, float>(count, eps);
+      test_factored<EpsAt::outside, double>(count, eps);
+      test_factored<EpsAt::inside, double>(count, eps);
+      test_factored<EpsAt::clamp, double>(count, eps);
+    }
+  }
+  for (const int64_t count : {1000, 1024, 4097}) {
+    test_sums(count, 1);
+    test_scaling<double, float>(count);
+    test_columns<4, float>(count);
+  }
+  if (failures == 0) std::printf("moments: all passed\n");
+  return failures == 0 ? 0 : 1;
+}
