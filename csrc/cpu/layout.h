@@ -31,8 +31,11 @@ struct Facts {
     return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
   }
 
+  bool empty() const { return std::find(sizes, sizes + dim, 0) != sizes + dim; }
+
   // Whether two indices mean the same element, as in an expanded tensor.
   bool expanded() const {
+    if (empty()) return false;
     for (int64_t d = 0; d < dim; ++d) {
       if (strides[d] == 0 && sizes[d] > 1) return true;
     }

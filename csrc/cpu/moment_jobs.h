@@ -105,6 +105,7 @@ class JobList {
     std::array<Facts, 2> lines = {Facts(rows ? *rows : x), Facts(columns ? *columns : x)};
     if (rows) check_line(i, "row moments", lines[0], fx, fx.dim - 1);
     if (columns) check_line(i, "column moments", lines[1], fx, fx.dim - 2);
+    if (fx.empty()) return;
     Job job{};
     job.x = runs(fx);
     job.out = runs(fout);
@@ -128,10 +129,8 @@ class JobList {
 
   // Threads write apart from each other only if no two indices mean the same memory.
   void check_apart(size_t i, const char* name, const Facts& t) const {
-    for (int64_t d = 0; d < t.dim; ++d) {
-      STD_TORCH_CHECK(t.sizes[d] <= 1 || t.strides[d] != 0, op_, ": ", name, "[", i,
-                      "] is written and must not be expanded, got stride 0 in dimension ", d);
-    }
+    STD_TORCH_CHECK(!t.expanded(), op_, ": ", name, "[", i,
+                    "] is written and must not be an expanded tensor");
   }
 
   void check_line(size_t i, const char* name, const Facts& line, const Facts& x,

@@ -7,8 +7,10 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <random>
+#include <tuple>
 #include <vector>
 
 using namespace orthonorm;
@@ -140,20 +142,42 @@ bool same(const std::vector<E>& a, const std::vector<E>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(E)) == 0;
 }
 
+// One random matrix, its exact result, and the error of plain loops: the same for every kernel.
+struct Problem {
+  std::vector<double> x;
+  std::vector<long double> exact;
+  double float32, float64, bfloat16;
+  double yardstick(Arithmetic arithmetic) const {
+    return arithmetic == Arithmetic::float32   ? float32
+           : arithmetic == Arithmetic::float64 ? float64
+                                               : bfloat16;
+  }
+};
+const Problem& problem(int64_t m, int64_t n, const std::vector<double>& p, unsigned seed) {
+  static std::map<std::tuple<int64_t, int64_t, size_t, unsigned>, Problem> known;
+  Problem& q = known[{m, n, p.size(), seed}];
+  if (q.x.empty()) {
+    q.x = random_matrix(m, n, seed);
+    q.exact = plain<long double>(q.x, m, n, p, [](long double v) { return v; });
+    q.float32 = error(plain<float>(q.x, m, n, p, [](float v) { return v; }), q.exact);
+    q.float64 = error(plain<double>(q.x, m, n, p, [](double v) { return v; }), q.exact);
+    q.bfloat16 = error(plain<float>(q.x, m, n, p, to_bf16<float>), q.exact);
+  }
+  return q;
+}
+
 template <class In, class E>
 void accuracy(Isa isa, Arithmetic arithmetic, int64_t m, int64_t n, const std::vector<double>& p) {
+  const unsigned seeds = m * n > 1000 ? 1 : 10;
   double own = 0, yardstick = 0;
-  for (unsigned seed = 0; seed < 3; ++seed) {
-    const std::vector<double> x = random_matrix(m, n, seed);
-    const auto exact = plain<long double>(x, m, n, p, [](long double v) { return v; });
-    const auto rounded = arithmetic == Arithmetic::bfloat16
-                             ? plain<E>(x, m, n, p, to_bf16<E>)
-                             : plain<E>(x, m, n, p, [](E v) { return v; });
-    own += error(kernel<In, E>(isa, arithmetic, x, m, n, p), exact);
-    yardstick += error(rounded, exact);
+  for (unsigned seed = 0; seed < seeds; ++seed) {
+    const Problem& q = problem(m, n, p, seed);
+    own += error(kernel<In, E>(isa, arithmetic, q.x, m, n, p), q.exact) / seeds;
+    yardstick += q.yardstick(arithmetic) / seeds;
   }
-  const double last_bit = std::numeric_limits<E>::epsilon();
-  check(own <= 2 * yardstick + 6 * last_bit, "accuracy", isa, arithmetic, m, n);
+  // Plain loops may be exact for 1 x 1: allow a last bit per iteration.
+  const double last_bits = static_cast<double>(p.size() / 3) * std::numeric_limits<E>::epsilon();
+  check(own <= 2 * yardstick + last_bits, "accuracy", isa, arithmetic, m, n);
 }
 
 // Same values, same bits: however they are stored and whatever the workspace held, and for every

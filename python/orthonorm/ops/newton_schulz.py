@@ -206,8 +206,8 @@ def _(
             )
 
 
-@newton_schulz.check
-def check_newton_schulz(
+def check_iteration(
+    name: str,
     X: list[Tensor],
     coefficients: list[float],
     restarts: list[int],
@@ -218,7 +218,6 @@ def check_newton_schulz(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> None:
-    name = "newton_schulz"
     _check_polynomial(name, X, coefficients, eps, safety, norms)
     check.choice(name, "form", form, FORMS)
     check.choice(name, "precision", precision, PRECISIONS)
@@ -230,3 +229,21 @@ def check_newton_schulz(
                 f"{name}: restarts must lie before the last of {len(coefficients) // 3} "
                 f"iterations, got {r}"
             )
+
+
+@newton_schulz.check
+def _(
+    X: list[Tensor],
+    coefficients: list[float],
+    restarts: list[int],
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> None:
+    name = "newton_schulz"
+    check_iteration(
+        name, X, coefficients, restarts, form, precision, scale, eps, safety, norms
+    )

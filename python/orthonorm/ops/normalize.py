@@ -125,6 +125,8 @@ def row_moment_(
     Shapes: X[i] is (..., m, n), moments[i] is (..., m, 1).
     """
     for v, x in zip(moments, X, strict=True):
+        if x.numel() == 0:
+            continue
         dtype = accumulator(v, x)
         g = x.to(dtype)
         new_v = beta2 * v.to(dtype) + (1 - beta2) * g.square().mean(-1, keepdim=True)
@@ -151,6 +153,8 @@ def column_moment_(
     Shapes: X[i] is (..., m, n), moments[i] is (..., 1, n).
     """
     for v, x in zip(moments, X, strict=True):
+        if x.numel() == 0:
+            continue
         dtype = accumulator(v, x)
         g = x.to(dtype)
         new_v = beta2 * v.to(dtype) + (1 - beta2) * g.square().mean(-2, keepdim=True)
@@ -180,6 +184,8 @@ def factored_moment_(
     Shapes: X[i] is (..., m, n), row_moments[i] is (..., m, 1), column_moments[i] is (..., 1, n).
     """
     for r, c, x in zip(row_moments, column_moments, X, strict=True):
+        if x.numel() == 0:
+            continue
         dtype = accumulator(r, c, x)
         g = x.to(dtype)
         square = g.square()
@@ -256,6 +262,8 @@ def _(
 
 
 def _normalize(X: Tensor, dim: int, scale: float, eps: float, eps_at: str) -> Tensor:
+    if X.numel() == 0:
+        return torch.empty_like(X, memory_format=torch.contiguous_format)
     x = X.double()  # squares of any float32 fit, so no scale of X overflows or vanishes
     peak = x.abs().amax(dim, keepdim=True) if X.dtype == torch.float64 else None
     unit = 1.0 if peak is None else torch.where(peak == 0, 1.0, peak)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
-from .newton_schulz import check_newton_schulz, frobenius, newton_schulz
+from .newton_schulz import check_iteration, frobenius, newton_schulz
 from .normalize import accumulator, rotated_adam_
 
 
@@ -269,7 +269,9 @@ def _(
         check.tensor(name, label, value)
         check.number(name, label, value)
     check.number(name, "weight_decay", weight_decay, 0.0)
-    check_newton_schulz(grads, coefficients, restarts, form, precision, scale, eps, safety)
+    check_iteration(
+        name, grads, coefficients, restarts, form, precision, scale, eps, safety
+    )
 
 
 @op(
@@ -354,7 +356,9 @@ def _(
         check.same_dtype(name, **{f"bases[{i}]": q, f"exp_avg[{i}]": m})
     check.tensor(name, "scales", scales)
     check.equal_shape(name, "scales", scales, (len(params),))
+    check.tensor(name, "lr", lr)
     check.number(name, "lr", lr)
+    check.same_device(name, params=params, bases=bases, scales=[scales], lr=[lr])
     check.fraction(name, "beta1", beta1)
     check.fraction(name, "beta2", beta2)
     check.number(name, "eps", eps, 0.0)
