@@ -11,6 +11,7 @@ from ._library import LOADED, OPS, reference
 from ._version import __version__
 from .exact import PolarExact, polar_exact
 from .polar import odd_polynomial, polar
+from .spectral import gram_iteration, power_iteration, spectral_norm
 
 LOADED.load(Path(__file__).parent)
 
@@ -20,9 +21,12 @@ __all__ = [
     "PolarExact",
     "__version__",
     "coefficients",
+    "gram_iteration",
     "odd_polynomial",
     "ops",
     "polar",
     "polar_exact",
+    "power_iteration",
     "reference",
+    "spectral_norm",
 ]

@@ -244,6 +244,4 @@ def _(
     norms: Tensor | None = None,
 ) -> None:
     name = "newton_schulz"
-    check_iteration(
-        name, X, coefficients, restarts, form, precision, scale, eps, safety, norms
-    )
+    check_iteration(name, X, coefficients, restarts, form, precision, scale, eps, safety, norms)

@@ -269,9 +269,7 @@ def _(
         check.tensor(name, label, value)
         check.number(name, label, value)
     check.number(name, "weight_decay", weight_decay, 0.0)
-    check_iteration(
-        name, grads, coefficients, restarts, form, precision, scale, eps, safety
-    )
+    check_iteration(name, grads, coefficients, restarts, form, precision, scale, eps, safety)
 
 
 @op(

@@ -1,0 +1,87 @@
+"""Public K3 functions: power iteration, differentiable spectral norms, certified upper bounds."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._checks import tensors
+from .ops.normalize import accumulator
+from .ops.spectral import start_vector
+
+Matrices = TypeVar("Matrices", Tensor, list[Tensor])
+
+
+def power_iteration(
+    W: Matrices,
+    u: Matrices | None = None,
+    v: Matrices | None = None,
+    steps: int = 1,
+    order: str = "u_first",
+    eps: float = 0.0,
+) -> tuple[Tensor, Matrices, Matrices]:
+    """u <- W v / |W v|, v <- W^T u / |W^T u| (or v, then u), `steps` times; sigma = u^T W v.
+
+    Out of place; `ops.power_iteration_` updates warm buffers. One pass over W per step.
+
+    Args:
+        W: a (batch of) matrices (..., m, n), or a list of them.
+        u, v: where to start, (..., m) and (..., n); None is a fixed vector.
+        steps: power steps; 0 only evaluates sigma.
+        order: "u_first" (torch's spectral_norm parametrization) or "v_first" (the legacy hook).
+        eps: lower clamp of the norms; 0 makes the step independent of the scale of W.
+
+    Returns: sigma (the batch's shape; 1-D, flattened, for a list), u and v. sigma is a lower bound
+    of sigma_1, float64 if W is, else float32.
+    """
+    single = isinstance(W, Tensor)
+    matrices = [W] if isinstance(W, Tensor) else list(W)
+    tensors("power_iteration", "W", matrices, min_dim=2)
+
+    def started(given: Matrices | None, sides: list[Tensor]) -> list[Tensor]:
+        if given is None:
+            return [start_vector(x) for x in sides]
+        listed = [given] if isinstance(given, Tensor) else list(given)
+        tensors("power_iteration", "u and v", listed, min_dim=1)
+        return [
+            x.to(accumulator(x), copy=True, memory_format=torch.contiguous_format) for x in listed
+        ]
+
+    left, right = started(u, [x.mT for x in matrices]), started(v, matrices)
+    with torch.no_grad():
+        sigma = ops.power_iteration_([x.detach() for x in matrices], left, right, steps, order, eps)
+    vectors: Any = (left[0], right[0]) if single else (left, right)
+    return sigma.view(matrices[0].shape[:-2]) if single else sigma, *vectors
+
+
+def spectral_norm(W: Tensor, steps: int = 32, start: Tensor | None = None) -> Tensor:
+    """sigma_1(W) by power iteration from a fixed start; d sigma / d W = u v^T.
+
+    A lower bound whose relative error falls as (sigma_2 / sigma_1)^(4 steps).
+
+    Args:
+        W: a (batch of) matrices (..., m, n).
+        steps: power steps, each one pass over W.
+        start: where v starts, (..., n), any scale, not zero.
+
+    Returns: sigma, shape (...), float64 if W is, else float32.
+    """
+    sigma, _, _ = ops.spectral_norm(W, steps, start)
+    return sigma
+
+
+def gram_iteration(W: Tensor, steps: int = 5) -> Tensor:
+    """(sum_i sigma_i^(2^(k+1)))^(2^-(k+1)): never below sigma_1, equal to it as k grows.
+
+    The Schatten norm of order 2^(k+1), raised by a bound of the rounding; differentiable.
+
+    Args:
+        W: a (batch of) matrices (..., m, n).
+        steps: k, Gram products on the short side.
+
+    Returns: the bound, shape (...), float64 if W is, else float32. Source: arXiv:2305.16173.
+    """
+    return ops.gram_iteration(W, steps)
