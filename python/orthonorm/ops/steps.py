@@ -301,8 +301,11 @@ def conda_step_(
 
     Shapes: W, G, M, V of entry i are (..., m, n), Q (..., k, k) with k = min(m, n).
     """
+    largest = max((m.numel() for m in exp_avg), default=0)
+    buffers = {m.dtype: m.new_empty(largest) for m in exp_avg}
     for i, w in enumerate(params):
-        work = rotate(grads[i].to(exp_avg[i].dtype), bases[i])
+        work = buffers[exp_avg[i].dtype][: w.numel()].view(w.shape)
+        rotate(grads[i].to(exp_avg[i].dtype), bases[i], out=work)
         decay = 1 - lr.to(torch.float64) * weight_decay
         size = scales[i : i + 1] * (decay if weight_decay else 1.0)
         rotated_adam_([exp_avg[i]], [exp_avg_sq[i]], [work], beta1, beta2, eps, size)
@@ -311,9 +314,10 @@ def conda_step_(
         rotate_back_(w, work, bases[i])
 
 
-def rotate(X: Tensor, Q: Tensor) -> Tensor:
+def rotate(X: Tensor, Q: Tensor, out: Tensor | None = None) -> Tensor:
     """X in the basis Q of its short side: X Q if rows >= columns, else Q^T X."""
-    return X @ Q if X.shape[-2] >= X.shape[-1] else Q.mT @ X
+    left, right = (X, Q) if X.shape[-2] >= X.shape[-1] else (Q.mT, X)
+    return torch.matmul(left, right, out=out)
 
 
 def rotate_back_(W: Tensor, N: Tensor, Q: Tensor) -> None:
