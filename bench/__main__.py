@@ -104,9 +104,7 @@ def requests(options: argparse.Namespace) -> list[Request]:
                     spectrum=_known("spectrum", options.spectrum, tuple(SPECTRA)),
                     precision=options.precision,
                     device=options.device,
-                    kinds=tuple(
-                        _known("kind", kind, KINDS) for kind in options.against or KINDS
-                    ),
+                    kinds=tuple(_known("kind", kind, KINDS) for kind in options.against or KINDS),
                     refcheck=options.refcheck,
                     plan=Plan(options.rounds, options.seconds),
                 )

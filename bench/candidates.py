@@ -75,9 +75,7 @@ class _Serving(TorchDispatchMode):
         super().__init__()
         self.labels: set[str] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != NAMESPACE:
             return func(*args, **(kwargs or {}))
         op = OPS[func._opname]
@@ -99,7 +97,7 @@ def _flat(values: Any) -> Iterator[Tensor]:
 
 
 def served_by(call: Callable[[], Any]) -> str:
-    """"C++", "Triton", "reference", or several joined by " + ": who does the work of this call."""
+    """ "C++", "Triton", "reference", or several joined by " + ": who does the work of this call."""
     with _Serving() as mode:
         call()
     return " + ".join(sorted(mode.labels)) or "reference"

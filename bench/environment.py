@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -9,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,25 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+@contextlib.contextmanager
+def _returning_allocator() -> Iterator[Callable[[int], int]]:
+    """glibc returns every buffer above 64 KiB when it is freed, so that the resident set tells what
+    is in use; afterwards the thresholds its heuristics reach in a process that moves matrices."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
+    try:
+        yield libc.malloc_trim
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)
+
+
 def peak_extra_memory(call: Callable[[], Any], device: str = "cpu") -> int | None:
-    """Bytes beyond what was held before, at the worst moment of a second call; None if unknown.
+    """Bytes beyond what was held before, at the worst moment of a later call; None if unknown.
 
     On Linux the resident set's high-water mark, reset before the call, so memory from any allocator
     counts; on CUDA torch's own count.
@@ -113,11 +131,13 @@ def peak_extra_memory(call: Callable[[], Any], device: str = "cpu") -> int | Non
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
+        with _returning_allocator() as trim:
+            call()
+            trim(0)  # free chunks inside the heap are resident, and would be used unseen
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status("VmRSS")
+            call()
+            return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError):
         return None
 

@@ -111,8 +111,6 @@ def check_csv(path: Path) -> None:
 def write_json(path: Path, rows: Iterable[Row], environment: dict[str, Any], **more: Any) -> None:
     """Environment and rows, everything that was measured."""
     shared = set(environment)
-    flat = [
-        {k: v for k, v in record(row, environment).items() if k not in shared} for row in rows
-    ]
+    flat = [{k: v for k, v in record(row, environment).items() if k not in shared} for row in rows]
     data = {"format": FORMAT, "environment": environment, "rows": flat, **more}
     path.write_text(json.dumps(data, indent=1) + "\n")

@@ -85,6 +85,8 @@ ORTHONORM_INLINE void lanes_along_depth(const T* from, Lane* to) {
   }
 }
 
+inline constexpr int64_t ROWS_AHEAD = 16;
+
 // Elements next to each other across the panel: one row of lanes at a time.
 template <class T, class Lane, int WIDTH>
 ORTHONORM_INLINE void pack_across(
@@ -93,6 +95,8 @@ ORTHONORM_INLINE void pack_across(
   const int64_t whole = count == WIDTH ? depth / step : 0;
   for (int64_t k = 0; k < whole; ++k) {
     const T* row = from + k * step * stride_k;
+    // The processor foresees lines, not rows; what is fetched is what the panel's next turn needs.
+    for (int64_t i = 0; i < step; ++i) __builtin_prefetch(row + (ROWS_AHEAD * step + i) * stride_k);
     for (int j = 0; j < WIDTH; ++j) to[k * WIDTH + j] = lane<T, Lane>(row + j, stride_k, true);
   }
   for (int64_t k = whole; k < lanes_of<Lane>(depth); ++k) {
@@ -117,20 +121,12 @@ ORTHONORM_INLINE void pack_along(
     const T* rows = from + j * stride_j;
     const int64_t valid = std::clamp<int64_t>(count - j, 0, W);
     for (int64_t k = 0; k < whole; k += W) {
-      Vector<Word, BYTES> r[W] = {};
-      if (valid == W) {
+      Vector<Word, BYTES> r[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-          Lane line[W];
-          lanes_along_depth<T, Lane, W>(rows + i * stride_j + k * step, line);
-          load(line, r[i]);
-        }
-      } else {
-        for (int i = 0; i < valid; ++i) {
-          Lane line[W];
-          lanes_along_depth<T, Lane, W>(rows + i * stride_j + k * step, line);
-          load(line, r[i]);
-        }
+      for (int i = 0; i < W; ++i) {
+        Lane line[W] = {};
+        if (i < valid) lanes_along_depth<T, Lane, W>(rows + i * stride_j + k * step, line);
+        load(line, r[i]);
       }
       transpose(r);
 #pragma GCC unroll 16

@@ -84,13 +84,11 @@ ORTHONORM_INLINE double sum_squares(const In* x, int64_t ld, int64_t L, int64_t 
   return rest;
 }
 
-// The powers of two that bring the largest entry into [1/2, 1). Two, the larger one first, because
-// 2^1074 is no double; and one alone where it is enough, so that a product is rounded once only.
+// The powers of two that bring the largest entry into [1/2, 1): two where one would overflow.
 inline Divisor unit_of(double largest) {
   if (!(largest > 0) || std::isinf(largest)) return {};
   int exponent = 0;
   std::frexp(largest, &exponent);
-  if (exponent > 1000) return {std::ldexp(1.0, 1000 - exponent), 0x1p-1000, 1};
   if (exponent < -1000) return {0x1p1000, std::ldexp(1.0, -1000 - exponent), 1};
   return {std::ldexp(1.0, -exponent), 1, 1};
 }

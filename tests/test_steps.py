@@ -1,5 +1,5 @@
 """The passes over lists of tensors: rotated_adam_, magnitude, muon_prologue_, decayed_update_,
-adamw_step_. Errors are measured against the references in float64 (DESIGN.md)."""
+adamw_step_. Errors are measured against the references in float64 (passes.py)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,36 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from orthonorm import ops
-from orthonorm._library import OPS, Op
+from passes import (
+    F32,
+    F64,
+    LISTS,
+    MATRICES,
+    MIXES,
+    ROWS,
+    Layout,
+    check_errors,
+    copied,
+    digest,
+    distance,
+    make,
+    mapped,
+    mutated,
+    op,
+    run,
+    same,
+    shapes_of,
+)
 from torch import Tensor
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-Arguments = dict[str, Any]
-Layout = Callable[[Tensor], Tensor]
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -28,175 +46,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-# The tensor lists of each op, the other arguments of a list of n, and its variants.
-LISTS = {
-    "rotated_adam_": ("exp_avg", "exp_avg_sq", "X"),
-    "magnitude": ("X",),
-    "muon_prologue_": ("grads", "momentum_buffers", "updates"),
-    "decayed_update_": ("params", "updates"),
-    "adamw_step_": ("params", "grads", "exp_avg", "exp_avg_sq"),
-}
-MATRICES = ("magnitude", "muon_prologue_")
-VARIANTS: dict[str, tuple[Arguments, ...]] = {
-    "rotated_adam_": ({}, {"eps": 0.0}, {"scales": None}),
-    "magnitude": ({},),
-    "muon_prologue_": ({}, {"nesterov": False}, {"momentum": torch.tensor(0.5)}),
-    "decayed_update_": ({}, {"weight_decay": 0.0}),
-    "adamw_step_": (
-        {},
-        {"decay_first": False, "correct_eps": False},
-        {"weight_decay": 0.0, "eps": 0.0, "lr": torch.tensor(0.01)},
-    ),
-}
-ROWS = [(name, i) for name, variants in VARIANTS.items() for i in range(len(variants))]
-TENSORS = [(), (1,), (5,), (0,), (3, 0), (129, 257), (2, 3, 4, 5), (8200,), (64, 31), (1, 17)]
-SHAPES = [(1, 1), (1, 17), (23, 1), (0, 4), (3, 0), (0, 2, 3), (3, 0, 5), (129, 257), (3, 64, 31)]
-MIXES = {
-    "float32": (F32,) * 4,
-    "float64": (F64,) * 4,
-    "bfloat16": (BF16,) * 4,
-    "float16": (F16,) * 4,
-    "half-weights": (BF16, BF16, F32, F32),
-    "half-states": (F32, F32, BF16, F16),
-    "wide-states": (F16, F32, F64, F64),
-    "wide-weights": (F64, BF16, F32, BF16),
-}
-
-
-def shapes_of(name: str) -> Sequence[tuple[int, ...]]:
-    return SHAPES if name in MATRICES else TENSORS + SHAPES
-
-
-def make(
-    name: str,
-    shapes: Sequence[tuple[int, ...]],
-    dtypes: Sequence[torch.dtype] = MIXES["float32"],
-    layouts: Sequence[Layout] = (),
-    variant: int = 0,
-    seed: int = 0,
-) -> Arguments:
-    generator = torch.Generator().manual_seed(seed)
-    made: Arguments = {}
-    for k, label in enumerate(LISTS[name]):
-        made[label] = []
-        for shape in shapes:
-            x = torch.randn(shape, generator=generator, dtype=F64)
-            x = x.square() + 0.01 if label == "exp_avg_sq" else x
-            x = x.to(dtypes[k])
-            made[label].append(layouts[k % len(layouts)](x) if layouts else x)
-    n = len(shapes)
-    if name == "rotated_adam_":
-        made |= {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-        made["scales"] = torch.linspace(0.3, 2.0, n, dtype=F64)
-    if name == "muon_prologue_":
-        made["momentum"] = torch.tensor(0.95, dtype=F64)
-    if name == "decayed_update_":
-        made |= {"lr": torch.tensor(0.02, dtype=F64), "weight_decay": 0.3}
-        made["factors"] = [0.1 + 0.3 * i for i in range(n)]
-    if name == "adamw_step_":
-        made["steps"] = [torch.tensor(float(i), dtype=(F32, F64)[i % 2]) for i in range(n)]
-        made |= {"lr": torch.tensor(0.01, dtype=F64), "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-        made["weight_decay"] = 0.1
-    return made | VARIANTS[name][variant]
-
-
-def mapped(arguments: Arguments, f: Callable[[Tensor], Tensor]) -> Arguments:
-    return {
-        key: [f(t) for t in value]
-        if isinstance(value, list) and value and isinstance(value[0], Tensor)
-        else value
-        for key, value in arguments.items()
-    }
-
-
-def copied(t: Tensor) -> Tensor:
-    """The same values at the same strides, in memory of its own."""
-    if t.numel() == 0:
-        return t.clone()
-    length = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.as_strided((length,), (1,)).clone().as_strided(t.shape, t.stride())
-
-
-def mutated(name: str) -> list[str]:
-    arguments = OPS[name].overload._schema.arguments
-    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-def run(call: Callable[..., Any], name: str, arguments: Arguments) -> dict[str, list[Tensor]]:
-    """Everything the call wrote or returned, on copies of the arguments; nothing else changed."""
-    given = mapped(arguments, copied)
-    result = call(**given)
-    out = {label: given[label] for label in mutated(name)}
-    for label in set(LISTS[name]) - set(out):
-        for before, after in zip(arguments[label], given[label], strict=True):
-            assert same(before, after), f"{name} changed {label}"
-    if result is not None:
-        out["norms"] = [result]
-    return out
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-        and torch.equal(a.isnan(), b.isnan())
-    )
-
-
-def op(name: str) -> Op[..., Any]:
-    return OPS[name]
-
-
-def distance(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    total = sum(float((a.double() - b).square().sum()) for a, b in zip(values, exact, strict=True))
-    return math.sqrt(total)
-
-
-def exact_norms(name: str, arguments: Arguments, exact: dict[str, list[Tensor]]) -> list[Tensor]:
-    """|X|_F of every matrix, correctly rounded but for the root."""
-    matrices = exact["updates"] if name == "muon_prologue_" else arguments["X"]
-    flat = [
-        m for x in matrices for m in x.reshape(math.prod(x.shape[:-2]), math.prod(x.shape[-2:]))
-    ]
-    squares = (math.fsum(v * v for v in m.reshape(-1).tolist()) for m in flat)
-    return [torch.tensor([math.sqrt(s) for s in squares], dtype=F64)]
-
-
-def errors(
-    call: Callable[..., Any], name: str, arguments: Arguments, exact: dict[str, list[Tensor]]
-) -> dict[str, float]:
-    return {k: distance(v, exact[k]) for k, v in run(call, name, arguments).items()}
-
-
-def in_float32(t: Tensor) -> Tensor:
-    return t.float() if t.dtype == F64 else t
-
-
-def check_errors(name: str, arguments: Arguments) -> None:
-    """err(kernel) <= 2 err(reference) for everything written, over the list.
-
-    Where arithmetic is in float64, like the oracle, 2 err(reference) is what a float32 list would
-    be allowed, by the ratio of the two roundings, for kernel and oracle each.
-    """
-    doubles = mapped(arguments, Tensor.double)
-    exact = run(op(name).reference, name, doubles)
-    if "norms" in exact:
-        exact["norms"] = exact_norms(name, doubles, exact)
-    kernel = errors(op(name), name, arguments, exact)
-    allowed = errors(op(name).reference, name, arguments, exact)
-    floats = mapped(arguments, in_float32)
-    if any(t.dtype == F64 for label in LISTS[name] for t in arguments[label]):
-        rounded = run(op(name).reference, name, mapped(floats, Tensor.double))
-        narrow = errors(op(name).reference, name, floats, rounded)
-        ratio = torch.finfo(F64).eps / torch.finfo(F32).eps
-        allowed = {k: max(e, 2 * ratio * narrow[k]) for k, e in allowed.items()}
-    unit = torch.finfo(F64).eps * float(exact["norms"][0].norm()) if "norms" in exact else 0.0
-    for label, error in kernel.items():
-        slack = unit if label == "norms" else 0.0  # of the result itself
-        limit = 2 * allowed[label] + slack
-        assert error <= limit, f"{name} {label}: {error} > {limit}"
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -336,141 +185,6 @@ def test_empty_lists(name: str) -> None:
         assert (result.shape, result.dtype) == ((0,), F64)
 
 
-# ---- norms ---------------------------------------------------------------------------------------
-def norms_of(name: str, X: Tensor) -> Tensor:
-    """The norm as `magnitude` gives it, or muon_prologue_ with momentum 0, where U is G."""
-    if name == "magnitude":
-        return ops.magnitude([X])
-    buffers, updates = torch.zeros_like(X), torch.empty_like(X)
-    norms = ops.muon_prologue_([X], [buffers], [updates], torch.tensor(0.0))
-    if bool(X.isfinite().all()):  # 0 * inf is not 0
-        assert same(updates, X)
-    return norms
-
-
-RANGES = {F32: (-149, 120), BF16: (-133, 120), F16: (-24, 8), F64: (-1074, 1012)}
-
-
-@pytest.mark.parametrize("dtype", RANGES)
-@pytest.mark.parametrize("name", MATRICES)
-def test_a_power_of_two_moves_the_norm_by_itself(name: str, dtype: torch.dtype) -> None:
-    low, high = RANGES[dtype]
-    # Small integers: exact at every scale, denormals included.
-    X = torch.randint(-15, 16, (130, 190), generator=torch.Generator().manual_seed(0)).double()
-    norm = norms_of(name, X.to(dtype))
-    for k in [*range(low, high, 37), low, high]:
-        scaled = torch.ldexp(X, torch.tensor(k)).to(dtype)
-        assert torch.equal(norms_of(name, scaled), torch.ldexp(norm, torch.tensor(k))), k
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16])
-@pytest.mark.parametrize("name", MATRICES)
-def test_scales_within_one_matrix(name: str, dtype: torch.dtype) -> None:
-    """Blocks of very different sizes, the largest first, last and alone."""
-    small, large = (1e-40, 1e36) if dtype != F64 else (1e-310, 1e300)
-    for rows in ([0], [99], [0, 50], []):
-        X = torch.full((100, 300), small, dtype=dtype)
-        X[rows] = large
-        exact = math.hypot(*[float(X[i, 0]) * math.sqrt(300) for i in range(100)])
-        assert norms_of(name, X).item() == pytest.approx(exact, rel=1e-15)
-
-
-@pytest.mark.parametrize("dtype", MIXES["half-states"][1:] + (F64,))
-@pytest.mark.parametrize("name", MATRICES)
-def test_zeros_and_non_finite_entries_stay_in_their_matrix(name: str, dtype: torch.dtype) -> None:
-    X = torch.ones(6, 30, 40, dtype=dtype)
-    X[1] = 0
-    X[2, 29, 39] = math.inf
-    X[3, 0, 0] = math.nan
-    X[4, 3, 3] = -math.inf
-    norms = norms_of(name, X).tolist()
-    assert norms[0] == norms[5] == math.sqrt(1200)
-    assert norms[1] == 0.0
-    assert not any(math.isfinite(n) for n in norms[2:5])
-
-
-def test_updates_are_measured_before_they_are_rounded() -> None:
-    G, B = torch.randn(50, 60), torch.randn(50, 60)
-    norms = {}
-    for dtype in (F32, BF16, F16):
-        updates = torch.empty(50, 60, dtype=dtype)
-        norms[dtype] = ops.muon_prologue_([G], [B.clone()], [updates], torch.tensor(0.9)).item()
-    assert norms[BF16] == norms[F16] == norms[F32]
-
-
-def test_muon_prologue_overwrites_whatever_updates_held() -> None:
-    updates = torch.full((50, 60), math.nan, dtype=BF16)
-    ops.muon_prologue_([torch.ones(50, 60)], [torch.zeros(50, 60)], [updates], torch.tensor(0.5))
-    assert torch.equal(updates, torch.full((50, 60), 0.75, dtype=BF16))
-
-
-# ---- edges of the arithmetic ---------------------------------------------------------------------
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e36, 0.0])
-@pytest.mark.parametrize("name", LISTS)
-def test_scales_follow_the_reference(name: str, scale: float) -> None:
-    """Overflow where the reference does; else twice its error, or a denormal's rounding."""
-    arguments = mapped(make(name, [(33, 65)]), lambda t: t * scale if t.dim() else t)
-    exact = run(op(name).reference, name, mapped(arguments, Tensor.double))
-    kernel = run(op(name), name, arguments)
-    reference = run(op(name).reference, name, arguments)
-    for label in reference:
-        a, b, c = kernel[label][0], reference[label][0], exact[label][0]
-        finite = b.isfinite()
-        assert same(finite, a.isfinite()), label
-        error, allowed = (distance([v[finite]], [c[finite]]) for v in (a, b))
-        unit = 1e-14 * float(c.norm()) if label == "norms" else math.sqrt(b.numel()) * 2.0**-149
-        assert error <= 2 * allowed + unit, label
-
-
-def test_zero_over_zero_is_zero() -> None:
-    M, V, X = (torch.zeros(9, 40) for _ in range(3))
-    ops.rotated_adam_([M], [V], [X], 0.9, 0.99, 0.0)
-    assert torch.equal(X, torch.zeros(9, 40))
-    W, G, step = torch.ones(9, 40), torch.zeros(9, 40), torch.zeros(())
-    ops.adamw_step_([W], [G], [M], [V], [step], torch.tensor(0.1), 0.9, 0.99, 0.0, 0.0)
-    assert torch.equal(W, torch.ones(9, 40))
-
-
-@pytest.mark.parametrize("name", ["rotated_adam_", "decayed_update_", "adamw_step_"])
-def test_non_finite_entries_stay_where_they_are(name: str) -> None:
-    arguments = make(name, [(40, 50), (7,)])
-    clean = run(op(name), name, arguments)
-    source = LISTS[name][2 if name == "rotated_adam_" else 1]
-    arguments[source][0][3, 4], arguments[source][0][5, 6] = math.nan, math.inf
-    dirty = run(op(name), name, arguments)
-    for label in set(clean) - {"steps"}:
-        expected = torch.ones(40, 50, dtype=torch.bool)
-        expected[3, 4] = expected[5, 6] = False
-        assert torch.equal(clean[label][0][expected], dirty[label][0][expected])
-        assert dirty[label][0][3, 4].isnan()
-        assert same(clean[label][1], dirty[label][1])
-
-
-def test_float64_is_rounded_once_to_half_precision() -> None:
-    """Half a unit and a bit: a float in between would drop the bit, and the tie goes to even."""
-    for dtype, unit in ((BF16, 2.0**-7), (F16, 2.0**-10)):
-        above = 1 + unit / 2 + 2.0**-40
-        w = torch.full((3, 100), 1.0, dtype=dtype)
-        u = torch.full((3, 100), 1.0 - above, dtype=F64)
-        ops.decayed_update_([w], [u], torch.tensor(1.0, dtype=F64), 0.0, [1.0])
-        assert torch.equal(w, torch.full((3, 100), 1 + unit, dtype=dtype))
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_conversions_are_those_of_torch(dtype: torch.dtype) -> None:
-    """Every 16-bit pattern read, every neighbourhood of a rounding boundary written."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    zeros = torch.zeros(2**16)
-    wide = torch.zeros(2**16)
-    ops.decayed_update_([wide], [every], torch.tensor(-1.0), 0.0, [1.0])
-    assert same(wide, zeros + every.float())
-    between = wide.view(torch.int32)[:, None] + torch.tensor([-1, 0, 1, 0x1000, 0x7FFF, 0x8000])
-    values = between.to(torch.int32).view(F32).reshape(-1)
-    back = torch.zeros(values.shape, dtype=dtype)
-    ops.decayed_update_([back], [values], torch.tensor(-1.0), 0.0, [1.0])
-    assert same(back, (0.0 + values).to(dtype))
-
-
 # ---- AdamW is torch's ----------------------------------------------------------------------------
 def adamw_weights(dtype: torch.dtype, ours: bool, steps: int = 6, **keywords: Any) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
@@ -568,15 +282,21 @@ def test_norms_are_of_matrices(name: str) -> None:
 
 
 # ---- every instruction set -----------------------------------------------------------------------
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_isa(isa: str) -> None:
-    """The tests of values on a lower instruction set (csrc/cpu/isa.h reads it once)."""
-    chosen = "errors or layouts or norm or conversions or adamw"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen]
+def under(isa: str, *command: str) -> str:
+    """Output of a fresh process, as csrc/cpu/isa.h reads ORTHONORM_ISA once."""
+    environment = {**os.environ, "ORTHONORM_ISA": isa}
     done = subprocess.run(
-        [*command, __file__],
-        env={**os.environ, "ORTHONORM_ISA": isa},
-        capture_output=True,
-        text=True,
+        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+    assert under(isa, "passes.py").strip() == digest()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_edges_on_other_instruction_sets(isa: str) -> None:
+    under(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", "test_steps_edges.py")

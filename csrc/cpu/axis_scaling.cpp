@@ -181,7 +181,7 @@ class AxisScaling {
     const Job& job = jobs_[unit.job];
     const Place& at = place(unit);
     if (along(job)) {
-      return scale_runs(job, unit, workspace_.at(at.factors + unit.o0), at.ratio, 0);
+      return scale_runs(job, unit, workspace_.at(at.factors + unit.o0), at.ratio, runs_ahead(job.x));
     }
     const double* factors = workspace_.at(at.factors + unit.i0);
     switch (job.x.dtype) {
@@ -196,11 +196,11 @@ class AxisScaling {
     alignas(64) M factors[kTile];
     for (int64_t i = 0; i < unit.i1 - unit.i0; ++i) factors[i] = static_cast<M>(from[i] * ratio);
     const bool divides = rule_.divides(job.x.dtype);
-    map_runs<A>(job, unit, [&](int64_t, int64_t i, const A* x, int64_t count, A* y) {
+    map_runs<A>(job, unit, runs_ahead(job.x), [&](int64_t, int64_t i, const A* x, int64_t count, A* y, const Ahead& next) {
       if constexpr (sizeof(A) == 8) {
         if (divides) return divide_each(x, factors + (i - unit.i0), count, y);
       }
-      scale_each(x, factors + (i - unit.i0), count, y);
+      scale_each(x, factors + (i - unit.i0), count, y, next);
     });
   }
 
@@ -221,15 +221,10 @@ class AxisScaling {
   void scale_runs(const Job& job, const Unit& unit, const double* factors, double ratio,
                   int64_t ahead) const {
     const bool divides = rule_.divides(job.x.dtype);
-    const bool prefetch = ahead != 0 && job.x.stride_inner == 1;
-    map_runs<A>(job, unit, [&](int64_t o, int64_t i, const A* x, int64_t count, A* y) {
+    map_runs<A>(job, unit, ahead, [&](int64_t o, int64_t, const A* x, int64_t count, A* y, const Ahead& next) {
       const double factor = factors[o - unit.o0];
       if constexpr (sizeof(A) == 8) {
         if (divides) return divide(x, factor, count, y);
-      }
-      Ahead next;
-      if (prefetch && o + ahead < job.x.outer) {
-        next = {job.x.at(o + ahead, i), element_size(job.x.dtype)};
       }
       scale<M>(x, factor * ratio, count, y, next);
     });

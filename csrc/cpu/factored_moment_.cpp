@@ -133,17 +133,15 @@ class FactoredMoments {
                    double* sums) const {
     const int64_t count = tile.i1 - tile.i0;
     const WeightedSums sets{sums, sums + x.inner, sums + 2 * x.inner};
-    const bool weighted = keep_norm_;
-    for_fours<A>(
-        x, tile.o0, tile.o1, tile.i0, count,
-        [&](int64_t o, const A* const(&rows)[4]) {
-          if (!weighted) return add_squares<4>(rows, count, sums);
-          add_weighted_squares<4>(rows, first + (o - tile.o0), second + (o - tile.o0), count, sets);
-        },
-        [&](int64_t o, const A* const(&row)[1]) {
-          if (!weighted) return add_squares<1>(row, count, sums);
-          add_weighted_squares<1>(row, first + (o - tile.o0), second + (o - tile.o0), count, sets);
-        });
+    const int64_t begin = tile.o0;
+    for_rows<A>(x, tile.o0, tile.o1, tile.i0, count, kGroup, x.outer,
+                [&]<int R>(int64_t o, const Rows<R, A>& rows) {
+                  if (!keep_norm_) return add_squares(rows, count, sums);
+                  Weights<R> weights;
+                  std::copy_n(first + (o - begin), R, weights.first);
+                  std::copy_n(second + (o - begin), R, weights.second);
+                  add_weighted_squares(rows, weights, count, sets);
+                });
   }
 
   // The columns of one tile: their sums over all units, their moments, their share of the norm.
@@ -260,15 +258,16 @@ class FactoredMoments {
       const double* outer = work(p.outer);
       const double* inner = work(p.inner);
       const bool inside = at_ == EpsAt::inside;
-      const double step = inside ? std::sqrt(eps_) : eps_;
-      return map_runs<A>(job, unit, [&](int64_t o, int64_t i, const A* x, int64_t n, A* y) {
+      return map_runs<A>(job, unit, runs_ahead(job.x), [&](int64_t o, int64_t i, const A* x, int64_t n, A* y, const Ahead& next) {
         const double row = std::sqrt(p.mean) * outer[o];
-        const NearRun c{row * p.ratio, row * step, near_.linear, near_.quadratic};
-        inside ? scale_near<true>(x, c, inner + i, n, y) : scale_near<false>(x, c, inner + i, n, y);
+        const double t = inside ? eps_ * row * row : eps_ * row, a = row * p.ratio;
+        const NearRun c{a, a * t * near_.linear, a * t * t * near_.quadratic};
+        inside ? scale_near<true>(x, c, inner + i, n, y, next)
+               : scale_near<false>(x, c, inner + i, n, y, next);
       });
     }
     for_tiles(unit, work(p.inner), [&](const Unit& tile, const double* roots) {
-      map_runs<A>(job, tile, [&](int64_t o, int64_t, const A* x, int64_t n, A* y) {
+      map_runs<A>(job, tile, runs_ahead(job.x), [&](int64_t o, int64_t, const A* x, int64_t n, A* y, const Ahead&) {
         const FarRun c = far_run(unit, o);
         if (at_ == EpsAt::outside) return scale_far<EpsAt::outside>(x, c, roots, n, y);
         if (at_ == EpsAt::inside) return scale_far<EpsAt::inside>(x, c, roots, n, y);

@@ -84,8 +84,12 @@ class Workspace {
   int64_t capacity_ = 0;
 };
 
+#ifndef PFD
+#define PFD 1024
+#endif
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int64_t runs_ahead(const Runs& x) { return PFD == 0 ? INT64_MAX / 2 : ceil_div(PFD, std::max<int64_t>(1, std::min<int64_t>(x.inner, 1024))); }
 inline EpsAt parse_eps_at(const char* op, const std::string& name) {
   if (name == "outside") return EpsAt::outside;
   if (name == "inside") return EpsAt::inside;
@@ -186,7 +190,7 @@ class JobList {
 template <class F>
 inline void cut(const Job& job, int64_t min_runs, int64_t max_width, const F& f) {
   const int64_t width = std::max<int64_t>(1, std::min(job.x.inner, max_width));
-  const int64_t runs = ceil_div(std::max(min_runs, ceil_div(kUnit, width)), 4) * 4;
+  const int64_t runs = ceil_div(std::max(min_runs, ceil_div(kUnit, width)), 8) * 8;
   for (int64_t o = 0; o < job.x.outer; o += runs) {
     for (int64_t i = 0; i == 0 || i < job.x.inner; i += max_width) {
       f(o, std::min(o + runs, job.x.outer), i, std::min(i + max_width, job.x.inner));

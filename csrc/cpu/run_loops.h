@@ -26,23 +26,26 @@ inline double run_squares(const Runs& x, int64_t o, bool norm) {
   return norm ? wide.norm() : std::ldexp(wide.sum, static_cast<int>(2 * wide.exponent));
 }
 
-// Calls f(o, rows) for groups of four runs of a tile, rows[0..3] their elements [i, i + count), and
-// g(o, row) for the runs left over.
-template <class A, class F, class G>
-inline void for_fours(const Runs& x, int64_t o0, int64_t o1, int64_t i, int64_t count, const F& f,
-                      const G& g) {
-  alignas(64) A scratch[4][kTile];
+// Calls f(o, rows) for groups of eight runs of a tile, elements [i, i + count), and for each that is
+// left over. What lies `ahead` runs further on, if not beyond `last`, comes into the cache meanwhile.
+template <class A, class F>
+inline void for_rows(const Runs& x, int64_t o0, int64_t o1, int64_t i, int64_t count, int64_t ahead,
+                     int64_t last, const F& f) {
+  constexpr int R = 8;
+  alignas(64) A scratch[R][kTile];
+  const bool direct = x.dtype == dtype_of<A>() && x.stride_inner == 1;
   int64_t o = o0;
-  for (; o + 4 <= o1; o += 4) {
-    const A* rows[4];
-    for (int64_t r = 0; r < 4; ++r) {
-      rows[r] = load(x.at(o + r, i), x.dtype, x.stride_inner, count, scratch[r]);
+  for (; o + R <= o1; o += R) {
+    Rows<R, A> rows;
+    for (int64_t r = 0; r < R; ++r) {
+      rows.at[r] = load(x.at(o + r, i), x.dtype, x.stride_inner, count, scratch[r]);
     }
+    if (direct && o + ahead + R <= last) rows.ahead = x.at(ahead, 0) - x.at(0, 0);
     f(o, rows);
   }
   for (; o < o1; ++o) {
-    const A* row[1] = {load(x.at(o, i), x.dtype, x.stride_inner, count, scratch[0])};
-    g(o, row);
+    const A* row = load(x.at(o, i), x.dtype, x.stride_inner, count, scratch[0]);
+    f(o, Rows<1, A>{{row}});
   }
 }
 
@@ -51,10 +54,8 @@ template <class A>
 inline void sum_columns(const Runs& x, const Unit& unit, double* sums) {
   const int64_t count = unit.i1 - unit.i0;
   std::fill(sums, sums + count, 0.0);
-  for_fours<A>(
-      x, unit.o0, unit.o1, unit.i0, count,
-      [&](int64_t, const A* const(&rows)[4]) { add_squares<4>(rows, count, sums); },
-      [&](int64_t, const A* const(&row)[1]) { add_squares<1>(row, count, sums); });
+  for_rows<A>(x, unit.o0, unit.o1, unit.i0, count, 8, x.outer,
+              [&](int64_t, const auto& rows) { add_squares(rows, count, sums); });
 }
 
 // sums of squares of `count` columns -> their norms. The rare ones whose squares left the range of
@@ -73,11 +74,11 @@ inline void column_norms(const Job& job, int64_t first, int64_t count, double* s
   }
 }
 
-// Calls f(o, i, x, count, y) for every piece of every run of a unit: y (which may be x) is what goes
-// to the output. Where the output is transposed the runs go in narrow bands, so that its lines are
+// Calls f(o, i, x, count, y, next) for every piece of every run of a unit: y (which may be x) is what
+// goes to the output, next the same piece `ahead` runs further on. Where the output is transposed the runs go in narrow bands, so that its lines are
 // filled before they leave the cache.
 template <class A, class F>
-inline void map_runs(const Job& job, const Unit& unit, const F& f) {
+inline void map_runs(const Job& job, const Unit& unit, int64_t ahead, const F& f) {
   alignas(64) A from[kTile], to[kTile];
   const Runs &x = job.x, &out = job.out;
   const bool banded = out.stride_inner != 1 && out.data != x.data;
@@ -89,7 +90,11 @@ inline void map_runs(const Job& job, const Unit& unit, const F& f) {
         const int64_t count = std::min(kTile, end - i);
         const A* values = load(x.at(o, i), x.dtype, x.stride_inner, count, from);
         A* result = target(out.at(o, i), out.dtype, out.stride_inner, to);
-        f(o, i, values, count, result);
+        Ahead next;
+        if (x.stride_inner == 1 && o + ahead < x.outer) {
+          next = {x.at(o + ahead, i), element_size(x.dtype)};
+        }
+        f(o, i, values, count, result, next);
         store(result, out.at(o, i), out.dtype, out.stride_inner, count);
       }
     }

@@ -104,25 +104,27 @@ void test_sums(int64_t count, double scale) {
 template <int R, class A>
 void test_columns(int64_t count) {
   std::unique_ptr<A[]> memory[R];
-  const A* runs[R];
-  double first[R], second[R];
+  Rows<R, A> x;
+  Weights<R> weights;
   for (int r = 0; r < R; ++r) {
     memory[r] = random_values<A>(count, 3, r);
-    runs[r] = memory[r].get();
-    first[r] = 1 + r, second[r] = 0.1 * (1 + r);
+    x.at[r] = memory[r].get();
+    weights.first[r] = 1 + r, weights.second[r] = 0.1 * (1 + r);
   }
-  auto sums = random_values<double>(count, 1, 9);
-  auto a = random_values<double>(count, 1, 9), b = random_values<double>(count, 1, 9);
-  auto c = random_values<double>(count, 1, 9);
   const auto start = random_values<double>(count, 1, 9);
-  add_squares<R, A>(runs, count, sums.get());
-  add_weighted_squares<R, A>(runs, first, second, count, {a.get(), b.get(), c.get()});
+  auto sums = random_values<double>(count, 1, 9), a = random_values<double>(count, 1, 9);
+  auto b = random_values<double>(count, 1, 9), c = random_values<double>(count, 1, 9);
+  add_squares(x, count, sums.get());
+  x.ahead = 64;
+  add_weighted_squares(x, weights, count, {a.get(), b.get(), c.get()});
   for (int64_t j = 0; j < count; ++j) {
     Real exact[3] = {start[j], start[j], start[j]}, size = std::fabs(start[j]);
     for (int r = 0; r < R; ++r) {
-      const Real square = static_cast<Real>(runs[r][j]) * runs[r][j];
-      exact[0] += square, exact[1] += first[r] * square, exact[2] += second[r] * square;
-      size += (1 + first[r]) * square;
+      const Real square = static_cast<Real>(x.at[r][j]) * x.at[r][j];
+      exact[0] += square;
+      exact[1] += weights.first[r] * square;
+      exact[2] += weights.second[r] * square;
+      size += (1 + weights.first[r]) * square;
     }
     CHECK(std::fabs(sums[j] - exact[0]) <= 1e-15L * size, "column %d", static_cast<int>(j));
     CHECK(std::fabs(a[j] - exact[0]) <= 1e-15L * size, "column %d", static_cast<int>(j));
@@ -186,8 +188,8 @@ void test_factored(int64_t count, double eps) {
   }
   auto near = std::make_unique<A[]>(count), far = std::make_unique<A[]>(count);
   const NearFactor f(at);
-  const double step = at == EpsAt::inside ? std::sqrt(eps) : eps;
-  const NearRun run{ratio / root, step / root, f.linear, f.quadratic};
+  const double t = eps / (at == EpsAt::inside ? root * root : root), scale = ratio / root;
+  const NearRun run{scale, scale * t * f.linear, scale * t * t * f.quadratic};
   scale_near<at == EpsAt::inside>(x.get(), run, inverses.get(), count, near.get());
   scale_far<at>(x.get(), {root, ratio, eps}, roots.get(), count, far.get());
   Real exact_sum = 0;
@@ -220,8 +222,8 @@ int main() {
   for (int64_t count = 0; count < 140; ++count) {
     for (const double scale : {1.0, 1e-40, 1e36}) test_sums(count, scale);
     test_columns<1, float>(count);
-    test_columns<4, float>(count);
-    test_columns<4, double>(count);
+    test_columns<8, float>(count);
+    test_columns<8, double>(count);
     test_scaling<double, float>(count);
     test_scaling<double, double>(count);
     test_scaling<float, float>(count);
@@ -238,7 +240,7 @@ int main() {
   for (const int64_t count : {1000, 1024, 4097}) {
     test_sums(count, 1);
     test_scaling<double, float>(count);
-    test_columns<4, float>(count);
+    test_columns<8, float>(count);
   }
   if (failures == 0) std::printf("moments: all passed\n");
   return failures == 0 ? 0 : 1;

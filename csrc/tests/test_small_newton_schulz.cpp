@@ -193,7 +193,7 @@ void identities(Isa isa, Arithmetic arithmetic, int64_t m, int64_t n) {
   check(same(y, again(false, 5, 0)), "row stride", isa, arithmetic, m, n);
   check(same(y, again(true, 0, 0xff)), "stored by columns", isa, arithmetic, m, n);
   check(same(y, again(true, 3, 0x7f)), "stored by columns with gaps", isa, arithmetic, m, n);
-  for (const int k : {-900, -126, -100, -1, 1, 60, 120, 900}) {
+  for (const int k : {-1030, -126, -100, -1, 1, 60, 120, 1019}) {
     if (sizeof(In) == 4 && std::abs(k) > 120) continue;
     std::vector<double> scaled = x;
     for (double& v : scaled) v = std::ldexp(v, k);
@@ -241,8 +241,8 @@ template <class In, class E>
 void all(Isa isa, Arithmetic arithmetic) {
   const int64_t shapes[][2] = {{1, 1},   {1, 128},  {128, 1},  {2, 3},    {5, 4},    {7, 16},
                                {15, 15}, {16, 16},  {17, 33},  {33, 17},  {31, 32},  {33, 33},
-                               {48, 48}, {49, 50},  {64, 64},  {65, 63},  {100, 30}, {30, 101},
-                               {96, 97}, {127, 128}, {128, 127}, {128, 128}};
+                               {48, 48}, {49, 50},  {65, 63},  {30, 101}, {96, 97}, {128, 127},
+                               {128, 128}};
   for (const auto& [m, n] : shapes) {
     accuracy<In, E>(isa, arithmetic, m, n, muon);
     if (m + n < 100) accuracy<In, E>(isa, arithmetic, m, n, cubic);

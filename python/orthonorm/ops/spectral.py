@@ -11,16 +11,29 @@ from .. import _checks as check
 from .._library import autograd, op
 from .newton_schulz import divide, frobenius
 from .normalize import accumulator
-from .words import gram
+from .words import apply, gram
 
 ORDERS = ("u_first", "v_first")
 
 
-def _normalized(y: Tensor, old: Tensor, eps: Tensor) -> Tensor:
-    """y / max(|y|, eps) over the last dimension; where y is zero, the old vector is kept."""
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    divisor = torch.maximum(norm, eps)
-    return torch.where(norm == 0, old, y / torch.where(norm == 0, 1.0, divisor))
+class _Vector:
+    """One vector of an iteration: its direction, and whether a step has replaced it."""
+
+    def __init__(self, buffer: Tensor, dtype: torch.dtype) -> None:
+        self.buffer, self.x = buffer, buffer.to(dtype)
+        self.new = torch.zeros((*buffer.shape[:-1], 1), dtype=torch.bool, device=buffer.device)
+
+    def step(self, y: Tensor, eps: Tensor) -> None:
+        """x <- y / max(|y|, eps); where y is zero, x is kept."""
+        norm = frobenius(y.unsqueeze(-1)).squeeze(-1)
+        replaced = norm != 0
+        divisor = torch.where(replaced, torch.maximum(norm, eps), 1.0)
+        self.x = torch.where(replaced, (y / divisor).to(y.dtype), self.x)
+        self.new = self.new | replaced
+
+    def write(self, valid: Tensor) -> None:
+        """The buffer, changed where a step replaced it and the result is valid."""
+        self.buffer.copy_(torch.where(self.new & valid, self.x.to(self.buffer.dtype), self.buffer))
 
 
 def _times(A: Tensor, x: Tensor) -> Tensor:
@@ -29,21 +42,25 @@ def _times(A: Tensor, x: Tensor) -> Tensor:
 
 def _power_steps(
     W: Tensor, u: Tensor, v: Tensor, steps: int, order: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sigma, u, v after `steps` power steps on one batch, on W / |W|_F lest it overflow."""
-    peak = frobenius(W)
-    A = divide(W, peak, accumulator(W))
-    limit = (eps / peak).squeeze(-1).nan_to_num(posinf=0.0).to(A.dtype)
-    u, v = u.to(A.dtype), v.to(A.dtype)
+) -> Tensor:
+    """Power steps on one batch, on W / |W|_F lest it overflow; returns sigma."""
+    size = frobenius(W)
+    A = divide(W, size, accumulator(W))
+    limit = (eps / size).squeeze(-1).nan_to_num(posinf=0.0)
+    left, right = _Vector(u, A.dtype), _Vector(v, A.dtype)
     for _ in range(steps):
         if order == "u_first":
-            u = _normalized(_times(A, v), u, limit)
-            v = _normalized(_times(A.mT, u), v, limit)
+            left.step(_times(A, right.x), limit)
+            right.step(_times(A.mT, left.x), limit)
         else:
-            v = _normalized(_times(A.mT, u), v, limit)
-            u = _normalized(_times(A, v), u, limit)
-    sigma = (u * _times(A, v)).sum(-1).double() * peak.squeeze(-1).squeeze(-1)
-    return sigma.to(A.dtype), u, v
+            right.step(_times(A.mT, left.x), limit)
+            left.step(_times(A, right.x), limit)
+    sigma = (left.x.double() * _times(A, right.x)).sum(-1, keepdim=True)
+    valid = sigma.isfinite()
+    left.write(valid)
+    right.write(valid)
+    sigma = torch.where(valid, sigma, torch.nan) * size.squeeze(-1)
+    return sigma.squeeze(-1).to(A.dtype)
 
 
 @op(
@@ -64,7 +81,11 @@ def power_iteration_(
     sigma_1, each a lower bound. "u_first" is the order of torch's spectral_norm parametrization,
     which starts from v; "v_first" that of the legacy hook, which starts from u. eps clamps the
     norms from below (torch: 1e-12); 0 makes the step independent of the scale of W. A vector whose
-    product is zero is kept. steps = 0 only evaluates sigma.
+    product is zero is kept. steps = 0 only evaluates sigma. Where W or the vectors it meets are not
+    finite, sigma is NaN and both vectors stay as they were, so that warm buffers survive.
+
+    Products in float32 or better, norms and sigma in float64. Not differentiable: see
+    `spectral_norm`.
 
     Shapes: W[i] is (..., m, n), u[i] (..., m), v[i] (..., n); sigma is 1-D, one number per matrix
     in list order (batches flattened), float64 if any W is, else float32.
@@ -72,10 +93,7 @@ def power_iteration_(
     dtype = accumulator(*W)
     sigmas = []
     for w, u_i, v_i in zip(W, u, v, strict=True):
-        sigma, new_u, new_v = _power_steps(w, u_i, v_i, steps, order, eps)
-        u_i.copy_(new_u)
-        v_i.copy_(new_v)
-        sigmas.append(sigma.reshape(-1).to(dtype))
+        sigmas.append(_power_steps(w, u_i, v_i, steps, order, eps).reshape(-1).to(dtype))
     return torch.cat(sigmas) if sigmas else torch.empty(0, dtype=dtype)
 
 
@@ -120,16 +138,21 @@ def spectral_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sigma_1(W), u_1, v_1 by power iteration; d sigma / d W = u v^T (the vectors are constants).
 
-    The estimate is a lower bound whose relative error falls as (sigma_2 / sigma_1)^(4 steps).
-    `start` warms v (any scale, not zero); None is a fixed vector, so results are reproducible.
+    The estimate is a lower bound whose relative error falls as (sigma_2 / sigma_1)^(4 steps), and
+    the gradient is as good as the vectors. `start` warms v (any scale, not zero); None is a fixed
+    vector, so results are reproducible. sigma of a zero matrix is 0, with u = 0 and gradient 0; a
+    matrix that is not finite makes its own sigma, u and v NaN. Second derivatives raise
+    NotImplementedError.
 
     Shapes: W is (..., m, n); sigma (...), u (..., m), v (..., n), float64 if W is, else float32.
     """
     batch, m = W.shape[:-2], W.shape[-2]
-    v = start_vector(W) if start is None else start.to(accumulator(W)).clone()
+    v = start_vector(W) if start is None else start.to(accumulator(W), copy=True).contiguous()
     u = torch.zeros((*batch, m), dtype=v.dtype, device=W.device)
-    sigma = power_iteration_([W], [u], [v], steps, "u_first", 0.0)
-    return sigma.view(batch), u, v
+    sigma = power_iteration_([W], [u], [v], steps, "u_first", 0.0).view(batch)
+    invalid = sigma.isnan().unsqueeze(-1)
+    u, v = (torch.where(invalid, torch.nan, x) for x in (u, v))
+    return sigma, u, v
 
 
 @spectral_norm.check
@@ -148,22 +171,37 @@ def gram_iteration(W: Tensor, steps: int = 5) -> Tensor:
     """(sum_i sigma_i^(2^(k+1)))^(2^-(k+1)) >= sigma_1 after k steps of M <- M^T M: an upper bound.
 
     The Schatten norm of order 2^(k+1) by repeated, rescaled Gram products on the short side
-    (arXiv:2305.16173). It is raised by the products' rounding, so it bounds the exact sigma_1 from
-    above. Gradient: P (P^T P)^(2^k - 1) with P = W / bound.
+    (arXiv:2305.16173), times 1 + 2 max(m, n) eps: the rounding of sums of max(m, n) terms is bounded
+    by half of that a product, and what is seen is far below (a few eps), so the result stands above
+    the exact sigma_1; it is also rounded upwards. Zero for zero; NaN where W is not finite.
+
+    Gradient: P (P^T P)^(2^k - 1) with P = W / bound; zero for a zero matrix. Second derivatives
+    raise NotImplementedError.
 
     Shapes: W is (..., m, n), the bound (...), float64 if W is, else float32.
     """
-    size = frobenius(W)
-    M = divide(W, size, accumulator(W))
-    M = M.mT if W.shape[-2] > W.shape[-1] else M
-    log_bound = size.log()
-    for k in range(1, steps + 1):
+    sizes = [frobenius(W)]
+    M = _short_side(divide(W, sizes[0], accumulator(W)))
+    for _ in range(steps):
         M = gram(M)
-        size = frobenius(M)
-        M = divide(M, size, M.dtype)
-        log_bound = log_bound + size.log() / 2**k
+        sizes.append(frobenius(M))
+        M = divide(M, sizes[-1], M.dtype)
+    root = torch.ones_like(sizes[0])
+    for size in reversed(sizes[1:]):  # (s_1 (s_2 (...)^(1/2))^(1/2))^(1/2): no power under- or overflows
+        root = (size * root).sqrt()
     slack = 1 + 2 * max(W.shape[-2:]) * torch.finfo(M.dtype).eps
-    return (log_bound.exp() * slack).squeeze(-1).squeeze(-1).to(M.dtype)
+    return _round_up((sizes[0] * root * slack).squeeze(-1).squeeze(-1), M.dtype)
+
+
+def _short_side(W: Tensor) -> Tensor:
+    return W.mT if W.shape[-2] > W.shape[-1] else W
+
+
+def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest number of `dtype` that is not below x."""
+    near = x.to(dtype)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.double() < x, above, near)
 
 
 @gram_iteration.check
@@ -172,16 +210,39 @@ def _(W: Tensor, steps: int = 5) -> None:
     check.integer("gram_iteration", "steps", steps, 0)
 
 
+class _FirstOnly(torch.autograd.Function):
+    """A gradient that refuses to be differentiated again, by whatever path."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, W: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{ctx.name}: second derivatives are not implemented; for them, differentiate "
+            "torch.linalg.matrix_norm(W, 2)"
+        )
+
+
+def _first_only(gradient: Tensor, W: Tensor, name: str) -> Tensor:
+    """Without a graph (create_graph=False) the gradient itself."""
+    if not torch.is_grad_enabled():
+        return gradient
+    return _FirstOnly.apply(gradient, W, name)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def _spectral_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, u, v = output
     ctx.mark_non_differentiable(u, v)
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(u, v)
+    ctx.save_for_backward(inputs[0], u, v)
 
 
 def _spectral_norm_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    u, v = ctx.saved_tensors
-    return (grad[..., None, None] * (u.unsqueeze(-1) * v.unsqueeze(-2))).to(ctx.dtype), None, None
+    W, u, v = ctx.saved_tensors
+    gradient = (grad[..., None, None] * (u.unsqueeze(-1) * v.unsqueeze(-2))).to(W.dtype)
+    return _first_only(gradient, W, "spectral_norm"), None, None
 
 
 def _gram_iteration_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -191,15 +252,28 @@ def _gram_iteration_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _gram_iteration_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     W, bound = ctx.saved_tensors
-    P = divide(W, bound[..., None, None].double(), bound.dtype)
+    with torch.no_grad():
+        direction = _schatten_direction(W, ctx.steps)
+        # The bound is homogeneous in W, so <gradient, W> = bound: that is its scale.
+        inner = (direction.double() * divide(W, bound[..., None, None].double(), torch.float64))
+        inner = inner.sum((-2, -1), keepdim=True)
+        unit = divide(direction, inner, direction.dtype)
+    gradient = (grad[..., None, None] * unit).to(W.dtype)
+    return _first_only(gradient, W, "gram_iteration"), None
+
+
+def _schatten_direction(W: Tensor, steps: int) -> Tensor:
+    """A positive multiple of W (W^T W)^(2^steps - 1) = A^(2^(steps-1)) ... A^2 A W, A = W W^T."""
+    Y = divide(W, frobenius(W), accumulator(W))
     wide = W.shape[-2] <= W.shape[-1]
-    P = P if wide else P.mT
-    power = gram(P)
-    for k in range(ctx.steps):  # P (P^T P)^(2^k - 1) = (A^(2^(k-1)) ... A^2 A) P with A = P P^T
-        P = power @ P
-        power = power @ power if k + 1 < ctx.steps else power
-    P = P if wide else P.mT
-    return (grad[..., None, None] * P).to(W.dtype), None
+    Y = Y if wide else Y.mT
+    power = Y
+    for _ in range(steps):
+        power = gram(power)  # the square of a symmetric matrix from the second step on
+        power = divide(power, frobenius(power), Y.dtype)
+        Y = apply(Y, power, 0.0)
+        Y = divide(Y, frobenius(Y), Y.dtype)
+    return Y if wide else Y.mT
 
 
 autograd(spectral_norm, _spectral_norm_backward, _spectral_norm_setup)
