@@ -40,9 +40,7 @@ def _times(A: Tensor, x: Tensor) -> Tensor:
     return (A @ x.unsqueeze(-1)).squeeze(-1)
 
 
-def _power_steps(
-    W: Tensor, u: Tensor, v: Tensor, steps: int, order: str, eps: float
-) -> Tensor:
+def _power_steps(W: Tensor, u: Tensor, v: Tensor, steps: int, order: str, eps: float) -> Tensor:
     """Power steps on one batch, on W / |W|_F lest it overflow; returns sigma."""
     size = frobenius(W)
     A = divide(W, size, accumulator(W))
@@ -171,30 +169,37 @@ def gram_iteration(W: Tensor, steps: int = 5) -> Tensor:
     """(sum_i sigma_i^(2^(k+1)))^(2^-(k+1)) >= sigma_1 after k steps of M <- M^T M: an upper bound.
 
     The Schatten norm of order 2^(k+1) by repeated, rescaled Gram products on the short side
-    (arXiv:2305.16173), times 1 + 2 max(m, n) eps: the rounding of sums of max(m, n) terms is bounded
-    by half of that a product, and what is seen is far below (a few eps), so the result stands above
-    the exact sigma_1; it is also rounded upwards. Zero for zero; NaN where W is not finite.
+    (arXiv:2305.16173), times 1 + 2 max(m, n) eps for the rounding of the products and rounded
+    upwards itself, so that it stands above the exact sigma_1. Zero for zero; NaN where W is not
+    finite.
 
     Gradient: P (P^T P)^(2^k - 1) with P = W / bound; zero for a zero matrix. Second derivatives
     raise NotImplementedError.
 
     Shapes: W is (..., m, n), the bound (...), float64 if W is, else float32.
     """
-    sizes = [frobenius(W)]
-    M = _short_side(divide(W, sizes[0], accumulator(W)))
+    size = frobenius(W)
+    M = divide(W, size, accumulator(W))
+    M = M.mT if W.shape[-2] > W.shape[-1] else M
+    sizes = []
     for _ in range(steps):
         M = gram(M)
         sizes.append(frobenius(M))
         M = divide(M, sizes[-1], M.dtype)
-    root = torch.ones_like(sizes[0])
-    for size in reversed(sizes[1:]):  # (s_1 (s_2 (...)^(1/2))^(1/2))^(1/2): no power under- or overflows
+    bound = size * _nested_root(sizes, size) * _slack(W)
+    return _round_up(bound.squeeze(-1).squeeze(-1), M.dtype)
+
+
+def _slack(W: Tensor) -> float:
+    return 1 + 2 * max(W.shape[-2:]) * torch.finfo(accumulator(W)).eps
+
+
+def _nested_root(sizes: list[Tensor], like: Tensor) -> Tensor:
+    """(s_1 (s_2 (s_3 ...)^(1/2))^(1/2))^(1/2): no power of a size ever stands alone."""
+    root = torch.ones_like(like)
+    for size in reversed(sizes):
         root = (size * root).sqrt()
-    slack = 1 + 2 * max(W.shape[-2:]) * torch.finfo(M.dtype).eps
-    return _round_up((sizes[0] * root * slack).squeeze(-1).squeeze(-1), M.dtype)
-
-
-def _short_side(W: Tensor) -> Tensor:
-    return W.mT if W.shape[-2] > W.shape[-1] else W
+    return root
 
 
 def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,7 +235,8 @@ def _first_only(gradient: Tensor, W: Tensor, name: str) -> Tensor:
     """Without a graph (create_graph=False) the gradient itself."""
     if not torch.is_grad_enabled():
         return gradient
-    return _FirstOnly.apply(gradient, W, name)  # type: ignore[no-any-return,no-untyped-call]
+    guarded: Tensor = _FirstOnly.apply(gradient, W, name)
+    return guarded
 
 
 def _spectral_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -247,33 +253,35 @@ def _spectral_norm_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | N
 
 def _gram_iteration_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.steps = inputs[1]
-    ctx.save_for_backward(inputs[0], output)
+    ctx.save_for_backward(inputs[0])
 
 
 def _gram_iteration_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    W, bound = ctx.saved_tensors
+    (W,) = ctx.saved_tensors
     with torch.no_grad():
-        direction = _schatten_direction(W, ctx.steps)
-        # The bound is homogeneous in W, so <gradient, W> = bound: that is its scale.
-        inner = (direction.double() * divide(W, bound[..., None, None].double(), torch.float64))
-        inner = inner.sum((-2, -1), keepdim=True)
-        unit = divide(direction, inner, direction.dtype)
-    gradient = (grad[..., None, None] * unit).to(W.dtype)
+        direction = _bound_direction(W, ctx.steps)
+    gradient = (grad[..., None, None] * direction).to(W.dtype)
     return _first_only(gradient, W, "gram_iteration"), None
 
 
-def _schatten_direction(W: Tensor, steps: int) -> Tensor:
-    """A positive multiple of W (W^T W)^(2^steps - 1) = A^(2^(steps-1)) ... A^2 A W, A = W W^T."""
-    Y = divide(W, frobenius(W), accumulator(W))
-    wide = W.shape[-2] <= W.shape[-1]
-    Y = Y if wide else Y.mT
-    power = Y
+def _bound_direction(W: Tensor, steps: int) -> Tensor:
+    """d bound / d W, a multiple of A^(2^(k-1)) ... A^2 A W with A = W W^T and k = steps.
+
+    The bound is homogeneous of degree one, so its gradient's inner product with W is the bound
+    itself: that fixes the multiple, whatever the powers were scaled by.
+    """
+    X = divide(W, frobenius(W), accumulator(W))
+    X = X.mT if W.shape[-2] > W.shape[-1] else X
+    Y, power, sizes = X, X, []
     for _ in range(steps):
-        power = gram(power)  # the square of a symmetric matrix from the second step on
-        power = divide(power, frobenius(power), Y.dtype)
+        power = gram(power)  # from the second step on the square of a symmetric matrix
+        sizes.append(frobenius(power))
+        power = divide(power, sizes[-1], X.dtype)
         Y = apply(Y, power, 0.0)
-        Y = divide(Y, frobenius(Y), Y.dtype)
-    return Y if wide else Y.mT
+        Y = divide(Y, frobenius(Y), X.dtype)
+    inner = (Y.double() * X.double()).sum((-2, -1), keepdim=True)
+    Y = divide(Y, inner / (_nested_root(sizes, inner) * _slack(W)), X.dtype)
+    return Y.mT if W.shape[-2] > W.shape[-1] else Y
 
 
 autograd(spectral_norm, _spectral_norm_backward, _spectral_norm_setup)
