@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -174,10 +175,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.list or not options.names:
-        print(listing())
+    try:
+        if options.list or not options.names:
+            print(listing(), flush=True)
+            return 0
+        return run(options, wanted)
+    except BrokenPipeError:  # the reader, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return run(options, wanted)
 
 
 def run(options: argparse.Namespace, wanted: Sequence[Request]) -> int:

@@ -131,8 +131,8 @@ def _imports(base: Request) -> Iterator[Found]:
 
 SECTIONS: tuple[Section, ...] = (
     (
-        "Newton-Schulz, 5 steps of (3.4445, -4.775, 2.0315), float32 input, against "
-        "torch.optim.Muon's function (bfloat16)",
+        "Newton-Schulz, 5 steps of (3.4445, -4.775, 2.0315), float32 input,\n"
+        "against torch.optim.Muon's function (bfloat16, one matrix after another)",
         _polynomials,
     ),
     ("Conda step between refreshes, float32, against the eager form with three products", _conda),

@@ -85,6 +85,7 @@ ORTHONORM_INLINE void lanes_along_depth(const T* from, Lane* to) {
   }
 }
 
+// The processor foresees lines, not rows: what is fetched is what a panel's next turn needs.
 inline constexpr int64_t ROWS_AHEAD = 16;
 
 // Elements next to each other across the panel: one row of lanes at a time.
@@ -95,7 +96,6 @@ ORTHONORM_INLINE void pack_across(
   const int64_t whole = count == WIDTH ? depth / step : 0;
   for (int64_t k = 0; k < whole; ++k) {
     const T* row = from + k * step * stride_k;
-    // The processor foresees lines, not rows; what is fetched is what the panel's next turn needs.
     for (int64_t i = 0; i < step; ++i) __builtin_prefetch(row + (ROWS_AHEAD * step + i) * stride_k);
     for (int j = 0; j < WIDTH; ++j) to[k * WIDTH + j] = lane<T, Lane>(row + j, stride_k, true);
   }

@@ -5,9 +5,9 @@
 // needs them is one run of elements; else it is worked through in chunks that are converted in L1.
 // What a kernel adds up over a block therefore depends neither on the list nor on the threads.
 //
-// Block sizes, 2026-11, 8M elements on one core, against torch passes over the same bytes: calls of
-// 1024 elements 1.20 (decayed_update_), 8192 1.03, 32768 1.06. Software prefetch of the next chunk
-// moved nothing beyond noise.
+// Lengths, 2026-11, against torch passes over the same bytes: decayed_update_ in float32 by 1024
+// elements 1.20, 8192 1.03, 32768 1.06; magnitude of bfloat16 by 1024 1.82, 4096 1.45. Software
+// prefetch of the next chunk and stores past the cache (muon_prologue_'s updates) gained nothing.
 #pragma once
 
 #include <functional>
@@ -49,11 +49,13 @@ struct Part {
 
 enum class Unit { tensor, matrix };
 
+inline constexpr int64_t piece = 1024;
+
 template <int N>
 class Pass {
  public:
   static constexpr int64_t block = 8192;
-  static constexpr int64_t chunk = 1024;  // four streams of double in 32 KB of L1
+  static constexpr int64_t chunk = (N == 1 ? 4 : N == 2 ? 2 : 1) * piece;  // 16 KB of floats at most
   // Elements worth waking a thread for, as torch has it (at::internal::GRAIN_SIZE).
   static constexpr int64_t grain = 32768;
 
@@ -79,7 +81,7 @@ class Pass {
   // Calls body(part, block, pointers, count) for every run of every block, in order within a block.
   // pointers[k] holds `count` values in the part's arithmetic (float or double): the tensor's own
   // memory or a copy, which is written back unless the list is only read. The length of a run is a
-  // multiple of `chunk`, unless it is the last of a tensor.
+  // multiple of `piece`, unless it is the last of a tensor.
   template <class Body>
   void run(const Body& body) const {
     parallel(elements_, grain, [&](int64_t begin, int64_t end) {

@@ -14,7 +14,6 @@ void average(A mu, const A* __restrict g, A* __restrict b, A* __restrict u, int6
 // Averages a run piece by piece and adds the squares of each while it is in L1, not yet rounded.
 template <bool nesterov, class A>
 SquareSum average_and_measure(SquareSum sum, A mu, const A* g, A* b, A* u, int64_t count) {
-  constexpr int64_t piece = Pass<3>::chunk;
   for (int64_t i = 0; i < count; i += piece) {
     const int64_t length = std::min(piece, count - i);
     average<nesterov>(mu, g + i, b + i, u + i, length);

@@ -10,7 +10,6 @@ namespace orthonorm {
 // unconverted tensors, are added in the same order. A piece fits L1.
 template <class A>
 inline SquareSum add_squares(SquareSum total, const A* x, int64_t count) {
-  constexpr int64_t piece = Pass<1>::chunk;
   for (int64_t i = 0; i < count; i += piece) {
     total = total + square_sum(x + i, std::min(piece, count - i));
   }
