@@ -153,6 +153,12 @@ def gram_iteration_flops(arguments: Arguments) -> float:
     return batch * 2.0 * n * n * (m + (arguments.get("steps", 5) - 1) * n)
 
 
+def basis_flops(arguments: Arguments) -> float:
+    """One product with the basis, 2 m n k."""
+    Q: Tensor = arguments["Q"]
+    return 2.0 * next(iter(arguments.values())).numel() * Q.shape[-1]
+
+
 def rotation_flops(arguments: Arguments) -> float:
     """Two products with the basis, 4 m n k."""
     return sum(4.0 * w.numel() * min(w.shape[-2:]) for w in arguments["params"])
@@ -173,6 +179,7 @@ _FORMS = (
     {"norms": makers.norms},
 )
 _WORDS = ("768x3072", "2048x2048", "12x768x768", "64x128x128")
+_ROTATED = ("768x3072", "3072x768", "768x768", "64x128x128")
 _MODEL = ("gpt2-small-3", "gpt2-small")
 _STATES = (*BOTH, "mixed")
 
@@ -215,6 +222,11 @@ _ROWS = (
     Case(
         "column_normalize", makers.matrix("X"), reread=("X",), maps=True, scale_free=True,
         variants=_DIVISORS,
+    ),
+    Case("rotate_", makers.rotate, basis_flops, written=("out",), shapes=_ROTATED),
+    Case(
+        "rotate_back_", makers.rotate_back, basis_flops, shapes=_ROTATED,
+        variants=({"decay": None},),
     ),
     # K3: spectral norms
     Case(

@@ -166,3 +166,13 @@ def conda_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         "eps": 1e-8,
         "weight_decay": 0.1,
     }
+
+
+def rotate(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    X = inputs.matrix("X", shapes[0])
+    return {"out": torch.zeros_like(X), "X": X, "Q": inputs.basis("Q", shapes[0])}
+
+
+def rotate_back(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    W, N = (inputs.matrix(name, shapes[0]) for name in ("W", "N"))
+    return {"W": W, "N": N, "Q": inputs.basis("Q", shapes[0]), "decay": inputs.number(0.875)}

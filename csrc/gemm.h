@@ -256,12 +256,19 @@ class Engine {
           for (int j = i + 1; j < WIDTH; ++j) sums[i * WIDTH + j] = sums[j * WIDTH + i];
         }
       }
-      alignas(64) S turned[WIDTH * HEIGHT];
-      turn<S, HEIGHT, WIDTH, BYTES>(sums, turned);
-      const Strided<O> mirrored{p_.D.at(column, row), p_.D.row, p_.D.col, 0};
-      store<S, O, HEIGHT>(turned, cols, rows, mirrored);
+      store_turned(sums, rows, cols, {p_.D.at(column, row), p_.D.row, p_.D.col, 0});
     }
-    store<S, O, WIDTH>(sums, rows, cols, {p_.D.at(row, column), p_.D.row, p_.D.col, 0});
+    const Strided<O> D{p_.D.at(row, column), p_.D.row, p_.D.col, 0};
+    if (D.row == 1 && D.col != 1) return store_turned(sums, rows, cols, D.transposed());
+    store<S, O, WIDTH>(sums, rows, cols, D);
+  }
+
+  // The transpose of a strip, whose columns then lie next to each other in memory.
+  ORTHONORM_INLINE static void store_turned(const S* sums, int64_t rows, int64_t cols,
+                                            Strided<O> D) {
+    alignas(64) S turned[WIDTH * HEIGHT];
+    turn<S, HEIGHT, WIDTH, BYTES>(sums, turned);
+    store<S, O, HEIGHT>(turned, cols, rows, D);
   }
 
   Product<T, O> p_;

@@ -127,7 +127,7 @@ def applies(case: Case, name: str, change: str, value: Any) -> bool:
     first = value if isinstance(value, Tensor) else value[0]
     scheduled = first.dim() == 0
     if change == "None":
-        return name not in ("scales", "norms")
+        return name not in ("scales", "norms", "decay")
     if change == "rank 1":
         return not scheduled and first.dim() >= 2 and case.name not in FREE_RANK
     if change == "a longer side" and (case.name, name) in (("apply", "X"), ("row_moment_", "X")):

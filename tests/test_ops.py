@@ -350,10 +350,9 @@ def first_member(case: Case, arguments: Arguments) -> Arguments:
     found = dict(arguments)
     for name, values in tensors(arguments).items():
         value = arguments[name]
-        if isinstance(value, Tensor) and case.takes_list:
-            found[name] = value[:1] if value.dim() else value
-        elif isinstance(value, Tensor):
-            found[name] = value[0]
+        if isinstance(value, Tensor):
+            if value.dim():
+                found[name] = value[:1] if case.takes_list else value[0]
         else:
             found[name] = [values[0] if values[0].dim() == 0 else values[0][0]]
     if "factors" in found:

@@ -13,6 +13,7 @@ from .normalize import (
     row_moment_,
     row_normalize,
 )
+from .rotations import rotate_, rotate_back_
 from .spectral import gram_iteration, power_iteration_, spectral_norm
 from .steps import (
     adamw_step_,
@@ -39,6 +40,8 @@ __all__ = [
     "muon_step_",
     "newton_schulz",
     "power_iteration_",
+    "rotate_",
+    "rotate_back_",
     "rotated_adam_",
     "row_moment_",
     "row_normalize",

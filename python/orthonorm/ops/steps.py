@@ -6,6 +6,9 @@ them neither recompiles nor synchronizes. No op writes a gradient.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from .. import _checks as check
 from .._library import op
 from .newton_schulz import check_iteration, frobenius, newton_schulz
 from .normalize import accumulator, rotated_adam_
+from .rotations import rotate_, rotate_back_
 
 
 def _norms(X: list[Tensor]) -> Tensor:
@@ -231,14 +235,43 @@ def muon_step_(
 ) -> None:
     """W <- (1 - lr wd) W - lr factor polar(U), U the (Nesterov) momentum: one Muon step on a list.
 
-    muon_prologue_, newton_schulz and decayed_update_; their arguments mean the same here.
+    muon_prologue_, newton_schulz and decayed_update_; their arguments mean the same here. They take
+    as many matrices at a time as fit one work buffer, of the size of the largest matrix or WORK.
     """
-    updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in momentum_buffers]
-    norms = muon_prologue_(grads, momentum_buffers, updates, momentum, nesterov)
-    polars = newton_schulz(
-        updates, coefficients, restarts, form, precision, scale, eps, safety, norms
-    )
-    decayed_update_(params, polars, lr, weight_decay, factors)
+    if not params:
+        return
+    sizes = [b.numel() for b in momentum_buffers]
+    parts = stretches(sizes, max(*sizes, WORK))
+    longest = max(sum(sizes[part]) for part in parts)
+    buffers = {b.dtype: b.new_empty(longest) for b in momentum_buffers}
+    for part in parts:
+        states = momentum_buffers[part]
+        pieces = zip(states, offsets(sizes[part]), sizes[part], strict=True)
+        updates = [buffers[b.dtype].narrow(0, at, n).view(b.shape) for b, at, n in pieces]
+        norms = muon_prologue_(grads[part], states, updates, momentum, nesterov)
+        polars = newton_schulz(
+            updates, coefficients, restarts, form, precision, scale, eps, safety, norms
+        )
+        decayed_update_(params[part], polars, lr, weight_decay, factors[part])
+
+
+WORK = 2**20  # elements: enough small matrices at a time to keep every thread busy
+
+
+def stretches(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Neighbours whose sizes add up to at most `limit`, one at least."""
+    found, begin, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > begin and total + size > limit:
+            found.append(slice(begin, i))
+            begin, total = i, 0
+        total += size
+    return [*found, slice(begin, len(sizes))]
+
+
+def offsets(sizes: Sequence[int]) -> list[int]:
+    """Where each begins when they lie one after the other."""
+    return [0, *itertools.accumulate(sizes)][: len(sizes)]
 
 
 @muon_step_.check
@@ -293,8 +326,8 @@ def conda_step_(
 ) -> None:
     """W <- (1 - lr wd) (W - scale Q N), N = M / (sqrt(V) + eps) in the rotated basis: a Conda step.
 
-    One matrix at a time: G' = Q^T G (wide) or G Q (tall and square) into a work buffer the size of
-    the largest matrix, `rotated_adam_` on it, then Q N (or N Q^T) accumulated into W. M and V live
+    One matrix at a time: `rotate_` G into a work buffer the size of the largest matrix,
+    `rotated_adam_` on it, `rotate_back_` into W. M and V live
     in rotated coordinates, which is exact as long as Q stands (arXiv:2509.24218; the refresh of Q
     is the optimizer's). `scales` holds the step size of each matrix, 1-D float64: lr * scale * bias
     correction.
@@ -303,32 +336,13 @@ def conda_step_(
     """
     largest = max((m.numel() for m in exp_avg), default=0)
     buffers = {m.dtype: m.new_empty(largest) for m in exp_avg}
+    decay = 1 - lr.to(torch.float64) * weight_decay
+    sizes = scales * decay
     for i, w in enumerate(params):
         work = buffers[exp_avg[i].dtype][: w.numel()].view(w.shape)
-        rotate(grads[i].to(exp_avg[i].dtype), bases[i], out=work)
-        decay = 1 - lr.to(torch.float64) * weight_decay
-        size = scales[i : i + 1] * (decay if weight_decay else 1.0)
-        rotated_adam_([exp_avg[i]], [exp_avg_sq[i]], [work], beta1, beta2, eps, size)
-        if weight_decay:
-            w.mul_(decay.to(accumulator(w)))
-        rotate_back_(w, work, bases[i])
-
-
-def rotate(X: Tensor, Q: Tensor, out: Tensor | None = None) -> Tensor:
-    """X in the basis Q of its short side: X Q if rows >= columns, else Q^T X."""
-    left, right = (X, Q) if X.shape[-2] >= X.shape[-1] else (Q.mT, X)
-    return torch.matmul(left, right, out=out)
-
-
-def rotate_back_(W: Tensor, N: Tensor, Q: Tensor) -> None:
-    """W <- W - N Q^T (rows >= columns) or W - Q N, accumulated by the product where it can be."""
-    left, right = (N, Q.mT) if W.shape[-2] >= W.shape[-1] else (Q, N)
-    if W.dtype != N.dtype:
-        W.copy_(W.to(N.dtype) - left @ right)
-    elif W.dim() == 2:
-        W.addmm_(left, right, alpha=-1)
-    else:
-        W.copy_(W - left @ right)
+        rotate_(work, grads[i], bases[i])
+        rotated_adam_([exp_avg[i]], [exp_avg_sq[i]], [work], beta1, beta2, eps, sizes[i : i + 1])
+        rotate_back_(w, work, bases[i], decay)
 
 
 @conda_step_.check

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops import conda_step_
 from ..ops.newton_schulz import divide, frobenius
-from ..ops.steps import rotate
+from ..ops.rotations import rotated, rotated_back
 from .base import Batch, MatrixOptimizer, check_betas
 
 
@@ -94,7 +94,7 @@ def refresh_(basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float) -> Non
     raise for the whole list, and its update is not finite anyway.
     """
     Q, M = basis.double(), momentum.double()
-    M = M @ Q.mT if M.shape[-2] >= M.shape[-1] else Q @ M  # zero at the first step, as Q is
+    M = rotated_back(M, Q)  # zero at the first step, as Q is
     X = beta1 * M + (1 - beta1) * grad.double()
     X = divide(X, frobenius(X), torch.float64)
     A = X.mT @ X if X.shape[-2] >= X.shape[-1] else X @ X.mT
@@ -102,4 +102,4 @@ def refresh_(basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float) -> Non
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     Q = torch.linalg.eigh(torch.where(finite, A, identity)).eigenvectors.flip(-1)
     basis.copy_(Q)
-    momentum.copy_(rotate(M, Q))
+    momentum.copy_(rotated(M, Q))
