@@ -36,6 +36,19 @@ ORTHONORM_HD inline double decayed(double moment, double mean_square, double bet
   return beta2 * moment + (1 - beta2) * mean_square;
 }
 
+// A sum with what rounding took from it (Kahan): of a few hundred squares a plain one loses enough
+// for float64 to show it in every element of a matrix that is rescaled (2026-11).
+struct CarefulSum {
+  double sum = 0, lost = 0;
+
+  ORTHONORM_HD void add(double x) {
+    const double term = x - lost, next = sum + term;
+    const double rest = (next - sum) - term;
+    lost = rest == rest ? rest : 0;  // an infinite sum stays infinite
+    sum = next;
+  }
+};
+
 // |X| / |X^| from both sums of squares; a zero X^ stays zero.
 ORTHONORM_HD inline double norm_ratio(double before, double after) {
   return after == 0 ? 0 : std::sqrt(before) / std::sqrt(after);

@@ -173,7 +173,8 @@ def test_norm_is_right_at_every_scale(name: str, dtype: torch.dtype) -> None:
         assert_rule(OPS[name](y), OPS[name].reference(y), exact, size)
         dim = -1 if name == "row_normalize" else -2
         lengths = torch.linalg.vector_norm(OPS[name](y).double(), dim=dim)
-        assert (lengths - 1).abs().max() < 2 * torch.finfo(dtype).eps
+        present = (y != 0).any(dim).double()  # a row may vanish in bfloat16
+        assert (lengths - present).abs().max() < 2 * torch.finfo(dtype).eps
 
 
 @norms
@@ -241,8 +242,11 @@ def test_what_is_not_finite_stays_in_its_matrix(name: str, eps_at: str, bad: flo
         for w, g in zip(want, got, strict=True):
             assert torch.equal(w[0], g[0]) and torch.equal(w[2], g[2])
         peer = updated(OPS[name].reference, spoiled, *args)
-        for g, p in zip(got, peer, strict=True):
+        for g, p in zip(got[:-1], peer[:-1], strict=True):
             assert torch.equal(g.isnan(), p.isnan()), (keep, dtype)
+        # where the definition multiplies 0 by inf, a kernel may have a number
+        assert not (got[-1].isnan() & ~peer[-1].isnan()).any(), (keep, dtype)
+        assert got[-1][1, 4, 5].isnan(), (keep, dtype)
 
 
 @norms

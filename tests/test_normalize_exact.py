@@ -100,6 +100,7 @@ def test_norm_batches_and_threads_change_no_bit(name: str, dtype: torch.dtype) -
         for threads in (2, 3):
             torch.set_num_threads(threads)
             assert torch.equal(OPS[name](x), want)
+        want = OPS[name](x.contiguous())  # as it lies in the batch
         assert torch.equal(OPS[name](torch.stack([x.neg(), x]))[1], want)
 
 

@@ -1,5 +1,8 @@
 #include "axis_scaling.h"
 
+#include <cfloat>
+#include <cmath>
+
 #include "run_loops.h"
 
 namespace orthonorm {
@@ -121,7 +124,8 @@ class AxisScaling {
     constexpr int64_t most = 128;
     const int64_t fitting = kGroup / std::max<int64_t>(1, unit.i1);
     const int64_t group = rule_.keep_norm ? most : std::clamp<int64_t>(fitting, 1, most);
-    double values[most], before = 0, after = 0;
+    double values[most];
+    CarefulSum before, after;
     for (int64_t o = unit.o0; o < unit.o1; o += group) {
       const int64_t count = std::min(group, unit.o1 - o);
       for (int64_t r = 0; r < count; ++r) {
@@ -135,16 +139,16 @@ class AxisScaling {
       }
       add_norms(count, values, factors, before, after);
     }
-    workspace_.at(unit.work)[0] = before;
-    workspace_.at(unit.work)[1] = after;
+    workspace_.at(unit.work)[0] = before.sum;
+    workspace_.at(unit.work)[1] = after.sum;
   }
 
-  static void add_norms(int64_t count, const double* squares, const double* factors, double& before,
-                        double& after) {
+  static void add_norms(int64_t count, const double* squares, const double* factors,
+                        CarefulSum& before, CarefulSum& after) {
     for (int64_t i = 0; i < count; ++i) {
       const double root = std::sqrt(squares[i]) * factors[i];
-      before += squares[i];
-      after += root * root;
+      before.add(squares[i]);
+      after.add(root * root);
     }
   }
 
@@ -152,7 +156,8 @@ class AxisScaling {
   void finish(const Unit& unit) {
     const Job& job = jobs_[unit.job];
     const int64_t count = unit.i1 - unit.i0;
-    double values[kTile] = {}, before = 0, after = 0;
+    double values[kTile] = {};
+    CarefulSum before, after;
     for (int64_t block = unit.o0; block < unit.o1; ++block) {
       add_to(values, workspace_.at(unit.work + block * job.x.inner + unit.i0), count);
     }
@@ -162,19 +167,19 @@ class AxisScaling {
     if (!rule_.keep_norm) return;
     add_norms(count, values, factors, before, after);
     double* norms = workspace_.at(place(unit).norms + 2 * (unit.i0 / kTile));
-    norms[0] = before;
-    norms[1] = after;
+    norms[0] = before.sum;
+    norms[1] = after.sum;
   }
 
   void rescale(Place& place) {
     if (!rule_.keep_norm) return;
     const double* norms = workspace_.at(place.norms);
-    double before = 0, after = 0;
+    CarefulSum before, after;
     for (int64_t part = 0; part < place.parts; ++part) {
-      before += norms[2 * part];
-      after += norms[2 * part + 1];
+      before.add(norms[2 * part]);
+      after.add(norms[2 * part + 1]);
     }
-    place.ratio = norm_ratio(before, after);
+    place.ratio = norm_ratio(before.sum, after.sum);
   }
 
   void second_pass(const Unit& unit) {
@@ -187,8 +192,20 @@ class AxisScaling {
     switch (job.x.dtype) {
       case ScalarType::Double: return scale_columns<double, double>(job, unit, factors, at.ratio);
       case ScalarType::Float: return scale_columns<float, double>(job, unit, factors, at.ratio);
-      default: return scale_columns<float, float>(job, unit, factors, at.ratio);
+      default: break;
     }
+    if (fit_float(factors, unit.i1 - unit.i0, at.ratio)) {
+      return scale_columns<float, float>(job, unit, factors, at.ratio);
+    }
+    scale_columns<float, double>(job, unit, factors, at.ratio);
+  }
+
+  // Inverses of very small 16-bit numbers are too large for float.
+  static bool fit_float(const double* factors, int64_t count, double ratio) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (std::abs(factors[i] * ratio) > FLT_MAX) return false;
+    }
+    return true;
   }
 
   template <class A, class M>
@@ -196,12 +213,13 @@ class AxisScaling {
     alignas(64) M factors[kTile];
     for (int64_t i = 0; i < unit.i1 - unit.i0; ++i) factors[i] = static_cast<M>(from[i] * ratio);
     const bool divides = rule_.divides(job.x.dtype);
-    map_runs<A>(job, unit, runs_ahead(job.x), [&](int64_t, int64_t i, const A* x, int64_t count, A* y, const Ahead& next) {
-      if constexpr (sizeof(A) == 8) {
-        if (divides) return divide_each(x, factors + (i - unit.i0), count, y);
-      }
-      scale_each(x, factors + (i - unit.i0), count, y, next);
-    });
+    map_runs<A>(job, unit, runs_ahead(job.x),
+                [&](int64_t, int64_t i, const A* x, int64_t count, A* y, const Ahead& next) {
+                  if constexpr (sizeof(A) == 8) {
+                    if (divides) return divide_each(x, factors + (i - unit.i0), count, y);
+                  }
+                  scale_each(x, factors + (i - unit.i0), count, y, next);
+                });
   }
 
   void scale_runs(const Job& job, const Unit& unit, const double* factors, double ratio,
@@ -211,9 +229,12 @@ class AxisScaling {
         return scale_runs<double, double>(job, unit, factors, ratio, ahead);
       case ScalarType::Float:
         return scale_runs<float, double>(job, unit, factors, ratio, ahead);
-      default:
-        return scale_runs<float, float>(job, unit, factors, ratio, ahead);
+      default: break;
     }
+    if (fit_float(factors, unit.o1 - unit.o0, ratio)) {
+      return scale_runs<float, float>(job, unit, factors, ratio, ahead);
+    }
+    scale_runs<float, double>(job, unit, factors, ratio, ahead);
   }
 
   // The run `ahead` runs further on comes into the cache meanwhile, if `ahead` is not 0.
@@ -221,13 +242,14 @@ class AxisScaling {
   void scale_runs(const Job& job, const Unit& unit, const double* factors, double ratio,
                   int64_t ahead) const {
     const bool divides = rule_.divides(job.x.dtype);
-    map_runs<A>(job, unit, ahead, [&](int64_t o, int64_t, const A* x, int64_t count, A* y, const Ahead& next) {
-      const double factor = factors[o - unit.o0];
-      if constexpr (sizeof(A) == 8) {
-        if (divides) return divide(x, factor, count, y);
-      }
-      scale<M>(x, factor * ratio, count, y, next);
-    });
+    map_runs<A>(job, unit, ahead,
+                [&](int64_t o, int64_t, const A* x, int64_t count, A* y, const Ahead& next) {
+                  const double factor = factors[o - unit.o0];
+                  if constexpr (sizeof(A) == 8) {
+                    if (divides) return divide(x, factor, count, y);
+                  }
+                  scale<M>(x, factor * ratio, count, y, next);
+                });
   }
 
   static constexpr int64_t kGroup = 8192;  // elements of a group of runs

@@ -258,21 +258,23 @@ class FactoredMoments {
       const double* outer = work(p.outer);
       const double* inner = work(p.inner);
       const bool inside = at_ == EpsAt::inside;
-      return map_runs<A>(job, unit, runs_ahead(job.x), [&](int64_t o, int64_t i, const A* x, int64_t n, A* y, const Ahead& next) {
+      const auto near = [&](int64_t o, int64_t i, const A* x, int64_t n, A* y, const Ahead& next) {
         const double row = std::sqrt(p.mean) * outer[o];
         const double t = inside ? eps_ * row * row : eps_ * row, a = row * p.ratio;
         const NearRun c{a, a * t * near_.linear, a * t * t * near_.quadratic};
         inside ? scale_near<true>(x, c, inner + i, n, y, next)
                : scale_near<false>(x, c, inner + i, n, y, next);
-      });
+      };
+      return map_runs<A>(job, unit, runs_ahead(job.x), near);
     }
     for_tiles(unit, work(p.inner), [&](const Unit& tile, const double* roots) {
-      map_runs<A>(job, tile, runs_ahead(job.x), [&](int64_t o, int64_t, const A* x, int64_t n, A* y, const Ahead&) {
+      const auto far = [&](int64_t o, int64_t, const A* x, int64_t n, A* y, const Ahead&) {
         const FarRun c = far_run(unit, o);
         if (at_ == EpsAt::outside) return scale_far<EpsAt::outside>(x, c, roots, n, y);
         if (at_ == EpsAt::inside) return scale_far<EpsAt::inside>(x, c, roots, n, y);
         scale_far<EpsAt::clamp>(x, c, roots, n, y);
-      });
+      };
+      map_runs<A>(job, tile, runs_ahead(job.x), far);
     });
   }
 

@@ -84,12 +84,13 @@ class Workspace {
   int64_t capacity_ = 0;
 };
 
-#ifndef PFD
-#define PFD 1024
-#endif
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t runs_ahead(const Runs& x) { return PFD == 0 ? INT64_MAX / 2 : ceil_div(PFD, std::max<int64_t>(1, std::min<int64_t>(x.inner, 1024))); }
+// How many runs ahead of their use elements are fetched: about a tile of them.
+inline int64_t runs_ahead(const Runs& x) {
+  return ceil_div(kTile, std::clamp<int64_t>(x.inner, 1, kTile));
+}
+
 inline EpsAt parse_eps_at(const char* op, const std::string& name) {
   if (name == "outside") return EpsAt::outside;
   if (name == "inside") return EpsAt::inside;

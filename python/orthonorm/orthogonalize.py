@@ -48,8 +48,10 @@ def gram_form(X: Tensor, triples: Triples, restarts: list[int]) -> Tensor:
             R, Q = gram(X), None
         Z, z = (R, b) if c == 0 else (symmetric_update(R, R, R, c, b), 1.0)
         if Q is None:
-            Q = z * Z
+            # in float32: added to half numbers, a would be rounded to one, for all of the diagonal
+            Q = z * Z.to(torch.promote_types(Z.dtype, torch.float32))
             Q.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q = Q.to(Z.dtype)
         else:
             Q = symmetric_update(Q, Q, Z, z, a)
         if t + 1 < len(triples) and t + 1 not in restarts:

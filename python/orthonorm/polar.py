@@ -130,7 +130,8 @@ def polar(
             coefficients, and returns its factor.
         scale: "frobenius", "schatten4" (tighter: |X X^T|_F^(1/2)), "aol" (rows; a different factor)
             or "none"; None is what the coefficients were made for.
-        eps: lower clamp of |X|_F. 0 makes polar(2^k X) == polar(X) bit for bit.
+        eps: lower clamp of the norm (of each row's for "aol"); 0 makes polar(2^k X) == polar(X) bit
+            for bit.
 
     Returns: the factor(s), contiguous, in the dtype of X. Zero in, zero out; a non-finite entry
     stays inside its own matrix of the batch.

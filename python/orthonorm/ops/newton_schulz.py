@@ -17,6 +17,14 @@ PRECISIONS = ("auto", "full", "float32", "float64", "bfloat16", "float16")
 SCALES = ("frobenius", "schatten4", "aol", "none")
 
 
+def power_of_two(X: Tensor) -> Tensor:
+    """The power of two at or below the largest entry of each matrix (1 if that is 0 or not finite),
+    shape (..., 1, 1): a divisor that rounds nothing."""
+    peak = X.abs().amax((-2, -1), keepdim=True)
+    mantissa, _ = torch.frexp(peak)  # in [1/2, 1)
+    return torch.where((peak > 0) & peak.isfinite(), peak / (2 * mantissa), 1.0)
+
+
 def frobenius(X: Tensor) -> Tensor:
     """|X|_F of each matrix of a batch, float64, shape (..., 1, 1): no overflow, no underflow.
 
@@ -26,8 +34,7 @@ def frobenius(X: Tensor) -> Tensor:
         return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     if X.numel() == 0:
         return X.new_zeros((*X.shape[:-2], 1, 1))
-    peak, exponent = torch.frexp(X.abs().amax((-2, -1), keepdim=True))
-    unit = torch.ldexp(torch.ones_like(peak), exponent)
+    unit = power_of_two(X)
     return torch.linalg.vector_norm(X / unit, dim=(-2, -1), keepdim=True) * unit
 
 
@@ -40,17 +47,26 @@ def divide(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
 def scaled(
     X: Tensor, scale: str, eps: float, safety: float, dtype: torch.dtype, norm: Tensor | None
 ) -> Tensor:
-    """X brought into the polynomial's range: X / (safety max(|X|_F, eps)) and what `scale` adds."""
+    """X brought into the polynomial's range: X / (safety max(s, eps)), s what `scale` names."""
     if scale == "none":
         return (X.double() / safety).to(dtype) if safety != 1.0 else X.to(dtype)
-    norm = frobenius(X) if norm is None else norm.to(torch.float64)
-    Y = divide(X, safety * norm.clamp(min=eps), dtype)
+    least: Tensor | float = eps
+    if norm is not None:
+        norm = norm.to(torch.float64)
+    else:
+        if X.dtype == torch.float64 and X.numel() > 0:  # its norm may be denormal, or too large
+            unit = power_of_two(X)
+            X, least = X / unit, eps / unit
+        norm = frobenius(X)
+    if scale == "frobenius":
+        return divide(X, safety * norm.clamp(min=least), dtype)
+    Y = divide(X, norm, dtype)
     if scale == "schatten4":  # |X|_S4 = |X X^T|_F^(1/2) >= sigma_1
-        Y = divide(Y, frobenius(gram(Y)).sqrt() * safety, dtype)
-    elif scale == "aol":  # rows by (sum_j |X X^T|_ij)^(1/2); changes the polar factor
-        rows = gram(Y).double().abs().sum(-1, keepdim=True)
-        Y = divide(Y, rows.sqrt() * safety, dtype)
-    return Y
+        size = frobenius(gram(Y)).sqrt()
+    else:  # "aol": rows by (sum_j |X X^T|_ij)^(1/2); changes the polar factor
+        size = gram(Y).double().abs().sum(-1, keepdim=True).sqrt()
+    least = torch.where(norm == 0, 0.0, least / norm)
+    return divide(Y, safety * size.clamp(min=least), dtype)
 
 
 def iterate(X: Tensor, triples: k1.Triples, restarts: list[int], form: str) -> Tensor:
@@ -133,7 +149,7 @@ def newton_schulz(
         restarts: iterations before which the Gram form multiplies X out again.
         form, precision: see `orthogonalize.choose`; results come in the dtype of X.
         scale: "frobenius", "schatten4", "aol" (rows; a different factor) or "none".
-        eps: lower clamp of |X|_F; 0 keeps the result independent of the scale of X.
+        eps: lower clamp of that norm; 0 keeps the result independent of the scale of X.
         safety: divides the scaled input once more (coefficient sets that need sigma_1 < 1).
         norms: |X|_F of every matrix if the caller has it (float64, one per matrix).
 
