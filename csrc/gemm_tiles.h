@@ -14,9 +14,11 @@
 namespace orthonorm::gemm {
 
 // Lanes summed in registers before they are added to memory. Errors of long sums of one sign grow
-// with the length of a chunk, not of the depth: with 128 a Gram matrix is as exact as MKL's, with
-// 256 up to 2.4 times worse; the additions cost about two percent (2026-11).
-inline constexpr int64_t CHUNK = 128;
+// with the length of a chunk, not of the depth: in float32 a Gram matrix is as exact as MKL's with
+// 128, up to 2.4 times worse with 256; the additions cost about two percent. In float64, where
+// torch's products of vectors have many sums side by side, it takes 32 (2026-11).
+template <class Lane>
+inline constexpr int64_t CHUNK = sizeof(Lane) == 8 ? 32 : 128;
 // Lanes ahead of their use that rows of L are fetched at: 5 to 10 percent when they come from L3
 // (2026-11). Panels of R are in L2, where fetching ahead gained nothing.
 inline constexpr int64_t AHEAD = 16;
@@ -38,7 +40,7 @@ ORTHONORM_INLINE void tile(
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sum[r][v] = V{};
     }
-    const int64_t lanes = std::min(CHUNK, depth);
+    const int64_t lanes = std::min(CHUNK<Lane>, depth);
     for (int64_t k = 0; k < lanes; ++k) {
       V columns[VECTORS];
 #pragma GCC unroll 4
@@ -86,7 +88,7 @@ ORTHONORM_AVX512BF16 [[gnu::noinline]] void tile_pairs(
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sum[r][v] = _mm512_setzero_ps();
     }
-    const int64_t lanes = std::min(CHUNK, depth);
+    const int64_t lanes = std::min(CHUNK<Pair>, depth);
     for (int64_t k = 0; k < lanes; ++k) {
       __m512bh columns[VECTORS];
 #pragma GCC unroll 4

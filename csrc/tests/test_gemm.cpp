@@ -80,7 +80,7 @@ struct Expected {
 
 template <class T>
 Expected expect(const Product<T>& batch) {
-  // Sums are in float at least; a chunk of CHUNK lanes rounds at most that often.
+  // Sums are in float at least; a chunk of CHUNK<float> lanes at most rounds at most that often.
   const double sums = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
   Expected out;
   for (int64_t b = 0; b < batch.batch; ++b) {
@@ -99,7 +99,7 @@ Expected expect(const Product<T>& batch) {
       const double value = p.alpha * sum + extra;
       size = std::abs(p.alpha) * size + std::abs(extra);
       out.value.push_back(value);
-      out.bound.push_back(unit<T>() * std::abs(value) + (2.0 * CHUNK + 8) * sums * size + 1e-44);
+      out.bound.push_back(unit<T>() * std::abs(value) + (2.0 * CHUNK<float> + 8) * sums * size + 1e-44);
     }
   }
   return out;

@@ -34,8 +34,8 @@ def frobenius(X: Tensor) -> Tensor:
         return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     if X.numel() == 0:
         return X.new_zeros((*X.shape[:-2], 1, 1))
-    unit = power_of_two(X)
-    return torch.linalg.vector_norm(X / unit, dim=(-2, -1), keepdim=True) * unit
+    unit = power_of_two(X)  # sum adds pairwise, which vector_norm does not
+    return (X / unit).square().sum((-2, -1), keepdim=True).sqrt() * unit
 
 
 def divide(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,14 +50,16 @@ def scaled(
     """X brought into the polynomial's range: X / (safety max(s, eps)), s what `scale` names."""
     if scale == "none":
         return (X.double() / safety).to(dtype) if safety != 1.0 else X.to(dtype)
-    least: Tensor | float = eps
     if norm is not None:
         norm = norm.to(torch.float64)
-    else:
-        if X.dtype == torch.float64 and X.numel() > 0:  # its norm may be denormal, or too large
-            unit = power_of_two(X)
-            X, least = X / unit, eps / unit
+        least = torch.full_like(norm, eps)
+    elif X.dtype == torch.float64 and X.numel() > 0:  # its norm may be denormal, or too large
+        unit = power_of_two(X)
+        X, least = X / unit, torch.full_like(unit, eps) / unit
         norm = frobenius(X)
+    else:
+        norm = frobenius(X)
+        least = torch.full_like(norm, eps)
     if scale == "frobenius":
         return divide(X, safety * norm.clamp(min=least), dtype)
     Y = divide(X, norm, dtype)
