@@ -27,11 +27,13 @@ class Unavailable(Exception):
 
 class Running(NamedTuple):
     """`call` is what gets timed; `outputs` names what it produced, for the error column; `work` is
-    its own FLOPs if they are not the op's."""
+    its own FLOPs if they are not the op's. `timed`, where given, is timed instead of `call`: the
+    same without keeping what it returns, as a caller who goes on would, and as the floor does."""
 
     call: Callable[[], Any]
     outputs: Callable[[Any], Outputs] = lambda _: {}
     work: float | None = None
+    timed: Callable[[], Any] | None = None
 
 
 Start = Callable[[Case, list[Arguments]], Running]
@@ -57,7 +59,12 @@ def run_calls(f: Callable[..., Any], case: Case, calls: list[Arguments]) -> Runn
     if len(bound) == 1:
         only = bound[0]
         return Running(only, lambda result: outputs([result]))
-    return Running(lambda: [g() for g in bound], outputs)
+
+    def timed() -> None:
+        for g in bound:
+            g()
+
+    return Running(lambda: [g() for g in bound], outputs, timed=timed)
 
 
 def start_ours(case: Case, calls: list[Arguments]) -> Running:

@@ -171,7 +171,7 @@ _DIVISORS = (
 )  # fmt: skip
 _FORMS = (
     {"form": "direct", "precision": "full"},
-    {"form": "gram", "precision": "float32"},
+    {"form": "gram", "precision": "float32", "restarts": [3]},
     {"form": "direct", "precision": "bfloat16"},
     {"scale": "schatten4", "eps": 1e-7, "precision": "full"},
     {"scale": "aol", "safety": 1.05, "precision": "full"},
@@ -191,6 +191,7 @@ _ROWS = (
         variants=({"alpha": 1.0, "beta": 0.0},), shapes=("768x768", "2048x2048", "64x128x128"),
     ),
     Case("apply", makers.apply, gram_flops, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
+    Case("divide_each", makers.divide_each, maps=True, scale_free=True),
     Case(
         "small_newton_schulz", makers.small_newton_schulz, polynomial_flops, scale_free=True,
         variants=({"eps": 1e-7, "safety": 1.05}, {"coefficients": CUBIC},
@@ -258,7 +259,7 @@ _ROWS = (
     Case(
         "muon_step_", makers.muon_step, polynomial_flops, dtypes=_STATES,
         variants=({"nesterov": False, "precision": "full", "factors": makers.factors},
-                  {"form": "gram", "eps": 1e-7}),
+                  {"form": "gram", "eps": 1e-7, "restarts": [3]}),
         shapes=("gpt2-small-3", "llama-3m"),
     ),
     Case(

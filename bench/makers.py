@@ -46,12 +46,18 @@ def apply(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 def newton_schulz(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     X = each(inputs.matrix, "X", shapes)
-    return {"X": X, "coefficients": list(KELLER), "restarts": [3]}
+    return {"X": X, "coefficients": list(KELLER), "restarts": []}
 
 
 def small_newton_schulz(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     X = each(inputs.matrix, "X", shapes)
     return {"X": X, "coefficients": list(KELLER), "dtype": inputs.dtype}
+
+
+def divide_each(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    X = inputs.matrix("X", shapes[0])
+    norms = torch.linalg.vector_norm(X.double(), dim=(-2, -1)).reshape(-1)
+    return {"X": X, "divisors": norms, "dtype": inputs.dtype}
 
 
 def magnitude(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
@@ -147,7 +153,7 @@ def muon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         "weight_decay": 0.1,
         "factors": [1.0] * len(shapes),
         "coefficients": list(KELLER),
-        "restarts": [3],
+        "restarts": [],  # what Muon finds safe for these coefficients in float32
     }
 
 

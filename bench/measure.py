@@ -123,7 +123,7 @@ class _Prepared:
                 running = begin(True)
                 self.errors[label] = relative_error(running.outputs(running.call()), self.truth)
             running = begin(False)
-            self.calls[label] = running.call
+            self.calls[label] = running.timed or running.call
             self.works[label] = self.work if running.work is None else running.work
         except Unavailable as reason:
             self.notes[label] = str(reason)

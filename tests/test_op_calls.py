@@ -88,6 +88,8 @@ CHANGES: dict[str, tuple[Any, type[Exception]]] = {
 LONE = ("gram", "row_normalize", "column_normalize", "spectral_norm", "gram_iteration",
         "magnitude", "small_newton_schulz", "newton_schulz")  # fmt: skip
 FREE_RANK = ("rotated_adam_", "decayed_update_", "adamw_step_")
+# any number of columns goes with B, with one moment per row, with one number per matrix
+WIDER = (("apply", "X"), ("row_moment_", "X"), ("divide_each", "X"))
 KEYWORDS: dict[str, list[Any]] = {
     "beta1": [-0.1, 1.0, "x"],
     "beta2": [1.5, float("nan")],
@@ -130,8 +132,8 @@ def applies(case: Case, name: str, change: str, value: Any) -> bool:
         return name not in ("scales", "norms", "decay")
     if change == "rank 1":
         return not scheduled and first.dim() >= 2 and case.name not in FREE_RANK
-    if change == "a longer side" and (case.name, name) in (("apply", "X"), ("row_moment_", "X")):
-        return False  # any number of columns goes with B and with one moment per row
+    if change == "a longer side" and (case.name, name) in WIDER:
+        return False
     if change in ("a longer side", "another device"):
         return not scheduled and case.name not in LONE
     return True

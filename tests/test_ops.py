@@ -352,7 +352,7 @@ def first_member(case: Case, arguments: Arguments) -> Arguments:
         value = arguments[name]
         if isinstance(value, Tensor):
             if value.dim():
-                found[name] = value[:1] if case.takes_list else value[0]
+                found[name] = value[:1] if case.takes_list or value.dim() == 1 else value[0]
         else:
             found[name] = [values[0] if values[0].dim() == 0 else values[0][0]]
     if "factors" in found:

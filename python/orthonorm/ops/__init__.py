@@ -4,7 +4,7 @@ Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.re
 the bare torch op (`torch.ops.orthonorm.gram`).
 """
 
-from .newton_schulz import newton_schulz, small_newton_schulz
+from .newton_schulz import divide_each, magnitude, newton_schulz, small_newton_schulz
 from .normalize import (
     column_moment_,
     column_normalize,
@@ -19,7 +19,6 @@ from .steps import (
     adamw_step_,
     conda_step_,
     decayed_update_,
-    magnitude,
     muon_prologue_,
     muon_step_,
 )
@@ -32,6 +31,7 @@ __all__ = [
     "column_normalize",
     "conda_step_",
     "decayed_update_",
+    "divide_each",
     "factored_moment_",
     "gram",
     "gram_iteration",

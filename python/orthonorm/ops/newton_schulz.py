@@ -71,6 +71,50 @@ def scaled(
     return divide(Y, safety * size.clamp(min=least), dtype)
 
 
+def norms_of(X: list[Tensor]) -> Tensor:
+    parts = [frobenius(x).reshape(-1) for x in X]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+@op("magnitude(Tensor[] X) -> Tensor")
+def magnitude(X: list[Tensor]) -> Tensor:
+    """|X|_F of every matrix of the list, float64: finite exactly if every entry is.
+
+    No overflow or underflow for any finite entries whose norm float64 can hold.
+
+    Shapes: X[i] is (..., m, n); the result is 1-D, batches flattened in list order.
+    """
+    return norms_of(X)
+
+
+@magnitude.check
+def _(X: list[Tensor]) -> None:
+    check.tensors("magnitude", "X", X, min_dim=2)
+    check.same_device("magnitude", X=X)
+
+
+@op("divide_each(Tensor X, Tensor divisors, ScalarType dtype) -> Tensor")
+def divide_each(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
+    """X_i / d_i for every matrix of the batch, 0 where d_i is 0; in double, rounded once to dtype.
+
+    A power of two in X and d cancels exactly: the result does not depend on the scale of X.
+
+    Shapes: X is (..., m, n) with any strides; divisors is 1-D, float64, one per matrix; the result
+    is contiguous.
+    """
+    return divide(X, divisors.view(*X.shape[:-2], 1, 1), dtype).contiguous()
+
+
+@divide_each.check
+def _(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> None:
+    name = "divide_each"
+    check.tensor(name, "X", X, min_dim=2)
+    check.tensor(name, "divisors", divisors)
+    check.equal_shape(name, "divisors", divisors, (math.prod(X.shape[:-2]),))
+    check.same_device(name, X=[X], divisors=[divisors])
+    check.choice(name, "dtype", dtype, check.FLOATS)
+
+
 def iterate(X: Tensor, triples: k1.Triples, restarts: list[int], form: str) -> Tensor:
     """The polynomial on the short side of a scaled batch."""
     wide = X.shape[-2] <= X.shape[-1]
@@ -168,7 +212,7 @@ def newton_schulz(
         elif choice.small and scale in ("frobenius", "none"):
             small.setdefault(choice.dtype, []).append(i)
         else:
-            y = scaled(x, scale, eps, safety, choice.dtype, parts[i])
+            y = _scaled(x, scale, eps, safety, choice.dtype, parts[i])
             out[i] = iterate(y, triples, restarts, choice.form).to(x.dtype).contiguous()
     for dtype, rows in small.items():
         some = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])  # type: ignore[union-attr]
@@ -179,6 +223,16 @@ def newton_schulz(
         for i, y in zip(rows, done, strict=True):
             out[i] = y
     return out
+
+
+def _scaled(
+    X: Tensor, scale: str, eps: float, safety: float, dtype: torch.dtype, norm: Tensor | None
+) -> Tensor:
+    """`scaled`, in two passes by kernels where these serve."""
+    if scale != "frobenius" or X.dtype == torch.float64:
+        return scaled(X, scale, eps, safety, dtype, norm)
+    norm = magnitude([X]) if norm is None else norm.reshape(-1)
+    return divide_each(X, safety * norm.clamp(min=eps), dtype)
 
 
 def _check_polynomial(

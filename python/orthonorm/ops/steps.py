@@ -14,31 +14,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
-from .newton_schulz import check_iteration, frobenius, newton_schulz
+from .newton_schulz import check_iteration, newton_schulz, norms_of
 from .normalize import accumulator, rotated_adam_
 from .rotations import rotate_, rotate_back_
-
-
-def _norms(X: list[Tensor]) -> Tensor:
-    parts = [frobenius(x).reshape(-1) for x in X]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
-
-
-@op("magnitude(Tensor[] X) -> Tensor")
-def magnitude(X: list[Tensor]) -> Tensor:
-    """|X|_F of every matrix of the list, float64: finite exactly if every entry is.
-
-    No overflow or underflow for any finite entries whose norm float64 can hold.
-
-    Shapes: X[i] is (..., m, n); the result is 1-D, batches flattened in list order.
-    """
-    return _norms(X)
-
-
-@magnitude.check
-def _(X: list[Tensor]) -> None:
-    check.tensors("magnitude", "X", X, min_dim=2)
-    check.same_device("magnitude", X=X)
 
 
 @op(
@@ -69,7 +47,7 @@ def muon_prologue_(
         b.copy_(new)
         u.copy_(out)
         norms.append(out)
-    return _norms(norms)
+    return norms_of(norms)
 
 
 @muon_prologue_.check
