@@ -23,10 +23,6 @@
 
 namespace orthonorm::power {
 
-using gemm::Bf16;
-using gemm::Fp16;
-using gemm::widen;
-
 enum class Element { f32, f64, bf16, f16 };
 
 // Where the elements of one matrix are; strides in elements.

@@ -73,7 +73,7 @@ double peak(const A* x, int64_t count) {
       largest = std::max(largest, static_cast<Bits>(bits & ~SIGN));
     }
   });
-  const A value = gemm::bit_cast<A>(largest);
+  const A value = bit_cast<A>(largest);
   return std::isfinite(value) ? value : std::numeric_limits<double>::infinity();
 }
 

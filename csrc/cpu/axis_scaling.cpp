@@ -85,20 +85,20 @@ class AxisScaling {
     places_.push_back(place);
   }
 
-  // Partial sums of every block of runs side by side, added up tile by tile.
+  // Partial sums of every block of runs side by side, added up share by share.
   void plan_across(size_t id, int64_t& work) {
     const Job& job = jobs_[id];
-    const int64_t inner = job.x.inner, tiles = ceil_div(inner, kTile);
-    const Place place{work, work + inner, tiles, 1};
-    const int64_t partial = place.norms + 2 * tiles;
+    const int64_t inner = job.x.inner, shares = ceil_div(inner, kShare);
+    const Place place{work, work + inner, shares, 1};
+    const int64_t partial = place.norms + 2 * shares;
     int64_t blocks = 0, last = -1;
     cut(job, kColumnRuns, kTile, [&](int64_t o0, int64_t o1, int64_t i0, int64_t i1) {
       if (o0 != last) ++blocks, last = o0;
       units_.push_back({id, o0, o1, i0, i1, partial + (blocks - 1) * inner + i0});
       seconds_.push_back(units_.back());
     });
-    for (int64_t t = 0; t < tiles; ++t) {
-      finishes_.push_back({id, 0, blocks, t * kTile, std::min((t + 1) * kTile, inner), partial});
+    for (int64_t i = 0; i < inner; i += kShare) {
+      finishes_.push_back({id, 0, blocks, i, std::min(i + kShare, inner), partial});
     }
     work = partial + blocks * inner;
     places_.push_back(place);
@@ -108,17 +108,11 @@ class AxisScaling {
 
   void first_pass(const Unit& unit) {
     const Job& job = jobs_[unit.job];
-    const bool wide = job.x.dtype == ScalarType::Double;
-    if (!along(job)) {
-      double* sums = workspace_.at(unit.work);
-      return wide ? sum_columns<double>(job.x, unit, sums) : sum_columns<float>(job.x, unit, sums);
-    }
-    wide ? sum_runs<double>(unit) : sum_runs<float>(unit);
+    along(job) ? sum_runs(unit) : sum_columns(job.x, unit, workspace_.at(unit.work));
   }
 
   // Sums and factors of whole runs, a group at a time that fits L1. If no norm is kept the group is
   // scaled at once, and X comes from memory only here.
-  template <class A>
   void sum_runs(const Unit& unit) {
     const Job& job = jobs_[unit.job];
     constexpr int64_t most = 128;
@@ -129,7 +123,7 @@ class AxisScaling {
     for (int64_t o = unit.o0; o < unit.o1; o += group) {
       const int64_t count = std::min(group, unit.o1 - o);
       for (int64_t r = 0; r < count; ++r) {
-        values[r] = run_squares<A>(job.x, o + r, rule_.from_norms());
+        values[r] = run_squares(job.x, o + r, rule_.from_norms());
       }
       double* factors = workspace_.at(place(unit).factors + o);
       rule_.factors(job, true, o, count, values, factors);
@@ -152,11 +146,11 @@ class AxisScaling {
     }
   }
 
-  // Column sums of all blocks of one tile, and the tile's factors.
+  // Column sums of all blocks of one share, and its factors.
   void finish(const Unit& unit) {
     const Job& job = jobs_[unit.job];
     const int64_t count = unit.i1 - unit.i0;
-    double values[kTile] = {};
+    double values[kShare] = {};
     CarefulSum before, after;
     for (int64_t block = unit.o0; block < unit.o1; ++block) {
       add_to(values, workspace_.at(unit.work + block * job.x.inner + unit.i0), count);
@@ -166,7 +160,7 @@ class AxisScaling {
     rule_.factors(job, false, unit.i0, count, values, factors);
     if (!rule_.keep_norm) return;
     add_norms(count, values, factors, before, after);
-    double* norms = workspace_.at(place(unit).norms + 2 * (unit.i0 / kTile));
+    double* norms = workspace_.at(place(unit).norms + 2 * (unit.i0 / kShare));
     norms[0] = before.sum;
     norms[1] = after.sum;
   }
@@ -186,70 +180,60 @@ class AxisScaling {
     const Job& job = jobs_[unit.job];
     const Place& at = place(unit);
     if (along(job)) {
-      return scale_runs(job, unit, workspace_.at(at.factors + unit.o0), at.ratio, runs_ahead(job.x));
+      return scale_runs(job, unit, workspace_.at(at.factors + unit.o0), at.ratio, runs_ahead(job.x, kAhead));
     }
-    const double* factors = workspace_.at(at.factors + unit.i0);
-    switch (job.x.dtype) {
-      case ScalarType::Double: return scale_columns<double, double>(job, unit, factors, at.ratio);
-      case ScalarType::Float: return scale_columns<float, double>(job, unit, factors, at.ratio);
-      default: break;
-    }
-    if (fit_float(factors, unit.i1 - unit.i0, at.ratio)) {
-      return scale_columns<float, float>(job, unit, factors, at.ratio);
-    }
-    scale_columns<float, double>(job, unit, factors, at.ratio);
+    scale_columns(job, unit, workspace_.at(at.factors + unit.i0), at.ratio);
   }
 
-  // Inverses of very small 16-bit numbers are too large for float.
-  static bool fit_float(const double* factors, int64_t count, double ratio) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (std::abs(factors[i] * ratio) > FLT_MAX) return false;
-    }
-    return true;
+  // Where infinities in X leave the factors finite, only doubles take them through.
+  bool splits(const double* factors, int64_t count, double ratio) const {
+    bool fit = !rule_.decay || rule_.beta2 < 1;
+    specialized([=, &fit] {
+      for (int64_t i = 0; i < count; ++i) fit &= Split::fits(factors[i] * ratio);
+    });
+    return fit;
   }
 
-  template <class A, class M>
   void scale_columns(const Job& job, const Unit& unit, const double* from, double ratio) const {
-    alignas(64) M factors[kTile];
-    for (int64_t i = 0; i < unit.i1 - unit.i0; ++i) factors[i] = static_cast<M>(from[i] * ratio);
-    const bool divides = rule_.divides(job.x.dtype);
-    map_runs<A>(job, unit, runs_ahead(job.x),
-                [&](int64_t, int64_t i, const A* x, int64_t count, A* y, const Ahead& next) {
-                  if constexpr (sizeof(A) == 8) {
-                    if (divides) return divide_each(x, factors + (i - unit.i0), count, y);
-                  }
-                  scale_each(x, factors + (i - unit.i0), count, y, next);
-                });
+    const int64_t count = unit.i1 - unit.i0;
+    if (job.x.dtype != ScalarType::Double && splits(from, count, ratio)) {
+      const SplitTile tile(from, count, ratio);
+      return scale_columns(job, unit, [&](int64_t i) { return tile.from(i); });
+    }
+    alignas(64) double factors[kTile];
+    for (int64_t i = 0; i < count; ++i) factors[i] = from[i] * ratio;
+    scale_columns(job, unit, [&](int64_t i) -> const double* { return factors + i; });
   }
 
-  void scale_runs(const Job& job, const Unit& unit, const double* factors, double ratio,
-                  int64_t ahead) const {
-    switch (job.x.dtype) {
-      case ScalarType::Double:
-        return scale_runs<double, double>(job, unit, factors, ratio, ahead);
-      case ScalarType::Float:
-        return scale_runs<float, double>(job, unit, factors, ratio, ahead);
-      default: break;
-    }
-    if (fit_float(factors, unit.o1 - unit.o0, ratio)) {
-      return scale_runs<float, float>(job, unit, factors, ratio, ahead);
-    }
-    scale_runs<float, double>(job, unit, factors, ratio, ahead);
+  // By what `by(i)` points to, from the unit's column i on.
+  template <class By>
+  void scale_columns(const Job& job, const Unit& unit, const By& by) const {
+    const bool divides = rule_.divides(job.x.dtype);
+    map_runs(job, unit, runs_ahead(job.x, kAhead),
+             [&]<class T>(int64_t, int64_t i, const T* x, int64_t n, T* y, const Ahead& next) {
+               const auto factors = by(i - unit.i0);
+               if constexpr (sizeof(T) == 8 && std::is_same_v<decltype(factors), const double* const>) {
+                 if (divides) return divide_each(x, factors, n, y);
+               }
+               scale_each(x, factors, n, y, next);
+             });
   }
 
-  // The run `ahead` runs further on comes into the cache meanwhile, if `ahead` is not 0.
-  template <class A, class M>
+  // What lies `ahead` runs further on comes into the cache meanwhile, if `ahead` is not 0.
   void scale_runs(const Job& job, const Unit& unit, const double* factors, double ratio,
                   int64_t ahead) const {
+    const bool split = splits(factors, unit.o1 - unit.o0, ratio);
     const bool divides = rule_.divides(job.x.dtype);
-    map_runs<A>(job, unit, ahead,
-                [&](int64_t o, int64_t, const A* x, int64_t count, A* y, const Ahead& next) {
-                  const double factor = factors[o - unit.o0];
-                  if constexpr (sizeof(A) == 8) {
-                    if (divides) return divide(x, factor, count, y);
-                  }
-                  scale<M>(x, factor * ratio, count, y, next);
-                });
+    map_runs(job, unit, ahead,
+             [&]<class T>(int64_t o, int64_t, const T* x, int64_t n, T* y, const Ahead& next) {
+               const double factor = factors[o - unit.o0];
+               if constexpr (sizeof(T) == 8) {
+                 if (divides) return divide(x, factor, n, y);
+               } else {
+                 if (split) return scale(x, Split(factor * ratio), n, y, next);
+               }
+               scale(x, factor * ratio, n, y, next);
+             });
   }
 
   static constexpr int64_t kGroup = 8192;  // elements of a group of runs

@@ -6,6 +6,7 @@
 
 #include <bit>
 
+#include "../elements.h"
 #include "../orthonorm.h"
 #include "isa.h"
 
@@ -30,6 +31,19 @@ inline bool floating(ScalarType dtype) {
 
 [[noreturn]] inline void refuse() {
   STD_TORCH_CHECK(false, "orthonorm: tensors must be float32, float64, bfloat16 or float16");
+}
+
+// f(element{}) with the element type that stores `dtype`.
+template <class F>
+void with_element(const char* op, ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(Bf16{});
+    case ScalarType::Half: return f(Fp16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": tensors must be float32, float64, bfloat16 or float16");
+  }
 }
 
 template <class A>

@@ -11,7 +11,7 @@
 namespace orthonorm {
 namespace {
 
-// What a unit of runs, or a tile of columns, adds to its matrix.
+// What a unit of runs, or a share of the columns, adds to its matrix.
 struct Part {
   double before;       // sum of x^2
   double moments;      // sum of the moments
@@ -28,40 +28,33 @@ class FactoredMoments {
   void run() {
     for_chunks(jobs_, [&](size_t begin, size_t end) {
       plan(begin, end);
-      each(units_, [&](auto a, const Unit& u) { first_pass<decltype(a)>(u); });
-      for_units(tiles_, [&](const Unit& unit) { finish(unit); });
+      for_units(units_, [&](const Unit& unit) { first_pass(unit); });
+      for_units(shares_, [&](const Unit& unit) { finish(unit); });
       for (size_t k = begin; k < end; ++k) conclude(jobs_[k], places_[k - begin]);
       std::vector<Unit> third;
       std::copy_if(units_.begin(), units_.end(), std::back_inserter(third),
                    [&](const Unit& u) { return keep_norm_ && !place(u).norm_known; });
       if (!third.empty()) {
-        each(third, [&](auto a, const Unit& u) { norm_pass<decltype(a)>(u); });
+        for_units(third, [&](const Unit& unit) { norm_pass(unit); });
         for (Place& p : places_) rescale(p);
       }
-      each(units_, [&](auto a, const Unit& u) { second_pass<decltype(a)>(u); });
+      for_units(units_, [&](const Unit& unit) { second_pass(unit); });
     });
   }
 
  private:
   // Where a job's doubles lie in the workspace: a number for each run and column, parts by unit and
-  // tile; and what became of them.
+  // share; and what became of them.
   struct Place {
-    int64_t outer, inner, parts, units, tiles;
+    int64_t outer, inner, parts, units, shares;
     double mean = 0, ratio = 1, before = 0;
     bool near = false, norm_known = true;
   };
 
-  template <class F>
-  void each(const std::vector<Unit>& units, const F& f) {
-    for_units(units, [&](const Unit& unit) {
-      jobs_[unit.job].x.dtype == ScalarType::Double ? f(double(), unit) : f(float(), unit);
-    });
-  }
-
   int64_t sets() const { return keep_norm_ ? 3 : 1; }  // of column sums
 
   void plan(size_t begin, size_t end) {
-    units_.clear(), tiles_.clear(), places_.clear();
+    units_.clear(), shares_.clear(), places_.clear();
     first_job_ = begin;
     int64_t work = 0;
     for (size_t k = begin; k < end; ++k) {
@@ -70,14 +63,14 @@ class FactoredMoments {
       Place place{};
       place.outer = work;
       place.inner = place.outer + job.x.outer;
-      place.tiles = ceil_div(inner, kTile);
+      place.shares = ceil_div(inner, kShare);
       place.parts = place.inner + inner;
-      work = place.parts + kPart * place.tiles;
-      cut(job, kColumnRuns, INT64_MAX, [&](int64_t o0, int64_t o1, int64_t i0, int64_t i1) {
+      work = place.parts + kPart * place.shares;
+      cut(job, kUnitRuns, INT64_MAX, [&](int64_t o0, int64_t o1, int64_t i0, int64_t i1) {
         units_.push_back({k, o0, o1, i0, i1, work + place.units++ * (kPart + sets() * inner)});
       });
-      for (int64_t t = 0; t < place.tiles; ++t) {
-        tiles_.push_back({k, 0, place.units, t * kTile, std::min((t + 1) * kTile, inner), work});
+      for (int64_t i = 0; i < inner; i += kShare) {
+        shares_.push_back({k, 0, place.units, i, std::min(i + kShare, inner), work});
       }
       work += place.units * (kPart + sets() * inner);
       places_.push_back(place);
@@ -90,7 +83,6 @@ class FactoredMoments {
   Part& part(int64_t at) const { return *reinterpret_cast<Part*>(work(at)); }
 
   // Moments of the runs, then column sums of the same runs while they are in the cache.
-  template <class A>
   void first_pass(const Unit& unit) {
     const Job& job = jobs_[unit.job];
     double* sums = work(unit.work + kPart);
@@ -99,23 +91,22 @@ class FactoredMoments {
     for (int64_t o = unit.o0; o < unit.o1; o += kGroup) {
       const int64_t count = std::min(kGroup, unit.o1 - o);
       double first[kGroup], second[kGroup];
-      run_moments<A>(job, o, count, work(place(unit).outer + o), first, second, total);
+      run_moments(job, o, count, work(place(unit).outer + o), first, second, total);
       for (int64_t i = 0; i < job.x.inner; i += kTile) {
         const Unit tile{unit.job, o, o + count, i, std::min(i + kTile, job.x.inner), 0};
-        add_columns<A>(job.x, tile, first, second, sums + i);
+        add_columns(job.x, tile, first, second, sums + i);
       }
     }
     part(unit.work) = total;
   }
 
   // 1 / sqrt(moment) of runs [o, o + count) and the weights of their squares in the norm.
-  template <class A>
   void run_moments(const Job& job, int64_t o, int64_t count, double* inverses, double* first,
                    double* second, Part& total) const {
     double moments[kGroup];
     job.along_outer().read(o, count, moments);
     for (int64_t r = 0; r < count; ++r) {
-      const double square = run_squares<A>(job.x, o + r, false);
+      const double square = run_squares(job.x, o + r, false);
       moments[r] = decayed(moments[r], square / static_cast<double>(job.x.inner), beta2_);
       const double inverse = inverse_or_zero(std::sqrt(moments[r]));
       inverses[r] = inverse;
@@ -128,40 +119,53 @@ class FactoredMoments {
     job.along_outer().write(o, count, moments);
   }
 
-  template <class A>
   void add_columns(const Runs& x, const Unit& tile, const double* first, const double* second,
                    double* sums) const {
-    const int64_t count = tile.i1 - tile.i0;
     const WeightedSums sets{sums, sums + x.inner, sums + 2 * x.inner};
-    const int64_t begin = tile.o0;
-    for_rows<A>(x, tile.o0, tile.o1, tile.i0, count, kGroup, x.outer,
-                [&]<int R>(int64_t o, const Rows<R, A>& rows) {
-                  if (!keep_norm_) return add_squares(rows, count, sums);
-                  Weights<R> weights;
-                  std::copy_n(first + (o - begin), R, weights.first);
-                  std::copy_n(second + (o - begin), R, weights.second);
-                  add_weighted_squares(rows, weights, count, sets);
-                });
+    int64_t o = tile.o0;
+    for (; keep_norm_ && o + 4 <= tile.o1; o += 4) add_weighted<4>(x, tile, o, first, second, sets);
+    for (; keep_norm_ && o < tile.o1; ++o) add_weighted<1>(x, tile, o, first, second, sets);
+    for (; o < tile.o1; ++o) {
+      with_rows<1>(x, o, tile.i0, tile.i1, 0, [&](int64_t i, int64_t n, const auto& row) {
+        add_squares(row, n, sums + (i - tile.i0));
+      });
+    }
   }
 
-  // The columns of one tile: their sums over all units, their moments, their share of the norm.
-  void finish(const Unit& tile) {
-    const Job& job = jobs_[tile.job];
-    const int64_t count = tile.i1 - tile.i0, inner = job.x.inner;
-    double sums[3][kTile] = {};
-    for (int64_t unit = tile.o0; unit < tile.o1; ++unit) {
-      const double* from = work(tile.work + unit * (kPart + sets() * inner) + kPart + tile.i0);
+  // Runs [o, o + R), while those of the next group come into the cache.
+  template <int R>
+  void add_weighted(const Runs& x, const Unit& tile, int64_t o, const double* first,
+                    const double* second, const WeightedSums& sums) const {
+    Weights<R> weights;
+    std::copy_n(first + (o - tile.o0), R, weights.first);
+    std::copy_n(second + (o - tile.o0), R, weights.second);
+    with_rows<R>(x, o, tile.i0, tile.i1, kGroup, [&](int64_t i, int64_t n, const auto& rows) {
+      const int64_t at = i - tile.i0;
+      add_weighted_squares(rows, weights, n, {sums.plain + at, sums.first + at, sums.second + at});
+    });
+  }
+
+  // The columns of one share: their sums over all units, their moments, what they add to the norm.
+  void finish(const Unit& share) {
+    const Job& job = jobs_[share.job];
+    const int64_t count = share.i1 - share.i0, inner = job.x.inner;
+    double sums[3][kShare] = {};
+    for (int64_t unit = share.o0; unit < share.o1; ++unit) {
+      const double* from = work(share.work + unit * (kPart + sets() * inner) + kPart + share.i0);
       for (int64_t s = 0; s < sets(); ++s) add_to(sums[s], from + s * inner, count);
     }
-    double moments[kTile];
-    double* inverses = work(place(tile).inner + tile.i0);
-    job.along_inner().read(tile.i0, count, moments);
-    for (int64_t i = 0; i < count; ++i) {
-      const double mean_square = sums[0][i] / static_cast<double>(job.x.outer);
-      moments[i] = decayed(moments[i], mean_square, beta2_);
-      inverses[i] = inverse_or_zero(std::sqrt(moments[i]));
-    }
-    job.along_inner().write(tile.i0, count, moments);
+    double moments[kShare];
+    double* inverses = work(place(share).inner + share.i0);
+    job.along_inner().read(share.i0, count, moments);
+    const double* squares = sums[0];
+    specialized([=, this, &moments, &job] {
+      for (int64_t i = 0; i < count; ++i) {
+        const double mean_square = squares[i] / static_cast<double>(job.x.outer);
+        moments[i] = decayed(moments[i], mean_square, beta2_);
+        inverses[i] = inverse_or_zero(std::sqrt(moments[i]));
+      }
+    });
+    job.along_inner().write(share.i0, count, moments);
     Part total{};
     for (int64_t i = 0; i < count; ++i) {
       const double square = inverses[i] * inverses[i];
@@ -170,17 +174,17 @@ class FactoredMoments {
       total.first += square * sums[1][i];
       total.second += square * (at_ == EpsAt::inside ? square : inverses[i]) * sums[2][i];
     }
-    part(place(tile).parts + kPart * (tile.i0 / kTile)) = total;
+    part(place(share).parts + kPart * (share.i0 / kShare)) = total;
   }
 
   // The matrix as a whole: the mean of its row moments, whether eps is small, the norm.
   void conclude(const Job& job, Place& p) const {
     Part runs{}, columns{};
-    const int64_t first_unit = p.parts + kPart * p.tiles;
+    const int64_t first_unit = p.parts + kPart * p.shares;
     for (int64_t u = 0; u < p.units; ++u) {
       add(runs, part(first_unit + u * (kPart + sets() * job.x.inner)));
     }
-    for (int64_t t = 0; t < p.tiles; ++t) add(columns, part(p.parts + kPart * t));
+    for (int64_t t = 0; t < p.shares; ++t) add(columns, part(p.parts + kPart * t));
     const int64_t rows = job.swapped ? job.x.inner : job.x.outer;
     p.mean = (job.swapped ? columns : runs).moments / static_cast<double>(rows);
     p.before = runs.before;
@@ -222,19 +226,18 @@ class FactoredMoments {
   }
 
   // |X^|^2 of a unit where eps is not small.
-  template <class A>
   void norm_pass(const Unit& unit) {
     const Runs& x = jobs_[unit.job].x;
     double sum = 0;
     for_tiles(unit, work(place(unit).inner), [&](const Unit& tile, const double* roots) {
-      alignas(64) A scratch[kTile];
-      const int64_t count = tile.i1 - tile.i0;
       for (int64_t o = tile.o0; o < tile.o1; ++o) {
-        const A* row = load(x.at(o, tile.i0), x.dtype, x.stride_inner, count, scratch);
         const FarRun c = far_run(unit, o);
-        sum += at_ == EpsAt::outside  ? sum_far<EpsAt::outside>(row, c, roots, count)
-               : at_ == EpsAt::inside ? sum_far<EpsAt::inside>(row, c, roots, count)
-                                      : sum_far<EpsAt::clamp>(row, c, roots, count);
+        with_rows<1>(x, o, tile.i0, tile.i1, 0, [&](int64_t i, int64_t n, const auto& row) {
+          const double* at = roots + (i - tile.i0);
+          sum += at_ == EpsAt::outside  ? sum_far<EpsAt::outside>(row.at[0], c, at, n)
+                 : at_ == EpsAt::inside ? sum_far<EpsAt::inside>(row.at[0], c, at, n)
+                                        : sum_far<EpsAt::clamp>(row.at[0], c, at, n);
+        });
       }
     });
     part(unit.work).first = sum;
@@ -245,40 +248,74 @@ class FactoredMoments {
     const Job& job = jobs_[first_job_ + (&p - places_.data())];
     double after = 0;
     for (int64_t u = 0; u < p.units; ++u) {
-      after += part(p.parts + kPart * p.tiles + u * (kPart + sets() * job.x.inner)).first;
+      after += part(p.parts + kPart * p.shares + u * (kPart + sets() * job.x.inner)).first;
     }
     p.ratio = norm_ratio(p.before, after);
   }
 
-  template <class A>
   void second_pass(const Unit& unit) {
     const Job& job = jobs_[unit.job];
     const Place& p = place(unit);
-    if (p.near) {
-      const double* outer = work(p.outer);
-      const double* inner = work(p.inner);
-      const bool inside = at_ == EpsAt::inside;
-      const auto near = [&](int64_t o, int64_t i, const A* x, int64_t n, A* y, const Ahead& next) {
-        const double row = std::sqrt(p.mean) * outer[o];
-        const double t = inside ? eps_ * row * row : eps_ * row, a = row * p.ratio;
-        const NearRun c{a, a * t * near_.linear, a * t * t * near_.quadratic};
-        inside ? scale_near<true>(x, c, inner + i, n, y, next)
-               : scale_near<false>(x, c, inner + i, n, y, next);
-      };
-      return map_runs<A>(job, unit, runs_ahead(job.x), near);
-    }
+    if (p.near) return near_pass(unit, p);
     for_tiles(unit, work(p.inner), [&](const Unit& tile, const double* roots) {
-      const auto far = [&](int64_t o, int64_t, const A* x, int64_t n, A* y, const Ahead&) {
+      const auto far = [&](int64_t o, int64_t i, const auto* x, int64_t n, auto* y, const Ahead&) {
         const FarRun c = far_run(unit, o);
-        if (at_ == EpsAt::outside) return scale_far<EpsAt::outside>(x, c, roots, n, y);
-        if (at_ == EpsAt::inside) return scale_far<EpsAt::inside>(x, c, roots, n, y);
-        scale_far<EpsAt::clamp>(x, c, roots, n, y);
+        const double* at = roots + (i - tile.i0);
+        if (at_ == EpsAt::outside) return scale_far<EpsAt::outside>(x, c, at, n, y);
+        if (at_ == EpsAt::inside) return scale_far<EpsAt::inside>(x, c, at, n, y);
+        scale_far<EpsAt::clamp>(x, c, at, n, y);
       };
-      map_runs<A>(job, tile, runs_ahead(job.x), far);
+      map_runs(job, tile, runs_ahead(job.x, kAhead), far);
     });
   }
 
-  static constexpr int64_t kGroup = 16;  // runs whose squares are summed both ways in the cache
+  void near_pass(const Unit& unit, const Place& p) const {
+    const Job& job = jobs_[unit.job];
+    for (int64_t i = unit.i0; i < unit.i1; i += kTile) {
+      const Unit tile{unit.job, unit.o0, unit.o1, i, std::min(i + kTile, unit.i1), 0};
+      const double* columns = work(p.inner) + i;
+      if (job.x.dtype != ScalarType::Double && splits(tile, p)) {
+        const SplitTile split(columns, tile.i1 - i);
+        scale_near_tile(tile, p, [&](int64_t j) { return split.from(j - i); });
+      } else {
+        scale_near_tile(tile, p, [&](int64_t j) -> const double* { return columns + (j - i); });
+      }
+    }
+  }
+
+  // Whether floats hold the numbers of rows and columns and all their products.
+  bool splits(const Unit& tile, const Place& p) const {
+    const double row = std::sqrt(p.mean) * p.ratio, *rows = work(p.outer), *columns = work(p.inner);
+    bool fit = beta2_ < 1;
+    specialized([=, &fit] {
+      const auto within = [](double x, double most) { return (x == 0) | ((x * most >= 1) & (x <= most)); };
+      for (int64_t o = tile.o0; o < tile.o1; ++o) fit &= within(row * rows[o], 0x1p20);
+      for (int64_t j = tile.i0; j < tile.i1; ++j) fit &= within(columns[j], 0x1p60);
+    });
+    return fit;
+  }
+
+  NearRun near_run(const Place& p, int64_t o) const {
+    const double row = std::sqrt(p.mean) * work(p.outer)[o];
+    const double eps = eps_ * (at_ == EpsAt::inside ? row * row : row);
+    return {row * p.ratio, eps, near_.linear, near_.quadratic};
+  }
+
+  // With the columns' numbers from column j on where `columns(j)` points.
+  template <class Columns>
+  void scale_near_tile(const Unit& tile, const Place& p, const Columns& columns) const {
+    const Job& job = jobs_[tile.job];
+    const auto near = [&](int64_t o, int64_t i, const auto* x, int64_t n, auto* y,
+                          const Ahead& next) {
+      const NearRun run = near_run(p, o);
+      at_ == EpsAt::inside ? scale_near<true>(x, run, columns(i), n, y, next)
+                           : scale_near<false>(x, run, columns(i), n, y, next);
+    };
+    map_runs(job, tile, runs_ahead(job.x, kAhead), near);
+  }
+
+  static constexpr int64_t kUnitRuns = 128;  // a unit has at least: its three rows of sums are small
+  static constexpr int64_t kGroup = 8;  // runs whose squares are summed both ways in the cache
 
   const std::vector<Job>& jobs_;
   const double beta2_, eps_;
@@ -286,7 +323,7 @@ class FactoredMoments {
   const NearFactor near_;
   const bool keep_norm_;
   size_t first_job_ = 0;
-  std::vector<Unit> units_, tiles_;
+  std::vector<Unit> units_, shares_;
   std::vector<Place> places_;
   Workspace workspace_;
 };

@@ -7,6 +7,7 @@
 #include "../orthonorm.h"
 
 #include "../gemm.h"
+#include "convert.h"
 
 namespace orthonorm {
 
@@ -16,9 +17,9 @@ extern template void gemm::multiply(
 extern template void gemm::multiply(
     const Product<double>&, int64_t, const Parallel&, Isa);
 extern template void gemm::multiply(
-    const Product<gemm::Bf16>&, int64_t, const Parallel&, Isa);
+    const Product<Bf16>&, int64_t, const Parallel&, Isa);
 extern template void gemm::multiply(
-    const Product<gemm::Fp16>&, int64_t, const Parallel&, Isa);
+    const Product<Fp16>&, int64_t, const Parallel&, Isa);
 
 template <class T, class O>
 void compute(const gemm::Product<T, O>& product) {
@@ -44,19 +45,6 @@ inline Tensor fresh(const Tensor& like, int64_t rows, int64_t cols) {
   sizes.push_back(rows);
   sizes.push_back(cols);
   return torch::stable::new_empty(like, sizes);
-}
-
-// f(element{}) with the element type that stores `dtype`.
-template <class F>
-void with_element(const char* op, ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(gemm::Bf16{});
-    case ScalarType::Half: return f(gemm::Fp16{});
-    default:
-      STD_TORCH_CHECK(false, op, ": tensors must be float32, float64, bfloat16 or float16");
-  }
 }
 
 inline void check_matrix(const char* op, const char* label, const Tensor& t) {

@@ -10,9 +10,9 @@ template void gemm::multiply(
 template void gemm::multiply(
     const Product<double>&, int64_t, const Parallel&, Isa);
 template void gemm::multiply(
-    const Product<gemm::Bf16>&, int64_t, const Parallel&, Isa);
+    const Product<Bf16>&, int64_t, const Parallel&, Isa);
 template void gemm::multiply(
-    const Product<gemm::Fp16>&, int64_t, const Parallel&, Isa);
+    const Product<Fp16>&, int64_t, const Parallel&, Isa);
 
 namespace {
 

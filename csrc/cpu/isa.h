@@ -6,8 +6,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
 #define ORTHONORM_X86 1
 #else
 #define ORTHONORM_X86 0
@@ -54,14 +56,30 @@ inline Isa isa() {
 #define ORTHONORM_AVX512BF16 \
   [[gnu::target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")]]
 
+#endif
+
+// What a body is told if it takes an argument: the instruction set its copy is compiled for.
+template <Isa set>
+using For = std::integral_constant<Isa, set>;
+
+template <Isa set, class Body>
+inline void call(const Body& body) {
+  if constexpr (std::is_invocable_v<Body, For<set>>) {
+    body(For<set>());
+  } else {
+    body();
+  }
+}
+
+#if ORTHONORM_X86
 // `flatten` inlines the body, whose loops are then vectorized for the function's own target.
 template <class Body>
 ORTHONORM_AVX2 [[gnu::flatten, gnu::noinline]] void run_avx2(const Body& body) {
-  body();
+  call<Isa::avx2>(body);
 }
 template <class Body>
 ORTHONORM_AVX512 [[gnu::flatten, gnu::noinline]] void run_avx512(const Body& body) {
-  body();
+  call<Isa::avx512>(body);
 }
 #endif
 
@@ -71,7 +89,7 @@ void specialized(const Body& body) {
   if (isa() >= Isa::avx512) return run_avx512(body);
   if (isa() == Isa::avx2) return run_avx2(body);
 #endif
-  body();
+  call<Isa::portable>(body);
 }
 
 }  // namespace orthonorm

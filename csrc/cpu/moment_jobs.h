@@ -16,8 +16,10 @@
 
 namespace orthonorm {
 
-// Elements of a run that are worked on at a time: scratch for four runs fits L1.
-constexpr int64_t kTile = 1024;
+// Columns that are worked on at a time: their sums fit L1.
+constexpr int64_t kTile = 4096;
+// Columns whose sums a thread concludes at a time: few, as the others wait.
+constexpr int64_t kShare = 512;
 // Elements of a unit: enough to wake a thread for, few enough to share one matrix among threads.
 constexpr int64_t kUnit = 65536;
 // Runs a unit of column sums has at least, so that partial sums stay small beside the matrix.
@@ -86,9 +88,11 @@ class Workspace {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many runs ahead of their use elements are fetched: about a tile of them.
-inline int64_t runs_ahead(const Runs& x) {
-  return ceil_div(kTile, std::clamp<int64_t>(x.inner, 1, kTile));
+// How many elements ahead of their use memory is fetched, in whole runs.
+constexpr int64_t kAhead = 1024, kAheadOfSums = 4096;
+
+inline int64_t runs_ahead(const Runs& x, int64_t elements) {
+  return ceil_div(elements, std::clamp<int64_t>(x.inner, 1, elements));
 }
 
 inline EpsAt parse_eps_at(const char* op, const std::string& name) {

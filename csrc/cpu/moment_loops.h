@@ -1,18 +1,19 @@
-// Second moments and norms per row and column: the loops over a run of values; torch-free.
+// Runs of values times their factors: the loops behind row, column and factored moments; torch-free.
 //
-// Values are float or double, as they lie in memory or in scratch. Squares are added up in double,
-// where squares of floats are exact, in an order that is the same for every instruction set. M, the
-// type products are made in, is double for what is stored as float or double: one rounding is then all
-// the error there is, and the conversions hide behind the memory.
+// Values are read and written as they lie in memory, in any of the four formats. A product is rounded
+// to float or double once, and from there to a 16-bit format.
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
-#include "../magnitude.h"
+#include "../elements.h"
 #include "../moments.h"
 #include "isa.h"
+#include "square_sums.h"
 
 // Input and output may be the same memory, element for element.
 #if defined(__clang__)
@@ -24,144 +25,6 @@
 #endif
 
 namespace orthonorm {
-
-// Eight values as doubles. Loops that only read are written with these, so that memory is read line
-// after line: what GCC 12 makes of plain loops skips to and fro, which no hardware prefetcher follows
-// (row sums of 340 MB on one thread, 2026-11: 19.4 ms; so 11.4 ms; plain reading 9.6 ms).
-using Eight = double __attribute__((vector_size(64)));
-
-inline void load_eight(const float* x, Eight& v) {
-  float __attribute__((vector_size(32))) narrow;
-  std::memcpy(&narrow, x, sizeof(narrow));
-  v = __builtin_convertvector(narrow, Eight);
-}
-inline void load_eight(const double* x, Eight& v) { std::memcpy(&v, x, sizeof(v)); }
-
-// The sum of interleaved sums, upper half onto lower half.
-template <int64_t lanes>
-inline double fold(double* sums) {
-  if constexpr (lanes > 1) {
-    for (int64_t lane = 0; lane < lanes / 2; ++lane) sums[lane] += sums[lane + lanes / 2];
-    return fold<lanes / 2>(sums);
-  }
-  return sums[0];
-}
-
-// Sum of squares, in 32 interleaved sums.
-inline double sum_squares(const float* x, int64_t count) {
-  double result;
-  specialized([=, &result] {
-    Eight sums[4] = {}, v;
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-      for (int64_t k = 0; k < 4; ++k) {
-        load_eight(x + i + 8 * k, v);
-        sums[k] += v * v;
-      }
-    }
-    double lanes[32];
-    std::memcpy(lanes, sums, sizeof(lanes));
-    for (int64_t lane = 0; i < count; ++i, ++lane) {
-      const double value = x[i];
-      lanes[lane] += value * value;
-    }
-    result = fold<32>(lanes);
-  });
-  return result;
-}
-
-// float64, to which squares may be too large or too small.
-inline SquareSum sum_squares(const double* x, int64_t count) {
-  SquareSum sum;
-  specialized([=, &sum] { sum = square_sum(x, count); });
-  return sum;
-}
-
-// R runs of values, and how many bytes behind each of them lies what will be read next (0: unknown).
-// Several runs side by side are too many for the hardware prefetcher: column sums of 340 MB on one
-// thread, 4 runs at a time, take 19 ms without and 12 ms with it done by hand (2026-11).
-template <int R, class A>
-struct Rows {
-  const A* at[R];
-  int64_t ahead = 0;
-
-  void prefetch(int r, int64_t j) const {
-    if (ahead != 0) __builtin_prefetch(reinterpret_cast<const char*>(at[r] + j) + ahead);
-  }
-};
-
-// sums_j += sum over the rows of x_rj^2, row after row.
-template <int R, class A>
-inline void add_squares(const Rows<R, A>& x, int64_t count, double* sums) {
-  specialized([=] {
-    int64_t j = 0;
-    for (; j + 8 <= count; j += 8) {
-      Eight sum, v;
-      load_eight(sums + j, sum);
-      for (int r = 0; r < R; ++r) {
-        if (j * sizeof(A) % 64 == 0) x.prefetch(r, j);
-        load_eight(x.at[r] + j, v);
-        sum += v * v;
-      }
-      std::memcpy(sums + j, &sum, sizeof(sum));
-    }
-    for (; j < count; ++j) {
-      for (int r = 0; r < R; ++r) {
-        const double value = x.at[r][j];
-        sums[j] += value * value;
-      }
-    }
-  });
-}
-
-// The same, and weighted by two numbers of each row.
-struct WeightedSums {
-  double *plain, *first, *second;
-};
-
-template <int R>
-struct Weights {
-  double first[R], second[R];
-};
-
-template <int R, class A>
-inline void add_weighted_squares(const Rows<R, A>& x, const Weights<R>& weights, int64_t count,
-                                 const WeightedSums& sums) {
-  specialized([=] {
-    int64_t j = 0;
-    for (; j + 8 <= count; j += 8) {
-      Eight plain, first, second, v;
-      load_eight(sums.plain + j, plain);
-      load_eight(sums.first + j, first);
-      load_eight(sums.second + j, second);
-      for (int r = 0; r < R; ++r) {
-        if (j * sizeof(A) % 64 == 0) x.prefetch(r, j);
-        load_eight(x.at[r] + j, v);
-        v *= v;
-        plain += v;
-        first += weights.first[r] * v;
-        second += weights.second[r] * v;
-      }
-      std::memcpy(sums.plain + j, &plain, sizeof(plain));
-      std::memcpy(sums.first + j, &first, sizeof(first));
-      std::memcpy(sums.second + j, &second, sizeof(second));
-    }
-    for (; j < count; ++j) {
-      for (int r = 0; r < R; ++r) {
-        const double value = x.at[r][j], square = value * value;
-        sums.plain[j] += square;
-        sums.first[j] += weights.first[r] * square;
-        sums.second[j] += weights.second[r] * square;
-      }
-    }
-  });
-}
-
-inline void add_to(double* sums, const double* more, int64_t count) {
-  specialized([=] {
-    for (int64_t j = 0; j < count; ++j) sums[j] += more[j];
-  });
-}
 
 // Memory that will be read next: where it starts and its bytes for each element worked on now.
 struct Ahead {
@@ -182,25 +45,52 @@ inline void in_pieces(int64_t count, const Ahead& ahead, const F& f) {
   }
 }
 
+// A factor as the sum of two floats, which is good to 48 bits: floats are multiplied by it without
+// leaving float. Twice the conversions between float and double made the same pass over 340 MB take
+// 1.8 times as long as its memory (2026-11).
+struct Split {
+  float high, low;
+
+  explicit Split(double factor)
+      : high(static_cast<float>(factor)), low(static_cast<float>(factor - high)) {}
+  Split(float high, float low) : high(high), low(low) {}
+
+  // Whether both parts hold it.
+  static bool fits(double factor) {
+    const double size = std::abs(factor);
+    return (size == 0) | ((size >= 0x1p-100) & (size <= FLT_MAX));
+  }
+};
+
+struct Splits {
+  const float *high, *low;
+
+  Split operator[](int64_t j) const { return {high[j], low[j]}; }
+};
+
+// x factor, rounded once. A Split may make NaN of an infinite x.
+inline float times(float x, const Split& f) { return __builtin_fmaf(x, f.high, x * f.low); }
+inline float times(float x, double factor) { return static_cast<float>(x * factor); }
+inline double times(double x, double factor) { return x * factor; }
+
 // y_j = x_j factor, while what is ahead comes into the cache.
-template <class M, class A>
-inline void scale(const A* x, double factor, int64_t count, A* y, Ahead ahead = {}) {
-  const M f = static_cast<M>(factor);
+template <class T, class F>
+inline void scale(const T* x, const F factor, int64_t count, T* y, Ahead ahead = {}) {
   specialized([=] {
     in_pieces(count, ahead, [=](int64_t i, int64_t end) {
       ORTHONORM_SAME_OR_APART
-      for (int64_t j = i; j < end; ++j) y[j] = static_cast<A>(static_cast<M>(x[j]) * f);
+      for (int64_t j = i; j < end; ++j) narrow(times(widen(x[j]), factor), y[j]);
     });
   });
 }
 
-// y_j = x_j factors_j.
-template <class M, class A>
-inline void scale_each(const A* x, const M* factors, int64_t count, A* y, Ahead ahead = {}) {
+// y_j = x_j factors_j; Splits or doubles.
+template <class T, class F>
+inline void scale_each(const T* x, const F factors, int64_t count, T* y, Ahead ahead = {}) {
   specialized([=] {
     in_pieces(count, ahead, [=](int64_t i, int64_t end) {
       ORTHONORM_SAME_OR_APART
-      for (int64_t j = i; j < end; ++j) y[j] = static_cast<A>(static_cast<M>(x[j]) * factors[j]);
+      for (int64_t j = i; j < end; ++j) narrow(times(widen(x[j]), factors[j]), y[j]);
     });
   });
 }
@@ -220,22 +110,44 @@ inline void divide_each(const double* x, const double* by, int64_t count, double
   });
 }
 
-// One run of `factored_moment_` where eps is small: y_j = x_j c_j (a + b z + c z^2), with z = c_j or
-// c_j^2 and c the columns' numbers.
+// One run of `factored_moment_` where eps is small: y_j = x_j row c_j (1 + linear t + quadratic t^2)
+// with t = eps z, where z = c_j or c_j^2 and c are the columns' numbers.
 struct NearRun {
-  double a, b, c;
+  double row, eps, linear, quadratic;
 };
 
-template <bool square, class A>
-inline void scale_near(const A* x, const NearRun& run, const double* columns, int64_t count, A* y,
+template <bool square, class T>
+inline void scale_near(const T* x, const NearRun& run, const double* columns, int64_t count, T* y,
                        Ahead ahead = {}) {
   specialized([=] {
     in_pieces(count, ahead, [=](int64_t i, int64_t end) {
       ORTHONORM_SAME_OR_APART
       for (int64_t j = i; j < end; ++j) {
-        const double z = square ? columns[j] * columns[j] : columns[j];
-        const double factor = columns[j] * (run.a + z * (run.b + z * run.c));
-        y[j] = static_cast<A>(static_cast<double>(x[j]) * factor);
+        const double t = run.eps * (square ? columns[j] * columns[j] : columns[j]);
+        const double factor = run.row * columns[j] * (1 + t * (run.linear + run.quadratic * t));
+        narrow(times(widen(x[j]), factor), y[j]);
+      }
+    });
+  });
+}
+
+// In float: row c_j and what the polynomial adds to it are a Split again.
+template <bool square, class T>
+inline void scale_near(const T* x, const NearRun& run, const Splits& columns, int64_t count, T* y,
+                       Ahead ahead = {}) {
+  const Split row(run.row);
+  const float eps = static_cast<float>(run.eps), linear = static_cast<float>(run.linear);
+  const float quadratic = static_cast<float>(run.quadratic);
+  specialized([=] {
+    in_pieces(count, ahead, [=](int64_t i, int64_t end) {
+      ORTHONORM_SAME_OR_APART
+      for (int64_t j = i; j < end; ++j) {
+        const float c = columns.high[j], head = c * row.high;
+        const float products = __builtin_fmaf(columns.low[j], row.high, c * row.low);
+        const float low = __builtin_fmaf(c, row.high, -head) + products;
+        const float t = eps * (square ? c * c : c);
+        const float part = t * __builtin_fmaf(quadratic, t, linear);
+        narrow(times(widen(x[j]), Split(head, __builtin_fmaf(head, part, low))), y[j]);
       }
     });
   });
@@ -253,20 +165,20 @@ inline double far_factor(double root, double eps) {
   return inverse_or_zero(root < eps ? eps : root);
 }
 
-template <EpsAt at, class A>
-inline void scale_far(const A* x, const FarRun& c, const double* roots, int64_t count, A* y) {
+template <EpsAt at, class T>
+inline void scale_far(const T* x, const FarRun& c, const double* roots, int64_t count, T* y) {
   specialized([=] {
     ORTHONORM_SAME_OR_APART
     for (int64_t j = 0; j < count; ++j) {
       const double factor = far_factor<at>(c.root * roots[j], c.eps) * c.ratio;
-      y[j] = static_cast<A>(static_cast<double>(x[j]) * factor);
+      narrow(times(widen(x[j]), factor), y[j]);
     }
   });
 }
 
 // Sum of the squares that `scale_far` with ratio 1 would give, in 16 interleaved sums.
-template <EpsAt at, class A>
-inline double sum_far(const A* x, const FarRun& c, const double* roots, int64_t count) {
+template <EpsAt at, class T>
+inline double sum_far(const T* x, const FarRun& c, const double* roots, int64_t count) {
   constexpr int64_t lanes = 16;
   double result;
   specialized([=, &result] {
@@ -275,12 +187,12 @@ inline double sum_far(const A* x, const FarRun& c, const double* roots, int64_t 
     for (; i + lanes <= count; i += lanes) {
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const double factor = far_factor<at>(c.root * roots[i + lane], c.eps);
-        const double y = static_cast<double>(x[i + lane]) * factor;
+        const double y = widen(x[i + lane]) * factor;
         sums[lane] += y * y;
       }
     }
     for (int64_t lane = 0; i < count; ++i, ++lane) {
-      const double y = static_cast<double>(x[i]) * far_factor<at>(c.root * roots[i], c.eps);
+      const double y = widen(x[i]) * far_factor<at>(c.root * roots[i], c.eps);
       sums[lane] += y * y;
     }
     result = fold<lanes>(sums);

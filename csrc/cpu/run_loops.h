@@ -3,64 +3,78 @@
 
 #include "moment_jobs.h"
 #include "moment_loops.h"
+#include "square_sums.h"
 
 namespace orthonorm {
 
-// Sum of squares of run `o`, or its norm, which is right at every scale.
-template <class A>
-inline double run_squares(const Runs& x, int64_t o, bool norm) {
-  alignas(64) A scratch[kTile];
-  SquareSum wide{0, 0};
-  double sum = 0;
-  for (int64_t i = 0; i < x.inner; i += kTile) {
-    const int64_t count = std::min(kTile, x.inner - i);
-    const A* values = load(x.at(o, i), x.dtype, x.stride_inner, count, scratch);
-    if constexpr (sizeof(A) == 4) {
-      sum += sum_squares(values, count);
-    } else {
-      const SquareSum part = sum_squares(values, count);
-      wide = i == 0 ? part : wide + part;
+// Elements that are converted at a time where they do not lie in one piece.
+constexpr int64_t kScratch = 1024;
+
+// Calls f(i, count, rows) with elements [i0, i1) of runs [o, o + R): all of them as they lie in
+// memory, or a piece at a time converted to float or double. What lies `ahead` runs further on comes
+// into the cache meanwhile, unless it is 0.
+template <int R, class F>
+inline void with_rows(const Runs& x, int64_t o, int64_t i0, int64_t i1, int64_t ahead, const F& f) {
+  const auto converted = [&]<class A>(A) {
+    alignas(64) A scratch[R][kScratch];
+    for (int64_t i = i0; i < i1; i += kScratch) {
+      const int64_t count = std::min(kScratch, i1 - i);
+      Rows<R, A> rows;
+      for (int64_t r = 0; r < R; ++r) {
+        load_into(x.at(o + r, i), x.dtype, x.stride_inner, count, scratch[r]);
+        rows.at[r] = scratch[r];
+      }
+      f(i, count, rows);
     }
+  };
+  if (x.stride_inner != 1) {
+    return x.dtype == ScalarType::Double ? converted(double()) : converted(float());
   }
-  if constexpr (sizeof(A) == 4) return norm ? std::sqrt(sum) : sum;
-  return norm ? wide.norm() : std::ldexp(wide.sum, static_cast<int>(2 * wide.exponent));
+  with_element("orthonorm", x.dtype, [&]<class T>(T) {
+    Rows<R, T> rows;
+    for (int64_t r = 0; r < R; ++r) rows.at[r] = reinterpret_cast<const T*>(x.at(o + r, i0));
+    if (ahead != 0 && o + ahead + R <= x.outer) rows.ahead = x.at(ahead, 0) - x.at(0, 0);
+    f(i0, i1 - i0, rows);
+  });
 }
 
-// Calls f(o, rows) for groups of eight runs of a tile, elements [i, i + count), and for each that is
-// left over. What lies `ahead` runs further on, if not beyond `last`, comes into the cache meanwhile.
-template <class A, class F>
-inline void for_rows(const Runs& x, int64_t o0, int64_t o1, int64_t i, int64_t count, int64_t ahead,
-                     int64_t last, const F& f) {
-  constexpr int R = 8;
-  alignas(64) A scratch[R][kTile];
-  const bool direct = x.dtype == dtype_of<A>() && x.stride_inner == 1;
-  int64_t o = o0;
-  for (; o + R <= o1; o += R) {
-    Rows<R, A> rows;
-    for (int64_t r = 0; r < R; ++r) {
-      rows.at[r] = load(x.at(o + r, i), x.dtype, x.stride_inner, count, scratch[r]);
+// Sum of squares of run `o`, or its norm, which is right at every scale.
+inline double run_squares(const Runs& x, int64_t o, bool norm) {
+  SquareSum wide{0, 0};
+  double sum = 0;
+  const auto add = [&]<class T>(int64_t i, int64_t count, const Rows<1, T>& row) {
+    if constexpr (sizeof(T) < 8) {
+      sum += sum_squares(row, count);
+    } else {
+      const SquareSum part = sum_squares(row, count);
+      wide = i == 0 ? part : wide + part;
     }
-    if (direct && o + ahead + R <= last) rows.ahead = x.at(ahead, 0) - x.at(0, 0);
-    f(o, rows);
+  };
+  const int64_t ahead = runs_ahead(x, kAheadOfSums);
+  for (int64_t i = 0; i < x.inner; i += kTile) {
+    with_rows<1>(x, o, i, std::min(i + kTile, x.inner), ahead, add);
   }
-  for (; o < o1; ++o) {
-    const A* row = load(x.at(o, i), x.dtype, x.stride_inner, count, scratch[0]);
-    f(o, Rows<1, A>{{row}});
-  }
+  if (x.dtype != ScalarType::Double) return norm ? std::sqrt(sum) : sum;
+  return norm ? wide.norm() : std::ldexp(wide.sum, static_cast<int>(2 * wide.exponent));
 }
 
 // Column sums of squares over the runs of a unit no wider than a tile. Squares of float64, which
 // double rounds, are added in short sums first: one sum of 300 was off by 2.7e-16 (2026-11).
-template <class A>
 inline void sum_columns(const Runs& x, const Unit& unit, double* sums) {
-  constexpr int64_t chunk = sizeof(A) == 8 ? 64 : INT64_MAX / 2;
-  const int64_t count = unit.i1 - unit.i0;
+  const int64_t chunk = x.dtype == ScalarType::Double ? 64 : INT64_MAX / 2;
+  const int64_t count = unit.i1 - unit.i0, ahead = runs_ahead(x, kAheadOfSums);
   std::fill(sums, sums + count, 0.0);
-  for (int64_t o = unit.o0; o < unit.o1; o += chunk) {
-    double part[kTile] = {};
+  for (int64_t begin = unit.o0; begin < unit.o1; begin += chunk) {
+    const int64_t end = std::min(begin + chunk, unit.o1);
+    double part[kTile];
     const bool whole = unit.o1 - unit.o0 <= chunk;
-    for_rows<A>(x, o, std::min(o + chunk, unit.o1), unit.i0, count, 8, x.outer,
-                [&](int64_t, const auto& rows) { add_squares(rows, count, whole ? sums : part); });
+    double* to = whole ? sums : part;
+    if (!whole) std::fill(part, part + count, 0.0);
+    for (int64_t o = begin; o < end; ++o) {
+      with_rows<1>(x, o, unit.i0, unit.i1, ahead, [&](int64_t i, int64_t n, const auto& row) {
+        add_squares(row, n, to + (i - unit.i0));
+      });
+    }
     if (!whole) add_to(sums, part, count);
   }
 }
@@ -76,36 +90,65 @@ inline void column_norms(const Job& job, int64_t first, int64_t count, double* s
     } else {
       Runs column = x;
       column.swap();
-      sums[i] = run_squares<double>(column, first + i, true);
+      sums[i] = run_squares(column, first + i, true);
     }
   }
 }
 
+// The factors of a tile of columns as Splits.
+class SplitTile {
+ public:
+  SplitTile(const double* factors, int64_t count, double ratio = 1) {
+    float *high = high_, *low = low_;
+    specialized([=] {
+      for (int64_t i = 0; i < count; ++i) {
+        const Split factor(factors[i] * ratio);
+        high[i] = factor.high, low[i] = factor.low;
+      }
+    });
+  }
+  Splits from(int64_t i) const { return {high_ + i, low_ + i}; }
+
+ private:
+  alignas(64) float high_[kTile], low_[kTile];
+};
+
 // Calls f(o, i, x, count, y, next) for every piece of every run of a unit: y (which may be x) is
-// what goes to the output, next the same piece `ahead` runs further on. Where the output is
-// transposed the runs go in narrow bands, so that its lines are filled before they leave the cache.
-template <class A, class F>
+// what goes to the output, next the same piece some runs further on. Where the output is transposed
+// the runs go in narrow bands, so that its lines are filled before they leave the cache.
+template <class F>
 inline void map_runs(const Job& job, const Unit& unit, int64_t ahead, const F& f) {
-  alignas(64) A from[kTile], to[kTile];
   const Runs &x = job.x, &out = job.out;
-  const bool banded = out.stride_inner != 1 && out.data != x.data;
-  const int64_t band = banded ? 64 : std::max<int64_t>(1, unit.i1 - unit.i0);
-  for (int64_t b = unit.i0; b < unit.i1; b += band) {
-    const int64_t end = std::min(b + band, unit.i1);
-    for (int64_t o = unit.o0; o < unit.o1; ++o) {
-      for (int64_t i = b; i < end; i += kTile) {
-        const int64_t count = std::min(kTile, end - i);
-        const A* values = load(x.at(o, i), x.dtype, x.stride_inner, count, from);
-        A* result = target(out.at(o, i), out.dtype, out.stride_inner, to);
-        Ahead next;
-        if (x.stride_inner == 1 && o + ahead < x.outer) {
-          next = {x.at(o + ahead, i), element_size(x.dtype)};
+  const auto next = [&](int64_t o, int64_t i) -> Ahead {
+    if (x.stride_inner != 1 || o + ahead >= x.outer) return {};
+    return {x.at(o + ahead, i), element_size(x.dtype)};
+  };
+  if (x.stride_inner == 1 && out.stride_inner == 1) {
+    return with_element("orthonorm", x.dtype, [&]<class T>(T) {
+      for (int64_t o = unit.o0; o < unit.o1; ++o) {
+        f(o, unit.i0, reinterpret_cast<const T*>(x.at(o, unit.i0)), unit.i1 - unit.i0,
+          reinterpret_cast<T*>(out.at(o, unit.i0)), next(o, unit.i0));
+      }
+    });
+  }
+  const auto converted = [&]<class A>(A) {
+    alignas(64) A from[kScratch], to[kScratch];
+    const bool banded = out.stride_inner != 1 && out.data != x.data;
+    const int64_t band = banded ? 64 : std::max<int64_t>(1, unit.i1 - unit.i0);
+    for (int64_t b = unit.i0; b < unit.i1; b += band) {
+      const int64_t end = std::min(b + band, unit.i1);
+      for (int64_t o = unit.o0; o < unit.o1; ++o) {
+        for (int64_t i = b; i < end; i += kScratch) {
+          const int64_t count = std::min(kScratch, end - i);
+          const A* values = load(x.at(o, i), x.dtype, x.stride_inner, count, from);
+          A* result = target(out.at(o, i), out.dtype, out.stride_inner, to);
+          f(o, i, values, count, result, next(o, i));
+          store(result, out.at(o, i), out.dtype, out.stride_inner, count);
         }
-        f(o, i, values, count, result, next);
-        store(result, out.at(o, i), out.dtype, out.stride_inner, count);
       }
     }
-  }
+  };
+  x.dtype == ScalarType::Double ? converted(double()) : converted(float());
 }
 
 }  // namespace orthonorm

@@ -91,14 +91,40 @@ void test_sums(int64_t count, double scale) {
   const auto x = random_values<float>(count, scale, 1);
   Real exact = 0;
   for (int64_t i = 0; i < count; ++i) exact += static_cast<Real>(x[i]) * x[i];
-  CHECK(std::fabs(sum_squares(x.get(), count) - exact) <= 1e-14L * exact, "%d at %g",
-        static_cast<int>(count), scale);
+  const double sum = sum_squares(Rows<1, float>{{x.get()}}, count);
+  CHECK(std::fabs(sum - exact) <= 1e-14L * exact, "%d at %g", static_cast<int>(count), scale);
   const auto wide = random_values<double>(count, scale, 1);
   exact = 0;
   for (int64_t i = 0; i < count; ++i) exact += static_cast<Real>(wide[i]) * wide[i];
-  const double norm = sum_squares(wide.get(), count).norm();
+  const double norm = sum_squares(Rows<1, double>{{wide.get()}}, count).norm();
   CHECK(std::fabs(norm - std::sqrt(exact)) <= 1e-14L * norm, "%d at %g", static_cast<int>(count),
         scale);
+}
+
+// The same numbers whether stored in 16 bits or widened to float.
+template <class T>
+void test_formats(int64_t count) {
+  const auto wide = random_values<float>(count, 2, 4);
+  auto narrowed = std::make_unique<T[]>(count), y = std::make_unique<T[]>(count);
+  auto widened = std::make_unique<float[]>(count), z = std::make_unique<float[]>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    narrow(wide[i], narrowed[i]);
+    widened[i] = widen(narrowed[i]);
+  }
+  const Rows<1, T> rows{{narrowed.get()}, 64};
+  const Rows<1, float> float_rows{{widened.get()}};
+  CHECK(sum_squares(rows, count) == sum_squares(float_rows, count), "%d", static_cast<int>(count));
+  auto sums = std::make_unique<double[]>(count), same = std::make_unique<double[]>(count);
+  add_squares(rows, count, sums.get());
+  add_squares(float_rows, count, same.get());
+  CHECK(std::equal(sums.get(), sums.get() + count, same.get()), "%d", static_cast<int>(count));
+  scale(narrowed.get(), Split(0.3), count, y.get());
+  scale(widened.get(), Split(0.3), count, z.get());
+  for (int64_t i = 0; i < count; ++i) {
+    T once;
+    narrow(z[i], once);
+    CHECK(y[i].bits == once.bits, "%d of %d", static_cast<int>(i), static_cast<int>(count));
+  }
 }
 
 template <int R, class A>
@@ -106,15 +132,15 @@ void test_columns(int64_t count) {
   std::unique_ptr<A[]> memory[R];
   Rows<R, A> x;
   Weights<R> weights;
+  const auto start = random_values<double>(count, 1, 9);
+  auto sums = random_values<double>(count, 1, 9), a = random_values<double>(count, 1, 9);
+  auto b = random_values<double>(count, 1, 9), c = random_values<double>(count, 1, 9);
   for (int r = 0; r < R; ++r) {
     memory[r] = random_values<A>(count, 3, r);
     x.at[r] = memory[r].get();
     weights.first[r] = 1 + r, weights.second[r] = 0.1 * (1 + r);
+    add_squares(Rows<1, A>{{x.at[r]}}, count, sums.get());
   }
-  const auto start = random_values<double>(count, 1, 9);
-  auto sums = random_values<double>(count, 1, 9), a = random_values<double>(count, 1, 9);
-  auto b = random_values<double>(count, 1, 9), c = random_values<double>(count, 1, 9);
-  add_squares(x, count, sums.get());
   x.ahead = 64;
   add_weighted_squares(x, weights, count, {a.get(), b.get(), c.get()});
   for (int64_t j = 0; j < count; ++j) {
@@ -133,28 +159,52 @@ void test_columns(int64_t count) {
   }
 }
 
-// M = double rounds a float result once; in place gives the same bits as out of place.
-template <class M, class A>
-void test_scaling(int64_t count) {
-  const double factor = 1.0 / 3;
-  const Real allowed = sizeof(M) > sizeof(A) ? 1.0000001L : 3;
-  const auto x = random_values<A>(count, 2, 3);
-  const auto factors = random_values<M>(count, 5, 4);
+void test_splits() {
+  for (const double factor : {0.0, 1.0 / 3, -1e-30, 7e37, 0x1p-100}) {
+    const Split s(factor);
+    CHECK(Split::fits(factor), "%g", factor);
+    const Real error = std::fabs((static_cast<Real>(s.high) + s.low) - factor);
+    CHECK(error <= 0x1p-48L * std::fabs(factor), "%g", factor);
+  }
+  for (const double factor : {0x1p-101, 1e39, inf, nan}) CHECK(!Split::fits(factor), "%g", factor);
+}
+
+// A product is rounded once, with a Split as with a double; in place gives the same bits.
+template <class F, class A, class Factors>
+void test_scaling(const F& factor, const Factors& factors, const A* x, int64_t count) {
   auto y = std::make_unique<A[]>(count), z = std::make_unique<A[]>(count);
   auto w = std::make_unique<A[]>(count);
-  scale<M>(x.get(), factor, count, y.get());
-  scale_each(x.get(), factors.get(), count, z.get());
+  scale(x, factor, count, y.get());
+  scale_each(x, factors, count, z.get());
+  const auto exact = [](const auto& f) {
+    if constexpr (sizeof(f) == 8 && std::is_class_v<F>) return static_cast<Real>(f.high) + f.low;
+    else return static_cast<Real>(f);
+  };
   for (int64_t i = 0; i < count; ++i) {
-    CHECK(roundings(y[i], static_cast<Real>(x[i]) * factor) <= allowed, "scale");
-    CHECK(roundings(z[i], static_cast<Real>(x[i]) * factors[i]) <= allowed, "scale_each");
+    CHECK(roundings(y[i], x[i] * exact(factor)) <= 1.0000001L, "scale");
+    CHECK(roundings(z[i], x[i] * exact(factors[i])) <= 1.0000001L, "scale_each");
   }
-  std::copy(x.get(), x.get() + count, w.get());
-  const Ahead ahead{reinterpret_cast<const char*>(x.get()), sizeof(A)};
-  scale<M>(w.get(), factor, count, w.get(), ahead);
+  std::copy(x, x + count, w.get());
+  const Ahead ahead{reinterpret_cast<const char*>(x), sizeof(A)};
+  scale(w.get(), factor, count, w.get(), ahead);
   CHECK(std::equal(w.get(), w.get() + count, y.get()), "in place, with prefetch");
-  std::copy(x.get(), x.get() + count, w.get());
-  scale_each(w.get(), factors.get(), count, w.get());
+  std::copy(x, x + count, w.get());
+  scale_each(w.get(), factors, count, w.get());
   CHECK(std::equal(w.get(), w.get() + count, z.get()), "in place");
+}
+
+void test_scaling(int64_t count) {
+  const auto x = random_values<float>(count, 2, 3);
+  const auto wide = random_values<double>(count, 2, 3), factors = random_values<double>(count, 5, 4);
+  auto high = std::make_unique<float[]>(count), low = std::make_unique<float[]>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const Split split(factors[i]);
+    high[i] = split.high, low[i] = split.low;
+  }
+  const double* by = factors.get();
+  test_scaling(1.0 / 3, by, x.get(), count);
+  test_scaling(1.0 / 3, by, wide.get(), count);
+  test_scaling(Split(1.0 / 3), Splits{high.get(), low.get()}, x.get(), count);
 }
 
 void test_division(int64_t count) {
@@ -188,9 +238,19 @@ void test_factored(int64_t count, double eps) {
   }
   auto near = std::make_unique<A[]>(count), far = std::make_unique<A[]>(count);
   const NearFactor f(at);
-  const double t = eps / (at == EpsAt::inside ? root * root : root), scale = ratio / root;
-  const NearRun run{scale, scale * t * f.linear, scale * t * t * f.quadratic};
+  const double t = eps / (at == EpsAt::inside ? root * root : root);
+  const NearRun run{ratio / root, t, f.linear, f.quadratic};
   scale_near<at == EpsAt::inside>(x.get(), run, inverses.get(), count, near.get());
+  auto high = std::make_unique<float[]>(count), low = std::make_unique<float[]>(count);
+  auto split = std::make_unique<A[]>(count);
+  for (int64_t j = 0; j < count; ++j) {
+    const Split s(inverses[j]);
+    high[j] = s.high, low[j] = s.low;
+  }
+  const Splits columns{high.get(), low.get()};
+  if constexpr (sizeof(A) == 4) {
+    scale_near<at == EpsAt::inside>(x.get(), run, columns, count, split.get());
+  }
   scale_far<at>(x.get(), {root, ratio, eps}, roots.get(), count, far.get());
   Real exact_sum = 0;
   const Real allowed = sizeof(A) == 4 ? 1.01L : 10;
@@ -199,6 +259,7 @@ void test_factored(int64_t count, double eps) {
     exact_sum += y * y;
     CHECK(roundings(near[j], y * ratio) <= allowed, "near, eps %g", eps);
     CHECK(roundings(far[j], y * ratio) <= allowed, "far, eps %g", eps);
+    if (sizeof(A) == 4) CHECK(roundings(split[j], y * ratio) <= 1.01L, "split, eps %g", eps);
   }
   const double sum = sum_far<at>(x.get(), {root, 1, eps}, roots.get(), count);
   CHECK(std::fabs(sum - exact_sum) <= 1e-14L * exact_sum, "sum, eps %g", eps);
@@ -219,14 +280,15 @@ int main() {
   test_rules();
   test_near_factor();
   test_zero_denominators();
+  test_splits();
   for (int64_t count = 0; count < 140; ++count) {
     for (const double scale : {1.0, 1e-40, 1e36}) test_sums(count, scale);
     test_columns<1, float>(count);
-    test_columns<8, float>(count);
-    test_columns<8, double>(count);
-    test_scaling<double, float>(count);
-    test_scaling<double, double>(count);
-    test_scaling<float, float>(count);
+    test_columns<4, float>(count);
+    test_columns<4, double>(count);
+    test_scaling(count);
+    test_formats<Bf16>(count);
+    test_formats<Fp16>(count);
     test_division(count);
     for (const double eps : {0.0, 1e-12, 1e-7}) {
       test_factored<EpsAt::outside, float>(count, eps);
@@ -239,8 +301,8 @@ int main() {
   }
   for (const int64_t count : {1000, 1024, 4097}) {
     test_sums(count, 1);
-    test_scaling<double, float>(count);
-    test_columns<8, float>(count);
+    test_scaling(count);
+    test_columns<4, float>(count);
   }
   if (failures == 0) std::printf("moments: all passed\n");
   return failures == 0 ? 0 : 1;

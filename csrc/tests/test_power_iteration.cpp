@@ -58,7 +58,7 @@ struct Stored {
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < r; ++i) {
       for (int64_t j = 0; j < c; ++j) {
-        gemm::narrow(static_cast<Sums<T>>(normal(random) * scale), memory[i * rs + j * cs]);
+        narrow(static_cast<Sums<T>>(normal(random) * scale), memory[i * rs + j * cs]);
       }
     }
   }

@@ -1,0 +1,177 @@
+// Sums of squares over runs of values as they lie in memory; torch-free.
+//
+// Squares are added up in double, where squares of floats are exact, in an order that is the same for
+// every instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../elements.h"
+#include "../magnitude.h"
+#include "isa.h"
+
+namespace orthonorm {
+
+// Eight values as doubles. Loops that only read are written with these, so that memory is read line
+// after line: what GCC 12 makes of plain loops skips to and fro, which no hardware prefetcher follows
+// (row sums of 340 MB on one thread, 2026-11: 19.4 ms; so 11.4 ms; plain reading 9.6 ms).
+using Eight = double __attribute__((vector_size(64)));
+
+#if ORTHONORM_X86
+// GCC 12 itself converts floats in halves and puts them together, which takes three times as long.
+ORTHONORM_AVX512 inline void load_eight_avx512(const float* x, Eight& v) {
+  v = reinterpret_cast<Eight>(_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(x)));
+}
+ORTHONORM_AVX512 inline void load_eight_avx512(const Bf16* x, Eight& v) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  const __m256 floats = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  v = reinterpret_cast<Eight>(_mm512_maskz_cvtps_pd(0xff, floats));
+}
+ORTHONORM_AVX512 inline void load_eight_avx512(const Fp16* x, Eight& v) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  v = reinterpret_cast<Eight>(_mm512_maskz_cvtps_pd(0xff, _mm256_cvtph_ps(halves)));
+}
+#endif
+
+template <Isa set, class T>
+inline void load_eight(const T* x, Eight& v) {
+#if ORTHONORM_X86
+  if constexpr (set == Isa::avx512 && sizeof(T) < 8) return load_eight_avx512(x, v);
+#endif
+  if constexpr (sizeof(T) == 8) {
+    std::memcpy(&v, x, sizeof(v));
+  } else {
+    float __attribute__((vector_size(32))) floats;
+    for (int k = 0; k < 8; ++k) floats[k] = widen(x[k]);
+    v = __builtin_convertvector(floats, Eight);
+  }
+}
+
+// The sum of interleaved sums, upper half onto lower half.
+template <int64_t lanes>
+inline double fold(double* sums) {
+  if constexpr (lanes > 1) {
+    for (int64_t lane = 0; lane < lanes / 2; ++lane) sums[lane] += sums[lane + lanes / 2];
+    return fold<lanes / 2>(sums);
+  }
+  return sums[0];
+}
+
+// R runs of values, and how many bytes behind each of them lies what will be read next (0: unknown).
+// The hardware prefetcher stops at every page and follows few runs at once; column sums of 340 MB on
+// two threads took 11.5 ms without and take 7.2 ms with it done by hand (2026-11).
+template <int R, class T>
+struct Rows {
+  const T* at[R];
+  int64_t ahead = 0;
+
+  // Fetches what lies ahead of elements [j, j + 8).
+  void prefetch(int r, int64_t j) const {
+    if (ahead == 0 || j * sizeof(T) % 64 != 0) return;
+    __builtin_prefetch(reinterpret_cast<const char*>(at[r] + j) + ahead);
+  }
+};
+
+// Sum of squares of one run, in 32 interleaved sums.
+template <class T>
+inline double sum_squares(const Rows<1, T>& x, int64_t count) {
+  double result;
+  specialized([=, &result]<Isa set>(For<set>) {
+    Eight sums[4] = {}, v;
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+      for (int64_t k = 0; k < 4; ++k) {
+        x.prefetch(0, i + 8 * k);
+        load_eight<set>(x.at[0] + i + 8 * k, v);
+        sums[k] += v * v;
+      }
+    }
+    double lanes[32];
+    std::memcpy(lanes, sums, sizeof(lanes));
+    for (int64_t lane = 0; i < count; ++i, ++lane) {
+      const double value = widen(x.at[0][i]);
+      lanes[lane] += value * value;
+    }
+    result = fold<32>(lanes);
+  });
+  return result;
+}
+
+// float64, to which squares may be too large or too small.
+inline SquareSum sum_squares(const Rows<1, double>& x, int64_t count) {
+  SquareSum sum;
+  specialized([=, &sum] { sum = square_sum(x.at[0], count); });
+  return sum;
+}
+
+// sums_j += x_j^2.
+template <class T>
+inline void add_squares(const Rows<1, T>& x, int64_t count, double* sums) {
+  specialized([=]<Isa set>(For<set>) {
+    int64_t j = 0;
+    for (; j + 8 <= count; j += 8) {
+      Eight sum, v;
+      std::memcpy(&sum, sums + j, sizeof(sum));
+      x.prefetch(0, j);
+      load_eight<set>(x.at[0] + j, v);
+      sum += v * v;
+      std::memcpy(sums + j, &sum, sizeof(sum));
+    }
+    for (; j < count; ++j) {
+      const double value = widen(x.at[0][j]);
+      sums[j] += value * value;
+    }
+  });
+}
+
+// Sums over the rows of x_rj^2, and of the same weighted by two numbers of each row.
+struct WeightedSums {
+  double *plain, *first, *second;
+};
+
+template <int R>
+struct Weights {
+  double first[R], second[R];
+};
+
+template <int R, class T>
+inline void add_weighted_squares(const Rows<R, T>& x, const Weights<R>& weights, int64_t count,
+                                 const WeightedSums& sums) {
+  specialized([=]<Isa set>(For<set>) {
+    int64_t j = 0;
+    for (; j + 8 <= count; j += 8) {
+      Eight plain, first, second, v;
+      std::memcpy(&plain, sums.plain + j, sizeof(plain));
+      std::memcpy(&first, sums.first + j, sizeof(first));
+      std::memcpy(&second, sums.second + j, sizeof(second));
+      for (int r = 0; r < R; ++r) {
+        x.prefetch(r, j);
+        load_eight<set>(x.at[r] + j, v);
+        v *= v;
+        plain += v;
+        first += weights.first[r] * v;
+        second += weights.second[r] * v;
+      }
+      std::memcpy(sums.plain + j, &plain, sizeof(plain));
+      std::memcpy(sums.first + j, &first, sizeof(first));
+      std::memcpy(sums.second + j, &second, sizeof(second));
+    }
+    for (; j < count; ++j) {
+      for (int r = 0; r < R; ++r) {
+        const double value = widen(x.at[r][j]), square = value * value;
+        sums.plain[j] += square;
+        sums.first[j] += weights.first[r] * square;
+        sums.second[j] += weights.second[r] * square;
+      }
+    }
+  });
+}
+
+inline void add_to(double* sums, const double* more, int64_t count) {
+  specialized([=] {
+    for (int64_t j = 0; j < count; ++j) sums[j] += more[j];
+  });
+}
+
+}  // namespace orthonorm
