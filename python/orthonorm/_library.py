@@ -43,6 +43,8 @@ class Op(Generic[P, R]):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._checked_body, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        if schema.endswith("-> ()"):  # its shapes are known; bodies may cut them, a graph must not
+            torch.library.register_fake(self.overload, self._fake_update, lib=_library)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._check is not None:
@@ -62,6 +64,10 @@ class Op(Generic[P, R]):
         if self._check is not None:
             self._check(*args, **kwargs)
         return self._body(*args, **kwargs)
+
+    def _fake_update(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._check is not None:
+            self._check(*args, **kwargs)
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The definition in plain torch, whatever kernels are loaded: oracle and baseline."""

@@ -7,6 +7,7 @@ them neither recompiles nor synchronizes. No op writes a gradient.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -304,23 +305,39 @@ def conda_step_(
 ) -> None:
     """W <- (1 - lr wd) (W - scale Q N), N = M / (sqrt(V) + eps) in the rotated basis: a Conda step.
 
-    One matrix at a time: `rotate_` G into a work buffer the size of the largest matrix,
-    `rotated_adam_` on it, `rotate_back_` into W. M and V live
-    in rotated coordinates, which is exact as long as Q stands (arXiv:2509.24218; the refresh of Q
-    is the optimizer's). `scales` holds the step size of each matrix, 1-D float64: lr * scale * bias
-    correction.
+    A piece of a matrix's long side at a time: `rotate_` G into a buffer, `rotated_adam_` on it,
+    `rotate_back_` into W. M and V live in rotated coordinates, which is exact as long as Q stands
+    (arXiv:2509.24218; the refresh of Q is the optimizer's). `scales` holds the step size of each
+    matrix, 1-D float64: lr * scale * bias correction.
 
     Shapes: W, G, M, V of entry i are (..., m, n), Q (..., k, k) with k = min(m, n).
     """
-    largest = max((m.numel() for m in exp_avg), default=0)
+    cuts = [pieces(w.shape) for w in params]
+    largest = max(
+        (exp_avg[i].narrow(*c).numel() for i, cut in enumerate(cuts) for c in cut), default=0
+    )
     buffers = {m.dtype: m.new_empty(largest) for m in exp_avg}
     decay = 1 - lr.to(torch.float64) * weight_decay
-    sizes = scales * decay
-    for i, w in enumerate(params):
-        work = buffers[exp_avg[i].dtype][: w.numel()].view(w.shape)
-        rotate_(work, grads[i], bases[i])
-        rotated_adam_([exp_avg[i]], [exp_avg_sq[i]], [work], beta1, beta2, eps, sizes[i : i + 1])
-        rotate_back_(w, work, bases[i], decay)
+    steps = scales * decay
+    for i, cut in enumerate(cuts):
+        for dim, begin, length in cut:
+            w, g, m, v = (
+                t[i].narrow(dim, begin, length) for t in (params, grads, exp_avg, exp_avg_sq)
+            )
+            work = buffers[m.dtype][: m.numel()].view(m.shape)
+            rotate_(work, g, bases[i])
+            rotated_adam_([m], [v], [work], beta1, beta2, eps, steps[i : i + 1])
+            rotate_back_(w, work, bases[i], decay)
+
+
+def pieces(shape: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(dimension, begin, length) of cuts through the long side, each of about WORK elements."""
+    dim = -1 if shape[-1] >= shape[-2] else -2
+    long = shape[dim]
+    length = max(512, WORK // max(1, math.prod(shape) // max(1, long)))
+    count = max(1, -(-long // length))
+    length = max(1, -(-long // count))
+    return [(dim, begin, min(length, long - begin)) for begin in range(0, long, length)]
 
 
 @conda_step_.check
