@@ -143,6 +143,12 @@ def update_flops(arguments: Arguments) -> float:
     return 2.0 * A.numel() * A.shape[-1]
 
 
+def gram_polynomial_flops(arguments: Arguments) -> float:
+    """R^2, and all but the first time Q Z, and all but the last R Z and Z W."""
+    R: Tensor = arguments["R"]
+    return 2.0 * R.numel() * R.shape[-1] * (4 * len(arguments["coefficients"]) / 3 - 3)
+
+
 def norm_flops(arguments: Arguments) -> float:
     """Two products with a vector per step."""
     return 4.0 * arguments["W"].numel() * float(arguments.get("steps", 32))
@@ -191,6 +197,11 @@ _ROWS = (
         variants=({"alpha": 1.0, "beta": 0.0},), shapes=("768x768", "2048x2048", "64x128x128"),
     ),
     Case("apply", makers.apply, gram_flops, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
+    Case(
+        "gram_polynomial", makers.gram_polynomial, gram_polynomial_flops,
+        variants=({"coefficients": CUBIC}, {"coefficients": CUBIC[:3]}),
+        shapes=("768x768", "2048x2048", "12x768x768"),
+    ),
     Case("divide_each", makers.divide_each, maps=True, scale_free=True),
     Case(
         "small_newton_schulz", makers.small_newton_schulz, polynomial_flops, scale_free=True,

@@ -39,6 +39,16 @@ def symmetric_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {"C": C, "A": A, "B": B, "alpha": 2.0315, "beta": -4.775}
 
 
+def gram_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    """A Gram matrix of a trace below 1, as of a matrix divided by its Frobenius norm, and away from
+    singular ones, on which float64 itself is too coarse to be an oracle."""
+    R = _symmetric(inputs, shapes[0])
+    n = max(1, R.shape[-1])
+    trace = R.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)
+    R = 0.9 * R / trace[..., None, None] + 0.1 / n * torch.eye(n, dtype=R.dtype)[: R.shape[-1]]
+    return {"R": inputs.put(R), "coefficients": list(KELLER)}
+
+
 def apply(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     B = inputs.put(_symmetric(inputs, shapes[0]))
     return {"X": inputs.matrix("X", shapes[0]), "B": B, "a": 3.4445, "b": 0.75}

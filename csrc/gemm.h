@@ -7,60 +7,23 @@
 // on the number of threads or on the batch around a matrix.
 #pragma once
 
-#include "gemm_crew.h"
-#include "gemm_tiles.h"
+#include "gemm_strips.h"
 
 #include <memory>
 #include <vector>
 
 namespace orthonorm::gemm {
 
-// Measured 2026-11 with AVX-512 at 768x768 to 2048x2048, on a thread that reaches 249 (float) or 498
-// (bfloat16) GFLOP/s in registers: 200 and 400. All of R packed at once, not in slabs: 150 and 360.
-//
-// A block takes the depth this many lanes at a time: 768 KB of L are reused for its panels of R.
-inline constexpr int64_t DEEP = 1024;
 // Deeper products are summed slab by slab, or packed rows would leave the caches before their use.
 inline constexpr int64_t SLAB = 2048;
 // What is packed of R at a time, for each thread.
 inline constexpr int64_t RIGHT_BYTES = 1 << 20;
-// Below this many operations one thread is done before others have started.
-inline constexpr double SERIAL_WORK = 2e6;
-// Matrices of a batch below this are spread over the threads whole.
-inline constexpr double WHOLE_WORK = 2e7;
-
-// Runs body() compiled for instruction set I.
-template <Isa I, class Body>
-inline void on(const Body& body) {
-#if ORTHONORM_X86
-  if constexpr (I >= Isa::avx512) return run_avx512(body);
-  if constexpr (I == Isa::avx2) return run_avx2(body);
-#endif
-  body();
-}
-
-// Register blocks that leave room for one row of columns and a broadcast: 24 sums of 32 registers
-// with AVX-512, 12 of 16 with AVX2, 8 of 16 without.
-template <Isa I>
-struct Blocks {
-  static constexpr int BYTES = I >= Isa::avx512 ? 64 : I == Isa::avx2 ? 32 : 16;
-  static constexpr int VECTORS = I == Isa::avx2 ? 3 : 2;
-  static constexpr int QUADS = I >= Isa::avx512 ? 3 : 1;
-};
-
 template <Isa I, class T, class O, class Lane>
 class Engine {
-  using S = Sum<Lane>;
-  using B = Blocks<I>;
-  static constexpr int BYTES = B::BYTES, W = BYTES / sizeof(S), WIDTH = B::VECTORS * W;
-  static constexpr int HEIGHT = 48;  // rows of a strip: whole tiles and whole square blocks
-  static constexpr int SIDE = 192;   // of a block: whole strips and whole panels
-  static constexpr int64_t STEP = per_lane<Lane>();
-  static_assert(HEIGHT % (4 * B::QUADS) == 0 && HEIGHT % W == 0 && WIDTH % 4 == 0);
-  static_assert(SIDE / 2 % HEIGHT == 0 && SIDE / 2 % WIDTH == 0 && HEIGHT >= WIDTH);
-  struct Block {
-    int64_t row, col, rows, cols;
-  };
+  using F = Strips<I, Lane>;
+  using S = typename F::S;
+  static constexpr int BYTES = F::BYTES, WIDTH = F::WIDTH, HEIGHT = F::HEIGHT, SIDE = F::SIDE;
+  static constexpr int64_t STEP = F::STEP, GROUP = F::GROUP;
 
  public:
   // Memory for products of the size of `p` on up to `slots` threads.
@@ -86,7 +49,9 @@ class Engine {
     p_ = p;
     for (first_col_ = 0; first_col_ < p.cols; first_col_ += width_) {
       end_col_ = std::min(first_col_ + width_, p.cols);
-      if (plan_.empty() || width_ < p.cols) plan_ = divide(crew.threads);
+      if (plan_.empty() || width_ < p.cols) {
+        plan_ = F::divide(p.rows, first_col_, end_col_, p.symmetric, crew.threads);
+      }
       for (from_ = 0; from_ == 0 || from_ < p.depth; from_ += depth_) {
         now_ = std::min(depth_, p.depth - from_);
         pack(crew);
@@ -98,8 +63,8 @@ class Engine {
   }
 
  private:
-  static int64_t panels(int64_t count) { return (count + WIDTH - 1) / WIDTH; }
-  static int64_t blocks(int64_t count) { return (count + SIDE - 1) / SIDE; }
+  static int64_t panels(int64_t count) { return F::panels(count); }
+  static int64_t blocks(int64_t count) { return F::blocks(count); }
   // Sums of the largest block in whole strips.
   int64_t block_size() const {
     return std::min<int64_t>(SIDE, (p_.rows + HEIGHT - 1) / HEIGHT * HEIGHT) *
@@ -111,22 +76,6 @@ class Engine {
     return std::max<int64_t>(fit / SIDE, 1) * SIDE;
   }
 
-  // The result in square blocks, smaller ones where that is needed to keep all threads busy. In a
-  // symmetric result blocks on the diagonal, which are cheaper, come last.
-  std::vector<Block> divide(int64_t threads) const {
-    const int64_t large = blocks(p_.rows) * blocks(end_col_ - first_col_) / (p_.symmetric ? 2 : 1);
-    const int64_t side = threads > 1 && large < 8 * threads ? SIDE / 2 : SIDE;
-    std::vector<Block> plan, diagonal;
-    for (int64_t col = first_col_; col < end_col_; col += side) {
-      for (int64_t row = p_.symmetric ? col : 0; row < p_.rows; row += side) {
-        const Block block{row, col, std::min(side, p_.rows - row), std::min(side, end_col_ - col)};
-        (p_.symmetric && row == col ? diagonal : plan).push_back(block);
-      }
-    }
-    plan.insert(plan.end(), diagonal.begin(), diagonal.end());
-    return plan;
-  }
-
   // Rows of L, unless the last slab of columns left them, and columns of R into panels.
   void pack(const Crew& crew) {
     constexpr int64_t part = 1024 * STEP;
@@ -135,35 +84,16 @@ class Engine {
     const int64_t left = again ? 0 : (panels(p_.rows) + GROUP - 1) / GROUP * parts;
     const int64_t cols = end_col_ - first_col_;
     const int64_t right = p_.gram ? 0 : (panels(cols) + GROUP - 1) / GROUP * parts;
-    Strided<const T> R = p_.R.transposed();
-    if (!p_.gram) R.data = R.at(first_col_, 0);
+    Strided<const T> L = p_.L, R = p_.R.transposed();
+    L.data = L.at(0, from_);
+    if (!p_.gram) R.data = R.at(first_col_, from_);
     crew.each(left + right, [&](int64_t, int64_t index) {
       const bool is_left = index < left;
       const int64_t group = (is_left ? index : index - left) / parts * GROUP;
       const int64_t begin = (is_left ? index : index - left) % parts * part;
-      pack_group(is_left ? p_.L : R, is_left ? p_.rows : cols, group, begin,
-                 std::min(part, now_ - begin), is_left ? left_ : right_);
+      F::pack_group(is_left ? L : R, is_left ? p_.rows : cols, group, begin,
+                    std::min(part, now_ - begin), is_left ? left_ : right_, lanes_);
     });
-  }
-
-  // GROUP neighbouring panels over [begin, begin + depth). Where memory runs across the panels they
-  // take turns every few rows, so that a row is read in one go.
-  static constexpr int64_t GROUP = 4;
-  void pack_group(Strided<const T> from, int64_t count, int64_t group, int64_t begin,
-                  int64_t depth, Lane* to) const {
-    const int64_t turn = from.row == 1 ? 16 * STEP : std::max<int64_t>(depth, 1);
-    const int64_t last = std::min(group + GROUP, panels(count));
-    for (int64_t k = begin; k == begin || k < begin + depth; k += turn) {
-      for (int64_t panel = group; panel < last; ++panel) {
-        const T* start = from.at(panel * WIDTH, from_ + k);
-        const int64_t valid = std::min<int64_t>(count - panel * WIDTH, WIDTH);
-        const int64_t deep = std::min(turn, begin + depth - k);
-        Lane* lanes = to + (panel * lanes_ + k / STEP) * WIDTH;
-        on<I>([&] {
-          pack_panel<T, Lane, WIDTH, BYTES>(start, from.row, from.col, valid, deep, lanes);
-        });
-      }
-    }
   }
 
   // All strips of one block, chunk by chunk; what the last chunk completes is stored.
@@ -186,7 +116,7 @@ class Engine {
           const int64_t cols = std::min<int64_t>(WIDTH, p_.cols - col);
           const bool done = last && k + chunk == lanes;
           if (done) expect(row, col, rows);
-          multiply_strip(row, rows, cols, panel, k, chunk, !first || k > 0, strip);
+          F::multiply_strip(left_, lanes_, row, rows, cols, panel, k, chunk, !first || k > 0, strip);
           if (done) on<I>([&] { finish(row, col, rows, cols, strip); });
           strip += HEIGHT * WIDTH;
         }
@@ -202,43 +132,6 @@ class Engine {
     }
   }
 
-  void multiply_strip(int64_t row, int64_t rows, int64_t cols, const Lane* panel, int64_t k,
-                      int64_t chunk, bool more, S* sums) const {
-    if (!more && (rows < HEIGHT || cols < WIDTH)) std::memset(sums, 0, sizeof(S) * HEIGHT * WIDTH);
-    for (int64_t r = 0; r < rows; r += 4 * B::QUADS) {
-      const Lane* quads[B::QUADS];
-      const int64_t count = std::min<int64_t>(B::QUADS, (rows - r + 3) / 4);
-      for (int64_t q = 0; q < count; ++q) {
-        const int64_t at = row + r + 4 * q;
-        quads[q] = left_ + (at / WIDTH * lanes_ + k) * WIDTH + at % WIDTH;
-      }
-      S* out = sums + r * WIDTH;
-      choose_tile<B::QUADS, B::VECTORS>(count, cols, quads, panel, chunk, more, out);
-    }
-  }
-
-  // The smallest tile that covers `count` quads and `cols` columns.
-  template <int QUADS, int VECTORS>
-  static void choose_tile(int64_t count, int64_t cols, const Lane* const* quads, const Lane* panel,
-                          int64_t depth, bool more, S* out) {
-    if constexpr (QUADS > 1) {
-      if (count < QUADS) {
-        return choose_tile<QUADS - 1, VECTORS>(count, cols, quads, panel, depth, more, out);
-      }
-    }
-    if constexpr (VECTORS > 1) {
-      if (cols <= (VECTORS - 1) * W) {
-        return choose_tile<QUADS, VECTORS - 1>(count, cols, quads, panel, depth, more, out);
-      }
-    }
-#if ORTHONORM_X86
-    if constexpr (std::is_same_v<Lane, Pair>) {
-      return tile_pairs<WIDTH, QUADS, VECTORS>(quads, panel, depth, more, out);
-    } else
-#endif
-    on<I>([&] { tile<Lane, BYTES, WIDTH, QUADS, VECTORS>(quads, panel, depth, more, out); });
-  }
-
   // Scalars, E, rounding, and the mirror image of a strip.
   ORTHONORM_INLINE void finish(int64_t row, int64_t column, int64_t rows, int64_t cols, S* sums) {
     const S alpha = static_cast<S>(p_.alpha), beta = static_cast<S>(p_.beta);
@@ -251,11 +144,7 @@ class Engine {
       combine<S, HEIGHT * WIDTH>(sums, alpha, static_cast<const S*>(nullptr), beta);
     }
     if (p_.symmetric) {
-      if (row == column) {  // the block on the diagonal: its lower triangle counts
-        for (int i = 0; i < WIDTH; ++i) {
-          for (int j = i + 1; j < WIDTH; ++j) sums[i * WIDTH + j] = sums[j * WIDTH + i];
-        }
-      }
+      if (row == column) F::mirror(sums);
       store_turned(sums, rows, cols, {p_.D.at(column, row), p_.D.row, p_.D.col, 0});
     }
     const Strided<O> D{p_.D.at(row, column), p_.D.row, p_.D.col, 0};
@@ -287,7 +176,7 @@ void multiply_as(const Product<T, O>& p, int64_t threads, const Parallel& parall
   const double work = static_cast<double>(p.rows) * p.cols * p.depth * (p.symmetric ? 1 : 2);
   if (work * p.batch < SERIAL_WORK) threads = 1;
   const Crew crew{threads, parallel};
-  if (p.batch < threads || work > WHOLE_WORK) {
+  if (!whole(p.batch, threads, work)) {
     Engine<I, T, O, Lane> engine(p, threads);
     for (int64_t b = 0; b < p.batch; ++b) engine.run(p.matrix(b), crew);
     return;

@@ -230,7 +230,9 @@ def test_zero(case: Case) -> None:
     for name, values in run(case, case.op, zeros).items():
         for value in values:
             assert bool(value.isfinite().all()), name
-            if name in ("result", "X", "params"):
+            if (
+                name in ("result", "X", "params") and case.name != "gram_polynomial"
+            ):  # of 0: a multiple of I
                 assert not bool(value.any()), name
 
 

@@ -20,6 +20,8 @@ Tensor symmetric_update(Tensor C, Tensor A, Tensor B, double alpha, double beta)
     p.L = strided<const T>(a), p.R = strided<const T>(b), p.E = strided<const T>(c);
     p.D = strided<T>(out);
     p.alpha = alpha, p.beta = beta, p.symmetric = true;
+    p.gram = p.L.data == p.R.data && p.L.row == p.R.row && p.L.col == p.R.col &&
+             p.L.batch == p.R.batch;  // of a symmetric matrix: packed once
     compute(p);
   });
   return out;

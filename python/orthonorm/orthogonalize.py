@@ -3,22 +3,21 @@
 X is wide or square here (rows <= columns), already scaled; callers transpose.
 
 direct   A = X X^T;  X <- a X + (b A + c A^2) X                                    per iteration
-gram     R = X X^T, Q = I;  Z = b R + c R^2;  Q <- a Q + Q Z;  W = a R + R Z;  R <- a W + Z W
-         at a restart X <- Q X, R <- X X^T, Q <- I;  in the end X <- Q X
-         (Gram Newton-Schulz, Dao-AILab; the long side is touched only at restarts and in the end)
-With c = 0 the square is skipped: Z = b R costs nothing.
+gram     X <- Q X with Q = `gram_polynomial(X X^T)`, in segments between restarts
+         (Gram Newton-Schulz, Dao-AILab; the long side is touched once per segment)
+With c = 0 the square is skipped.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ops.words import apply, gram, symmetric_update
+from .ops.words import Triples, apply, gram, gram_polynomial, symmetric_update
 
-Triples = list[tuple[float, float, float]]
 # Our float32 products against torch's in bfloat16 on AVX512-BF16: 450 of 900 GFLOP/s, two cores of
 # an AMD EPYC; with what surrounds the products, float32 is chosen where it costs 0.85 of theirs.
 FLOAT32_RATE = 0.5 * 0.85  # 2026-11
@@ -43,23 +42,11 @@ def direct(X: Tensor, triples: Triples) -> Tensor:
 
 def gram_form(X: Tensor, triples: Triples, restarts: list[int]) -> Tensor:
     """The same polynomial on R = X X^T; X is formed again only before iterations in `restarts`."""
-    R, Q = gram(X), None
-    for t, (a, b, c) in enumerate(triples):
-        if t in restarts and Q is not None:
-            X = apply(X, Q, 0.0)
-            R, Q = gram(X), None
-        Z, z = (R, b) if c == 0 else (symmetric_update(R, R, R, c, b), 1.0)
-        if Q is None:
-            # in float32: added to half numbers, a would be rounded to one, for all of the diagonal
-            Q = z * Z.to(torch.promote_types(Z.dtype, torch.float32))
-            Q.diagonal(dim1=-2, dim2=-1).add_(a)
-            Q = Q.to(Z.dtype)
-        else:
-            Q = symmetric_update(Q, Q, Z, z, a)
-        if t + 1 < len(triples) and t + 1 not in restarts:
-            W = symmetric_update(R, R, Z, z, a)
-            R = symmetric_update(W, Z, W, z, a)
-    return X if Q is None else apply(X, Q, 0.0)
+    inner = [r for r in restarts if 0 < r < len(triples)]
+    for start, end in itertools.pairwise((0, *inner, len(triples))):
+        Q = gram_polynomial(gram(X), [number for t in triples[start:end] for number in t])
+        X = apply(X, Q, 0.0)
+    return X
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from .steps import (
     muon_prologue_,
     muon_step_,
 )
-from .words import apply, gram, symmetric_update
+from .words import apply, gram, gram_polynomial, symmetric_update
 
 __all__ = [
     "adamw_step_",
@@ -35,6 +35,7 @@ __all__ = [
     "factored_moment_",
     "gram",
     "gram_iteration",
+    "gram_polynomial",
     "magnitude",
     "muon_prologue_",
     "muon_step_",

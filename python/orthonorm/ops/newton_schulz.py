@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import orthogonalize as k1
 from .._library import op
-from .words import addmm, gram
+from .words import Triples, addmm, check_coefficients, gram, triples_of
 
 FORMS = ("auto", "direct", "gram")
 PRECISIONS = ("auto", "full", "float32", "float64", "bfloat16", "float16")
@@ -115,17 +115,12 @@ def _(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> None:
     check.choice(name, "dtype", dtype, check.FLOATS)
 
 
-def iterate(X: Tensor, triples: k1.Triples, restarts: list[int], form: str) -> Tensor:
+def iterate(X: Tensor, triples: Triples, restarts: list[int], form: str) -> Tensor:
     """The polynomial on the short side of a scaled batch."""
     wide = X.shape[-2] <= X.shape[-1]
     Y = X if wide else X.mT
     Y = k1.gram_form(Y, triples, restarts) if form == "gram" else k1.direct(Y, triples)
     return Y if wide else Y.mT
-
-
-def triples_of(coefficients: list[float]) -> k1.Triples:
-    a, b, c = coefficients[::3], coefficients[1::3], coefficients[2::3]
-    return list(zip(a, b, c, strict=True))
 
 
 @op(
@@ -245,12 +240,7 @@ def _check_polynomial(
 ) -> None:
     check.tensors(name, "X", X, min_dim=2)
     check.same_device(name, X=X)
-    if len(coefficients) == 0 or len(coefficients) % 3:
-        raise ValueError(
-            f"{name}: coefficients must be (a, b, c) per iteration, got {len(coefficients)} numbers"
-        )
-    for value in coefficients:
-        check.number(name, "coefficients", value, -1e6, 1e6)
+    check_coefficients(name, coefficients)
     check.number(name, "eps", eps, 0.0)
     check.number(name, "safety", safety, 1.0)
     if norms is not None:

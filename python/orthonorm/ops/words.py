@@ -1,4 +1,5 @@
-"""K1, the words every orthogonalization is written in: gram, symmetric_update, apply.
+"""K1, the words every orthogonalization is written in: gram, symmetric_update, apply and, made of
+the second, gram_polynomial.
 
 All take batches (leading dimensions), accumulate in float32 or better, store in the input's dtype
 and return fresh contiguous tensors. What they return as symmetric is symmetric bit for bit.
@@ -58,6 +59,57 @@ def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
     Shapes: X is (..., m, n), B (..., m, m), the result (..., m, n).
     """
     return addmm(X, B, X, b, a)
+
+
+Triples = list[tuple[float, float, float]]
+
+
+def triples_of(coefficients: list[float]) -> Triples:
+    a, b, c = coefficients[::3], coefficients[1::3], coefficients[2::3]
+    return list(zip(a, b, c, strict=True))
+
+
+@op("gram_polynomial(Tensor R, float[] coefficients) -> Tensor", composite=True)
+def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
+    """Q with Q X = p_k(...p_1(X)) for R = X X^T and p_i(X) = a X + b R X + c R^2 X.
+
+    Z = b R + c R^2;  Q <- a Q + Q Z, at first a I + Z;  W = a R + R Z;  R <- a W + W Z
+    (Gram Newton-Schulz, Dao-AILab). With c = 0 the square is skipped. The result is symmetric bit
+    for bit; only as R is.
+
+    Shapes: R and the result are (..., n, n); coefficients a, b, c of every iteration, flattened.
+    """
+    Q = None
+    triples = triples_of(coefficients)
+    for t, (a, b, c) in enumerate(triples):
+        Z, z = (R, b) if c == 0 else (symmetric_update(R, R, R, c, b), 1.0)
+        if Q is None:
+            # in float32: added to half numbers, a would be rounded to one, for all of the diagonal
+            Q = z * Z.to(torch.promote_types(Z.dtype, torch.float32))
+            Q.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q = Q.to(Z.dtype)
+        else:
+            Q = symmetric_update(Q, Q, Z, z, a)
+        if t + 1 < len(triples):
+            W = symmetric_update(R, R, Z, z, a)
+            R = symmetric_update(W, W, Z, z, a)
+    assert Q is not None
+    return Q.contiguous()
+
+
+def check_coefficients(name: str, coefficients: list[float]) -> None:
+    if len(coefficients) == 0 or len(coefficients) % 3:
+        raise ValueError(
+            f"{name}: coefficients must be (a, b, c) per iteration, got {len(coefficients)} numbers"
+        )
+    for value in coefficients:
+        check.number(name, "coefficients", value, -1e6, 1e6)
+
+
+@gram_polynomial.check
+def _(R: Tensor, coefficients: list[float]) -> None:
+    _square("gram_polynomial", "R", R)
+    check_coefficients("gram_polynomial", coefficients)
 
 
 def _square(name: str, label: str, A: Tensor) -> None:
