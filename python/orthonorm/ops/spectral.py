@@ -280,7 +280,7 @@ def _bound_direction(W: Tensor, steps: int) -> Tensor:
         Y = apply(Y, power, 0.0)
         Y = divide(Y, frobenius(Y), X.dtype)
     inner = (Y.double() * X.double()).sum((-2, -1), keepdim=True)
-    Y = divide(Y, inner / (_nested_root(sizes, inner) * _slack(W)), X.dtype)
+    Y = divide(Y.double() * (_nested_root(sizes, inner) * _slack(W)), inner, X.dtype)
     return Y.mT if W.shape[-2] > W.shape[-1] else Y
 
 

@@ -58,9 +58,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         REGISTRY[cls.__name__] = cls
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        adamw: Mapping[str, Any] | None = None,
+        shared: Mapping[str, Any] | None = None,
     ) -> None:
-        """`adamw` overrides the companion's settings, for every group with rule="adamw"."""
+        """For groups with rule="adamw": `shared` settings of both rules, overridden by `adamw`."""
         self._ones: dict[torch.device, Tensor] = {}
         if not isinstance(params, Iterable):
             raise TypeError(
@@ -69,7 +73,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         if not isinstance(adamw, (Mapping, type(None))):
             raise TypeError(f"{self.name}: adamw must be a dict, got {type(adamw).__name__}")
-        self._adamw = {**ADAMW_DEFAULTS, **self.companion, **(adamw or {})}
+        self._adamw = {**ADAMW_DEFAULTS, **self.companion, **(shared or {}), **(adamw or {})}
         unknown = set(self._adamw) - set(ADAMW_DEFAULTS)
         if unknown:
             raise ValueError(

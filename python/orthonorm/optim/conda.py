@@ -58,7 +58,7 @@ class Conda(MatrixOptimizer):
     ) -> None:
         shared = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite)
         defaults = dict(shared, update_proj_gap=update_proj_gap, scale=scale)
-        super().__init__(params, defaults, {**shared, **(adamw or {})})
+        super().__init__(params, defaults, adamw, shared)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         check_betas("Conda", group)

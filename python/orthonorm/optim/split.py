@@ -47,7 +47,7 @@ def split_params(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_params: model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(adamw, str) or not all(isinstance(pattern, str) for pattern in adamw):
+    if not isinstance(adamw, (list, tuple)) or not all(isinstance(x, str) for x in adamw):
         raise TypeError(f"split_params: adamw must be a list of patterns, got {adamw!r}")
     _check_patterns(model, heads=heads, split=split)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
