@@ -277,8 +277,9 @@ def test_zero_empty_and_nonfinite(f: Callable[[Tensor], Tensor], dtype: torch.dt
 @EACH_VALUE
 @pytest.mark.parametrize(
     ("dtype", "k"),
-    [(torch.float32, -130), (torch.float32, 119), (torch.bfloat16, 119), (torch.float16, -14),
-     (torch.float16, 12), (torch.float64, -1040), (torch.float64, 1015)],
+    [(torch.float32, -146), (torch.float32, -130), (torch.float32, 119), (torch.bfloat16, 119),
+     (torch.float16, -14), (torch.float16, 12), (torch.float64, -1071), (torch.float64, -1040),
+     (torch.float64, 1015)],
 )  # fmt: skip
 def test_scales(f: Callable[[Tensor], Tensor], dtype: torch.dtype, k: int) -> None:
     """f(2^k W) = 2^k f(W): denormals (1e-40) and squares that overflow (1e36) alike."""
