@@ -289,8 +289,9 @@ def test_scales(f: Callable[[Tensor], Tensor], dtype: torch.dtype, k: int) -> No
     assert torch.equal(times_power(scaled.double(), -k), W)
     want, got = f(W.to(outer(dtype))).double(), times_power(f(scaled).double(), -k)
     info = torch.finfo(outer(dtype))
-    ulp = math.ldexp(info.smallest_normal * info.eps, -k) if k < -100 else 0.0  # of a denormal
-    assert bool(((got - want).abs() <= 2 * of_products(W.to(dtype)) * want + ulp).all())
+    ulp = math.ldexp(info.smallest_normal * info.eps, -k) if k < -100 else 0.0  # of a denormal:
+    allowed = 2 * of_products(W.to(dtype)) * want + 1.5 * ulp  # rounded, and once more upwards
+    assert bool(((got - want).abs() <= allowed).all())
     if f is gram_iteration:
         assert bool((got >= torch.linalg.matrix_norm(W, 2)).all())
 
