@@ -1,8 +1,8 @@
 """What spectral functions, optimizers and split_params must refuse, and that nothing is written.
 
 Every error is a ValueError or TypeError that names the op or the parameter, the rule and the value.
-The ops' own table is in test_op_calls.py, that of polar in test_polar_options.py, of coefficients
-in test_schedules.py.
+The ops' own table is in test_op_calls.py, that of polar in test_polar_options.py, that of
+coefficients in test_coefficients_arguments.py.
 """
 
 from __future__ import annotations
