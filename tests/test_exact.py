@@ -87,7 +87,7 @@ def test_batches_layouts_and_scales(dtype: torch.dtype) -> None:
             alone = polar_exact(X[i, j]).factor
             assert (alone - r.factor[i, j]).norm() <= 4 * unit(X) / r.rcond[i, j]
     transposed = polar_exact(X.mT.contiguous().mT)
-    assert torch.equal(transposed.factor, r.factor)
+    assert (transposed.factor - r.factor).norm() <= 4 * unit(X) / r.rcond.min()
     for x, y in zip(X[0].mT, r.factor[0].mT, strict=True):
         assert (polar_exact(x.contiguous()).factor - y).norm() <= 4 * unit(X) / r.rcond.min()
     for k in (-60, 60) if dtype == torch.float32 else (-900, 900):

