@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST = sys.float_info.max
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -71,25 +72,37 @@ def equal_shape(op: str, name: str, value: Tensor, wanted: Sequence[int]) -> Non
         raise ValueError(f"{op}: {name} must have shape {tuple(wanted)}, got {shape(value)}")
 
 
-def number(
-    op: str, name: str, value: object, low: float = -math.inf, high: float = math.inf
-) -> None:
-    """`value` is a finite number in [low, high], or a one-element tensor (not read)."""
+def scalar(op: str, name: str, value: object) -> None:
+    """`value` is a one-element tensor; it is not read."""
+    tensor(op, name, value)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
+
+
+def scheduled(op: str, name: str, value: object, low: float, high: float) -> None:
+    """`value` is a number in [low, high] or a one-element tensor."""
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high:
+        scalar(op, name, value)
+    else:
+        number(op, name, value, low, high)
+
+
+def number(op: str, name: str, value: object, low: float = -LARGEST, high: float = LARGEST) -> None:
+    """`value` is a finite number in [low, high]."""
+    if not low <= _real(op, name, value) <= high:
         raise ValueError(f"{op}: {name} must be in [{low:g}, {high:g}], got {value}")
 
 
 def fraction(op: str, name: str, value: object) -> None:
     """`value` is a decay rate in [0, 1)."""
-    number(op, name, value)
-    if not isinstance(value, Tensor) and not 0.0 <= value < 1.0:  # type: ignore[operator]
+    if not 0.0 <= _real(op, name, value) < 1.0:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
+
+
+def _real(op: str, name: str, value: object) -> float | torch.SymFloat | torch.SymInt:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return value
 
 
 def integer(op: str, name: str, value: object, low: int) -> None:

@@ -292,7 +292,7 @@ def check_safe(
     _choice("form", form, get_args(Form))
     reason = _unsafe(coefficients, dtype, form, _restarts(restarts, len(coefficients.steps())))
     if reason and not allow_unsafe:
-        raise ValueError(f"coefficients: {reason}; allow_unsafe=True overrides")
+        raise ValueError(f"coefficients: {reason}")
 
 
 def _escapes(c: Coefficients, dtype: str) -> str:

@@ -38,23 +38,30 @@ def power_iteration(
     of sigma_1, float64 if W is, else float32.
     """
     single = isinstance(W, Tensor)
-    matrices = [W] if isinstance(W, Tensor) else list(W)
-    tensors("power_iteration", "W", matrices, min_dim=2)
-
-    def started(given: Matrices | None, sides: list[Tensor]) -> list[Tensor]:
-        if given is None:
-            return [start_vector(x) for x in sides]
-        listed = [given] if isinstance(given, Tensor) else list(given)
-        tensors("power_iteration", "u and v", listed, min_dim=1)
-        return [
-            x.to(accumulator(x), copy=True, memory_format=torch.contiguous_format) for x in listed
-        ]
-
-    left, right = started(u, [x.mT for x in matrices]), started(v, matrices)
+    matrices = _listed("W", W, 2)
+    left = _started("u", u, [x.mT for x in matrices])
+    right = _started("v", v, matrices)
     with torch.no_grad():
         sigma = ops.power_iteration_([x.detach() for x in matrices], left, right, steps, order, eps)
     vectors: Any = (left[0], right[0]) if single else (left, right)
     return sigma.view(matrices[0].shape[:-2]) if single else sigma, *vectors
+
+
+def _listed(name: str, given: object, min_dim: int) -> list[Tensor]:
+    """One tensor or a list of them as a list."""
+    listed = [given] if isinstance(given, Tensor) else given
+    tensors("power_iteration", name, listed, min_dim)
+    return list(listed)  # type: ignore[call-overload]
+
+
+def _started(name: str, given: object, sides: list[Tensor]) -> list[Tensor]:
+    """Copies of the vectors given, or the fixed ones for matrices whose columns they multiply."""
+    if given is None:
+        return [start_vector(x) for x in sides]
+    return [
+        x.to(accumulator(x), copy=True, memory_format=torch.contiguous_format)
+        for x in _listed(name, given, 1)
+    ]
 
 
 def spectral_norm(W: Tensor, steps: int = 32, start: Tensor | None = None) -> Tensor:

@@ -69,6 +69,5 @@ def _(W: Tensor, N: Tensor, Q: Tensor, decay: Tensor | None = None) -> None:
     name = "rotate_back_"
     _check_rotation(name, Q, W=W, N=N)
     if decay is not None:
-        check.tensor(name, "decay", decay)
-        check.number(name, "decay", decay)
+        check.scalar(name, "decay", decay)
         check.same_device(name, W=[W], decay=[decay])

@@ -203,10 +203,11 @@ def _nested_root(sizes: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest number of `dtype` that is not below x."""
+    """A number of `dtype` not below x, nor below what x was before it became denormal."""
     near = x.to(dtype)
     above = torch.nextafter(near, torch.full_like(near, torch.inf))
-    return torch.where(near.double() < x, above, near)
+    denormal = (x > 0) & (x < torch.finfo(x.dtype).smallest_normal)
+    return torch.where((near.double() < x) | denormal, above, near)
 
 
 @gram_iteration.check
@@ -280,7 +281,7 @@ def _bound_direction(W: Tensor, steps: int) -> Tensor:
         Y = apply(Y, power, 0.0)
         Y = divide(Y, frobenius(Y), X.dtype)
     inner = (Y.double() * X.double()).sum((-2, -1), keepdim=True)
-    Y = divide(Y, inner / (_nested_root(sizes, inner) * _slack(W)), X.dtype)
+    Y = divide(Y.double() * (_nested_root(sizes, inner) * _slack(W)), inner, X.dtype)
     return Y.mT if W.shape[-2] > W.shape[-1] else Y
 
 

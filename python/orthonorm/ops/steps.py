@@ -64,8 +64,7 @@ def _(
     check.tensors(name, "momentum_buffers", momentum_buffers, min_dim=2)
     check.tensors(name, "updates", updates, min_dim=2)
     check.same_shapes(name, grads=grads, momentum_buffers=momentum_buffers, updates=updates)
-    check.tensor(name, "momentum", momentum)
-    check.number(name, "momentum", momentum)
+    check.scalar(name, "momentum", momentum)
 
 
 @op(
@@ -103,8 +102,7 @@ def _(
     check.tensors(name, "updates", updates)
     check.same_shapes(name, params=params, updates=updates)
     check.same_lengths(name, params=params, factors=factors)
-    check.tensor(name, "lr", lr)
-    check.number(name, "lr", lr)
+    check.scalar(name, "lr", lr)
     check.number(name, "weight_decay", weight_decay, 0.0)
 
 
@@ -179,9 +177,8 @@ def _(
     check.tensors(name, "steps", steps)
     check.same_lengths(name, params=params, steps=steps)
     for step in steps:
-        check.number(name, "steps", step)
-    check.tensor(name, "lr", lr)
-    check.number(name, "lr", lr)
+        check.scalar(name, "steps", step)
+    check.scalar(name, "lr", lr)
     check.fraction(name, "beta1", beta1)
     check.fraction(name, "beta2", beta2)
     check.number(name, "eps", eps, 0.0)
@@ -278,8 +275,7 @@ def _(
     check.same_shapes(name, **lists)
     check.same_lengths(name, params=params, factors=factors)
     for label, value in (("lr", lr), ("momentum", momentum)):
-        check.tensor(name, label, value)
-        check.number(name, label, value)
+        check.scalar(name, label, value)
     check.number(name, "weight_decay", weight_decay, 0.0)
     check_iteration(name, grads, coefficients, restarts, form, precision, scale, eps, safety)
 
@@ -367,8 +363,7 @@ def _(
         check.same_dtype(name, **{f"bases[{i}]": q, f"exp_avg[{i}]": m})
     check.tensor(name, "scales", scales)
     check.equal_shape(name, "scales", scales, (len(params),))
-    check.tensor(name, "lr", lr)
-    check.number(name, "lr", lr)
+    check.scalar(name, "lr", lr)
     check.same_device(name, params=params, bases=bases, scales=[scales], lr=[lr])
     check.fraction(name, "beta1", beta1)
     check.fraction(name, "beta2", beta2)

@@ -7,7 +7,6 @@ is updated (`update`); see muon.py for a whole one. Each param group picks its r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +28,7 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "correct_eps": True,  # eps meets the bias-corrected root (torch), not the raw one (Conda)
     "nonfinite": "propagate",
 }
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 
 
 class Batch(NamedTuple):
@@ -58,17 +58,29 @@ class MatrixOptimizer(torch.optim.Optimizer):
         REGISTRY[cls.__name__] = cls
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        adamw: Mapping[str, Any] | None = None,
+        shared: Mapping[str, Any] | None = None,
     ) -> None:
-        """`adamw` overrides the companion's settings, for every group with rule="adamw"."""
-        self._scalars: dict[tuple[int, str], Tensor] = {}
-        self._adamw = {**ADAMW_DEFAULTS, **self.companion, **(adamw or {})}
+        """For groups with rule="adamw": `shared` settings of both rules, overridden by `adamw`."""
+        self._ones: dict[torch.device, Tensor] = {}
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"{self.name}: params must be parameters, named parameters or param groups, "
+                f"got {type(params).__name__}"
+            )
+        if not isinstance(adamw, (Mapping, type(None))):
+            raise TypeError(f"{self.name}: adamw must be a dict, got {type(adamw).__name__}")
+        self._adamw = {**ADAMW_DEFAULTS, **self.companion, **(shared or {}), **(adamw or {})}
         unknown = set(self._adamw) - set(ADAMW_DEFAULTS)
         if unknown:
             raise ValueError(
                 f"{self.name}: adamw must only have the keys {sorted(ADAMW_DEFAULTS)}, "
                 f"got {sorted(unknown)}"
             )
+        self._check_settings({"rule": "adamw", **self._adamw})
         defaults = {"rule": "matrix", "nonfinite": "propagate", **VIEW_DEFAULTS, **defaults}
         super().__init__(params, defaults)
 
@@ -82,6 +94,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Add a group; it may name its `rule`, and any hyperparameter of that rule."""
         if not isinstance(param_group, dict):
             raise TypeError(f"{self.name}: a param group must be a dict, got {type(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{self.name}: a group must have params, got {sorted(param_group)}")
         group = dict(param_group)
         known = self._group_defaults(group)
         unknown = set(group) - set(known) - {"params", "param_names", "initial_lr", "name"}
@@ -97,7 +111,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         try:
             for key in set(self.defaults) - set(known):
                 added.pop(key, None)
-            self._check(added)
+            self._check_settings(added)
+            self._check_params(added)
         except Exception:
             self.param_groups.pop()
             raise
@@ -109,23 +124,41 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return {"rule": "adamw", **self._adamw}
         return self.defaults
 
-    def _check(self, group: dict[str, Any]) -> None:
-        check.number(self.name, "lr", group["lr"], 0.0, 1e30)
+    def _check_settings(self, group: Mapping[str, Any]) -> None:
+        """The hyperparameters: at construction and, as schedules change them, before every step."""
+        check.choice(self.name, "rule", group["rule"], ("matrix", "adamw"))
+        check.scheduled(self.name, "lr", group["lr"], 0.0, 1e30)
         check.number(self.name, "weight_decay", group["weight_decay"], 0.0, 1e30)
         check.choice(self.name, "nonfinite", group["nonfinite"], NONFINITE)
-        for i, p in enumerate(group["params"]):
+        if group["rule"] == "adamw":
+            check_betas(self.name, group)
+            for key in ("decay_first", "correct_eps"):
+                check.choice(self.name, key, group[key], (True, False))
+        else:
+            self.check_group(group)
+            if any(group[key] is not None for key in VIEW_DEFAULTS):
+                self._check_views(group)
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        params = group["params"]
+        check.same_device(self.name, params=params)
+        if len({id(p) for p in params}) < len(params):
+            raise ValueError(f"{self.name}: a group must have each parameter once, got one twice")
+        for i, p in enumerate(params):
             label = f"{self.name}: parameter {self._label(group, i)}"
             if p.dtype not in check.FLOATS or p.layout != torch.strided:
                 raise ValueError(
                     f"{label} must be dense float32, float64, bfloat16 or float16, "
                     f"got {p.dtype}, {p.layout}"
                 )
-            if group["rule"] == "matrix":
-                check_views(label, p.shape, group)
-        if group["rule"] == "adamw":
-            check_betas(self.name, group)
-        else:
-            self.check_group(group)
+            if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+                raise ValueError(f"{label} must not be expanded, got strides {p.stride()}")
+        if group["rule"] == "matrix":
+            self._check_views(group)
+
+    def _check_views(self, group: Mapping[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            check_views(f"{self.name}: parameter {self._label(group, i)}", p.shape, group)
 
     def _label(self, group: Mapping[str, Any], index: int) -> str:
         names = group.get("param_names")
@@ -135,17 +168,52 @@ class MatrixOptimizer(torch.optim.Optimizer):
             else f"{index} of shape {tuple(group['params'][index].shape)}"
         )
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError or TypeError for hyperparameters of a matrix group out of range."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fill what a foreign or older state dict lacks (torch.optim.Muon's has no rule)."""
+        """Fill what a foreign or older state dict lacks (torch.optim.Muon's has no rule).
+
+        load_state_dict and unpickling end here: what does not fit leaves everything as it was.
+        """
+        before = dict(self.__dict__)
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
-        self._scalars = {}
-        for group in self.param_groups:
-            for key, value in self._group_defaults(group).items():
-                group.setdefault(key, value)
+        self._ones = {}
+        try:
+            for group in self.param_groups:
+                for key, value in self._group_defaults(group).items():
+                    group.setdefault(key, value)
+                self._check_settings(group)
+                self._check_params(group)
+                for i in range(len(group["params"])):
+                    self._check_state(group, i)
+        except Exception:
+            self.__dict__ = before
+            raise
+
+    def _check_state(self, group: dict[str, Any], index: int) -> None:
+        """State, where there is one, is complete, dense and of the shapes it was made with."""
+        p = group["params"][index]
+        state, wanted = self.state.get(p, {}), self._state_shapes(p, group)
+        label = f"{self.name}: parameter {self._label(group, index)}"
+        missing = wanted.keys() - state.keys()
+        if 0 < len(missing) < len(wanted):
+            raise ValueError(f"{label}: state must have {sorted(wanted)}, got {sorted(state)}")
+        for key in wanted.keys() & state.keys():
+            check.tensor(label, f"state {key!r}", state[key])
+            check.equal_shape(label, f"state {key!r}", state[key], wanted[key])
+            check.same_device(label, parameter=[p], state=[state[key]])
+
+    def _state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        if group["rule"] == "adamw":
+            return dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
+        shapes = dict.fromkeys(self.elementwise_state, check.shape(p))
+        pieces = matrices(p, p, group)
+        for i, piece in enumerate(pieces):
+            suffix = "" if len(pieces) == 1 else f".{i}"
+            shapes |= {k + suffix: v for k, v in self.matrix_state(piece, group).items()}
+        return shapes
 
     # ---- the step -----------------------------------------------------------------------------
 
@@ -153,18 +221,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Gradients are read, never written.
 
-        All gradients are checked before anything is written: an error leaves parameters and state
-        as they were.
+        Hyperparameters and gradients are checked before anything is written (state, where it is
+        loaded): an error leaves parameters and state as they were.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._check_settings(group)
         work = [(group, self._with_gradients(group)) for group in self.param_groups]
-        work = [(group, self._finite(group, indices)) for group, indices in work]
+        kept = [self._finite(group, indices) for group, indices in work]
         updated: list[Tensor] = []
-        for group, indices in work:
-            params = [group["params"][i] for i in indices]
+        for (group, indices), finite in zip(work, kept, strict=True):
+            if len(finite) < len(indices):
+                group["skipped"] = group.get("skipped", 0) + len(indices) - len(finite)
+            params = [group["params"][i] for i in finite]
             if params:
                 if group["rule"] == "adamw":
                     self._adamw_update(params, group)
@@ -183,7 +255,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         params = group["params"]
         indices = [i for i, p in enumerate(params) if p.grad is not None and p.numel() > 0]
         for i in indices:
-            g = group["params"][i].grad
+            g = params[i].grad
             if g.layout != torch.strided or g.dtype not in check.FLOATS:
                 raise ValueError(
                     f"{self.name}: gradients must be dense and real, got {g.layout}, {g.dtype} "
@@ -205,8 +277,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"parameter {self._label(group, bad[0])}"
                 + (f" and {len(bad) - 1} more" * (len(bad) > 1))
             )
-        if bad:
-            group["skipped"] = group.get("skipped", 0) + len(bad)
         return [i for i in indices if i not in set(bad)]
 
     def _batch(self, params: list[Tensor], group: dict[str, Any]) -> Batch:
@@ -259,14 +329,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         )
 
     def scalar(self, group: dict[str, Any], key: str, device: torch.device) -> Tensor:
-        """group[key] as a 0-d float64 tensor on `device`, the same tensor at every step."""
+        """group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.
+
+        A product, not a fill: torch.compile turns it into arithmetic on a tensor, so that one graph
+        serves all values of a number; `fill_` and `full` compiled one for each (torch 2.13).
+        """
         value = group[key]
         if isinstance(value, Tensor):
             return value.detach().to(device).reshape(())
-        slot = (id(group), f"{key}@{device}")
-        if slot not in self._scalars:
-            self._scalars[slot] = torch.empty((), dtype=torch.float64, device=device)
-        return self._scalars[slot].fill_(value)
+        if device not in self._ones:
+            self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
+        return self._ones[device] * value
 
 
 def check_betas(name: str, group: Mapping[str, Any]) -> None:
@@ -275,7 +348,7 @@ def check_betas(name: str, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
         check.fraction(name, f"betas[{i}]", beta)
-    check.number(name, "eps", group["eps"], 0.0, math.inf)
+    check.number(name, "eps", group["eps"], 0.0)
 
 
 def names_of(groups: Iterable[Mapping[str, Any]]) -> list[str]:

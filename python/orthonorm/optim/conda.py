@@ -58,12 +58,12 @@ class Conda(MatrixOptimizer):
     ) -> None:
         shared = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite)
         defaults = dict(shared, update_proj_gap=update_proj_gap, scale=scale)
-        super().__init__(params, defaults, {**shared, **(adamw or {})})
+        super().__init__(params, defaults, adamw, shared)
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         check_betas("Conda", group)
         check.integer("Conda", "update_proj_gap", group["update_proj_gap"], 1)
-        check.number("Conda", "scale", group["scale"], 0.0, math.inf)
+        check.number("Conda", "scale", group["scale"], 0.0)
 
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         k = min(x.shape[-2:])

@@ -71,15 +71,16 @@ class Muon(MatrixOptimizer):
         )  # fmt: skip
         super().__init__(params, defaults, adamw)
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        check.number("Muon", "momentum", group["momentum"], 0.0, 1.0)
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        check.scheduled("Muon", "momentum", group["momentum"], 0.0, 1.0)
+        check.choice("Muon", "nesterov", group["nesterov"], (True, False))
         check.number("Muon", "eps", group["eps"], 0.0)
         check.choice("Muon", "adjust_lr_fn", group["adjust_lr_fn"], (None, *ADJUST))
         check.choice("Muon", "method", group["method"], FORMS)
         check.choice("Muon", "precision", group["precision"], PRECISIONS)
         self._polynomial(group)
 
-    def _polynomial(self, group: dict[str, Any]) -> Polynomial:
+    def _polynomial(self, group: Mapping[str, Any]) -> Polynomial:
         device = group["params"][0].device if group["params"] else None
         return polynomial(
             group["ns_coefficients"], group["ns_steps"], method=group["method"],

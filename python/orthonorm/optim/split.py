@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .views import check_counts
+
 # Names (a component of the dotted path) of weights that map to or from tokens and classes.
 NOT_HIDDEN = (
     "*embed*", "wte", "wpe", "tok_emb*", "pos_emb*", "*_token", "lm_head", "head", "output_layer",
@@ -45,6 +47,8 @@ def split_params(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_params: model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(adamw, (list, tuple)) or not all(isinstance(x, str) for x in adamw):
+        raise TypeError(f"split_params: adamw must be a list of patterns, got {adamw!r}")
     _check_patterns(model, heads=heads, split=split)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     tied = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters()}
@@ -93,8 +97,14 @@ def _views(
 def _check_patterns(model: nn.Module, **patterns: Mapping[str, Any] | None) -> None:
     names = [name for name, _ in model.named_parameters()]
     for label, mapping in patterns.items():
-        for pattern in mapping or {}:
-            if not any(fnmatchcase(name, pattern) for name in names):
+        if not isinstance(mapping, (Mapping, type(None))):
+            raise TypeError(
+                f"split_params: {label} must be a dict from patterns to counts, got {mapping!r}"
+            )
+        for pattern, counts in (mapping or {}).items():
+            if not any(fnmatchcase(name, str(pattern)) for name in names):
                 raise ValueError(
                     f"split_params: {label} pattern must match a parameter name, got {pattern!r}"
                 )
+            single = label == "heads" and isinstance(counts, int)
+            check_counts("split_params", label, [counts] if single else counts)

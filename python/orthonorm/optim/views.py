@@ -14,14 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _checks as check
+
 VIEW_DEFAULTS: dict[str, Any] = {"flatten": None, "split": None, "heads": None}
 
 
-def _heads_of(group: Mapping[str, Any], pieces: int) -> Sequence[int]:
+def _heads_of(group: Mapping[str, Any], pieces: Sequence[Any]) -> Sequence[int]:
     heads = group.get("heads")
     if heads is None:
-        return (1,) * pieces
-    return (heads,) * pieces if isinstance(heads, int) else tuple(heads)
+        return (1,) * len(pieces)
+    return (heads,) * len(pieces) if isinstance(heads, int) else heads
 
 
 def _flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
@@ -36,20 +38,30 @@ def check_views(name: str, shape: Sequence[int], group: Mapping[str, Any]) -> No
             f"{name} must have at least two dimensions to be a matrix, got shape {tuple(shape)}; "
             "put it in a group with rule='adamw' (orthonorm.optim.split_params does)"
         )
+    check.choice(name, "flatten", group.get("flatten"), (None, True, False))
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:
         return
     if len(shape) > 2 and not _flattens(shape, group):
         raise ValueError(f"{name}: split and heads need a 2-D weight, got shape {tuple(shape)}")
-    pieces = (shape[0],) if split is None else tuple(split)
-    if any(not isinstance(p, int) or p < 1 for p in pieces) or sum(pieces) != shape[0]:
+    pieces = (shape[0],) if split is None else check_counts(name, "split", split)
+    if sum(pieces) != shape[0]:
         raise ValueError(f"{name}: split must be row counts that add up to {shape[0]}, got {split}")
-    counts = _heads_of(group, len(pieces))
+    counts = check_counts(name, "heads", _heads_of(group, pieces))
     if len(counts) != len(pieces):
         raise ValueError(f"{name}: heads must be one number or one per split piece, got {heads}")
     for rows, count in zip(pieces, counts, strict=True):
-        if not isinstance(count, int) or count < 1 or rows % count:
+        if rows % count:
             raise ValueError(f"{name}: heads must divide the {rows} rows, got {count}")
+
+
+def check_counts(name: str, label: str, counts: object) -> Sequence[int]:
+    """`counts` as they are, if they are positive integers."""
+    if not isinstance(counts, (tuple, list)):
+        raise TypeError(f"{name}: {label} must be integers, got {counts!r}")
+    for count in counts:
+        check.integer(name, label, count, 1)
+    return counts
 
 
 def memory_order(t: Tensor) -> list[int]:
@@ -71,5 +83,5 @@ def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     pieces = [t] if split is None else list(t.split(list(split)))
     return [
         piece if count == 1 and heads is None else piece.unflatten(0, (count, -1))
-        for piece, count in zip(pieces, _heads_of(group, len(pieces)), strict=True)
+        for piece, count in zip(pieces, _heads_of(group, pieces), strict=True)
     ]

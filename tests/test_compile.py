@@ -1,0 +1,140 @@
+"""torch.compile(fullgraph=True): optimizer steps and public functions in one graph, eager's bits.
+
+Ops alone are compiled in test_op_calls.py. The backend is aot_eager, which traces as Inductor does.
+The counter sees a graph twice where AOTAutograd starts over to make a number a tensor, so counts
+are compared: once a step has been traced with its state, no rate or shape may add a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orthonorm
+import pytest
+import torch
+from optimizer_rows import ROWS, Row, build, make, set_grads, snapshot
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+SHAPES = ((24, 10), (3, 9, 14), (150, 140))
+WARM_UP = (
+    3  # steps: state is made, numbers become dynamic, Conda's refresh and its first plain step
+)
+
+
+def compiled(f: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], Any]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(f, fullgraph=True, backend=counter, **options), counter
+
+
+def both_rules(row: Row, tensor_rate: bool) -> tuple[Any, list[nn.Parameter]]:
+    """Matrices, and gains and an embedding in a second group, by the companion AdamW."""
+    matrices, others = make(torch.float32, SHAPES), make(torch.float32, ((11,), (12, 5)))
+    groups = [{"params": matrices}, {"params": others, "rule": "adamw"}]
+    for group in groups:
+        group["lr"] = torch.tensor(0.01, dtype=torch.float64) if tensor_rate else 0.01
+    return build(row, groups), [*matrices, *others]
+
+
+def set_rate(opt: Any, rate: float) -> None:
+    for group in opt.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+@pytest.mark.parametrize("tensor_rate", [False, True], ids=["float", "tensor"])
+def test_ten_rates_one_graph(row: Row, tensor_rate: bool) -> None:
+    (ours, mine), (eager, theirs) = (both_rules(row, tensor_rate) for _ in range(2))
+    step, counter = compiled(ours.step)
+    graphs = 0
+    for i in range(WARM_UP + 10):
+        set_grads(i, mine, theirs)
+        for opt in (ours, eager):
+            set_rate(opt, 0.01 / (1 + i))
+        step()
+        eager.step()
+        for a, b in zip(snapshot(ours), snapshot(eager), strict=True):
+            assert torch.equal(a, b), i
+        if i == WARM_UP:  # Conda's second refresh, at step 4, had its graph
+            graphs = counter.frame_count
+    assert counter.frame_count == graphs > 0
+
+
+def test_momentum_is_scheduled_without_a_graph() -> None:
+    params = make(torch.float32, SHAPES)
+    opt = orthonorm.optim.Muon(params, lr=0.01)
+    step, counter = compiled(opt.step)
+    graphs = 0
+    for i in range(6):
+        set_grads(i, params)
+        opt.param_groups[0]["momentum"] = 0.85 + 0.02 * i
+        step()
+        graphs = graphs if i > 2 else counter.frame_count
+    assert counter.frame_count == graphs
+
+
+def test_a_training_step_compiles() -> None:
+    """Forward, backward and, compiled apart, the step of split_params' groups."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 12), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 7))
+    opt = orthonorm.optim.Muon(orthonorm.optim.split_params(model, adamw=["0", "3"]), lr=0.05)
+    step, _ = compiled(opt.step)
+    tokens = torch.arange(7)
+    losses = []
+    for _ in range(30):
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens), (tokens + 1) % 7)
+        loss.backward()
+        step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+# ---- public functions ----------------------------------------------------------------------------
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "polar": orthonorm.polar,
+    "polar gram": lambda X: orthonorm.polar(X, "you5", method="gram", precision="float32"),
+    "polar bfloat16": lambda X: orthonorm.polar(X, "keller", precision="bfloat16", eps=1e-7),
+    "polar list": lambda X: orthonorm.polar([X, X.mT])[1],
+    "odd_polynomial": lambda X: orthonorm.odd_polynomial(X, [(1.5, -0.5, 0.0)]),
+    "power_iteration": lambda X: orthonorm.power_iteration(X, steps=3),
+    "spectral_norm": orthonorm.spectral_norm,
+    "gram_iteration": orthonorm.gram_iteration,
+}
+
+
+@pytest.mark.parametrize("f", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_shapes_are_dynamic(f: Callable[[Tensor], Any]) -> None:
+    call, counter = compiled(f, dynamic=True)
+    graphs = 0
+    for shape in ((2, 13, 29), (3, 17, 31), (5, 14, 40), (2, 21, 23)):
+        X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        got, want = call(X), f(X)
+        pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+        assert all(torch.equal(a, b) for a, b in pairs)
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("f", [orthonorm.spectral_norm, orthonorm.gram_iteration])
+def test_gradients_compile(f: Callable[[Tensor], Tensor]) -> None:
+    call, counter = compiled(lambda X: (f(X) * 2).sum(), dynamic=True)
+    graphs = 0
+    for shape in ((2, 8, 12), (3, 9, 13)):
+        X = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        (got,) = torch.autograd.grad(call(X), X)
+        (want,) = torch.autograd.grad((f(X) * 2).sum(), X)
+        assert torch.equal(got, want)
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+
+
+def test_refusals_reach_the_caller() -> None:
+    call, _ = compiled(lambda X: orthonorm.polar(X, "nope"))
+    with pytest.raises(Exception, match="'nope'"):
+        call(torch.ones(3, 4))
