@@ -33,7 +33,7 @@ def test_every_leaf_op_has_a_cpu_kernel_where_the_library_is_built() -> None:
     if LOADED.libraries["_C.so"] != "loaded":
         pytest.skip(f"_C.so: {LOADED.libraries['_C.so']}")
     served = {name for name, key in LOADED.served if key == "CPU"}
-    assert served == {name for name, op in OPS.items() if not op.composite}
+    assert served >= {name for name, op in OPS.items() if not op.composite}
     assert serving("gram", "CPU") == ("C++", "kernel loaded")
 
 
