@@ -6,7 +6,6 @@ them neither recompiles nor synchronizes. No op writes a gradient.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -211,43 +210,53 @@ def muon_step_(
 ) -> None:
     """W <- (1 - lr wd) W - lr factor polar(U), U the (Nesterov) momentum: one Muon step on a list.
 
-    muon_prologue_, newton_schulz and decayed_update_; their arguments mean the same here. They take
-    as many matrices at a time as fit one work buffer, of the size of the largest matrix or WORK.
+    muon_prologue_, newton_schulz and decayed_update_; their arguments mean the same here. Equal
+    shapes are iterated as batches, as many at a time as fit one work buffer, of the size of the
+    largest matrix or WORK.
     """
     if not params:
         return
     sizes = [b.numel() for b in momentum_buffers]
-    parts = stretches(sizes, max(*sizes, WORK))
-    longest = max(sum(sizes[part]) for part in parts)
-    buffers = {b.dtype: b.new_empty(longest) for b in momentum_buffers}
-    for part in parts:
-        states = momentum_buffers[part]
-        pieces = zip(states, offsets(sizes[part]), sizes[part], strict=True)
-        updates = [buffers[b.dtype].narrow(0, at, n).view(b.shape) for b, at, n in pieces]
-        norms = muon_prologue_(grads[part], states, updates, momentum, nesterov)
+    for part in parts(momentum_buffers, max(*sizes, WORK)):
+        rows = [i for batch in part for i in batch]
+        states = [momentum_buffers[i] for i in rows]
+        firsts = [momentum_buffers[batch[0]] for batch in part]
+        batches = [b.new_empty((len(k), *b.shape)) for b, k in zip(firsts, part, strict=True)]
+        updates = [u for batch in batches for u in batch.unbind()]
+        norms = muon_prologue_([grads[i] for i in rows], states, updates, momentum, nesterov)
         polars = newton_schulz(
-            updates, coefficients, restarts, form, precision, scale, eps, safety, norms
+            batches, coefficients, restarts, form, precision, scale, eps, safety, norms
         )
-        decayed_update_(params[part], polars, lr, weight_decay, factors[part])
+        decayed_update_(
+            [params[i] for i in rows],
+            [u for batch in polars for u in batch.unbind()],
+            lr,
+            weight_decay,
+            [factors[i] for i in rows],
+        )
 
 
-WORK = 2**20  # elements: enough small matrices at a time to keep every thread busy
+WORK = 5 * 2**20  # elements: enough small matrices at a time to keep every thread busy
 
 
-def stretches(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Neighbours whose sizes add up to at most `limit`, one at least."""
-    found, begin, total = [], 0, 0
-    for i, size in enumerate(sizes):
-        if i > begin and total + size > limit:
-            found.append(slice(begin, i))
-            begin, total = i, 0
-        total += size
-    return [*found, slice(begin, len(sizes))]
-
-
-def offsets(sizes: Sequence[int]) -> list[int]:
-    """Where each begins when they lie one after the other."""
-    return [0, *itertools.accumulate(sizes)][: len(sizes)]
+def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:
+    """The indices of a list in batches of equal shapes, and those in parts of `limit` elements."""
+    kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for i, t in enumerate(tensors):
+        kinds.setdefault((t.shape, t.dtype), []).append(i)
+    found: list[list[list[int]]] = []
+    room = 0
+    for (shape, _), rows in kinds.items():
+        size = max(1, math.prod(shape))
+        while rows:
+            if room < size:
+                found.append([])
+                room = limit
+            count = max(1, min(len(rows), room // size))
+            found[-1].append(rows[:count])
+            rows = rows[count:]
+            room -= count * size
+    return found
 
 
 @muon_step_.check
