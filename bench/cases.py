@@ -149,6 +149,12 @@ def gram_polynomial_flops(arguments: Arguments) -> float:
     return 2.0 * R.numel() * R.shape[-1] * (4 * len(arguments["coefficients"]) / 3 - 3)
 
 
+def direct_polynomial_flops(arguments: Arguments) -> float:
+    """X X^T, its square, and the product with X."""
+    batch, n, m = sides(arguments["X"])
+    return batch * 2.0 * n * n * (2 * m + n) * len(arguments["coefficients"]) / 3
+
+
 def norm_flops(arguments: Arguments) -> float:
     """Two products with a vector per step."""
     return 4.0 * arguments["W"].numel() * float(arguments.get("steps", 32))
@@ -201,6 +207,10 @@ _ROWS = (
         "gram_polynomial", makers.gram_polynomial, gram_polynomial_flops,
         variants=({"coefficients": CUBIC}, {"coefficients": CUBIC[:3]}),
         shapes=("768x768", "2048x2048", "12x768x768"),
+    ),
+    Case(
+        "direct_polynomial", makers.direct_polynomial, direct_polynomial_flops,
+        variants=({"coefficients": CUBIC},), shapes=("768x3072", "2048x2048", "12x768x768"),
     ),
     Case("divide_each", makers.divide_each, maps=True, scale_free=True),
     Case(

@@ -49,6 +49,13 @@ def gram_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {"R": inputs.put(R), "coefficients": list(KELLER)}
 
 
+def direct_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    """A matrix of norm below 1/8, which the iteration takes up to where it amplifies errors."""
+    n, m = shapes[0][-2:]
+    X = inputs.matrix("X", shapes[0]).double() / (8 * max(1.0, n**0.5 + m**0.5))
+    return {"X": inputs.put(X), "coefficients": list(KELLER)}
+
+
 def apply(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     B = inputs.put(_symmetric(inputs, shapes[0]))
     return {"X": inputs.matrix("X", shapes[0]), "B": B, "a": 3.4445, "b": 0.75}

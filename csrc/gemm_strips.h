@@ -132,6 +132,29 @@ struct Strips {
     on<I>([&] { tile<Lane, BYTES, WIDTH, QUADS, VECTORS>(quads, panel, depth, more, out); });
   }
 
+  // One block of L R, both packed whole, `lanes` lanes a panel: done(row, col, rows, cols, sums) for
+  // every strip, of a symmetric result on and below the diagonal. `sums` is room for a block.
+  template <class Done>
+  static void multiply_block(const Block& block, const Lane* left, const Lane* right, int64_t lanes,
+                             int64_t all_cols, bool symmetric, S* sums, const Done& done) {
+    const int64_t end = block.row + block.rows;
+    for (int64_t k = 0; k < lanes; k += DEEP) {
+      const int64_t chunk = std::min(DEEP, lanes - k);
+      S* strip = sums;
+      for (int64_t col = block.col; col < block.col + block.cols; col += WIDTH) {
+        const Lane* panel = right + (col * lanes + k * WIDTH);
+        const int64_t cols = std::min<int64_t>(WIDTH, all_cols - col);
+        for (int64_t row = symmetric ? std::max(block.row, col) : block.row; row < end;
+             row += HEIGHT) {
+          const int64_t rows = std::min<int64_t>(HEIGHT, end - row);
+          multiply_strip(left, lanes, row, rows, cols, panel, k, chunk, k > 0, strip);
+          if (k + chunk == lanes) on<I>([&] { done(row, col, rows, cols, strip); });
+          strip += HEIGHT * WIDTH;
+        }
+      }
+    }
+  }
+
   // The square of a strip that lies on the diagonal: its lower triangle counts.
   ORTHONORM_INLINE static void mirror(S* sums) {
     for (int i = 0; i < WIDTH; ++i) {

@@ -20,6 +20,11 @@ struct Pair {
 template <class Lane>
 using Sum = std::conditional_t<std::is_same_v<Lane, double>, double, float>;
 
+// One iteration of a polynomial: a I + b R + c R^2.
+struct Triple {
+  double a, b, c;
+};
+
 // One operand: element (i, j) of matrix b at data[b batch + i row + j col].
 template <class T>
 struct Strided {

@@ -1,4 +1,5 @@
-"""gram, symmetric_update, apply: the dispatched kernels against their definitions in float64."""
+"""gram, symmetric_update, apply: the dispatched kernels against their definitions in float64; and
+the polynomials made of them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ import numpy as np
 import orthonorm  # noqa: F401 - loads the kernels
 import pytest
 import torch
-from orthonorm.ops.words import apply, gram, symmetric_update
+from orthonorm._library import has_kernel
+from orthonorm.ops.words import (
+    apply,
+    direct_polynomial,
+    gram,
+    gram_polynomial,
+    symmetric_update,
+    triples_of,
+)
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -113,22 +122,64 @@ def words(X: Tensor, B: Tensor) -> list[Tensor]:
     return [A, symmetric_update(A, A, A, 0.5, -1.0), apply(X, B, 1.5, 0.25)]
 
 
+def polynomials(X: Tensor) -> list[Tensor]:
+    return [direct_polynomial(X, QUINTIC), gram_polynomial(gram(X), QUINTIC)]
+
+
+QUINTIC = [3.4445, -4.7750, 2.0315] * 4
+MIXED = [1.5, -0.5, 0.0, 3.4445, -4.7750, 2.0315, 1.5, -0.5, 0.0, 1.5, -0.5, 0.0]
+
+
+@pytest.mark.parametrize("coefficients", [QUINTIC, MIXED, QUINTIC[:3], MIXED[:3]], ids=len)
+@pytest.mark.parametrize("shape", [*SHAPES, (257, 771), (4, 200, 333), (700, 50)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_polynomials_have_the_bits_of_the_words(
+    dtype: torch.dtype, shape: tuple[int, ...], coefficients: list[float]
+) -> None:
+    """Kernels that keep matrices packed round where gram, symmetric_update and apply round; the
+    Gram form keeps 16-bit matrices in float32 instead."""
+    if not has_kernel("gram", "CPU"):
+        pytest.skip("no compiled words")
+    size = shape[-1] ** 0.5 + shape[-2] ** 0.5
+    for X in layouts((normal(*shape) / size).to(dtype)).values():
+        want = X
+        for a, b, c in triples_of(coefficients):
+            A = gram(want)
+            want = apply(
+                want, A if c == 0 else symmetric_update(A, A, A, c, b), a, b if c == 0 else 1
+            )
+        got = direct_polynomial(X, coefficients)
+        assert got.is_contiguous() and torch.equal(got, want)
+    R = W = gram(X).to(torch.promote_types(dtype, torch.float32))
+    Q = None
+    for a, b, c in triples_of(coefficients):
+        Z, z = (W, b) if c == 0 else (symmetric_update(W, W, W, c, b), 1.0)
+        first = z * Z + a * torch.eye(shape[-2], dtype=Z.dtype)
+        Q = first if Q is None else symmetric_update(Q, Q, Z, z, a)
+        V = symmetric_update(W, W, Z, z, a)
+        W = symmetric_update(V, V, Z, z, a)
+    got = gram_polynomial(R, coefficients)
+    assert torch.equal(got, got.mT) and torch.equal(got, Q)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(9, 20, 31), (3, 200, 300), (2, 2, 65, 129)], ids=str)
 def test_batch_and_threads_change_no_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     X = normal(*shape, dtype=dtype)
     B = normal(*shape[:-1], shape[-2], dtype=dtype, seed=3)
-    together = words(X, B)
+    X /= 64
+    together = words(X, B) + polynomials(X)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            assert all(map(torch.equal, words(X, B), together))
+            assert all(map(torch.equal, words(X, B) + polynomials(X), together))
     finally:
         torch.set_num_threads(threads)
     flat = [t.flatten(0, -3) for t in together]
     for i, (x, b) in enumerate(zip(X.flatten(0, -3), B.flatten(0, -3), strict=True)):
-        assert all(torch.equal(one, many[i]) for one, many in zip(words(x, b), flat, strict=True))
+        alone = words(x, b) + polynomials(x)
+        assert all(torch.equal(one, many[i]) for one, many in zip(alone, flat, strict=True))
 
 
 def test_batch_strides_that_do_not_collapse() -> None:
@@ -191,6 +242,7 @@ import test_words as t
 for dtype in t.DTYPES:
     for shape in [(1, 1), (37, 1), (31, 33), (97, 211), (48, 1000), (3, 41, 67)]:
         t.test_words_against_float64(dtype, shape)
+        t.test_packed_polynomials_have_the_bits_of_the_words(dtype, shape, t.MIXED)
     t.test_batch_and_threads_change_no_bit(dtype, (3, 100, 150))
     t.test_non_finite_numbers_stay_in_their_matrix(dtype, float("inf"))
 """

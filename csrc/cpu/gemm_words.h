@@ -21,10 +21,25 @@ extern template void gemm::multiply(
 extern template void gemm::multiply(
     const Product<Fp16>&, int64_t, const Parallel&, Isa);
 
+inline const gemm::Parallel torch_threads = [](int64_t n, const gemm::Range& f) {
+  parallel(n, 1, f);
+};
+
 template <class T, class O>
 void compute(const gemm::Product<T, O>& product) {
-  const gemm::Parallel threads = [](int64_t n, const gemm::Range& f) { parallel(n, 1, f); };
-  gemm::multiply(product, torch::stable::get_num_threads(), threads, isa());
+  gemm::multiply(product, torch::stable::get_num_threads(), torch_threads, isa());
+}
+
+// a, b, c of every iteration, flattened.
+inline std::vector<gemm::Triple> triples_of(const char* op, const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(!numbers.empty() && numbers.size() % 3 == 0, op,
+                  ": coefficients must be (a, b, c) per iteration, got ", numbers.size(),
+                  " numbers");
+  std::vector<gemm::Triple> triples;
+  for (size_t i = 0; i < numbers.size(); i += 3) {
+    triples.push_back({numbers[i], numbers[i + 1], numbers[i + 2]});
+  }
+  return triples;
 }
 
 // A tensor whose batch dimensions share one stride: itself, or a copy in the rare other case.

@@ -9,22 +9,15 @@ namespace {
 
 Tensor gram_polynomial(Tensor R, std::vector<double> coefficients) {
   check_square("gram_polynomial", "R", R);
-  STD_TORCH_CHECK(!coefficients.empty() && coefficients.size() % 3 == 0,
-                  "gram_polynomial: coefficients must be (a, b, c) per iteration, got ",
-                  coefficients.size(), " numbers");
-  std::vector<gemm::Triple> triples;
-  for (size_t i = 0; i < coefficients.size(); i += 3) {
-    triples.push_back({coefficients[i], coefficients[i + 1], coefficients[i + 2]});
-  }
+  const std::vector<gemm::Triple> triples = triples_of("gram_polynomial", coefficients);
   const Tensor r = batched(R);
   const MatrixView shape = view(r);
   Tensor out = fresh(r, shape.rows, shape.rows);
   if (out.numel() == 0) return out;
-  const gemm::Parallel threads = [](int64_t n, const gemm::Range& f) { parallel(n, 1, f); };
   with_element("gram_polynomial", shape.dtype, [&](auto element) {
     using T = decltype(element);
     gemm::gram_polynomial<T>(strided<const T>(r), triples, strided<T>(out), shape.batch, shape.rows,
-                             torch::stable::get_num_threads(), threads, isa());
+                             torch::stable::get_num_threads(), torch_threads, isa());
   });
   return out;
 }

@@ -2,7 +2,7 @@
 
 X is wide or square here (rows <= columns), already scaled; callers transpose.
 
-direct   A = X X^T;  X <- a X + (b A + c A^2) X                                    per iteration
+direct   `direct_polynomial`: A = X X^T;  X <- a X + (b A + c A^2) X             per iteration
 gram     X <- Q X with Q = `gram_polynomial(X X^T)`, in segments between restarts
          (Gram Newton-Schulz, Dao-AILab; the long side is touched once per segment)
 With c = 0 the square is skipped.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.words import Triples, apply, gram, gram_polynomial, symmetric_update
+from .ops.words import Triples, apply, gram, gram_polynomial
 
 # Our float32 products against torch's in bfloat16 on AVX512-BF16: 450 of 900 GFLOP/s, two cores of
 # an AMD EPYC; with what surrounds the products, float32 is chosen where it costs 0.85 of theirs.
@@ -32,19 +32,15 @@ class Choice(NamedTuple):
     small: bool
 
 
-def direct(X: Tensor, triples: Triples) -> Tensor:
-    """X <- a X + (b A + c A^2) X with A = X X^T, for each (a, b, c)."""
-    for a, b, c in triples:
-        A = gram(X)
-        X = apply(X, A, a, b) if c == 0 else apply(X, symmetric_update(A, A, A, c, b), a)
-    return X
+def flat(triples: Triples) -> list[float]:
+    return [number for triple in triples for number in triple]
 
 
 def gram_form(X: Tensor, triples: Triples, restarts: list[int]) -> Tensor:
     """The same polynomial on R = X X^T; X is formed again only before iterations in `restarts`."""
     inner = [r for r in restarts if 0 < r < len(triples)]
     for start, end in itertools.pairwise((0, *inner, len(triples))):
-        Q = gram_polynomial(gram(X), [number for t in triples[start:end] for number in t])
+        Q = gram_polynomial(gram(X), flat(triples[start:end]))
         X = apply(X, Q, 0.0)
     return X
 

@@ -22,7 +22,7 @@ from .steps import (
     muon_prologue_,
     muon_step_,
 )
-from .words import apply, gram, gram_polynomial, symmetric_update
+from .words import apply, direct_polynomial, gram, gram_polynomial, symmetric_update
 
 __all__ = [
     "adamw_step_",
@@ -31,6 +31,7 @@ __all__ = [
     "column_normalize",
     "conda_step_",
     "decayed_update_",
+    "direct_polynomial",
     "divide_each",
     "factored_moment_",
     "gram",

@@ -10,7 +10,14 @@ from torch import Tensor
 from .. import _checks as check
 from .. import orthogonalize as k1
 from .._library import op
-from .words import Triples, addmm, check_coefficients, gram, triples_of
+from .words import (
+    Triples,
+    addmm,
+    check_coefficients,
+    direct_polynomial,
+    gram,
+    triples_of,
+)
 
 FORMS = ("auto", "direct", "gram")
 PRECISIONS = ("auto", "full", "float32", "float64", "bfloat16", "float16")
@@ -119,7 +126,10 @@ def iterate(X: Tensor, triples: Triples, restarts: list[int], form: str) -> Tens
     """The polynomial on the short side of a scaled batch."""
     wide = X.shape[-2] <= X.shape[-1]
     Y = X if wide else X.mT
-    Y = k1.gram_form(Y, triples, restarts) if form == "gram" else k1.direct(Y, triples)
+    if form == "gram":
+        Y = k1.gram_form(Y, triples, restarts)
+    else:
+        Y = direct_polynomial(Y, k1.flat(triples))
     return Y if wide else Y.mT
 
 

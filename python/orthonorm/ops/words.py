@@ -1,5 +1,5 @@
-"""K1, the words every orthogonalization is written in: gram, symmetric_update, apply and, made of
-the second, gram_polynomial.
+"""K1, the words every orthogonalization is written in: gram, symmetric_update, apply; and made of
+them the two forms of the iteration, direct_polynomial and gram_polynomial.
 
 All take batches (leading dimensions), accumulate in float32 or better, store in the input's dtype
 and return fresh contiguous tensors. What they return as symmetric is symmetric bit for bit.
@@ -95,6 +95,24 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
             R = symmetric_update(W, W, Z, z, a)
     assert Q is not None
     return Q.contiguous()
+
+
+@op("direct_polynomial(Tensor X, float[] coefficients) -> Tensor", composite=True)
+def direct_polynomial(X: Tensor, coefficients: list[float]) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T, for each (a, b, c); without the square if c = 0.
+
+    Shapes: X and the result are (..., m, n), m the shorter side if it is to be cheap.
+    """
+    for a, b, c in triples_of(coefficients):
+        A = gram(X)
+        X = apply(X, A, a, b) if c == 0 else apply(X, symmetric_update(A, A, A, c, b), a)
+    return X
+
+
+@direct_polynomial.check
+def _(X: Tensor, coefficients: list[float]) -> None:
+    check.tensor("direct_polynomial", "X", X, min_dim=2)
+    check_coefficients("direct_polynomial", coefficients)
 
 
 def check_coefficients(name: str, coefficients: list[float]) -> None:
