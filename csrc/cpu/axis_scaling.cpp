@@ -47,7 +47,7 @@ class AxisScaling {
     for_chunks(jobs_, [&](size_t begin, size_t end) {
       plan(begin, end);
       for_units(units_, [&](const Unit& unit) { first_pass(unit); });
-      for_units(finishes_, [&](const Unit& unit) { finish(unit); });
+      for_units(finishes_, [&](const Unit& unit) { finish(unit); }, 4);
       for (Place& place : places_) rescale(place);
       for_units(seconds_, [&](const Unit& unit) { second_pass(unit); });
     });

@@ -29,7 +29,7 @@ class FactoredMoments {
     for_chunks(jobs_, [&](size_t begin, size_t end) {
       plan(begin, end);
       for_units(units_, [&](const Unit& unit) { first_pass(unit); });
-      for_units(shares_, [&](const Unit& unit) { finish(unit); });
+      for_units(shares_, [&](const Unit& unit) { finish(unit); }, 12);
       for (size_t k = begin; k < end; ++k) conclude(jobs_[k], places_[k - begin]);
       std::vector<Unit> third;
       std::copy_if(units_.begin(), units_.end(), std::back_inserter(third),
