@@ -1,4 +1,4 @@
-// X <- a X + (b A + c A^2) X with A = X X^T, again and again, X and A packed all the time; torch-free.
+// X <- a X + (b A + c A^2) X with A = X X^T, X and A packed through all iterations; torch-free.
 #pragma once
 
 #include "gemm_packed.h"
@@ -123,7 +123,8 @@ void direct_polynomial_as(Strided<const T> X, const std::vector<Triple>& triples
                           int64_t batch, int64_t n, int64_t m, int64_t threads,
                           const Parallel& parallel) {
   using Engine = DirectPolynomial<I, T, Lane>;
-  const double work = static_cast<double>(n) * n * (3 * m + n) * static_cast<double>(triples.size());
+  const double work =
+      static_cast<double>(n) * n * (3 * m + n) * static_cast<double>(triples.size());
   for_batch(
       batch, work, threads, parallel,
       [&](int64_t slots) { return std::make_unique<Engine>(n, m, slots); },

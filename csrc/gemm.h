@@ -116,7 +116,8 @@ class Engine {
           const int64_t cols = std::min<int64_t>(WIDTH, p_.cols - col);
           const bool done = last && k + chunk == lanes;
           if (done) expect(row, col, rows);
-          F::multiply_strip(left_, lanes_, row, rows, cols, panel, k, chunk, !first || k > 0, strip);
+          F::multiply_strip(left_, lanes_, row, rows, cols, panel, k, chunk, !first || k > 0,
+                            strip);
           if (done) on<I>([&] { finish(row, col, rows, cols, strip); });
           strip += HEIGHT * WIDTH;
         }

@@ -107,8 +107,9 @@ struct Packed {
   }
 };
 
-// f(engine, b, crew) for every matrix b of a batch: whole matrices side by side, each thread with an
-// Engine for itself, or one after the other with an Engine for all threads. make(slots) makes one.
+// f(engine, b, crew) for every matrix b of a batch: whole matrices side by side, each thread with
+// an Engine for itself, or one after the other with an Engine for all threads. make(slots) makes
+// one.
 template <class Make, class F>
 void for_batch(int64_t batch, double work, int64_t threads, const Parallel& parallel,
                const Make& make, const F& f) {

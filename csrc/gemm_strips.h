@@ -9,8 +9,9 @@
 
 namespace orthonorm::gemm {
 
-// Measured 2026-11 with AVX-512 at 768x768 to 2048x2048, on a thread that reaches 249 (float) or 498
-// (bfloat16) GFLOP/s in registers: 200 and 400. All of R packed at once, not in slabs: 150 and 360.
+// Measured 2026-11 with AVX-512 at 768x768 to 2048x2048, on a thread that reaches 249 (float) or
+// 498 (bfloat16) GFLOP/s in registers: 200 and 400. All of R packed at once, not in slabs: 150 and
+// 360.
 //
 // A block takes the depth this many lanes at a time: 768 KB of L are reused for its panels of R.
 inline constexpr int64_t DEEP = 1024;
@@ -53,8 +54,8 @@ struct Strips {
   static int64_t blocks(int64_t count) { return (count + SIDE - 1) / SIDE; }
 
   // A result of `rows` rows and columns [first, end) in square blocks, smaller ones where that is
-  // needed to keep all threads busy. In a symmetric result blocks on the diagonal, which are cheaper,
-  // come last.
+  // needed to keep all threads busy. In a symmetric result blocks on the diagonal, which are
+  // cheaper, come last.
   static std::vector<Block> divide(int64_t rows, int64_t first, int64_t end, bool symmetric,
                                    int64_t threads) {
     const int64_t large = blocks(rows) * blocks(end - first) / (symmetric ? 2 : 1);
@@ -70,9 +71,9 @@ struct Strips {
     return plan;
   }
 
-  // GROUP neighbouring panels of `count` rows of `from`, elements [begin, begin + depth), whose lanes
-  // begin at `to`, `stride` lanes a panel. Where memory runs across the panels they take turns every
-  // few rows, so that a row is read in one go.
+  // GROUP neighbouring panels of `count` rows of `from`, elements [begin, begin + depth), whose
+  // lanes begin at `to`, `stride` lanes a panel. Where memory runs across the panels they take
+  // turns every few rows, so that a row is read in one go.
   static constexpr int64_t GROUP = 4;
   template <class T>
   static void pack_group(Strided<const T> from, int64_t count, int64_t group, int64_t begin,
@@ -132,8 +133,8 @@ struct Strips {
     on<I>([&] { tile<Lane, BYTES, WIDTH, QUADS, VECTORS>(quads, panel, depth, more, out); });
   }
 
-  // One block of L R, both packed whole, `lanes` lanes a panel: done(row, col, rows, cols, sums) for
-  // every strip, of a symmetric result on and below the diagonal. `sums` is room for a block.
+  // One block of L R, both packed whole, `lanes` lanes a panel: done(row, col, rows, cols, sums)
+  // for every strip, of a symmetric result on and below the diagonal. `sums` is room for a block.
   template <class Done>
   static void multiply_block(const Block& block, const Lane* left, const Lane* right, int64_t lanes,
                              int64_t all_cols, bool symmetric, S* sums, const Done& done) {

@@ -53,8 +53,8 @@ ORTHONORM_HD inline bool comfortable(double sum, int factors) {
 // How far the iteration on one matrix has come.
 //
 // W enters as 2^-exponent W: 0 first, and for matrices that leave the comfortable range, or have a
-// zero or non-finite product, the exponent of the largest entry. All of it is exact, so the two ways
-// give the same bits where both are possible.
+// zero or non-finite product, the exponent of the largest entry. All of it is exact, so the two
+// ways give the same bits where both are possible.
 class Progress {
  public:
   Progress() = default;

@@ -98,7 +98,8 @@ class Iteration {
     return aligned(8 * blocks) + 2 * aligned(size * m.rows) + (blocks + 1) * size * line;
   }
   static int64_t scratch_for(const Matrix& m) {
-    return aligned(m.is_double() ? 8 * power::scratch_for<double>(m.cols) : 4 * power::scratch_for<float>(m.cols));
+    return aligned(m.is_double() ? 8 * power::scratch_for<double>(m.cols)
+                                 : 4 * power::scratch_for<float>(m.cols));
   }
 
  private:

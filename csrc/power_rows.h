@@ -66,9 +66,9 @@ inline constexpr int64_t GROUP = 8;
 template <class A>
 inline constexpr int64_t LANES = LINE / static_cast<int64_t>(sizeof(A));
 
-// Terms of a row, or rows, added one after the other before they join a longer sum. Rounding errors of sums of one
-// sign grow with the number of terms: with one sum of 5000 float32 terms, sigma of a 5000x3 matrix
-// was off by 2e-6 instead of 2e-7 (2026-11).
+// Terms of a row, or rows, added one after the other before they join a longer sum. Rounding errors
+// of sums of one sign grow with the number of terms: with one sum of 5000 float32 terms, sigma of a
+// 5000x3 matrix was off by 2e-6 instead of 2e-7 (2026-11).
 inline constexpr int64_t CHUNK = 128;
 static_assert(CHUNK % GROUP == 0);
 

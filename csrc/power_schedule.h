@@ -2,8 +2,8 @@
 //
 // Matrices of one block go whole to one thread, several at a time. Larger ones are shared block by
 // block: a thread that finds no block left in a matrix helps with the next one rather than wait for
-// the end of the sweep, and goes back as soon as the next sweep starts, while the matrix is still in
-// the last-level cache. Nobody waits while anything can be done.
+// the end of the sweep, and goes back as soon as the next sweep starts, while the matrix is still
+// in the last-level cache. Nobody waits while anything can be done.
 #pragma once
 
 #include <atomic>

@@ -28,8 +28,8 @@ struct Source {
 };
 
 // Elements of a buffer's row of n: whole cache lines, and never a multiple of eight of them, which
-// would map a column of 128 rows to a few cache sets (4 x 2 tiles, n = 128: 161 against 213 GFLOP/s,
-// 2026-11).
+// would map a column of 128 rows to a few cache sets (4 x 2 tiles, n = 128: 161 against 213
+// GFLOP/s, 2026-11).
 template <class E>
 constexpr int64_t leading(int64_t n) {
   constexpr int64_t line = 64 / sizeof(E);

@@ -6,8 +6,8 @@
 //
 // vdpbf16ps sums over two neighbours in k, so operands are lanes of 32 bits, in one of two layouts:
 //   pairs  lane (k / 2, j) holds rows k and k + 1 of column j: both factors of X^T X and A A
-//   rows   lane (i, k / 2) holds columns k and k + 1 of row i, as memory has them: the left factor of
-//          X B
+//   rows   lane (i, k / 2) holds columns k and k + 1 of row i, as memory has them: the left
+//          factor of X B
 #pragma once
 
 #include "cpu/isa.h"
@@ -206,7 +206,8 @@ struct ApplyBf16 {
       uint32_t* const pairs = m.X_pairs + (i + r) / 2 * m.ld + j;
       add_pairs<N>(a, pairs, acc[r], acc[r + 1]);
       if (!last) {
-        store_pairs<N>(acc[r], acc[r + 1], pairs, m.Y_rows + (i + r) * m.ld_rows + j / 2, m.ld_rows);
+        store_pairs<N>(acc[r], acc[r + 1], pairs, m.Y_rows + (i + r) * m.ld_rows + j / 2,
+                       m.ld_rows);
         continue;
       }
       ORTHONORM_UNROLL

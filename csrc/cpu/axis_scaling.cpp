@@ -35,9 +35,9 @@ void AxisRule::factors(const Job& job, bool outer, int64_t first, int64_t count,
 
 namespace {
 
-// Both norms of the norm-preserving rescale come from the sums, so X is read twice at most: once for
-// the sums, once to be scaled. Where the runs summed lie in one piece and no norm is kept, a group of
-// runs is scaled while it is in the cache.
+// Both norms of the norm-preserving rescale come from the sums, so X is read twice at most: once
+// for the sums, once to be scaled. Where the runs summed lie in one piece and no norm is kept, a
+// group of runs is scaled while it is in the cache.
 class AxisScaling {
  public:
   AxisScaling(const std::vector<Job>& jobs, bool rows, const AxisRule& rule)
@@ -54,8 +54,8 @@ class AxisScaling {
   }
 
  private:
-  // Where a job's doubles lie in the workspace: one factor for each run, and the squared norms before
-  // and after that parts of the matrix add to the whole.
+  // Where a job's doubles lie in the workspace: one factor for each run, and the squared norms
+  // before and after that parts of the matrix add to the whole.
   struct Place {
     int64_t factors, norms, parts;
     double ratio;
@@ -180,7 +180,8 @@ class AxisScaling {
     const Job& job = jobs_[unit.job];
     const Place& at = place(unit);
     if (along(job)) {
-      return scale_runs(job, unit, workspace_.at(at.factors + unit.o0), at.ratio, runs_ahead(job.x, kAhead));
+      return scale_runs(job, unit, workspace_.at(at.factors + unit.o0), at.ratio,
+                        runs_ahead(job.x, kAhead));
     }
     scale_columns(job, unit, workspace_.at(at.factors + unit.i0), at.ratio);
   }
@@ -212,7 +213,8 @@ class AxisScaling {
     map_runs(job, unit, runs_ahead(job.x, kAhead),
              [&]<class T>(int64_t, int64_t i, const T* x, int64_t n, T* y, const Ahead& next) {
                const auto factors = by(i - unit.i0);
-               if constexpr (sizeof(T) == 8 && std::is_same_v<decltype(factors), const double* const>) {
+               if constexpr (sizeof(T) == 8 &&
+                             std::is_same_v<decltype(factors), const double* const>) {
                  if (divides) return divide_each(x, factors, n, y);
                }
                scale_each(x, factors, n, y, next);

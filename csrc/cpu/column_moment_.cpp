@@ -10,6 +10,8 @@ void column_moment_(TensorList moments, TensorList X, double beta2, double eps, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) { m.impl("column_moment_", TORCH_BOX(&column_moment_)); }
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) {
+  m.impl("column_moment_", TORCH_BOX(&column_moment_));
+}
 
 }  // namespace orthonorm

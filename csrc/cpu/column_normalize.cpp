@@ -9,6 +9,8 @@ Tensor column_normalize(Tensor X, double scale, double eps, std::string eps_at) 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) { m.impl("column_normalize", TORCH_BOX(&column_normalize)); }
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) {
+  m.impl("column_normalize", TORCH_BOX(&column_normalize));
+}
 
 }  // namespace orthonorm

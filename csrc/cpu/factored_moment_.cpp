@@ -1,11 +1,11 @@
 // `factored_moment_`: X is read once for the sums and once to be scaled.
 //
 // The norm of the result is needed before anything is written, and it is a sum of x_ij^2 y_ij^2 f^2
-// over all elements, which row and column sums do not determine. But y_ij^2 is a row's number times a
-// column's, and a row's is known once that row was read: while it sits in the cache its squares are
-// added to column sums once more, weighted. That is exact for eps = 0 and for a clamp that touches
-// nothing; otherwise the next order in eps comes from one more set of column sums, and only where
-// both leave an error to be seen (eps near the root of V somewhere) X is read a third time.
+// over all elements, which row and column sums do not determine. But y_ij^2 is a row's number times
+// a column's, and a row's is known once that row was read: while it sits in the cache its squares
+// are added to column sums once more, weighted. That is exact for eps = 0 and for a clamp that
+// touches nothing; otherwise the next order in eps comes from one more set of column sums, and only
+// where both leave an error to be seen (eps near the root of V somewhere) X is read a third time.
 #include "run_loops.h"
 
 namespace orthonorm {
@@ -288,7 +288,9 @@ class FactoredMoments {
     const double row = std::sqrt(p.mean) * p.ratio, *rows = work(p.outer), *columns = work(p.inner);
     bool fit = beta2_ < 1;
     specialized([=, &fit] {
-      const auto within = [](double x, double most) { return (x == 0) | ((x * most >= 1) & (x <= most)); };
+      const auto within = [](double x, double most) {
+        return (x == 0) | ((x * most >= 1) & (x <= most));
+      };
       for (int64_t o = tile.o0; o < tile.o1; ++o) fit &= within(row * rows[o], 0x1p20);
       for (int64_t j = tile.i0; j < tile.i1; ++j) fit &= within(columns[j], 0x1p60);
     });
@@ -314,7 +316,7 @@ class FactoredMoments {
     map_runs(job, tile, runs_ahead(job.x, kAhead), near);
   }
 
-  static constexpr int64_t kUnitRuns = 128;  // a unit has at least: its three rows of sums are small
+  static constexpr int64_t kUnitRuns = 128;  // of a unit at least: its three rows of sums are small
   static constexpr int64_t kGroup = 8;  // runs whose squares are summed both ways in the cache
 
   const std::vector<Job>& jobs_;
@@ -336,7 +338,9 @@ void factored_moment_(TensorList row_moments, TensorList column_moments, TensorL
                   column_moments.size(), " column_moments and ", X.size(), " X");
   const EpsAt at = parse_eps_at(op, eps_at);
   JobList list(op);
-  for (size_t i = 0; i < X.size(); ++i) list.add(i, X[i], X[i], &row_moments[i], &column_moments[i]);
+  for (size_t i = 0; i < X.size(); ++i) {
+    list.add(i, X[i], X[i], &row_moments[i], &column_moments[i]);
+  }
   FactoredMoments(list.jobs(), beta2, eps, at, keep_norm).run();
 }
 

@@ -67,7 +67,8 @@ struct Job {
   int64_t bytes() const { return x.outer * x.inner * element_size(x.dtype); }
 };
 
-// Runs [o0, o1) x elements [i0, i1) of one job; `work` is the first of its doubles in the workspace.
+// Runs [o0, o1) x elements [i0, i1) of one job; `work` is the first of its doubles in the
+// workspace.
 struct Unit {
   size_t job;
   int64_t o0, o1, i0, i1, work;
@@ -108,7 +109,8 @@ class JobList {
   explicit JobList(const char* op) : op_(op) {}
 
   // X[i], its result out (X[i] itself if in place) and its moments, either of which may be missing.
-  void add(size_t i, const Tensor& x, const Tensor& out, const Tensor* rows, const Tensor* columns) {
+  void add(size_t i, const Tensor& x, const Tensor& out, const Tensor* rows,
+           const Tensor* columns) {
     const Facts fx(x), fout(out);
     check(i, "X", fx, fout);
     std::array<Facts, 2> lines = {Facts(rows ? *rows : x), Facts(columns ? *columns : x)};
@@ -129,8 +131,8 @@ class JobList {
 
  private:
   void check(size_t i, const char* name, const Facts& x, const Facts& out) const {
-    STD_TORCH_CHECK(x.dim >= 2, op_, ": ", name, "[", i, "] must have at least 2 dimensions, got shape ",
-                    x.shape());
+    STD_TORCH_CHECK(x.dim >= 2, op_, ": ", name, "[", i,
+                    "] must have at least 2 dimensions, got shape ", x.shape());
     STD_TORCH_CHECK(floating(x.dtype), op_, ": ", name, "[", i,
                     "] must be float32, float64, bfloat16 or float16");
     check_apart(i, name, out);
@@ -148,8 +150,8 @@ class JobList {
     for (int64_t d = 0; fits && d < x.dim; ++d) {
       fits = line.sizes[d] == (d == reduced ? 1 : x.sizes[d]);
     }
-    STD_TORCH_CHECK(fits, op_, ": ", name, "[", i, "] must have the shape of X[", i, "] ", x.shape(),
-                    " but 1 in dimension ", reduced, ", got ", line.shape());
+    STD_TORCH_CHECK(fits, op_, ": ", name, "[", i, "] must have the shape of X[", i, "] ",
+                    x.shape(), " but 1 in dimension ", reduced, ", got ", line.shape());
     STD_TORCH_CHECK(floating(line.dtype), op_, ": ", name, "[", i,
                     "] must be float32, float64, bfloat16 or float16");
     check_apart(i, name, line);
@@ -203,8 +205,8 @@ inline void cut(const Job& job, int64_t min_runs, int64_t max_width, const F& f)
   }
 }
 
-// Calls f(begin, end) for stretches of jobs whose matrices fit the caches together, so that a second
-// pass finds there what the first one read.
+// Calls f(begin, end) for stretches of jobs whose matrices fit the caches together, so that a
+// second pass finds there what the first one read.
 template <class F>
 inline void for_chunks(const std::vector<Job>& jobs, const F& f) {
   const int64_t limit = kChunk * static_cast<int64_t>(torch::stable::get_num_threads());
@@ -220,8 +222,8 @@ inline void for_chunks(const std::vector<Job>& jobs, const F& f) {
 }
 
 // Runs f(unit) over all units on torch's threads. The share of a thread is the same in every pass
-// over the same units. Backwards in the second pass, towards what the first left in the cache, gained
-// nothing on matrices that fit it and lost 10-20% on larger ones (2026-11).
+// over the same units. Backwards in the second pass, towards what the first left in the cache,
+// gained nothing on matrices that fit it and lost 10-20% on larger ones (2026-11).
 // `weight` is what an element costs in elements of a matrix.
 template <class F>
 inline void for_units(const std::vector<Unit>& units, const F& f, int64_t weight = 1) {

@@ -1,7 +1,8 @@
-// Runs of values times their factors: the loops behind row, column and factored moments; torch-free.
+// Runs of values times their factors: the loops behind row, column and factored moments;
+// torch-free.
 //
-// Values are read and written as they lie in memory, in any of the four formats. A product is rounded
-// to float or double once, and from there to a 16-bit format.
+// Values are read and written as they lie in memory, in any of the four formats. A product is
+// rounded to float or double once, and from there to a 16-bit format.
 #pragma once
 
 #include <algorithm>
@@ -110,8 +111,8 @@ inline void divide_each(const double* x, const double* by, int64_t count, double
   });
 }
 
-// One run of `factored_moment_` where eps is small: y_j = x_j row c_j (1 + linear t + quadratic t^2)
-// with t = eps z, where z = c_j or c_j^2 and c are the columns' numbers.
+// One run of `factored_moment_` where eps is small: y_j = x_j row c_j (1 + linear t + quadratic
+// t^2) with t = eps z, where z = c_j or c_j^2 and c are the columns' numbers.
 struct NearRun {
   double row, eps, linear, quadratic;
 };

@@ -11,8 +11,8 @@ namespace orthonorm {
 constexpr int64_t kScratch = 1024;
 
 // Calls f(i, count, rows) with elements [i0, i1) of runs [o, o + R): all of them as they lie in
-// memory, or a piece at a time converted to float or double. What lies `ahead` runs further on comes
-// into the cache meanwhile, unless it is 0.
+// memory, or a piece at a time converted to float or double. What lies `ahead` runs further on
+// comes into the cache meanwhile, unless it is 0.
 template <int R, class F>
 inline void with_rows(const Runs& x, int64_t o, int64_t i0, int64_t i1, int64_t ahead, const F& f) {
   const auto converted = [&]<class A>(A) {

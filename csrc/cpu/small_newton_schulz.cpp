@@ -30,7 +30,8 @@ struct Unit {
   int64_t begin, end;
 };
 
-constexpr double unit_cost = 4e6;  // multiplications, about 10 us: threads meet at a counter per unit
+// Multiplications, about 10 us: threads meet at a counter per unit.
+constexpr double unit_cost = 4e6;
 
 Arithmetic arithmetic_of(ScalarType dtype) {
   if (dtype == ScalarType::Double) return Arithmetic::float64;
@@ -166,8 +167,8 @@ void run_units(const Job& job) {
 }
 
 Batch make_batch(const Tensor& x, size_t i, int64_t first) {
-  STD_TORCH_CHECK(x.dim() >= 2, "small_newton_schulz: X[", i, "] must have at least 2 dimensions, got ",
-                  x.dim());
+  STD_TORCH_CHECK(x.dim() >= 2, "small_newton_schulz: X[", i,
+                  "] must have at least 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(x.is_cpu(), "small_newton_schulz: X[", i, "] must be on the CPU");
   STD_TORCH_CHECK(is_float(x.scalar_type()), "small_newton_schulz: X[", i,
                   "] must be float32, float64, bfloat16 or float16");

@@ -1,7 +1,7 @@
 // Sums of squares over runs of values as they lie in memory; torch-free.
 //
-// Squares are added up in double, where squares of floats are exact, in an order that is the same for
-// every instruction set.
+// Squares are added up in double, where squares of floats are exact, in an order that is the same
+// for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 namespace orthonorm {
 
 // Eight values as doubles. Loops that only read are written with these, so that memory is read line
-// after line: what GCC 12 makes of plain loops skips to and fro, which no hardware prefetcher follows
-// (row sums of 340 MB on one thread, 2026-11: 19.4 ms; so 11.4 ms; plain reading 9.6 ms).
+// after line: what GCC 12 makes of plain loops skips to and fro, which no hardware prefetcher
+// follows (row sums of 340 MB on one thread, 2026-11: 19.4 ms; so 11.4 ms; plain reading 9.6 ms).
 using Eight = double __attribute__((vector_size(64)));
 
 #if ORTHONORM_X86
@@ -58,9 +58,9 @@ inline double fold(double* sums) {
   return sums[0];
 }
 
-// R runs of values, and how many bytes behind each of them lies what will be read next (0: unknown).
-// The hardware prefetcher stops at every page and follows few runs at once; column sums of 340 MB on
-// two threads took 11.5 ms without and take 7.2 ms with it done by hand (2026-11).
+// R runs of values, and how many bytes behind each of them lies what will be read next (0:
+// unknown). The hardware prefetcher stops at every page and follows few runs at once; column sums
+// of 340 MB on two threads took 11.5 ms without and take 7.2 ms with it done by hand (2026-11).
 template <int R, class T>
 struct Rows {
   const T* at[R];

@@ -99,7 +99,8 @@ Expected expect(const Product<T>& batch) {
       const double value = p.alpha * sum + extra;
       size = std::abs(p.alpha) * size + std::abs(extra);
       out.value.push_back(value);
-      out.bound.push_back(unit<T>() * std::abs(value) + (2.0 * CHUNK<float> + 8) * sums * size + 1e-44);
+      out.bound.push_back(unit<T>() * std::abs(value) + (2.0 * CHUNK<float> + 8) * sums * size +
+                          1e-44);
     }
   }
   return out;

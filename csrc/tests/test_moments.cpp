@@ -69,7 +69,8 @@ void test_rules() {
   }
   CHECK(decayed(2, 6, 0.75) == 3, "decay");
   CHECK(norm_ratio(9, 4) == 1.5 && norm_ratio(9, 0) == 0 && norm_ratio(0, 0) == 0, "ratio");
-  CHECK(std::fabs(norm_ratio(1e300, 1e-300) / 1e300 - 1) < 1e-15, "the quotient of squares would overflow");
+  CHECK(std::fabs(norm_ratio(1e300, 1e-300) / 1e300 - 1) < 1e-15,
+        "the quotient of squares would overflow");
 }
 
 // The polynomial's promise, from small t to the largest it is used for.
@@ -195,7 +196,8 @@ void test_scaling(const F& factor, const Factors& factors, const A* x, int64_t c
 
 void test_scaling(int64_t count) {
   const auto x = random_values<float>(count, 2, 3);
-  const auto wide = random_values<double>(count, 2, 3), factors = random_values<double>(count, 5, 4);
+  const auto wide = random_values<double>(count, 2, 3),
+             factors = random_values<double>(count, 5, 4);
   auto high = std::make_unique<float[]>(count), low = std::make_unique<float[]>(count);
   for (int64_t i = 0; i < count; ++i) {
     const Split split(factors[i]);

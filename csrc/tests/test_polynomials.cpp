@@ -2,7 +2,8 @@
 //
 //   g++ -std=c++20 -O2 -Icsrc csrc/tests/test_polynomials.cpp && ./a.out
 //
-// Buffers are as long as they need to be, so that AddressSanitizer sees a read or write beyond them.
+// Buffers are as long as they need to be, so that AddressSanitizer sees a read or write beyond
+// them.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -75,7 +76,8 @@ double epsilon() {
 }
 
 template <class T>
-void compare(const char* what, const std::vector<T>& got, const Matrix& want, int64_t n, int64_t m) {
+void compare(const char* what, const std::vector<T>& got, const Matrix& want, int64_t n,
+             int64_t m) {
   double worst = 0, largest = 0;
   for (size_t i = 0; i < want.size(); ++i) {
     worst = std::fmax(worst, std::fabs(widen(got[i]) - want[i]));
@@ -116,7 +118,9 @@ void test(int64_t n, int64_t m, const Triples& triples, int64_t threads) {
     const std::vector<T> chain(Q.begin() + b * n * n, Q.begin() + (b + 1) * n * n);
     compare("gram", chain, gram_form(squares[b], triples, n), n, n);
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < i; ++j) failures += widen(chain[i * n + j]) != widen(chain[j * n + i]);
+      for (int64_t j = 0; j < i; ++j) {
+        failures += widen(chain[i * n + j]) != widen(chain[j * n + i]);
+      }
     }
   }
 }

@@ -58,8 +58,8 @@ std::vector<T> plain(const std::vector<double>& x, int64_t m, int64_t n,
       X[i * S + j] = round(static_cast<T>(v / norm));
     }
   }
-  const auto product = [](const std::vector<T>& a, int64_t row, int64_t step, const std::vector<T>& b,
-                          int64_t column, int64_t width, int64_t K) {
+  const auto product = [](const std::vector<T>& a, int64_t row, int64_t step,
+                          const std::vector<T>& b, int64_t column, int64_t width, int64_t K) {
     T sum = 0;
     for (int64_t k = 0; k < K; ++k) sum += a[row + k * step] * b[k * width + column];
     return sum;
@@ -197,7 +197,8 @@ void identities(Isa isa, Arithmetic arithmetic, int64_t m, int64_t n) {
     if (sizeof(In) == 4 && std::abs(k) > 120) continue;
     std::vector<double> scaled = x;
     for (double& v : scaled) v = std::ldexp(v, k);
-    check(same(y, kernel<In, E>(isa, arithmetic, scaled, m, n, muon)), "scale", isa, arithmetic, m, n);
+    check(same(y, kernel<In, E>(isa, arithmetic, scaled, m, n, muon)), "scale", isa, arithmetic, m,
+          n);
   }
 }
 
@@ -212,21 +213,22 @@ void edges(Isa isa, Arithmetic arithmetic, int64_t m, int64_t n) {
     return true;
   };
   const std::vector<E> none(m * n, E(0));
-  check(same(none, kernel<In, E>(isa, arithmetic, zero, m, n, muon)), "zero", isa, arithmetic, m, n);
+  check(same(none, kernel<In, E>(isa, arithmetic, zero, m, n, muon)), "zero", isa, arithmetic, m,
+        n);
   const double nothing = 0;
-  check(same(none, kernel<In, E>(isa, arithmetic, x, m, n, muon, frobenius, &nothing)), "norm 0", isa,
-        arithmetic, m, n);
+  check(same(none, kernel<In, E>(isa, arithmetic, x, m, n, muon, frobenius, &nothing)), "norm 0",
+        isa, arithmetic, m, n);
   // |X|_F = 2^k whenever X holds 2^k and zeros: the three ways to say so agree.
   std::vector<double> one = zero;
   one[m * n - 1] = 0x1p-20;
   const double norm = 0x1p-20;
   const std::vector<E> y = kernel<In, E>(isa, arithmetic, one, m, n, muon);
-  check(same(y, kernel<In, E>(isa, arithmetic, one, m, n, muon, frobenius, &norm)), "norm given", isa,
-        arithmetic, m, n);
+  check(same(y, kernel<In, E>(isa, arithmetic, one, m, n, muon, frobenius, &norm)), "norm given",
+        isa, arithmetic, m, n);
   check(same(y, kernel<In, E>(isa, arithmetic, one, m, n, muon, {true, 0x1p-20, 1})), "eps", isa,
         arithmetic, m, n);
-  check(same(y, kernel<In, E>(isa, arithmetic, one, m, n, muon, {false, 0, 0x1p-20})), "no scale", isa,
-        arithmetic, m, n);
+  check(same(y, kernel<In, E>(isa, arithmetic, one, m, n, muon, {false, 0, 0x1p-20})), "no scale",
+        isa, arithmetic, m, n);
   for (const double bad : {std::numeric_limits<double>::quiet_NaN(),
                            std::numeric_limits<double>::infinity()}) {
     std::vector<double> broken = x;
@@ -234,7 +236,8 @@ void edges(Isa isa, Arithmetic arithmetic, int64_t m, int64_t n) {
     check(!finite(kernel<In, E>(isa, arithmetic, broken, m, n, muon), true), "not finite", isa,
           arithmetic, m, n);
   }
-  check(finite(kernel<In, E>(isa, arithmetic, x, m, n, {}), true), "no steps", isa, arithmetic, m, n);
+  check(finite(kernel<In, E>(isa, arithmetic, x, m, n, {}), true), "no steps", isa, arithmetic, m,
+        n);
 }
 
 template <class In, class E>
