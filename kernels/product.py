@@ -21,38 +21,52 @@ from .tables import View
 
 SIZES = tl.constexpr(5)  # fields: first tile, tiles of a matrix, M, N, K; then A, B, C and out
 VIEW = tl.constexpr(4)  # fields of a tensor
-STRIPE = tl.constexpr(8)  # tiles side by side that share columns of B while these are in L2
 
 
 @triton.jit
 def multiply(
-    entries, count, entry, batch, rows, columns,
+    entries, count, entry, batch, i, j, M, N, K,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The tile of A B at `rows` and `columns`, float32; A is rounded to B's dtype."""
-    M = tiles.field(entries, count, entry, 2)
-    N = tiles.field(entries, count, entry, 3)
-    K = tiles.field(entries, count, entry, 4)
-    if ALIGNED:
-        M = tl.multiple_of(M, 8)
-        N = tl.multiple_of(N, 8)
-        K = tl.multiple_of(K, 8)
-    inner = tl.arange(0, BLOCK_K).to(tl.int64)
-    a = tiles.pointer(entries, count, entry, batch, SIZES, A_TYPE, ALIGNED)
-    b = tiles.pointer(entries, count, entry, batch, SIZES + VIEW, B_TYPE, ALIGNED)
-    acc = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
-    for start in tl.range(0, K, BLOCK_K):
-        k = start + inner
-        a_at = tiles.offsets(entries, count, entry, rows, k, SIZES, A_ORDER, ALIGNED)
-        b_at = tiles.offsets(entries, count, entry, k, columns, SIZES + VIEW, B_ORDER, ALIGNED)
-        x = tl.load(a + a_at, mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)
-        y = tl.load(b + b_at, mask=(k < K)[:, None] & (columns < N)[None, :], other=0.0)
+    """The tile of A B whose corner is (i, j), float32; A is rounded to B's dtype.
+
+    M, N and K are what is left of the matrices from there on.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    a, a_row, a_column = tiles.matrix(
+        entries, count, entry, batch, SIZES, A_TYPE, A_ORDER, ALIGNED
+    )  # fmt: skip
+    b, b_row, b_column = tiles.matrix(
+        entries, count, entry, batch, SIZES + VIEW, B_TYPE, B_ORDER, ALIGNED
+    )  # fmt: skip
+    a = tiles.corner(a, a_row, a_column, i, 0)
+    b = tiles.corner(b, b_row, b_column, 0, j)
+    a_at = tiles.square(rows, inner, a_row, a_column)
+    b_at = tiles.square(inner, columns, b_row, b_column)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        x = tl.load(a + a_at, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
+        y = tl.load(b + b_at, mask=(inner < K - k)[:, None] & (columns < N)[None, :], other=0.0)
         acc = tl.dot(x.to(B_TYPE), y, acc, input_precision="ieee")
+        a += BLOCK_K * a_column
+        b += BLOCK_K * b_row
     return acc
 
 
 @triton.jit
+def side(entries, count, entry, which, ALIGNED: tl.constexpr):
+    """A side of the matrices of an entry, int32."""
+    value = tiles.field(entries, count, entry, which).to(tl.int32)
+    if ALIGNED:
+        value = tl.multiple_of(value, 8)
+    return value
+
+
+@triton.jit(do_not_specialize=["count", "total"])
 def product_kernel(
     table, count, total, decay, STEPS: tl.constexpr,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, C_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
@@ -69,47 +83,52 @@ def product_kernel(
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
         entry = tiles.locate(entries, count, tile, STEPS)
         size = tiles.field(entries, count, entry, 1)
-        M = tiles.field(entries, count, entry, 2)
-        N = tiles.field(entries, count, entry, 3)
+        M = side(entries, count, entry, 2, ALIGNED)
+        N = side(entries, count, entry, 3, ALIGNED)
+        K = side(entries, count, entry, 4, ALIGNED)
         inside = tile - tiles.field(entries, count, entry, 0)
         batch = inside // size
         inside = inside % size
         if SYMMETRIC:
             row, column = tiles.triangle(inside)
         else:
-            across = tl.cdiv(N, BLOCK_N)
-            stripe = STRIPE * across
-            first = inside // stripe * STRIPE
-            height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, STRIPE)
-            row = first + inside % stripe % height
-            column = inside % stripe // height
-        rows = row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        columns = column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+            row, column = tiles.striped(inside, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
+        i = row * BLOCK_M
+        j = column * BLOCK_N
+        M -= i.to(tl.int32)
+        N -= j.to(tl.int32)
         acc = alpha * multiply(
-            entries, count, entry, batch, rows, columns,
-            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, BLOCK_K,
+            entries, count, entry, batch, i, j, M, N, K,
+            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        rows = tl.arange(0, BLOCK_M)
+        columns = tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         if ADDED:
-            c = tiles.pointer(entries, count, entry, batch, SIZES + 2 * VIEW, C_TYPE, ALIGNED)
-            at = tiles.offsets(
-                entries, count, entry, rows, columns, SIZES + 2 * VIEW, C_ORDER, ALIGNED
+            c, down, across = tiles.matrix(
+                entries, count, entry, batch, SIZES + 2 * VIEW, C_TYPE, C_ORDER, ALIGNED
             )
-            acc += beta * tl.load(c + at, mask=mask, other=0.0).to(tl.float32)
-        out = tiles.pointer(entries, count, entry, batch, SIZES + 3 * VIEW, OUT_TYPE, ALIGNED)
-        at = tiles.offsets(
-            entries, count, entry, rows, columns, SIZES + 3 * VIEW, OUT_ORDER, ALIGNED
+            c = tiles.corner(c, down, across, i, j)
+            old = tl.load(c + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
+            acc += beta * old.to(tl.float32)
+        out, down, across = tiles.matrix(
+            entries, count, entry, batch, SIZES + 3 * VIEW, OUT_TYPE, OUT_ORDER, ALIGNED
         )
+        tile_at = tiles.corner(out, down, across, i, j)
         if SYMMETRIC:
             mirror = tl.trans(acc)
-            acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
-            at_mirror = tiles.offsets(
-                entries, count, entry, columns, rows, SIZES + 3 * VIEW, OUT_ORDER, ALIGNED
-            )
-            limit = tl.where(row == column, 0, N)  # a tile of the diagonal holds its own mirror
-            above = (columns < limit)[:, None] & (rows < M)[None, :]
-            tl.store(out + at_mirror, mirror.to(OUT_TYPE), mask=above)
-        tl.store(out + at, acc.to(OUT_TYPE), mask=mask)
+            if row == column:
+                acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
+            else:
+                mirror_at = tiles.corner(out, down, across, j, i)
+                mask_mirror = (columns < N)[:, None] & (rows < M)[None, :]
+                tl.store(
+                    mirror_at + tiles.square(columns, rows, down, across),
+                    mirror.to(OUT_TYPE), mask=mask_mirror,
+                )  # fmt: skip
+        tl.store(
+            tile_at + tiles.square(rows, columns, down, across), acc.to(OUT_TYPE), mask=mask
+        )
 
 
 def served(op: str, *tensors: Tensor) -> bool:

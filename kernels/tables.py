@@ -23,7 +23,6 @@ TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-ALIGNED_BYTES = 16
 
 
 class View(NamedTuple):
@@ -48,12 +47,12 @@ class View(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Whether 16-byte accesses along the unit stride stay inside rows of it."""
+        """Whether 16-byte accesses along the unit stride stay inside rows of it, and offsets
+        within a tile of at most 512 rows inside 32 bits."""
         address, *strides = self.fields
-        step = ALIGNED_BYTES // self.dtype.itemsize
-        sides = (self.rows, self.columns) if self.order == 0 else (self.columns, self.rows)
-        whole = self.order < 2 and sides[0] % step == 0
-        return whole and address % 16 == 0 and all(s == 1 or s % step == 0 for s in strides)
+        whole = self.order < 2 and self.rows % 8 == self.columns % 8 == 0
+        near = max(strides[1:]) < 2**22
+        return whole and near and address % 16 == 0 and all(s == 1 or s % 8 == 0 for s in strides)
 
     @property
     def dense(self) -> bool:

@@ -1,4 +1,8 @@
-"""What Triton kernels share: reading tables, triangular tiles, addresses. Offsets are int64."""
+"""What Triton kernels share: reading tables, triangular tiles, addresses.
+
+Addresses of tiles are int64. Within a tile offsets are int64 too, or int32 where the launcher found
+strides that cannot overflow (`tables.View.aligned`).
+"""
 
 import triton
 import triton.language as tl
@@ -30,35 +34,44 @@ def locate(entries, count, tile, STEPS: tl.constexpr):
 
 
 @triton.jit
-def pointer(entries, count, entry, batch, which, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Matrix `batch` of the tensor whose fields begin at `which`."""
-    address = field(entries, count, entry, which).to(tl.pointer_type(TYPE))
-    stride = field(entries, count, entry, which + 1)
+def stride(entries, count, entry, which, ALIGNED: tl.constexpr):
+    """A stride of a tensor; aligned ones fit 32 bits within a tile (`View.aligned`)."""
+    value = field(entries, count, entry, which)
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-        stride = tl.multiple_of(stride, 8)
-    return address + batch * stride
+        value = tl.multiple_of(value.to(tl.int32), 8)
+    return value
 
 
 @triton.jit
-def offsets(
-    entries, count, entry, rows, columns, which, ORDER: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Offsets of a tile in the tensor whose fields begin at `which`, by its order (see View)."""
-    if ORDER == 1:
-        across = field(entries, count, entry, which + 2)
-        if ALIGNED:
-            across = tl.multiple_of(across, 8)
-        return rows[:, None] * across + columns[None, :]
-    elif ORDER == 0:
-        across = field(entries, count, entry, which + 3)
-        if ALIGNED:
-            across = tl.multiple_of(across, 8)
-        return rows[:, None] + columns[None, :] * across
-    else:
-        row = field(entries, count, entry, which + 2)
-        column = field(entries, count, entry, which + 3)
-        return rows[:, None] * row + columns[None, :] * column
+def matrix(
+    entries, count, entry, batch, which,
+    TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Address and strides of matrix `batch` of the tensor whose fields begin at `which`."""
+    address = field(entries, count, entry, which).to(tl.pointer_type(TYPE))
+    skip = field(entries, count, entry, which + 1)
+    row = 1
+    column = 1
+    if ORDER != 0:
+        row = stride(entries, count, entry, which + 2, ALIGNED)
+    if ORDER != 1:
+        column = stride(entries, count, entry, which + 3, ALIGNED)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+        skip = tl.multiple_of(skip, 8)
+    return address + batch * skip, row, column
+
+
+@triton.jit
+def corner(address, row, column, i, j):
+    """The address of element (i, j), both int64."""
+    return address + i * row + j * column
+
+
+@triton.jit
+def square(rows, columns, row, column):
+    """Offsets of a tile from its corner."""
+    return rows[:, None] * row + columns[None, :] * column
 
 
 @triton.jit
@@ -68,3 +81,13 @@ def triangle(tile):
     row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
     return row, tile - row * (row + 1) // 2
+
+
+@triton.jit
+def striped(tile, down, across):
+    """Row and column of a tile, in stripes of 8 rows that share columns while these are in L2."""
+    stripe = 8 * across
+    first = tile // stripe * 8
+    height = tl.minimum(down - first, 8)
+    inside = tile % stripe
+    return first + inside % height, inside // height

@@ -1,0 +1,150 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory, instructions.
+
+    python -m orthonorm.bench.triton_report [--out FILE] [--arch 90] [--kernel product_kernel]
+
+Every kernel is compiled ahead of time for every record of its table and every architecture, with
+the alignment the launcher finds for contiguous matrices whose sides are multiples of 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHES = ("80", "90", "100")
+SHARED = {"80": 166912, "90": 232448, "100": 232448}  # bytes one block may use (CUDA guide, table)
+TENSOR_CORE = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}
+ARGUMENTS = {"table": "*i64", "count": "i32", "total": "i32"}  # others: pointers to float32
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation: a kernel, the constants of a launch, a target."""
+
+    op: str
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    arch: str
+    dtype: str
+    tensor_cores: bool = False
+    arguments: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith("BLOCK"))
+        return f"{self.op}-{self.dtype}-{blocks}-sm_{self.arch}"
+
+
+def products(arch: str) -> Iterator[Build]:
+    """The product kernel: X X^T, beta C + alpha A B and B X of contiguous matrices."""
+    configs, product, tables = (
+        importlib.import_module(f"orthonorm.kernels.{n}") for n in ("configs", "product", "tables")
+    )
+    for dtype, t in tables.TYPES.items():
+        for op, orders, added in (
+            ("symmetric", (1, 0, 1, 1), False),
+            ("symmetric", (1, 1, 1, 1), True),
+            ("product", (1, 1, 1, 1), True),
+        ):
+            for record in configs.records(op, dtype, arch):
+                types = dict.fromkeys(("A_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE"), t)
+                names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
+                constants = dict(
+                    decay=None, STEPS=4, **types, **dict(zip(names, orders, strict=True)),
+                    ALIGNED=True, ADDED=added, SYMMETRIC=op == "symmetric", **record.blocks,
+                )  # fmt: skip
+                yield Build(
+                    "gram" if not added else {"symmetric": "symmetric_update"}.get(op, "apply"),
+                    product.product_kernel, constants, record.options, arch,
+                    str(dtype).removeprefix("torch."), dtype.itemsize == 2,
+                )  # fmt: skip
+
+
+def builds(arch: str) -> Iterator[Build]:
+    """Everything the package may launch on an architecture."""
+    yield from products(arch)
+
+
+def compiled(build: Build) -> dict[str, Any]:
+    """Compile ahead of time; what the binary needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [p.name for p in build.kernel.params]
+    given = ARGUMENTS | dict(build.arguments)
+    signature = {
+        n: "constexpr" if n in build.constants else given.get(n, "*fp32") for n in names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    source = ASTSource(
+        fn=build.kernel, signature=signature, attrs=attributes,
+        constexprs={(names.index(n),): v for n, v in build.constants.items()},
+    )  # fmt: skip
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", int(build.arch), 32), options=dict(build.options)
+    )
+    return {
+        "name": build.name,
+        "triton": triton.__version__,
+        "tensor_cores": build.tensor_cores,
+        "shared": kernel.metadata.shared,
+        **measured(kernel.asm["cubin"], build.arch),
+        "vectorized": bool(re.search(r"ld\.global\.\S*v[24]|cp\.async", kernel.asm["ptx"])),
+    }
+
+
+def measured(cubin: bytes, arch: str) -> dict[str, Any]:
+    """Registers and stack of a binary, and its tensor-core instructions."""
+    import triton.backends.nvidia as backend
+
+    tools = Path(backend.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
+        code = _run(tools / "nvdisasm", "-c", path)
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1])
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "tensor_core_instructions": len(re.findall(TENSOR_CORE[arch], code)),
+    }
+
+
+def _run(*command: Any) -> str:
+    return subprocess.run(
+        [str(c) for c in command], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="triton_report", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write JSON here instead of to the terminal")
+    parser.add_argument("--arch", choices=ARCHES, action="append")
+    parser.add_argument("--kernel", default="", help="only ops whose name contains this")
+    options = parser.parse_args(arguments)
+    rows = [
+        compiled(b) for a in options.arch or ARCHES for b in builds(a) if options.kernel in b.op
+    ]
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
