@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from orthonorm.ops import words
+from orthonorm import ops
 from torch import Tensor
 
 from . import tables
@@ -12,7 +12,7 @@ from .product import Factors, product, served
 
 def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
     if not served("product", X):
-        return words.apply.definition(X, B, a, b)
+        return ops.apply.definition(X, B, a, b)
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     products = [Factors(left, x, x, o) for x, left, o in tables.views(X, B, out)]
     product("product", products, X.device, b, a)

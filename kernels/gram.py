@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orthonorm.ops import words
+from orthonorm import ops
 from torch import Tensor
 
 from . import tables
@@ -11,7 +11,7 @@ from .product import Factors, product, served
 
 def gram(X: Tensor) -> Tensor:
     if not served("symmetric", X):
-        return words.gram.definition(X)
+        return ops.gram.definition(X)
     out = X.new_empty((*X.shape[:-1], X.shape[-2]))
     products = [Factors(x, x.mT, o, o) for x, o in tables.views(X, out)]
     product("symmetric", products, X.device, symmetric=True)

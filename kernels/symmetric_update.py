@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from orthonorm.ops import words
+from orthonorm import ops
 from torch import Tensor
 
 from . import tables
@@ -14,7 +14,7 @@ def symmetric_update(
     C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     if not served("symmetric", A):
-        return words.symmetric_update.definition(C, A, B, alpha, beta)
+        return ops.symmetric_update.definition(C, A, B, alpha, beta)
     out = torch.empty_like(C, memory_format=torch.contiguous_format)
     products = [Factors(a, b, c, o) for a, b, c, o in tables.views(A, B, C, out)]
     product("symmetric", products, C.device, alpha, beta, symmetric=True)

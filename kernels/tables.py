@@ -46,13 +46,19 @@ class View(NamedTuple):
         return 1 if column == 1 else (0 if row == 1 else 2)
 
     @property
+    def regular(self) -> bool:
+        """Whether every matrix begins where an access of 16 bytes may."""
+        address, batch, *_ = self.fields
+        return address % 16 == 0 and batch % 8 == 0
+
+    @property
     def aligned(self) -> bool:
-        """Whether 16-byte accesses along the unit stride stay inside rows of it, and offsets
-        within a tile of at most 512 rows inside 32 bits."""
-        address, *strides = self.fields
+        """Whether accesses along the unit stride may be 16 bytes wide and stay inside the matrix,
+        and offsets within a tile of at most 512 rows inside 32 bits."""
         whole = self.order < 2 and self.rows % 8 == self.columns % 8 == 0
-        near = max(strides[1:]) < 2**22
-        return whole and near and address % 16 == 0 and all(s == 1 or s % 8 == 0 for s in strides)
+        strides = self.fields[2:]
+        even = all(s == 1 or (s % 8 == 0 and s < 2**22) for s in strides)
+        return whole and self.regular and even
 
     @property
     def dense(self) -> bool:
@@ -110,12 +116,20 @@ class Table(NamedTuple):
 Entry = tuple[int, ...]  # tiles, then fields
 
 
-def table(entries: Sequence[Entry], numbers: Iterable[float], device: torch.device) -> Table:
-    """The table of `entries`; the first value of each is the number of its tiles."""
+def table(
+    entries: Sequence[Entry],
+    numbers: Iterable[float],
+    device: torch.device,
+    behind: Iterable[float] = (),
+) -> Table:
+    """The table of `entries`; the first value of each is the number of its tiles.
+
+    `behind` are further numbers, as many as there may be, after the entries.
+    """
     ends = list(itertools.accumulate(entry[0] for entry in entries))
     fields = zip([0, *ends[:-1]], *zip(*(entry[1:] for entry in entries), strict=True), strict=True)
     by_field = itertools.chain.from_iterable(zip(*fields, strict=True))
-    values = (*map(bits, numbers), *by_field)
+    values = (*map(bits, numbers), *by_field, *map(bits, behind))
     steps = (len(entries) - 1).bit_length()
     return Table(upload(values, device), len(entries), ends[-1], steps)
 
