@@ -21,8 +21,9 @@ from typing import Any
 
 ARCHES = ("80", "90", "100")
 SHARED = {"80": 166912, "90": 232448, "100": 232448}  # bytes one block may use (CUDA guide, table)
-TENSOR_CORE = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}
-ARGUMENTS = {"table": "*i64", "count": "i32", "total": "i32"}  # others: pointers to float32
+TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)"
+NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}  # what fast products must use
+ARGUMENTS = {"table": "*i64", "count": "i32", "total": "i32", "iterations": "i32"}  # others: pointers to float32
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class Build:
 
 def products(arch: str) -> Iterator[Build]:
     """The product kernel: X X^T, beta C + alpha A B and B X of contiguous matrices."""
-    configs, product, tables = (
-        importlib.import_module(f"orthonorm.kernels.{n}") for n in ("configs", "product", "tables")
-    )
+    configs, product, tables = map(module, ("configs", "product", "tables"))
     for dtype, t in tables.TYPES.items():
         for op, orders, added in (
             ("symmetric", (1, 0, 1, 1), False),
@@ -69,9 +68,63 @@ def products(arch: str) -> Iterator[Build]:
                 )  # fmt: skip
 
 
+def module(name: str) -> Any:
+    return importlib.import_module(f"orthonorm.kernels.{name}")
+
+
+def small(arch: str) -> Iterator[Build]:
+    """Whole iterations on chip."""
+    kernels, tables = module("small_newton_schulz"), module("tables")
+    for dtype in kernels.HALF:
+        for short, long in ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128)):
+            constants = dict(
+                STEPS=4, norms=None, X_TYPE=tables.TYPES[dtype], DOT_TYPE=tables.TYPES[dtype],
+                X_ORDER=1, OUT_ORDER=1, ALIGNED=True, SCALE=True, BLOCK_N=short, BLOCK_M=long,
+            )  # fmt: skip
+            options = dict(num_warps=kernels.warps(short, long), num_stages=1)
+            yield Build(
+                "small_newton_schulz", kernels.iterate_kernel, constants, options, arch,
+                str(dtype).removeprefix("torch."), True,
+            )  # fmt: skip
+
+
+# kernel of a pass over lists: its tensors, its own arguments, its own constants
+PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[str, Any]]] = {
+    "rotated_adam": ("rotated_adam_kernel", ("M", "V", "X"), (), {"scales": None}),
+    "decayed_update": ("decayed_update_kernel", ("W", "U"), (), {}),
+    "adamw_step": (
+        "adamw_kernel", ("W", "G", "M", "V", "T"), (),
+        {"DECAY_FIRST": True, "CORRECT_EPS": True},
+    ),
+    "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
+    "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
+    "muon_prologue": (
+        "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True}
+    ),
+}  # fmt: skip
+
+
+def passes(arch: str) -> Iterator[Build]:
+    """Passes over dense, aligned tensors in bfloat16 and float32."""
+    tables, each = module("tables"), module("elementwise")
+    block = each.block_of(each.torch.device("cuda"))
+    for op, (name, tensors, arguments, own) in PASSES.items():
+        for dtype in (each.torch.bfloat16, each.torch.float32):
+            types = {f"{t}_TYPE": tables.TYPES[dtype] for t in tensors}
+            constants = dict(
+                STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
+            )  # fmt: skip
+            yield Build(
+                op, getattr(module(op), name), constants, each.OPTIONS, arch,
+                str(dtype).removeprefix("torch."), False, arguments,
+            )  # fmt: skip
+
+
 def builds(arch: str) -> Iterator[Build]:
     """Everything the package may launch on an architecture."""
     yield from products(arch)
+    yield from small(arch)
+    yield from passes(arch)
 
 
 def compiled(build: Build) -> dict[str, Any]:
@@ -120,7 +173,8 @@ def measured(cubin: bytes, arch: str) -> dict[str, Any]:
         "registers": registers,
         "stack": stack,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "tensor_core_instructions": len(re.findall(TENSOR_CORE[arch], code)),
+        "tensor_core_instructions": len(re.findall(TENSOR_CORE, code)),
+        "newest_instructions": len(re.findall(NEWEST[arch], code)),
     }
 
 

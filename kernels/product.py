@@ -57,15 +57,6 @@ def multiply(
     return acc
 
 
-@triton.jit
-def side(entries, count, entry, which, ALIGNED: tl.constexpr):
-    """A side of the matrices of an entry, int32."""
-    value = tiles.field(entries, count, entry, which).to(tl.int32)
-    if ALIGNED:
-        value = tl.multiple_of(value, 8)
-    return value
-
-
 @triton.jit(do_not_specialize=["count", "total"])
 def product_kernel(
     table, count, total, decay, STEPS: tl.constexpr,
@@ -83,9 +74,9 @@ def product_kernel(
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
         entry = tiles.locate(entries, count, tile, STEPS)
         size = tiles.field(entries, count, entry, 1)
-        M = side(entries, count, entry, 2, ALIGNED)
-        N = side(entries, count, entry, 3, ALIGNED)
-        K = side(entries, count, entry, 4, ALIGNED)
+        M = tiles.side(entries, count, entry, 2, ALIGNED)
+        N = tiles.side(entries, count, entry, 3, ALIGNED)
+        K = tiles.side(entries, count, entry, 4, ALIGNED)
         inside = tile - tiles.field(entries, count, entry, 0)
         batch = inside // size
         inside = inside % size

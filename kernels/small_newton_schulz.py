@@ -18,46 +18,61 @@ NUMBERS = tl.constexpr(2)  # eps, safety; the coefficients stand behind the entr
 HALF = (torch.float16, torch.bfloat16)
 
 
+@triton.jit
+def norm_of(x, down, across, n, columns, within, BLOCK_N: tl.constexpr):
+    """|X|_F in double, a few rows at a time: doubles of all of X would not fit the registers."""
+    squares = tl.zeros((16, columns.shape[0]), dtype=tl.float64)
+    rows = tl.arange(0, 16)
+    for start in tl.range(0, BLOCK_N, 16):
+        mask = (start + rows < n)[:, None] & within
+        at = tiles.square(start + rows, columns, down, across)
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float64)
+        squares += value * value
+    return tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0))
+
+
 @triton.jit(do_not_specialize=["count", "iterations"])
 def iterate_kernel(
     table, count, iterations, norms, STEPS: tl.constexpr, X_TYPE: tl.constexpr,
-    DOT_TYPE: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    X_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DOT_TYPE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """X / (safety max(|X|_F, eps)), then X <- a X + (b A + c A^2) X with A = X X^T; X is wide."""
     entries = table + NUMBERS
     program = tl.program_id(0).to(tl.int64)
     entry = tiles.locate(entries, count, program, STEPS)
     batch = program - tiles.field(entries, count, entry, 0)
-    rows = tl.arange(0, BLOCK_N).to(tl.int64)
-    columns = tl.arange(0, BLOCK_M).to(tl.int64)
-    inside = (rows < tiles.field(entries, count, entry, 1))[:, None]
-    mask = inside & (columns < tiles.field(entries, count, entry, 2))[None, :]
-    x, down, across = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, 2, False)
-    x = tl.load(x + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
-    x = x.to(tl.float64)
+    n = tiles.side(entries, count, entry, 1, ALIGNED)
+    columns = tl.arange(0, BLOCK_M)
+    within = (columns < tiles.side(entries, count, entry, 2, ALIGNED))[None, :]
+    x, down, across = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
     divisor = tiles.number(table, 1)
     if SCALE:
         if norms is None:
-            norm = tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0))
+            norm = norm_of(x, down, across, n, columns, within, BLOCK_N)
         else:
             norm = tl.load(norms + tiles.field(entries, count, entry, 3) + batch)
         eps = tiles.number(table, 0)
         divisor = divisor * tl.where(norm < eps, eps, norm)  # NaN stays
     inverse = tl.where(divisor == 0, 0.0, 1.0 / divisor)
-    y = (x * inverse).to(tl.float32)
+    rows = tl.arange(0, BLOCK_N)
+    mask = (rows < n)[:, None] & within
+    y = tl.load(x + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
+    y = (y.to(tl.float64) * inverse).to(tl.float32).to(DOT_TYPE)
     coefficients = entries + (HEAD + 8) * count
     for t in tl.range(0, iterations):
         a = tiles.number(coefficients, 3 * t).to(tl.float32)
         b = tiles.number(coefficients, 3 * t + 1).to(tl.float32)
         c = tiles.number(coefficients, 3 * t + 2).to(tl.float32)
-        left = y.to(DOT_TYPE)
-        A = tl.dot(left, tl.trans(left), input_precision="ieee")
+        A = tl.dot(y, tl.trans(y))
         B = b * A
         if c != 0:
-            A = A.to(DOT_TYPE)
-            B += c * tl.dot(A, A, input_precision="ieee")
-        y = a * y + tl.dot(B.to(DOT_TYPE), left, input_precision="ieee")
-    out, down, across = tiles.matrix(entries, count, entry, batch, HEAD + 4, X_TYPE, 2, False)
+            half = A.to(DOT_TYPE)
+            B += c * tl.dot(half, half)
+        y = (a * y.to(tl.float32) + tl.dot(B.to(DOT_TYPE), y)).to(DOT_TYPE)
+    out, down, across = tiles.matrix(
+        entries, count, entry, batch, HEAD + 4, X_TYPE, OUT_ORDER, ALIGNED
+    )
     tl.store(out + tiles.square(rows, columns, down, across), y.to(X_TYPE), mask=mask)
 
 
@@ -74,8 +89,13 @@ def rows(X: list[Tensor], out: list[Tensor]) -> Iterator[tuple[object, tables.En
                 x, y = x.mT, y.mT
             if x.batch:
                 entry = (x.batch, x.rows, x.columns, first, *x.fields, *y.fields)
-                yield (x.dtype, block(x.rows), block(x.columns)), entry
+                yield key(x, y), entry
             first += x.batch
+
+
+def key(x: tables.View, y: tables.View) -> tuple[object, ...]:
+    aligned = x.aligned and y.aligned
+    return (tables.TYPES[x.dtype], x.order, y.order, aligned, block(x.rows), block(x.columns))
 
 
 def warps(short: int, long: int) -> int:
@@ -97,11 +117,11 @@ def small_newton_schulz(
         return ops.small_newton_schulz.definition(*arguments)
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]
     norms = None if norms is None else norms.to(torch.float64).contiguous()
-    for (kind, short, long), entries in tables.grouped(rows(X, out)).items():
+    for launch, entries in tables.grouped(rows(X, out)).items():
         table = tables.table(entries, (eps, safety), X[0].device, coefficients)
         iterate_kernel[(table.tiles,)](
             table.data, table.count, len(coefficients) // 3, norms, table.steps,
-            tables.TYPES[kind], tables.TYPES[dtype], scale, short, long,
-            num_warps=warps(short, long), num_stages=1, **FUSION,
+            *launch, tables.TYPES[dtype], scale,
+            num_warps=warps(*launch[-2:]), num_stages=1, **FUSION,
         )  # fmt: skip
     return out

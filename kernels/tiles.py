@@ -34,6 +34,15 @@ def locate(entries, count, tile, STEPS: tl.constexpr):
 
 
 @triton.jit
+def side(entries, count, entry, which, ALIGNED: tl.constexpr):
+    """A side of the matrices of an entry, int32."""
+    value = field(entries, count, entry, which).to(tl.int32)
+    if ALIGNED:
+        value = tl.multiple_of(value, 8)
+    return value
+
+
+@triton.jit
 def stride(entries, count, entry, which, ALIGNED: tl.constexpr):
     """A stride of a tensor; aligned ones fit 32 bits within a tile (`View.aligned`)."""
     value = field(entries, count, entry, which)
