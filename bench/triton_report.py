@@ -59,7 +59,7 @@ def products(arch: str) -> Iterator[Build]:
                 names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
                 constants = dict(
                     decay=None, STEPS=4, **types, **dict(zip(names, orders, strict=True)),
-                    ALIGNED=True, ADDED=added, SYMMETRIC=op == "symmetric", **record.blocks,
+                    ALIGNED=True, DOT_TYPE=t, ADDED=added, SYMMETRIC=op == "symmetric", **record.blocks,
                 )  # fmt: skip
                 yield Build(
                     "gram" if not added else {"symmetric": "symmetric_update"}.get(op, "apply"),

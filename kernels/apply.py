@@ -15,5 +15,5 @@ def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
         return ops.apply.definition(X, B, a, b)
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     products = [Factors(left, x, x, o) for x, left, o in tables.views(X, B, out)]
-    product("product", products, X.device, b, a)
+    product("product", products, X.device, X.dtype, b, a)
     return out

@@ -14,5 +14,5 @@ def gram(X: Tensor) -> Tensor:
         return ops.gram.definition(X)
     out = X.new_empty((*X.shape[:-1], X.shape[-2]))
     products = [Factors(x, x.mT, o, o) for x, o in tables.views(X, out)]
-    product("symmetric", products, X.device, symmetric=True)
+    product("symmetric", products, X.device, X.dtype, symmetric=True)
     return out

@@ -27,10 +27,10 @@ VIEW = tl.constexpr(4)  # fields of a tensor
 def multiply(
     entries, count, entry, batch, i, j, M, N, K,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The tile of A B whose corner is (i, j), float32; A is rounded to B's dtype.
+    """The tile of A B whose corner is (i, j), float32, of factors rounded to DOT_TYPE.
 
     M, N and K are what is left of the matrices from there on.
     """
@@ -51,7 +51,7 @@ def multiply(
     for k in tl.range(0, K, BLOCK_K):
         x = tl.load(a + a_at, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
         y = tl.load(b + b_at, mask=(inner < K - k)[:, None] & (columns < N)[None, :], other=0.0)
-        acc = tl.dot(x.to(B_TYPE), y, acc, input_precision="ieee")
+        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision="ieee")
         a += BLOCK_K * a_column
         b += BLOCK_K * b_row
     return acc
@@ -62,7 +62,7 @@ def product_kernel(
     table, count, total, decay, STEPS: tl.constexpr,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, C_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
     A_ORDER: tl.constexpr, B_ORDER: tl.constexpr, C_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = beta C + alpha A B, beta from the table, or from `decay` if that is given."""
@@ -90,7 +90,7 @@ def product_kernel(
         N -= j.to(tl.int32)
         acc = alpha * multiply(
             entries, count, entry, batch, i, j, M, N, K,
-            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K,
+            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, DOT_TYPE, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rows = tl.arange(0, BLOCK_M)
         columns = tl.arange(0, BLOCK_N)
@@ -158,22 +158,23 @@ def product(
     op: str,
     products: Sequence[Factors],
     device: torch.device,
+    dtype: torch.dtype,
     alpha: float = 1.0,
     beta: float = 0.0,
     decay: Tensor | None = None,
     symmetric: bool = False,
 ) -> None:
-    """Every product of the list, in one launch per set of dtypes and orders."""
+    """Every product of the list, of factors rounded to `dtype`: a launch per dtypes and orders."""
     added = beta != 0 or decay is not None
     for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
 
         def count(config: Config, group: list[Factors] = group) -> int:
             return sum(p.out.batch * p.tiles(config, symmetric) for p in group)
 
-        config = configs.pick(op, group[0].B.dtype, device, count)
+        config = configs.pick(op, dtype, device, count)
         assert config is not None, "callers ask `served` first"
         table = tables.table([p.entry(config, symmetric) for p in group], (alpha, beta), device)
         product_kernel[(configs.programs(device, table.tiles),)](
-            table.data, table.count, table.tiles, decay, table.steps, *key, added, symmetric,
-            **config.blocks, **config.options,
+            table.data, table.count, table.tiles, decay, table.steps, *key, tables.TYPES[dtype],
+            added, symmetric, **config.blocks, **config.options,
         )  # fmt: skip

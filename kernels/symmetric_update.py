@@ -17,5 +17,5 @@ def symmetric_update(
         return ops.symmetric_update.definition(C, A, B, alpha, beta)
     out = torch.empty_like(C, memory_format=torch.contiguous_format)
     products = [Factors(a, b, c, o) for a, b, c, o in tables.views(A, B, C, out)]
-    product("symmetric", products, C.device, alpha, beta, symmetric=True)
+    product("symmetric", products, C.device, C.dtype, alpha, beta, symmetric=True)
     return out
