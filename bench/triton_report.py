@@ -41,7 +41,7 @@ class Build:
 
     @property
     def name(self) -> str:
-        blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith("BLOCK"))
+        blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith(("BLOCK", "LINES", "ALONG")))
         return f"{self.op}-{self.dtype}-{blocks}-sm_{self.arch}"
 
 
@@ -120,11 +120,47 @@ def passes(arch: str) -> Iterator[Build]:
             )  # fmt: skip
 
 
+# kernel of a reduction along lines, and its own constants
+LINES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0}),
+    "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}),
+    "row_normalize": ("lines", "normalize_kernel", {"EPS_AT": 0}),
+    "factored_norm": (
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": False}
+    ),
+    "factored_moment": (
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": True}
+    ),
+}  # fmt: skip
+
+
+def reductions(arch: str) -> Iterator[Build]:
+    """Reductions along rows (order 1) and columns (order 0) of bfloat16 and float32."""
+    tables, lines = module("tables"), module("lines")
+    doubles = tuple((n, "*fp64") for n in ("factors", "sums", "row_moments", "column_moments"))
+    for op, (name, kernel, own) in LINES.items():
+        for dtype in (lines.torch.bfloat16, lines.torch.float32):
+            for order in (1, 0):
+                across, along = lines.blocks_of(lines.torch.device("cuda"), order)
+                t = tables.TYPES[dtype]
+                second = {"OUT_TYPE": t} if op == "row_normalize" else {"V_TYPE": t}
+                constants = dict(
+                    STEPS=7, X_TYPE=t, **second, WIDE=lines.tl.float32, X_ORDER=order,
+                    ALIGNED=True, LINES=across, ALONG=along, **own,
+                )  # fmt: skip
+                yield Build(
+                    op if order else op.replace("row", "column") + "_across",
+                    getattr(module(name), kernel), constants, lines.OPTIONS, arch,
+                    str(dtype).removeprefix("torch."), False, doubles,
+                )  # fmt: skip
+
+
 def builds(arch: str) -> Iterator[Build]:
     """Everything the package may launch on an architecture."""
     yield from products(arch)
     yield from small(arch)
     yield from passes(arch)
+    yield from reductions(arch)
 
 
 def compiled(build: Build) -> dict[str, Any]:
