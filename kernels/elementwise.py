@@ -115,10 +115,11 @@ def groups(
     first = 0
     block = block_of(lists[0][0].device) if lists[0] else 0
     for item, tensors in enumerate(zip(*lists, strict=True)):
+        if tensors[0].numel() == 0:
+            first += tensors[0].shape[:-2].numel()
+            continue
         for views in tables.views(*tensors):
             x = views[0]
-            if x.batch == 0:
-                continue
             numel = x.rows * x.columns
             flat = numel % 8 == 0 and len({v.order for v in views}) == 1
             flat = flat and all(v.dense and v.regular for v in views)
