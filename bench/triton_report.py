@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory, instructions.
+"""What the Triton kernels compile to, without a GPU: registers, spills, memory, instructions.
 
     python -m orthonorm.bench.triton_report [--out FILE] [--arch 90] [--kernel product_kernel]
 
@@ -23,7 +23,9 @@ ARCHES = ("80", "90", "100")
 SHARED = {"80": 166912, "90": 232448, "100": 232448}  # bytes one block may use (CUDA guide, table)
 TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)"
 NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}  # what fast products must use
-ARGUMENTS = {"table": "*i64", "count": "i32", "total": "i32", "iterations": "i32"}  # others: pointers to float32
+SIZES = ("BLOCK", "LINES", "ALONG")  # constants that begin so are the shape of a tile
+# arguments; all others are pointers to float32
+ARGUMENTS = {"table": "*i64", "count": "i32", "total": "i32", "iterations": "i32", "blocks": "i32"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Build:
 
     @property
     def name(self) -> str:
-        blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith(("BLOCK", "LINES", "ALONG")))
+        blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith(SIZES))
         return f"{self.op}-{self.dtype}-{blocks}-sm_{self.arch}"
 
 
@@ -59,7 +61,8 @@ def products(arch: str) -> Iterator[Build]:
                 names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
                 constants = dict(
                     decay=None, STEPS=4, **types, **dict(zip(names, orders, strict=True)),
-                    ALIGNED=True, DOT_TYPE=t, ADDED=added, SYMMETRIC=op == "symmetric", **record.blocks,
+                    ALIGNED=True, DOT_TYPE=t, ADDED=added, SYMMETRIC=op == "symmetric",
+                    **record.blocks,
                 )  # fmt: skip
                 yield Build(
                     "gram" if not added else {"symmetric": "symmetric_update"}.get(op, "apply"),
@@ -171,9 +174,7 @@ def compiled(build: Build) -> dict[str, Any]:
 
     names = [p.name for p in build.kernel.params]
     given = ARGUMENTS | dict(build.arguments)
-    signature = {
-        n: "constexpr" if n in build.constants else given.get(n, "*fp32") for n in names
-    }
+    signature = {n: "constexpr" if n in build.constants else given.get(n, "*fp32") for n in names}
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
     }

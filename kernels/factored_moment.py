@@ -6,12 +6,15 @@ be divided: eps keeps the factors of rows and columns from separating.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import elementwise as each
 from . import lines, tiles
+
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -47,7 +50,10 @@ def factored_kernel(
     for start in tl.range(0, length, ALONG):
         mask = (line < left)[:, None] & (step < length - start)[None, :]
         column = tl.load(column_moments + start + step, mask=step < length - start, other=0.0)
-        below = lines.denominator(ratio[:, None] * column.to(WIDE)[None, :], eps, EPS_AT)
+        if tl.float32 == WIDE:  # 0 times it is 0
+            column = tl.where(column > LARGEST, LARGEST, column)
+        column = column.to(WIDE)
+        below = lines.denominator(ratio[:, None] * column[None, :], eps, EPS_AT)
         value = tl.load(x + at, mask=mask, other=0.0).to(WIDE)
         value = tl.where(below == 0, 0.0, each.divide(value, below))
         if WRITE:

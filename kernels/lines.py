@@ -7,7 +7,7 @@ first line in the list; then X and the moments (`tables.View`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +69,8 @@ def denominator(moment, eps, EPS_AT: tl.constexpr):
 
 @triton.jit
 def inverse(moment, eps, EPS_AT: tl.constexpr):
-    """1 / denominator in double, 0 where it is 0."""
-    below = denominator(moment, eps, EPS_AT).to(tl.float64)
+    """1 / denominator, 0 where it is 0."""
+    below = denominator(moment, eps, EPS_AT)
     return tl.where(below == 0, 0.0, 1.0 / below)
 
 
@@ -87,7 +87,7 @@ def scale(
     for start in tl.range(0, length, ALONG):
         mask = (line < lines)[:, None] & (step < length - start)[None, :]
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float64) * factor[:, None]
-        if OUT_TYPE != tl.float64:
+        if tl.float64 != OUT_TYPE:
             value = value.to(tl.float32)
         tl.store(out + out_at, value.to(OUT_TYPE), mask=mask)
         x += ALONG * along
@@ -112,14 +112,12 @@ def moments_kernel(
     v, step, _ = tiles.matrix(entries, count, entry, batch, HEAD + 4, V_TYPE, 2, False)
     line = tl.arange(0, LINES)
     v_at = v + (first + line) * step
-    old = tl.load(v_at, mask=line < lines, other=0.0).to(WIDE)
-    mean = (total / length).to(WIDE)
-    new = tiles.number(table, 0).to(WIDE) * old + tiles.number(table, 1).to(WIDE) * mean
-    tl.store(v_at, new.to(V_TYPE), mask=line < lines)
-    if EPS_AT == RAW:
-        factor = new.to(tl.float64)
-    else:
-        factor = inverse(new, tiles.number(table, 2).to(WIDE), EPS_AT)
+    old = tl.load(v_at, mask=line < lines, other=0.0).to(tl.float64)
+    new = tiles.number(table, 0) * old + tiles.number(table, 1) * (total / length)
+    tl.store(v_at, new.to(WIDE).to(V_TYPE), mask=line < lines)
+    factor = new
+    if EPS_AT != RAW:
+        factor = inverse(new, tiles.number(table, 2), EPS_AT)
     slot = tiles.field(entries, count, entry, 4)
     slot += batch * tiles.field(entries, count, entry, 2) + first
     tl.store(factors + slot + line, factor, mask=line < lines)
@@ -127,7 +125,7 @@ def moments_kernel(
     real = line < lines
     tl.store(at, tl.sum(total, axis=0))
     tl.store(at + 1, tl.sum(tl.where(real, total * factor * factor, 0.0), axis=0))
-    tl.store(at + 2, tl.sum(tl.where(real, new.to(tl.float64), 0.0), axis=0))
+    tl.store(at + 2, tl.sum(tl.where(real, new, 0.0), axis=0))
 
 
 @triton.jit

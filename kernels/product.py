@@ -117,9 +117,7 @@ def product_kernel(
                     mirror_at + tiles.square(columns, rows, down, across),
                     mirror.to(OUT_TYPE), mask=mask_mirror,
                 )  # fmt: skip
-        tl.store(
-            tile_at + tiles.square(rows, columns, down, across), acc.to(OUT_TYPE), mask=mask
-        )
+        tl.store(tile_at + tiles.square(rows, columns, down, across), acc.to(OUT_TYPE), mask=mask)
 
 
 def served(op: str, *tensors: Tensor) -> bool:

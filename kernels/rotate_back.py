@@ -16,7 +16,6 @@ def rotate_back_(W: Tensor, N: Tensor, Q: Tensor, decay: Tensor | None = None) -
         return ops.rotate_back_.definition(W, N, Q, decay)
     tall = W.shape[-2] >= W.shape[-1]
     products = [
-        Factors(n, q.mT, w, w) if tall else Factors(q, n, w, w)
-        for w, n, q in tables.views(W, N, Q)
+        Factors(n, q.mT, w, w) if tall else Factors(q, n, w, w) for w, n, q in tables.views(W, N, Q)
     ]
     product("product", products, W.device, dtype, -1.0, 1.0, decay)

@@ -71,7 +71,7 @@ class Op(Generic[P, R]):
         return run
 
     def definition(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The body alone, for kernels that leave some arguments to it; the ops it calls dispatch."""
+        """The body alone, for kernels that leave some arguments to it; its ops dispatch."""
         return self._body(*args, **kwargs)
 
     def _checked_body(self, *args: P.args, **kwargs: P.kwargs) -> R:
