@@ -40,6 +40,7 @@ class Build:
     dtype: str
     tensor_cores: bool = False
     arguments: tuple[tuple[str, str], ...] = ()
+    wide: bool = True  # whether its accesses must be wide ones
 
     @property
     def name(self) -> str:
@@ -47,32 +48,40 @@ class Build:
         return f"{self.op}-{self.dtype}-{blocks}-sm_{self.arch}"
 
 
-def products(arch: str) -> Iterator[Build]:
-    """The product kernel: X X^T, beta C + alpha A B and B X of contiguous matrices."""
-    configs, product, tables = map(module, ("configs", "product", "tables"))
-    for dtype, t in tables.TYPES.items():
-        for op, orders, added in (
-            ("symmetric", (1, 0, 1, 1), False),
-            ("symmetric", (1, 1, 1, 1), True),
-            ("product", (1, 1, 1, 1), True),
-        ):
-            for record in configs.records(op, dtype, arch):
-                types = dict.fromkeys(("A_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE"), t)
-                names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
-                constants = dict(
-                    decay=None, STEPS=4, **types, **dict(zip(names, orders, strict=True)),
-                    ALIGNED=True, DOT_TYPE=t, ADDED=added, SYMMETRIC=op == "symmetric",
-                    **record.blocks,
-                )  # fmt: skip
-                yield Build(
-                    "gram" if not added else {"symmetric": "symmetric_update"}.get(op, "apply"),
-                    product.product_kernel, constants, record.options, arch,
-                    str(dtype).removeprefix("torch."), dtype.itemsize == 2,
-                )  # fmt: skip
-
-
 def module(name: str) -> Any:
     return importlib.import_module(f"orthonorm.kernels.{name}")
+
+
+# a product: its table, orders of A, B, C and out (1: rows contiguous), whether C is added
+PRODUCTS = {
+    "gram": ("symmetric", (1, 0, 1, 1), False),
+    "gram-tall": ("symmetric", (0, 1, 1, 1), False),
+    "symmetric_update": ("symmetric", (1, 1, 1, 1), True),
+    "apply": ("product", (1, 1, 1, 1), True),
+    "apply-tall": ("product", (1, 0, 0, 1), True),
+    "rotate": ("product", (0, 1, 1, 1), False),
+    "rotate_back": ("product", (1, 0, 1, 1), True),
+}
+
+
+def products(arch: str) -> Iterator[Build]:
+    """The product kernel in the orders the words and rotations launch it in."""
+    configs, product, tables = map(module, ("configs", "product", "tables"))
+    names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
+    for dtype, t in tables.TYPES.items():
+        for op, (table, orders, added) in PRODUCTS.items():
+            choices = configs.records(table, dtype, arch)
+            for record in product.fitting(choices, orders[2], orders[3]):
+                types = dict.fromkeys(("A_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE", "DOT_TYPE"), t)
+                decay = {} if op == "rotate_back" else {"decay": None}
+                constants = dict(
+                    STEPS=4, **types, **dict(zip(names, orders, strict=True)), **decay,
+                    ALIGNED=True, ADDED=added, SYMMETRIC=table == "symmetric", **record.blocks,
+                )  # fmt: skip
+                yield Build(
+                    op, product.product_kernel, constants, record.options, arch,
+                    str(dtype).removeprefix("torch."), dtype.itemsize == 2,
+                )  # fmt: skip
 
 
 def small(arch: str) -> Iterator[Build]:
@@ -158,12 +167,42 @@ def reductions(arch: str) -> Iterator[Build]:
                 )  # fmt: skip
 
 
+# kernel of power iteration: its types, other constants
+POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "step_kernel": (("W_TYPE",), {"STEPS": 7, "ALIGNED": True, "SECOND": True}),
+    "back_kernel": (("W_TYPE",), {}),
+    "vectors_kernel": ((), {}),
+    "start_kernel": (("U_TYPE", "V_TYPE"), {}),
+    "end_kernel": (("U_TYPE", "V_TYPE"), {"MOVED": True}),
+}
+
+
+def power(arch: str) -> Iterator[Build]:
+    """Power iteration on rows (order 1) and columns (order 0) of W."""
+    tables, kernels = module("tables"), module("power_iteration")
+    doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares"))
+    for name, (types, own) in POWER.items():
+        for dtype in (kernels.torch.bfloat16, kernels.torch.float32):
+            for order in (1, 0) if name == "step_kernel" else (1,):
+                constants = {**dict.fromkeys(types, tables.TYPES[dtype]), **own}
+                if name == "step_kernel":
+                    across, along = kernels.blocks_of(kernels.torch.device("cuda"), order)
+                    constants |= {"ORDER": order, "LINES": across, "ALONG": along}
+                yield Build(
+                    f"power-{name.removesuffix('_kernel')}{'' if order else '_across'}",
+                    getattr(kernels, name), constants, kernels.lines.OPTIONS, arch,
+                    str(dtype).removeprefix("torch."), False,
+                    (*doubles, ("replaced", "*i32")), name == "step_kernel",
+                )  # fmt: skip
+
+
 def builds(arch: str) -> Iterator[Build]:
     """Everything the package may launch on an architecture."""
     yield from products(arch)
     yield from small(arch)
     yield from passes(arch)
     yield from reductions(arch)
+    yield from power(arch)
 
 
 def compiled(build: Build) -> dict[str, Any]:

@@ -10,7 +10,7 @@ results do not depend on company. None of the shipped records has been measured 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,21 +64,16 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 
 def records(op: str, dtype: torch.dtype, arch: str) -> tuple[Config, ...]:
-    """The records for a dtype on an architecture, () if the op is not for it."""
+    """The records for a dtype on an architecture, () where the op is left to torch."""
     rows = load(op)
     known = [a for a in rows if a != "cpu" and arch != "cpu" and int(a) <= int(arch)]
     row = rows["cpu"] if arch == "cpu" else rows[max(known, key=int)] if known else {}
     return row.get(str(dtype).removeprefix("torch."), ())
 
 
-def pick(
-    op: str, dtype: torch.dtype, device: torch.device, tiles: Callable[[Config], int]
-) -> Config | None:
-    """The record for a launch that a record cuts into `tiles(record)`; None: torch is better."""
-    arch, processors = device_of(device)
-    choices = records(op, dtype, arch)
-    if not choices:
-        return None
+def pick(choices: Sequence[Config], device: torch.device, tiles: Callable[[Config], int]) -> Config:
+    """The first record whose `tiles(record)` fill the device, or the one with the most of them."""
+    _, processors = device_of(device)
     filling = (c for c in choices if tiles(c) >= processors)
     return next(filling, max(choices, key=tiles))
 

@@ -96,8 +96,8 @@ def step_kernel(
     squares = result.to(tl.float64) * result.to(tl.float64)
     tl.store(y_squares + tl.program_id(0), tl.sum(squares, axis=0))
     if SECOND:
-        inside = tl.program_id(0) - tiles.field(entries, count, entry, 0)
-        parts += tiles.field(entries, count, entry, PARTS) + inside * length
+        program = tl.program_id(0) - tiles.field(entries, count, entry, 0)
+        parts += tiles.field(entries, count, entry, PARTS) + program * length
         for start in tl.range(0, length, ALONG):
             inside = step < length - start
             a = tl.load(

@@ -126,6 +126,12 @@ def served(op: str, *tensors: Tensor) -> bool:
     return all(configs.records(op, t.dtype, arch) for t in tensors)
 
 
+def fitting(choices: Sequence[Config], c_order: int, out_order: int) -> list[Config]:
+    """Records whose tiles fit the registers: C read across and out written along takes twice."""
+    limit = 128 * 256 if c_order == out_order else 128 * 128
+    return [c for c in choices if c.block_m * c.block_n <= limit]
+
+
 class Factors(NamedTuple):
     """One product: out = beta C + alpha A B (C may be out, or A, or B; beta = 0 leaves it out)."""
 
@@ -164,13 +170,14 @@ def product(
 ) -> None:
     """Every product of the list, of factors rounded to `dtype`: a launch per dtypes and orders."""
     added = beta != 0 or decay is not None
+    arch, _ = configs.device_of(device)
     for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
 
         def count(config: Config, group: list[Factors] = group) -> int:
             return sum(p.out.batch * p.tiles(config, symmetric) for p in group)
 
-        config = configs.pick(op, dtype, device, count)
-        assert config is not None, "callers ask `served` first"
+        choices = fitting(configs.records(op, dtype, arch), group[0].C.order, group[0].out.order)
+        config = configs.pick(choices, device, count)
         table = tables.table([p.entry(config, symmetric) for p in group], (alpha, beta), device)
         product_kernel[(configs.programs(device, table.tiles),)](
             table.data, table.count, table.tiles, decay, table.steps, *key, tables.TYPES[dtype],
