@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,14 @@ TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)"
 NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}  # what fast products must use
 SIZES = ("BLOCK", "LINES", "ALONG")  # constants that begin so are the shape of a tile
 # arguments; all others are pointers to float32
-ARGUMENTS = {"table": "*i64", "count": "i32", "total": "i32", "iterations": "i32", "blocks": "i32"}
+ARGUMENTS = {
+    "table": "*i64",
+    "entries": "*i64",
+    "count": "i32",
+    "total": "i32",
+    "iterations": "i32",
+    "blocks": "i32",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class Build:
     tensor_cores: bool = False
     arguments: tuple[tuple[str, str], ...] = ()
     wide: bool = True  # whether its accesses must be wide ones
+
+    @property
+    def tile(self) -> int:
+        """Elements of a tile of the result."""
+        return int(self.constants.get("BLOCK_M", 1) * self.constants.get("BLOCK_N", 1))
 
     @property
     def name(self) -> str:
@@ -71,7 +83,7 @@ def products(arch: str) -> Iterator[Build]:
     for dtype, t in tables.TYPES.items():
         for op, (table, orders, added) in PRODUCTS.items():
             choices = configs.records(table, dtype, arch)
-            for record in product.fitting(choices, orders[2], orders[3]):
+            for record in product.fitting(choices, orders[2], orders[3], True):
                 types = dict.fromkeys(("A_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE", "DOT_TYPE"), t)
                 decay = {} if op == "rotate_back" else {"decay": None}
                 constants = dict(
@@ -174,13 +186,14 @@ POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "vectors_kernel": ((), {}),
     "start_kernel": (("U_TYPE", "V_TYPE"), {}),
     "end_kernel": (("U_TYPE", "V_TYPE"), {"MOVED": True}),
+    "norms_kernel": ((), {"CHUNK": 256}),
 }
 
 
 def power(arch: str) -> Iterator[Build]:
     """Power iteration on rows (order 1) and columns (order 0) of W."""
     tables, kernels = module("tables"), module("power_iteration")
-    doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares"))
+    doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares", "sums", "norms"))
     for name, (types, own) in POWER.items():
         for dtype in (kernels.torch.bfloat16, kernels.torch.float32):
             for order in (1, 0) if name == "step_kernel" else (1,):
@@ -188,21 +201,36 @@ def power(arch: str) -> Iterator[Build]:
                 if name == "step_kernel":
                     across, along = kernels.blocks_of(kernels.torch.device("cuda"), order)
                     constants |= {"ORDER": order, "LINES": across, "ALONG": along}
+                home = kernels if hasattr(kernels, name) else module("magnitude")
                 yield Build(
                     f"power-{name.removesuffix('_kernel')}{'' if order else '_across'}",
-                    getattr(kernels, name), constants, kernels.lines.OPTIONS, arch,
+                    getattr(home, name), constants, kernels.lines.OPTIONS, arch,
                     str(dtype).removeprefix("torch."), False,
                     (*doubles, ("replaced", "*i32")), name == "step_kernel",
                 )  # fmt: skip
 
 
+ANYHOW = {"FLAT": False, "ALIGNED": False}  # and every order of strides 2, neither being one
+
+
+def anyhow(build: Build) -> Build:
+    """The same launch for tensors of any strides and alignment."""
+    orders = {name: 2 for name in build.constants if name.endswith("ORDER")}
+    slower = {name: value for name, value in ANYHOW.items() if name in build.constants}
+    constants = build.constants | orders | slower
+    return replace(build, op=f"{build.op}-anyhow", constants=constants, wide=False)
+
+
 def builds(arch: str) -> Iterator[Build]:
-    """Everything the package may launch on an architecture."""
-    yield from products(arch)
-    yield from small(arch)
-    yield from passes(arch)
-    yield from reductions(arch)
-    yield from power(arch)
+    """Everything the package may launch on an architecture, as it is launched for tensors that are
+    contiguous and aligned, and in bfloat16 for any others."""
+    for family in (products, small, passes, reductions, power):
+        for build in family(arch):
+            yield build
+            once = build.op not in ("gram-tall", "apply-tall") and not build.op.endswith("_across")
+            once = once and (build.op == "small_newton_schulz" or build.tile <= 64 * 64)
+            if once and build.dtype == "bfloat16" and (ANYHOW.keys() & build.constants.keys()):
+                yield anyhow(build)
 
 
 def compiled(build: Build) -> dict[str, Any]:

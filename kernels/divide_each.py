@@ -34,10 +34,16 @@ def divide_kernel(
 def divide_each(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.float64 in (X.dtype, dtype) or divisors.dtype != torch.float64:
         return ops.divide_each.definition(X, divisors, dtype)
-    out = torch.empty_like(X, dtype=dtype, memory_format=torch.contiguous_format)
+    (out,) = divide_list([X], divisors, dtype)
+    return out
+
+
+def divide_list(X: list[Tensor], divisors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """`divide_each` on a list, in one launch; no dtype is float64 but the divisors'."""
+    out = [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in X]
     divisors = divisors.contiguous()
-    for group in each.groups([[X], [out]]):
-        table = group.table((), X.device)
+    for group in each.groups([X, out]):
+        table = group.table((), divisors.device)
         divide_kernel[(table.tiles,)](
             table.data, table.count, divisors, table.steps, *group.constants, **each.OPTIONS
         )

@@ -120,15 +120,16 @@ def product_kernel(
         tl.store(tile_at + tiles.square(rows, columns, down, across), acc.to(OUT_TYPE), mask=mask)
 
 
-def served(op: str, *tensors: Tensor) -> bool:
-    """Whether `configs/<op>.json` has records for these dtypes on their device."""
-    arch, _ = configs.device_of(tensors[0].device)
-    return all(configs.records(op, t.dtype, arch) for t in tensors)
+def served(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether `configs/<op>.json` has records for these dtypes on the device."""
+    arch, _ = configs.device_of(device)
+    return all(configs.records(op, dtype, arch) for dtype in dtypes)
 
 
-def fitting(choices: Sequence[Config], c_order: int, out_order: int) -> list[Config]:
-    """Records whose tiles fit the registers: C read across and out written along takes twice."""
-    limit = 128 * 256 if c_order == out_order else 128 * 128
+def fitting(choices: Sequence[Config], c_order: int, out_order: int, aligned: bool) -> list[Config]:
+    """Records whose tiles fit the registers: C read across and out written along takes twice, and
+    64-bit offsets of every element more."""
+    limit = 64 * 64 if not aligned else 128 * (256 if c_order == out_order else 128)
     return [c for c in choices if c.block_m * c.block_n <= limit]
 
 
@@ -167,8 +168,12 @@ def product(
     beta: float = 0.0,
     decay: Tensor | None = None,
     symmetric: bool = False,
+    records: Sequence[Config] | None = None,
 ) -> None:
-    """Every product of the list, of factors rounded to `dtype`: a launch per dtypes and orders."""
+    """Every product of the list, of factors rounded to `dtype`: a launch per dtypes and orders.
+
+    `records` to choose from instead of the table's, for tuning.
+    """
     added = beta != 0 or decay is not None
     arch, _ = configs.device_of(device)
     for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
@@ -176,7 +181,8 @@ def product(
         def count(config: Config, group: list[Factors] = group) -> int:
             return sum(p.out.batch * p.tiles(config, symmetric) for p in group)
 
-        choices = fitting(configs.records(op, dtype, arch), group[0].C.order, group[0].out.order)
+        *_, c_order, out_order, aligned = key
+        choices = fitting(records or configs.records(op, dtype, arch), c_order, out_order, aligned)
         config = configs.pick(choices, device, count)
         table = tables.table([p.entry(config, symmetric) for p in group], (alpha, beta), device)
         product_kernel[(configs.programs(device, table.tiles),)](

@@ -10,7 +10,7 @@ from .product import Factors, product, served
 
 
 def rotate_(out: Tensor, X: Tensor, Q: Tensor) -> None:
-    if not served("product", Q, X, out):
+    if not served("product", Q.device, Q.dtype, X.dtype, out.dtype):
         return ops.rotate_.definition(out, X, Q)
     tall = X.shape[-2] >= X.shape[-1]
     products = [

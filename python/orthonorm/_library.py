@@ -170,14 +170,33 @@ class Loaded:
                     self.served[name, key] = label
 
     def _load_triton(self, key: str) -> None:
+        """Kernels are imported at their first call: importing Triton takes a second."""
         if importlib.util.find_spec("triton") is None:
             return
         for name, op in OPS.items():
             module = f"{NAMESPACE}.kernels.{name.rstrip('_')}"
             if has_kernel(name, key) or importlib.util.find_spec(module) is None:
                 continue
-            _library.impl(name, op.checked(getattr(importlib.import_module(module), name)), key)
+            _library.impl(name, op.checked(_Lazy(op, module)), key)
             self.served[name, key] = "Triton"
+
+
+class _Lazy:
+    """A Triton kernel, or the op's definition on a machine where Triton cannot compile."""
+
+    def __init__(self, op: Op[..., Any], module: str) -> None:
+        self.op, self.module = op, module
+        self.kernel: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kernel is None:
+            reason = importlib.import_module(f"{NAMESPACE}.kernels.probe").failure()
+            if reason:
+                LOADED.libraries["Triton"] = f"cannot compile, definitions serve: {reason}"
+                self.kernel = self.op.definition
+            else:
+                self.kernel = getattr(importlib.import_module(self.module), self.op.name)
+        return self.kernel(*args, **kwargs)
 
 
 LOADED = Loaded()
