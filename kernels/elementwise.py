@@ -51,10 +51,9 @@ def elements(
     """Addresses of these elements in tensor k."""
     address = tiles.field(entries, count, entry, HEAD + 4 * k).to(tl.pointer_type(TYPE))
     skip = tiles.field(entries, count, entry, HEAD + 4 * k + 1)
-    if FLAT:
-        address = tl.multiple_of(address, 16)
-        skip = tl.multiple_of(skip, 8)
-        return address + batch * skip + start + local
+    if FLAT:  # said of the sum: Triton 3.6 forgets what it is told of a cast
+        address = tl.multiple_of(address + (batch * skip + start), 16)
+        return address + local
     else:
         columns = tiles.field(entries, count, entry, 3)
         row = tiles.field(entries, count, entry, HEAD + 4 * k + 2)

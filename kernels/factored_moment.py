@@ -44,7 +44,7 @@ def factored_kernel(
     x, across, along = tiles.matrix(
         entries, count, entry, batch, lines.HEAD, X_TYPE, X_ORDER, ALIGNED
     )
-    x = tiles.corner(x, across, along, first, 0)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
     at = tiles.square(line, step, across, along)
     total = tl.zeros((LINES, ALONG), dtype=tl.float64)
     for start in tl.range(0, length, ALONG):

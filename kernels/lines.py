@@ -107,7 +107,7 @@ def moments_kernel(
     entries = table + 3
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
-    x = tiles.corner(x, across, along, first, 0)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
     total = squares(x, across, along, lines, length, LINES, ALONG)
     v, step, _ = tiles.matrix(entries, count, entry, batch, HEAD + 4, V_TYPE, 2, False)
     line = tl.arange(0, LINES)
@@ -158,7 +158,7 @@ def rescale_kernel(
         after = matrix_sum(entries, count, entry, batch, sums, 1, 128)
         factor = factor * tl.where(after == 0, 0.0, tl.sqrt(before / after))
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
-    x = tiles.corner(x, across, along, first, 0)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
     scale(
         x, across, along, x, across, along, lines, length, factor, LINES, ALONG, X_TYPE
     )  # fmt: skip
@@ -174,14 +174,14 @@ def normalize_kernel(
     entries = table + 2
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
-    x = tiles.corner(x, across, along, first, 0)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
     total = squares(x, across, along, lines, length, LINES, ALONG)
     factor = tiles.number(table, 0)
     factor = inverse(total * factor * factor, tiles.number(table, 1), EPS_AT)
     out, down, over = tiles.matrix(
         entries, count, entry, batch, HEAD + 4, OUT_TYPE, X_ORDER, ALIGNED
     )
-    out = tiles.corner(out, down, over, first, 0)
+    out = tiles.corner(out, down, over, first, 0, ALIGNED)
     scale(
         x, across, along, out, down, over, lines, length, factor, LINES, ALONG, OUT_TYPE
     )  # fmt: skip

@@ -75,7 +75,7 @@ def step_kernel(
     w, across, along = tiles.matrix(
         entries, count, entry, batch, lines.HEAD, W_TYPE, ORDER, ALIGNED
     )
-    w = tiles.corner(w, across, along, first, 0)
+    w = tiles.corner(w, across, along, first, 0, ALIGNED)
     line = tl.arange(0, LINES)
     step = tl.arange(0, ALONG)
     at = tiles.square(line, step, across, along)
@@ -84,10 +84,9 @@ def step_kernel(
     for start in tl.range(0, length, ALONG):
         inside = step < length - start
         x = tl.load(right + start + step, mask=inside, other=0.0)
-        a = tl.load(
-            w + start * tl.cast(along, tl.int64) + at,
-            mask=(line < left)[:, None] & inside[None, :], other=0.0,
-        )  # fmt: skip
+        mask = (line < left)[:, None] & inside[None, :]
+        w_at = tiles.corner(w, across, along, 0, tl.cast(start, tl.int64), ALIGNED)
+        a = tl.load(w_at + at, mask=mask, other=0.0)
         total += (a.to(tl.float64) * inverse).to(tl.float32) * x[None, :]
     result = tl.sum(total, axis=1)
     y += tiles.field(entries, count, entry, 4) + first
@@ -100,10 +99,9 @@ def step_kernel(
         parts += tiles.field(entries, count, entry, PARTS) + program * length
         for start in tl.range(0, length, ALONG):
             inside = step < length - start
-            a = tl.load(
-                w + start * tl.cast(along, tl.int64) + at,
-                mask=(line < left)[:, None] & inside[None, :], other=0.0,
-            )  # fmt: skip
+            mask = (line < left)[:, None] & inside[None, :]
+            w_at = tiles.corner(w, across, along, 0, tl.cast(start, tl.int64), ALIGNED)
+            a = tl.load(w_at + at, mask=mask, other=0.0)
             a = (a.to(tl.float64) * inverse).to(tl.float32)
             tl.store(parts + start + step, tl.sum(a * result[:, None], axis=0), mask=inside)
 

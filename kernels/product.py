@@ -43,8 +43,8 @@ def multiply(
     b, b_row, b_column = tiles.matrix(
         entries, count, entry, batch, SIZES + VIEW, B_TYPE, B_ORDER, ALIGNED
     )  # fmt: skip
-    a = tiles.corner(a, a_row, a_column, i, 0)
-    b = tiles.corner(b, b_row, b_column, 0, j)
+    a = tiles.corner(a, a_row, a_column, i, 0, ALIGNED)
+    b = tiles.corner(b, b_row, b_column, 0, j, ALIGNED)
     a_at = tiles.square(rows, inner, a_row, a_column)
     b_at = tiles.square(inner, columns, b_row, b_column)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -99,19 +99,19 @@ def product_kernel(
             c, down, across = tiles.matrix(
                 entries, count, entry, batch, SIZES + 2 * VIEW, C_TYPE, C_ORDER, ALIGNED
             )
-            c = tiles.corner(c, down, across, i, j)
+            c = tiles.corner(c, down, across, i, j, ALIGNED)
             old = tl.load(c + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
             acc += beta * old.to(tl.float32)
         out, down, across = tiles.matrix(
             entries, count, entry, batch, SIZES + 3 * VIEW, OUT_TYPE, OUT_ORDER, ALIGNED
         )
-        tile_at = tiles.corner(out, down, across, i, j)
+        tile_at = tiles.corner(out, down, across, i, j, ALIGNED)
         if SYMMETRIC:
             mirror = tl.trans(acc)
             if row == column:
                 acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
             else:
-                mirror_at = tiles.corner(out, down, across, j, i)
+                mirror_at = tiles.corner(out, down, across, j, i, ALIGNED)
                 mask_mirror = (columns < N)[:, None] & (rows < M)[None, :]
                 tl.store(
                     mirror_at + tiles.square(columns, rows, down, across),

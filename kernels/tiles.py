@@ -37,8 +37,8 @@ def locate(entries, count, tile, STEPS: tl.constexpr):
 def side(entries, count, entry, which, ALIGNED: tl.constexpr):
     """A side of the matrices of an entry, int32."""
     value = field(entries, count, entry, which).to(tl.int32)
-    if ALIGNED:
-        value = tl.multiple_of(value, 8)
+    if ALIGNED:  # a multiple of 8 by arithmetic: Triton 3.6 forgets what it is told of a cast
+        value = value // 8 * 8
     return value
 
 
@@ -47,7 +47,7 @@ def stride(entries, count, entry, which, ALIGNED: tl.constexpr):
     """A stride of a tensor; aligned ones fit 32 bits within a tile (`View.aligned`)."""
     value = field(entries, count, entry, which)
     if ALIGNED:
-        value = tl.multiple_of(value.to(tl.int32), 8)
+        value = value.to(tl.int32) // 8 * 8
     return value
 
 
@@ -65,16 +65,19 @@ def matrix(
         row = stride(entries, count, entry, which + 2, ALIGNED)
     if ORDER != 1:
         column = stride(entries, count, entry, which + 3, ALIGNED)
+    address += batch * skip
     if ALIGNED:
         address = tl.multiple_of(address, 16)
-        skip = tl.multiple_of(skip, 8)
-    return address + batch * skip, row, column
+    return address, row, column
 
 
 @triton.jit
-def corner(address, row, column, i, j):
-    """The address of element (i, j), both int64."""
-    return address + i * row + j * column
+def corner(address, row, column, i, j, ALIGNED: tl.constexpr):
+    """The address of element (i, j), both int64, where a tile begins."""
+    address += i * row + j * column
+    if ALIGNED:  # said of every sum: Triton 3.6 forgets what it is told of casts and parts
+        address = tl.multiple_of(address, 16)
+    return address
 
 
 @triton.jit

@@ -66,3 +66,24 @@ def test_table_rules() -> None:
                 for r in records:
                     assert max(r.block_m, r.block_n) <= 512 and r.warps in (4, 8)
                     assert path.stem != "symmetric" or r.block_m == r.block_n
+
+
+@pytest.mark.parametrize(
+    ("batch", "side", "block"), [(1, 1024, 64), (1, 2048, 128), (12, 768, 128), (1, 4096, 128)]
+)
+def test_tiles_fill_a_hopper(
+    batch: int, side: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest tile that gives each of 132 multiprocessors one: a symmetric product."""
+    import torch
+    from orthonorm.kernels import configs
+
+    monkeypatch.setattr(configs, "device_of", lambda device: ("90", 132))
+    choices = configs.records("symmetric", torch.float16, "90")
+
+    def tiles(record: configs.Config) -> int:
+        down = -(-side // record.block_m)
+        return batch * down * (down + 1) // 2
+
+    record = configs.pick(choices, torch.device("cuda"), tiles)
+    assert record.block_m == block and tiles(record) >= 132
