@@ -256,7 +256,7 @@ def blocks_of(device: torch.device, order: int) -> tuple[int, int]:
     """Lines of a program and elements at a time: lines that stay in the second-level cache."""
     if device.type == "cpu":
         return (16, 32)
-    return (32, 128) if order == 1 else (64, 64)
+    return (32, 128) if order == 1 else (64, 32)
 
 
 def rows(

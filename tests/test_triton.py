@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from orthonorm import OPS, kernels
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -29,12 +30,30 @@ def test_kernels_in_the_interpreter() -> None:
     assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2_000:]
 
 
-def test_kernels_are_found_by_the_names_of_ops() -> None:
-    """A module of `kernels/` is either an op's or shared by several; none is orphaned."""
-    from orthonorm import OPS, kernels
+SHARED = {"__init__", "tables", "tiles", "configs", "product", "elementwise", "lines", "probe"}
 
-    shared = {"__init__", "tables", "tiles", "configs", "product", "elementwise", "lines", "probe"}
+
+def test_kernels_are_named_after_ops() -> None:
+    """Every leaf op has a module of its name, and every other module is shared by several."""
     files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")}
-    assert files - shared <= {name.rstrip("_") for name in OPS}
-    leaves = {name.rstrip("_") for name, op in OPS.items() if not op.composite}
-    assert leaves <= files
+    assert files - SHARED <= {name.rstrip("_") for name in OPS}
+    assert {name.rstrip("_") for name, op in OPS.items() if not op.composite} <= files
+
+
+def test_where_triton_cannot_compile_definitions_serve(tmp_path: Path) -> None:
+    """It says so once, and why; here because there is no CUDA device to launch on."""
+    code = """
+import warnings, torch
+from orthonorm import LOADED, OPS, _library
+lazy = _library._Lazy(OPS["gram"], "orthonorm.kernels.gram")
+X = torch.randn(3, 5)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert torch.equal(lazy(X), OPS["gram"].reference(X))
+told = [str(w.message) for w in caught if "orthonorm" in str(w.message)]
+assert len(told) == 1 and "cannot compile" in told[0], told
+assert "cannot compile" in LOADED.libraries["Triton"]
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
