@@ -88,7 +88,8 @@ def norms(arguments: Arguments) -> Tensor:
 
 
 def scales(arguments: Arguments) -> Tensor:
-    return torch.linspace(0.5, 2.0, len(arguments["X"]), dtype=torch.float64)
+    device = arguments["X"][0].device if arguments["X"] else None
+    return torch.linspace(0.5, 2.0, len(arguments["X"]), dtype=torch.float64, device=device)
 
 
 def rotated_adam(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:

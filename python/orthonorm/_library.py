@@ -60,6 +60,20 @@ class Op(Generic[P, R]):
         self._check = function
         return function
 
+    def checked(self, kernel: Callable[P, R]) -> Callable[P, R]:
+        """`kernel` behind this op's checks: what a dispatch key is filled with."""
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if self._check is not None:
+                self._check(*args, **kwargs)
+            return kernel(*args, **kwargs)
+
+        return run
+
+    def definition(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The body alone, for kernels that leave some arguments to it; its ops dispatch."""
+        return self._body(*args, **kwargs)
+
     def _checked_body(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._check is not None:
             self._check(*args, **kwargs)
@@ -137,8 +151,9 @@ class Loaded:
         self._load_library(folder / "_C.so", "CPU", "C++", wanted=True)
         has_cuda = torch.version.cuda is not None
         self._load_library(folder / "_C_cuda.so", "CUDA", "CUDA", wanted=has_cuda)
-        if has_cuda and self.backend != "reference":
-            self._load_triton()
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU
+        if (has_cuda or interpreted) and self.backend != "reference":
+            self._load_triton("CPU" if interpreted else "CUDA")
 
     def _load_library(self, path: Path, key: str, label: str, wanted: bool) -> None:
         if self.backend != "auto":
@@ -154,15 +169,34 @@ class Loaded:
                 if has_kernel(name, key):
                     self.served[name, key] = label
 
-    def _load_triton(self) -> None:
+    def _load_triton(self, key: str) -> None:
+        """Kernels are imported at their first call: importing Triton takes a second."""
         if importlib.util.find_spec("triton") is None:
             return
-        for name in OPS:
+        for name, op in OPS.items():
             module = f"{NAMESPACE}.kernels.{name.rstrip('_')}"
-            if has_kernel(name, "CUDA") or importlib.util.find_spec(module) is None:
+            if has_kernel(name, key) or importlib.util.find_spec(module) is None:
                 continue
-            _library.impl(name, getattr(importlib.import_module(module), name), "CUDA")
-            self.served[name, "CUDA"] = "Triton"
+            _library.impl(name, op.checked(_Lazy(op, module)), key)
+            self.served[name, key] = "Triton"
+
+
+class _Lazy:
+    """A Triton kernel, or the op's definition on a machine where Triton cannot compile."""
+
+    def __init__(self, op: Op[..., Any], module: str) -> None:
+        self.op, self.module = op, module
+        self.kernel: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kernel is None:
+            reason = importlib.import_module(f"{NAMESPACE}.kernels.probe").failure()
+            if reason:
+                LOADED.libraries["Triton"] = f"cannot compile, definitions serve: {reason}"
+                self.kernel = self.op.definition
+            else:
+                self.kernel = getattr(importlib.import_module(self.module), self.op.name)
+        return self.kernel(*args, **kwargs)
 
 
 LOADED = Loaded()

@@ -36,11 +36,17 @@ def flat(triples: Triples) -> list[float]:
     return [number for triple in triples for number in triple]
 
 
+def segments(triples: Triples, restarts: list[int]) -> list[Triples]:
+    """The iterations between which the Gram form forms X again."""
+    inner = [r for r in restarts if 0 < r < len(triples)]
+    bounds = itertools.pairwise((0, *inner, len(triples)))
+    return [triples[start:end] for start, end in bounds]
+
+
 def gram_form(X: Tensor, triples: Triples, restarts: list[int]) -> Tensor:
     """The same polynomial on R = X X^T; X is formed again only before iterations in `restarts`."""
-    inner = [r for r in restarts if 0 < r < len(triples)]
-    for start, end in itertools.pairwise((0, *inner, len(triples))):
-        Q = gram_polynomial(gram(X), flat(triples[start:end]))
+    for segment in segments(triples, restarts):
+        Q = gram_polynomial(gram(X), flat(segment))
         X = apply(X, Q, 0.0)
     return X
 

@@ -217,7 +217,8 @@ def muon_step_(
     if not params:
         return
     sizes = [b.numel() for b in momentum_buffers]
-    for part in parts(momentum_buffers, max(*sizes, WORK)):
+    limit = WORK if momentum_buffers[0].device.type == "cpu" else ACCELERATOR_WORK
+    for part in parts(momentum_buffers, max(*sizes, limit)):
         rows = [i for batch in part for i in batch]
         states = [momentum_buffers[i] for i in rows]
         firsts = [momentum_buffers[batch[0]] for batch in part]
@@ -237,6 +238,7 @@ def muon_step_(
 
 
 WORK = 5 * 2**20  # elements: enough small matrices at a time to keep every thread busy
+ACCELERATOR_WORK = 2**27  # all of GPT-2 small in one launch per word; 512 MiB of float32
 
 
 def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:

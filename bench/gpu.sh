@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything a GPU can tell, on a bare machine with torch, Triton and nvcc, in under ten minutes:
+#
+#     bench/gpu.sh FOLDER [SECONDS]
+#
+# Tests first, then the benchmark from its most telling rows on, then the CUDA sources, if any. Every
+# part has a limit and a log of its own in FOLDER, so what was measured stays if time runs out.
+set -uo pipefail
+[ $# -ge 1 ] || { echo "usage: bench/gpu.sh FOLDER [SECONDS]" >&2; exit 2; }
+mkdir -p "$1" || exit 2
+OUT="$(cd "$1" && pwd)"
+cd "$(dirname "$0")/.."
+LIMIT="${2:-590}"
+PY="${PYTHON:-python3}"
+export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+code=0
+
+# part NAME LIMIT COMMAND...: run it for LIMIT seconds or what is left, log to FOLDER/NAME.log
+part() {
+  local name="$1" most="$2" left=$((LIMIT - SECONDS)); shift 2
+  if [ "$left" -lt 10 ]; then
+    echo "$name: no time left" | tee -a "$OUT/summary.txt"
+    return 0
+  fi
+  local begin="$SECONDS" result=0
+  timeout -k 5 "$((most < left ? most : left))" "$@" >"$OUT/$name.log" 2>&1 || result=$?
+  echo "$name: exit $result after $((SECONDS - begin)) s" | tee -a "$OUT/summary.txt"
+  [ "$result" -eq 0 ] || { code=1; tail -n 15 "$OUT/$name.log"; }
+}
+
+bench() { # name, seconds, arguments of the benchmark
+  local name="$1" most="$2"; shift 2
+  part "bench-$name" "$most" "$PY" -m orthonorm bench "$@" --device cuda --json "$OUT/$name.json"
+}
+
+: >"$OUT/summary.txt"
+part machine 30 bash -c "nvidia-smi; git log -1 --format=%H; $PY -m torch.utils.collect_env"
+# Triton needs no compiler run: the pure package is installed in seconds and measured first.
+part install 60 env ORTHONORM_PURE=1 "$PY" -m pip install -q --no-build-isolation --no-deps -e .
+part backends 60 "$PY" -m orthonorm
+part tests 200 "$PY" -m pytest -m gpu tests/test_gpu.py --durations=20 --maxfail=30
+bench polynomials 110 newton_schulz --seconds 2 --dtype bfloat16 --against torch \
+  --shape 1024x4096 2048x2048 12x768x768 64x128x128 gpt2-small 4096x11008
+bench steps 60 muon conda --seconds 2 --dtype float32 --shape gpt2-small --against torch
+bench moments 60 rotated_adam_ row_moment_ column_moment_ row_normalize muon_prologue_ \
+  decayed_update_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small \
+  --against floor torch
+bench words 50 gram symmetric_update apply --seconds 1 --dtype bfloat16 --shape 2048x2048 \
+  12x768x768 --against floor torch
+part tune 60 "$PY" -m orthonorm.bench.tune --out "$OUT/tuned"
+# The CUDA sources replace Triton where they exist: built last, tested again.
+if ls csrc/cuda/*.cu >/dev/null 2>&1; then
+  part build 150 "$PY" -m pip install -q --no-build-isolation --no-deps -e .
+  part backends-compiled 60 "$PY" -m orthonorm
+  part tests-compiled 120 "$PY" -m pytest -m gpu tests/test_gpu.py --maxfail=30
+fi
+exit "$code"

@@ -1,0 +1,308 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, memory, instructions.
+
+    python -m orthonorm.bench.triton_report [--out FILE] [--arch 90] [--kernel product_kernel]
+
+Every kernel is compiled ahead of time for every record of its table and every architecture, with
+the alignment the launcher finds for contiguous matrices whose sides are multiples of 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ARCHES = ("80", "90", "100")
+SHARED = {"80": 166912, "90": 232448, "100": 232448}  # bytes one block may use (CUDA guide, table)
+TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)"
+NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}  # what fast products must use
+SIZES = ("BLOCK", "LINES", "ALONG")  # constants that begin so are the shape of a tile
+# arguments; all others are pointers to float32
+ARGUMENTS = {
+    "table": "*i64",
+    "entries": "*i64",
+    "count": "i32",
+    "total": "i32",
+    "iterations": "i32",
+    "blocks": "i32",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation: a kernel, the constants of a launch, a target."""
+
+    op: str
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    arch: str
+    dtype: str
+    tensor_cores: bool = False
+    arguments: tuple[tuple[str, str], ...] = ()
+    wide: bool = True  # whether its accesses must be wide ones
+
+    @property
+    def tile(self) -> int:
+        """Elements of a tile of the result."""
+        return int(self.constants.get("BLOCK_M", 1) * self.constants.get("BLOCK_N", 1))
+
+    @property
+    def name(self) -> str:
+        blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith(SIZES))
+        return f"{self.op}-{self.dtype}-{blocks}-sm_{self.arch}"
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"orthonorm.kernels.{name}")
+
+
+# a product: its table, orders of A, B, C and out (1: rows contiguous), whether C is added
+PRODUCTS = {
+    "gram": ("symmetric", (1, 0, 1, 1), False),
+    "gram-tall": ("symmetric", (0, 1, 1, 1), False),
+    "symmetric_update": ("symmetric", (1, 1, 1, 1), True),
+    "apply": ("product", (1, 1, 1, 1), True),
+    "apply-tall": ("product", (1, 0, 0, 1), True),
+    "rotate": ("product", (0, 1, 1, 1), False),
+    "rotate_back": ("product", (1, 0, 1, 1), True),
+}
+
+
+def products(arch: str) -> Iterator[Build]:
+    """The product kernel in the orders the words and rotations launch it in."""
+    configs, product, tables = map(module, ("configs", "product", "tables"))
+    names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
+    for dtype, t in tables.TYPES.items():
+        for op, (table, orders, added) in PRODUCTS.items():
+            choices = configs.records(table, dtype, arch)
+            for record in product.fitting(choices, orders[2], orders[3], True):
+                types = dict.fromkeys(("A_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE", "DOT_TYPE"), t)
+                decay = {} if op == "rotate_back" else {"decay": None}
+                constants = dict(
+                    STEPS=4, **types, **dict(zip(names, orders, strict=True)), **decay,
+                    ALIGNED=True, ADDED=added, SYMMETRIC=table == "symmetric", **record.blocks,
+                )  # fmt: skip
+                yield Build(
+                    op, product.product_kernel, constants, record.options, arch,
+                    str(dtype).removeprefix("torch."), dtype.itemsize == 2,
+                )  # fmt: skip
+
+
+def small(arch: str) -> Iterator[Build]:
+    """Whole iterations on chip."""
+    kernels, tables = module("small_newton_schulz"), module("tables")
+    for dtype in kernels.HALF:
+        for short, long in ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128)):
+            constants = dict(
+                STEPS=4, norms=None, X_TYPE=tables.TYPES[dtype], DOT_TYPE=tables.TYPES[dtype],
+                X_ORDER=1, OUT_ORDER=1, ALIGNED=True, SCALE=True, BLOCK_N=short, BLOCK_M=long,
+            )  # fmt: skip
+            options = dict(num_warps=kernels.warps(short, long), num_stages=1)
+            yield Build(
+                "small_newton_schulz", kernels.iterate_kernel, constants, options, arch,
+                str(dtype).removeprefix("torch."), True,
+            )  # fmt: skip
+
+
+# kernel of a pass over lists: its tensors, its own arguments, its own constants
+PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[str, Any]]] = {
+    "rotated_adam": ("rotated_adam_kernel", ("M", "V", "X"), (), {"scales": None}),
+    "decayed_update": ("decayed_update_kernel", ("W", "U"), (), {}),
+    "adamw_step": (
+        "adamw_kernel", ("W", "G", "M", "V", "T"), (),
+        {"DECAY_FIRST": True, "CORRECT_EPS": True},
+    ),
+    "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
+    "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
+    "muon_prologue": (
+        "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True}
+    ),
+}  # fmt: skip
+
+
+def passes(arch: str) -> Iterator[Build]:
+    """Passes over dense, aligned tensors in bfloat16 and float32."""
+    tables, each = module("tables"), module("elementwise")
+    block = each.block_of(each.torch.device("cuda"))
+    for op, (name, tensors, arguments, own) in PASSES.items():
+        for dtype in (each.torch.bfloat16, each.torch.float32):
+            types = {f"{t}_TYPE": tables.TYPES[dtype] for t in tensors}
+            constants = dict(
+                STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
+            )  # fmt: skip
+            yield Build(
+                op, getattr(module(op), name), constants, each.OPTIONS, arch,
+                str(dtype).removeprefix("torch."), False, arguments,
+            )  # fmt: skip
+
+
+# kernel of a reduction along lines, and its own constants
+LINES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0}),
+    "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}),
+    "row_normalize": ("lines", "normalize_kernel", {"EPS_AT": 0}),
+    "factored_norm": (
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": False}
+    ),
+    "factored_moment": (
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": True}
+    ),
+}  # fmt: skip
+
+
+def reductions(arch: str) -> Iterator[Build]:
+    """Reductions along rows (order 1) and columns (order 0) of bfloat16 and float32."""
+    tables, lines = module("tables"), module("lines")
+    doubles = tuple((n, "*fp64") for n in ("factors", "sums", "row_moments", "column_moments"))
+    for op, (name, kernel, own) in LINES.items():
+        for dtype in (lines.torch.bfloat16, lines.torch.float32):
+            for order in (1, 0):
+                across, along = lines.blocks_of(lines.torch.device("cuda"), order)
+                t = tables.TYPES[dtype]
+                second = {"OUT_TYPE": t} if op == "row_normalize" else {"V_TYPE": t}
+                constants = dict(
+                    STEPS=7, X_TYPE=t, **second, WIDE=lines.tl.float32, X_ORDER=order,
+                    ALIGNED=True, LINES=across, ALONG=along, **own,
+                )  # fmt: skip
+                yield Build(
+                    op if order else op.replace("row", "column") + "_across",
+                    getattr(module(name), kernel), constants, lines.OPTIONS, arch,
+                    str(dtype).removeprefix("torch."), False, doubles,
+                )  # fmt: skip
+
+
+# kernel of power iteration: its types, other constants
+POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "step_kernel": (("W_TYPE",), {"STEPS": 7, "ALIGNED": True, "SECOND": True}),
+    "back_kernel": (("W_TYPE",), {}),
+    "vectors_kernel": ((), {}),
+    "start_kernel": (("U_TYPE", "V_TYPE"), {}),
+    "end_kernel": (("U_TYPE", "V_TYPE"), {"MOVED": True}),
+    "norms_kernel": ((), {"CHUNK": 256}),
+}
+
+
+def power(arch: str) -> Iterator[Build]:
+    """Power iteration on rows (order 1) and columns (order 0) of W."""
+    tables, kernels = module("tables"), module("power_iteration")
+    doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares", "sums", "norms"))
+    for name, (types, own) in POWER.items():
+        for dtype in (kernels.torch.bfloat16, kernels.torch.float32):
+            for order in (1, 0) if name == "step_kernel" else (1,):
+                constants = {**dict.fromkeys(types, tables.TYPES[dtype]), **own}
+                if name == "step_kernel":
+                    across, along = kernels.blocks_of(kernels.torch.device("cuda"), order)
+                    constants |= {"ORDER": order, "LINES": across, "ALONG": along}
+                home = kernels if hasattr(kernels, name) else module("magnitude")
+                yield Build(
+                    f"power-{name.removesuffix('_kernel')}{'' if order else '_across'}",
+                    getattr(home, name), constants, kernels.lines.OPTIONS, arch,
+                    str(dtype).removeprefix("torch."), False,
+                    (*doubles, ("replaced", "*i32")), name == "step_kernel",
+                )  # fmt: skip
+
+
+ANYHOW = {"FLAT": False, "ALIGNED": False}  # and every order of strides 2, neither being one
+
+
+def anyhow(build: Build) -> Build:
+    """The same launch for tensors of any strides and alignment."""
+    orders = {name: 2 for name in build.constants if name.endswith("ORDER")}
+    slower = {name: value for name, value in ANYHOW.items() if name in build.constants}
+    constants = build.constants | orders | slower
+    return replace(build, op=f"{build.op}-anyhow", constants=constants, wide=False)
+
+
+def builds(arch: str) -> Iterator[Build]:
+    """Everything the package may launch on an architecture, as it is launched for tensors that are
+    contiguous and aligned, and in bfloat16 for any others."""
+    for family in (products, small, passes, reductions, power):
+        for build in family(arch):
+            yield build
+            once = build.op not in ("gram-tall", "apply-tall") and not build.op.endswith("_across")
+            once = once and (build.op == "small_newton_schulz" or build.tile <= 64 * 64)
+            if once and build.dtype == "bfloat16" and (ANYHOW.keys() & build.constants.keys()):
+                yield anyhow(build)
+
+
+def compiled(build: Build) -> dict[str, Any]:
+    """Compile ahead of time; what the binary needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [p.name for p in build.kernel.params]
+    given = ARGUMENTS | dict(build.arguments)
+    signature = {n: "constexpr" if n in build.constants else given.get(n, "*fp32") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    source = ASTSource(
+        fn=build.kernel, signature=signature, attrs=attributes,
+        constexprs={(names.index(n),): v for n, v in build.constants.items()},
+    )  # fmt: skip
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", int(build.arch), 32), options=dict(build.options)
+    )
+    return {
+        "name": build.name,
+        "triton": triton.__version__,
+        "tensor_cores": build.tensor_cores,
+        "shared": kernel.metadata.shared,
+        **measured(kernel.asm["cubin"], build.arch),
+        "vectorized": bool(re.search(r"ld\.global\.\S*v[24]|cp\.async", kernel.asm["ptx"])),
+    }
+
+
+def measured(cubin: bytes, arch: str) -> dict[str, Any]:
+    """Registers and stack of a binary, and its tensor-core instructions."""
+    import triton.backends.nvidia as backend
+
+    tools = Path(backend.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
+        code = _run(tools / "nvdisasm", "-c", path)
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1])
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "tensor_core_instructions": len(re.findall(TENSOR_CORE, code)),
+        "newest_instructions": len(re.findall(NEWEST[arch], code)),
+    }
+
+
+def _run(*command: Any) -> str:
+    return subprocess.run(
+        [str(c) for c in command], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="triton_report", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write JSON here instead of to the terminal")
+    parser.add_argument("--arch", choices=ARCHES, action="append")
+    parser.add_argument("--kernel", default="", help="only ops whose name contains this")
+    options = parser.parse_args(arguments)
+    rows = [
+        compiled(b) for a in options.arch or ARCHES for b in builds(a) if options.kernel in b.op
+    ]
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Sweep launch records of the product kernel on a GPU and write tables for `kernels/configs/`.
+
+    python -m orthonorm.bench.tune --out FOLDER [--seconds S] [--dtype float16]
+
+For every tile shape the fastest warps and stages are kept, on matrices that give it enough tiles;
+then the shapes that are fastest for some size, largest first, which is the order `configs.pick`
+reads. All records share block_k, so that no choice changes a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import quantile, time_cuda
+
+SIDES = (768, 1024, 2048, 4096)
+SHAPES = {
+    "symmetric": ((128, 128), (64, 64)),
+    "product": ((128, 256), (128, 128), (64, 128), (64, 64)),
+}
+WARPS, STAGES = (4, 8), (3, 4, 5)
+
+
+def seconds_of(call: Callable[[], None]) -> float:
+    """Median of five samples, infinite where the record does not fit the device."""
+    try:
+        call()
+        return quantile([time_cuda(call, 5) for _ in range(5)], 0.5)
+    except Exception as error:  # Triton's OutOfResources has moved between modules
+        if "resource" not in type(error).__name__.lower() + str(error).lower():
+            raise
+        return math.inf
+
+
+def launcher(op: str, side: int, dtype: torch.dtype) -> Callable[[Any], None]:
+    """One launch on random matrices of this side by a given record: X X^T, or X + B X."""
+    product = importlib.import_module("orthonorm.kernels.product")
+    tables = importlib.import_module("orthonorm.kernels.tables")
+    X, B, out = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(3))
+    ((x, b, o),) = tables.views(X, B, out)
+    factors = product.Factors(x, x.mT, o, o) if op == "symmetric" else product.Factors(b, x, x, o)
+    beta = 0.0 if op == "symmetric" else 1.0
+
+    def launch(record: Any) -> None:
+        product.product(
+            op, [factors], X.device, dtype, 1.0, beta, None, op == "symmetric", [record]
+        )
+
+    return launch
+
+
+def sweep(op: str, dtype: torch.dtype, block_k: int, deadline: float) -> list[Any]:
+    """The records of a table row, and every time on the way printed."""
+    configs = importlib.import_module("orthonorm.kernels.configs")
+    launchers = {side: launcher(op, side, dtype) for side in SIDES}
+    best: dict[tuple[int, int], tuple[Any, dict[int, float]]] = {}
+    for shape in SHAPES[op]:
+        for warps, stages in itertools.product(WARPS, STAGES):
+            if time.monotonic() > deadline and shape in best:
+                break
+            record = configs.Config(*shape, block_k, warps, stages)
+            times = {s: seconds_of(lambda r=record, f=f: f(r)) for s, f in launchers.items()}
+            print(op, dtype, record, {s: f"{t * 1e6:.1f} us" for s, t in times.items()}, flush=True)
+            if shape not in best or sum(times.values()) < sum(best[shape][1].values()):
+                best[shape] = record, times
+    winners = {min(best, key=lambda s: best[s][1][side]) for side in SIDES}
+    return [best[shape][0] for shape in SHAPES[op] if shape in winners]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="tune", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--seconds", type=float, default=50.0, help="about how long (50)")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    options = parser.parse_args(arguments)
+    configs = importlib.import_module("orthonorm.kernels.configs")
+    arch, _ = configs.device_of(torch.device("cuda"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    for i, op in enumerate(SHAPES, 1):
+        deadline = start + options.seconds * i / len(SHAPES)
+        records = sweep(op, getattr(torch, options.dtype), 64 if int(arch) >= 90 else 32, deadline)
+        table = json.loads((configs.FOLDER / f"{op}.json").read_text())
+        table.setdefault(arch, {})[options.dtype] = [asdict(r) for r in records]
+        (options.out / f"{op}.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

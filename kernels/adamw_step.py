@@ -1,0 +1,84 @@
+"""AdamW on a list of parameters in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import elementwise as each
+from . import tables, tiles
+
+
+@triton.jit(do_not_specialize=["count"])
+def adamw_kernel(
+    table, count, lr, STEPS: tl.constexpr,
+    W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
+):  # fmt: skip
+    """Numbers: beta1, 1 - beta1, log beta1, the same of beta2, eps, weight decay."""
+    entries = table + 8
+    entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
+    w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)
+    g_at = each.elements(entries, count, entry, batch, start, local, 1, G_TYPE, FLAT)
+    m_at = each.elements(entries, count, entry, batch, start, local, 2, M_TYPE, FLAT)
+    v_at = each.elements(entries, count, entry, batch, start, local, 3, V_TYPE, FLAT)
+    steps = tiles.field(entries, count, entry, each.HEAD + 16).to(tl.pointer_type(T_TYPE))
+    t = tl.load(steps).to(tl.float64)
+    rate = tl.load(lr).to(tl.float64)
+    correct1 = 1.0 - tl.exp(t * tiles.number(table, 2))
+    correct2 = tl.sqrt(1.0 - tl.exp(t * tiles.number(table, 5)))
+    size = (rate * correct2 / correct1).to(WIDE)
+    decay = (1.0 - rate * tiles.number(table, 7)).to(WIDE)
+    eps = tiles.number(table, 6)
+    if CORRECT_EPS:
+        eps = eps * correct2
+    g = tl.load(g_at, mask=mask, other=0.0).to(WIDE)
+    m = tl.load(m_at, mask=mask, other=0.0).to(WIDE)
+    v = tl.load(v_at, mask=mask, other=0.0).to(WIDE)
+    w = tl.load(w_at, mask=mask, other=0.0).to(WIDE)
+    m = tiles.number(table, 0).to(WIDE) * m + tiles.number(table, 1).to(WIDE) * g
+    v = tiles.number(table, 3).to(WIDE) * v + tiles.number(table, 4).to(WIDE) * g * g
+    denominator = each.root(v) + eps.to(WIDE)
+    update = tl.where(denominator == 0, 0.0, each.divide(size * m, denominator))
+    if DECAY_FIRST:
+        w = decay * w - update
+    else:
+        w = decay * (w - update)
+    tl.store(m_at, m.to(M_TYPE), mask=mask)
+    tl.store(v_at, v.to(V_TYPE), mask=mask)
+    tl.store(w_at, w.to(W_TYPE), mask=mask)
+
+
+def adamw_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay_first: bool = True,
+    correct_eps: bool = True,
+) -> None:
+    if not params:
+        return
+    torch._foreach_add_(steps, 1)
+    numbers = [n for b in (beta1, beta2) for n in (b, 1 - b, math.log(b) if b else -math.inf)]
+    for dtype in {s.dtype for s in steps}:
+        rows = [i for i, s in enumerate(steps) if s.dtype == dtype]
+        lists = [[values[i] for i in rows] for values in (params, grads, exp_avg, exp_avg_sq)]
+        for group in each.groups(lists, [(steps[i].data_ptr(),) for i in rows]):
+            table = group.table((*numbers, eps, weight_decay), params[0].device)
+            *types, wide, flat, block = group.constants
+            adamw_kernel[(table.tiles,)](
+                table.data, table.count, lr, table.steps, *types, tables.TYPES[dtype], wide, flat,
+                block, decay_first, correct_eps, **each.OPTIONS,
+            )  # fmt: skip

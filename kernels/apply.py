@@ -1,0 +1,19 @@
+"""a X + b B X, X read once by the product and once by what is added to it."""
+
+from __future__ import annotations
+
+import torch
+from orthonorm import ops
+from torch import Tensor
+
+from . import tables
+from .product import Factors, product, served
+
+
+def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
+    if not served("product", X.device, X.dtype):
+        return ops.apply.definition(X, B, a, b)
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    products = [Factors(left, x, x, o) for x, left, o in tables.views(X, B, out)]
+    product("product", products, X.device, X.dtype, b, a)
+    return out

@@ -1,0 +1,134 @@
+"""Passes over lists of tensors, one launch per set of dtypes: where a program's elements lie.
+
+An entry's fields: first tile, tiles of a matrix, elements of a matrix, columns, number of its first
+matrix in the list, number of its item in the list, matrices; then 4 per tensor (`tables.View`);
+then extras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tables, tiles
+from .configs import FUSION
+
+HEAD = tl.constexpr(7)
+MATRICES = tl.constexpr(6)
+OPTIONS = dict(num_warps=8, **FUSION)
+
+
+def block_of(device: torch.device) -> int:
+    """Elements of a program; few in the interpreter, for several tiles of small matrices."""
+    return 256 if device.type == "cpu" else 4096
+
+
+@triton.jit
+def place(entries, count, STEPS: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's entry, matrix of it, first element, the others from there, and their mask."""
+    tile = tl.program_id(0).to(tl.int64)
+    entry = tiles.locate(entries, count, tile, STEPS)
+    size = tiles.field(entries, count, entry, 1)
+    inside = tile - tiles.field(entries, count, entry, 0)
+    start = inside % size * BLOCK
+    left = tiles.field(entries, count, entry, 2) - start
+    if FLAT:
+        left = tl.multiple_of(left, 8)
+    local = tl.arange(0, BLOCK)
+    return entry, inside // size, start, local, local < left
+
+
+@triton.jit
+def elements(
+    entries, count, entry, batch, start, local, k: tl.constexpr, TYPE: tl.constexpr,
+    FLAT: tl.constexpr,
+):  # fmt: skip
+    """Addresses of these elements in tensor k."""
+    address = tiles.field(entries, count, entry, HEAD + 4 * k).to(tl.pointer_type(TYPE))
+    skip = tiles.field(entries, count, entry, HEAD + 4 * k + 1)
+    if FLAT:  # said of the sum: Triton 3.6 forgets what it is told of a cast
+        address = tl.multiple_of(address + (batch * skip + start), 16)
+        return address + local
+    else:
+        columns = tiles.field(entries, count, entry, 3)
+        row = tiles.field(entries, count, entry, HEAD + 4 * k + 2)
+        column = tiles.field(entries, count, entry, HEAD + 4 * k + 3)
+        index = start + local
+        return address + batch * skip + index // columns * row + index % columns * column
+
+
+@triton.jit
+def divide(x, y):
+    """x / y rounded to nearest, in float32 or float64."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def root(x):
+    """sqrt(x) rounded to nearest, in float32 or float64."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+class Group(NamedTuple):
+    """Entries of one launch."""
+
+    types: tuple[Any, ...]  # of the tensors
+    wide: Any  # the dtype of arithmetic
+    flat: bool
+    block: int
+    entries: list[tables.Entry]
+
+    def table(self, numbers: Sequence[float], device: torch.device) -> tables.Table:
+        return tables.table(self.entries, numbers, device)
+
+    @property
+    def most_matrices(self) -> int:
+        """Of one entry."""
+        return max(entry[6] for entry in self.entries)
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """What every kernel takes after the steps of the search."""
+        return (*self.types, self.wide, self.flat, self.block)
+
+
+def groups(
+    lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = ()
+) -> Iterator[Group]:
+    """Items (one tensor of each list) by dtypes, dense and aligned ones apart from others.
+
+    `extras` are further int64 fields of each item.
+    """
+    rows = []
+    first = 0
+    block = block_of(lists[0][0].device) if lists[0] else 0
+    for item, tensors in enumerate(zip(*lists, strict=True)):
+        if tensors[0].numel() == 0:
+            first += tensors[0].shape[:-2].numel()
+            continue
+        for views in tables.views(*tensors):
+            x = views[0]
+            numel = x.rows * x.columns
+            flat = numel % 8 == 0 and len({v.order for v in views}) == 1
+            flat = flat and all(v.dense and v.regular for v in views)
+            size = triton.cdiv(numel, block)
+            extra = extras[item] if extras else ()
+            fields = (f for v in views for f in v.fields)
+            head = (x.batch * size, size, numel, x.columns, first, item, x.batch)
+            entry = (*head, *fields, *extra)
+            rows.append(((tuple(v.dtype for v in views), flat), entry))
+            first += x.batch
+    for (dtypes, flat), entries in tables.grouped(rows).items():
+        wide = tl.float64 if torch.float64 in dtypes else tl.float32
+        yield Group(tuple(tables.TYPES[d] for d in dtypes), wide, flat, block, entries)

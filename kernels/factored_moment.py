@@ -1,0 +1,88 @@
+"""Adafactor's rank-one moment: rows, then columns, then matrices divided by its root.
+
+X is read for the row sums, for the column sums, for the norm of the result if that is kept, and to
+be divided: eps keeps the factors of rows and columns from separating.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import elementwise as each
+from . import lines, tiles
+
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit(do_not_specialize=["count"])
+def factored_kernel(
+    table, count, row_moments, column_moments, sums, STEPS: tl.constexpr,
+    X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
+    KEEP_NORM: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """x <- x / (sqrt(r c / mean r) + eps), or the squares of that. Numbers: two of beta2, eps."""
+    entries = table + 3
+    entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
+    line = tl.arange(0, LINES)
+    step = tl.arange(0, ALONG)
+    eps = tiles.number(table, 2).to(WIDE)
+    rows = tiles.field(entries, count, entry, 2)
+    row_moments += tiles.field(entries, count, entry, 4) + batch * rows + first
+    column_moments += tiles.field(entries, count, entry, 5) + batch * length
+    mean = lines.matrix_sum(entries, count, entry, batch, sums, 2, 128) / rows
+    ratio = tl.load(row_moments + line, mask=line < left, other=0.0) / mean
+    ratio = tl.where(mean == 0, 0.0, ratio).to(WIDE)
+    norm = mean * 0 + 1.0
+    if KEEP_NORM and WRITE:
+        before = lines.matrix_sum(entries, count, entry, batch, sums, 0, 128)
+        after = lines.matrix_sum(entries, count, entry, batch, sums, 1, 128)
+        norm = tl.where(after == 0, 0.0, tl.sqrt(before / after))
+    x, across, along = tiles.matrix(
+        entries, count, entry, batch, lines.HEAD, X_TYPE, X_ORDER, ALIGNED
+    )
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
+    at = tiles.square(line, step, across, along)
+    total = tl.zeros((LINES, ALONG), dtype=tl.float64)
+    for start in tl.range(0, length, ALONG):
+        mask = (line < left)[:, None] & (step < length - start)[None, :]
+        column = tl.load(column_moments + start + step, mask=step < length - start, other=0.0)
+        if tl.float32 == WIDE:  # 0 times it is 0
+            column = tl.where(column > LARGEST, LARGEST, column)
+        column = column.to(WIDE)
+        below = lines.denominator(ratio[:, None] * column[None, :], eps, EPS_AT)
+        value = tl.load(x + at, mask=mask, other=0.0).to(WIDE)
+        value = tl.where(below == 0, 0.0, each.divide(value, below))
+        if WRITE:
+            tl.store(x + at, (value * norm.to(WIDE)).to(X_TYPE), mask=mask)
+        else:
+            total += tl.where(mask, value.to(tl.float64) * value.to(tl.float64), 0.0)
+        x += ALONG * along
+    if not WRITE:
+        squares = tl.sum(tl.sum(total, axis=1), axis=0)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * lines.SUMS + 1, squares)
+
+
+def factored_moment_(
+    row_moments: list[Tensor],
+    column_moments: list[Tensor],
+    X: list[Tensor],
+    beta2: float,
+    eps: float,
+    eps_at: str = "outside",
+    keep_norm: bool = True,
+) -> None:
+    if not X:
+        return
+    numbers = (beta2, 1 - beta2, eps)
+    rows, launched = lines.updated(row_moments, X, False, numbers, lines.RAW.value)
+    columns, _ = lines.updated(column_moments, X, True, numbers, lines.RAW.value)
+    for table, sums, steps in launched:
+        for write in (False, True) if keep_norm else (True,):
+            factored_kernel[(table.tiles,)](
+                table.data, table.count, rows, columns, sums, *steps, lines.EPS_AT[eps_at],
+                keep_norm, write, **lines.OPTIONS,
+            )  # fmt: skip

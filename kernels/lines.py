@@ -1,0 +1,288 @@
+"""Reductions along lines: rows, or columns as rows of the transposed view; in double, in order.
+
+A program owns some lines of one matrix and walks along them, so sums need no atomics and do not
+depend on company. An entry's fields: first program, programs of a matrix, lines, their length,
+first line in the list; then X and the moments (`tables.View`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import elementwise as each
+from . import tables, tiles
+from .configs import FUSION
+
+HEAD = tl.constexpr(6)
+SUMS = tl.constexpr(3)  # per program: squares before, squares after, moments
+INSIDE, CLAMP = tl.constexpr(1), tl.constexpr(2)
+RAW = tl.constexpr(3)  # the moment itself instead of a factor
+EPS_AT = {"outside": 0, "inside": 1, "clamp": 2}
+OPTIONS = dict(num_warps=4, **FUSION)
+
+
+@triton.jit
+def place(entries, count, STEPS: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.constexpr):
+    """This program's entry, matrix, first line, and how many lines and elements there are."""
+    program = tl.program_id(0).to(tl.int64)
+    entry = tiles.locate(entries, count, program, STEPS)
+    size = tiles.field(entries, count, entry, 1)
+    inside = program - tiles.field(entries, count, entry, 0)
+    first = inside % size * LINES
+    lines = (tiles.side(entries, count, entry, 2, ALIGNED) - first).to(tl.int32)
+    return entry, inside // size, first, lines, tiles.side(entries, count, entry, 3, ALIGNED)
+
+
+@triton.jit
+def squares(x, across, along, lines, length, LINES: tl.constexpr, ALONG: tl.constexpr):
+    """Sums of squares of the lines from address x on, double."""
+    line = tl.arange(0, LINES)
+    step = tl.arange(0, ALONG)
+    at = tiles.square(line, step, across, along)
+    total = tl.zeros((LINES, ALONG), dtype=tl.float64)
+    for start in tl.range(0, length, ALONG):
+        mask = (line < lines)[:, None] & (step < length - start)[None, :]
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float64)
+        total += value * value
+        x += ALONG * along
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def denominator(moment, eps, EPS_AT: tl.constexpr):
+    """sqrt(moment), with eps where EPS_AT says."""
+    if EPS_AT == INSIDE:
+        return each.root(moment + eps)
+    else:
+        base = each.root(moment)
+        if EPS_AT == CLAMP:
+            return tl.where(base < eps, eps, base)
+        else:
+            return base + eps
+
+
+@triton.jit
+def inverse(moment, eps, EPS_AT: tl.constexpr):
+    """1 / denominator, 0 where it is 0."""
+    below = denominator(moment, eps, EPS_AT)
+    return tl.where(below == 0, 0.0, 1.0 / below)
+
+
+@triton.jit
+def scale(
+    x, across, along, out, out_across, out_along, lines, length, factor,
+    LINES: tl.constexpr, ALONG: tl.constexpr, OUT_TYPE: tl.constexpr,
+):  # fmt: skip
+    """out <- x times the factor of its line, in double, from these addresses on."""
+    line = tl.arange(0, LINES)
+    step = tl.arange(0, ALONG)
+    at = tiles.square(line, step, across, along)
+    out_at = tiles.square(line, step, out_across, out_along)
+    for start in tl.range(0, length, ALONG):
+        mask = (line < lines)[:, None] & (step < length - start)[None, :]
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float64) * factor[:, None]
+        if tl.float64 != OUT_TYPE:
+            value = value.to(tl.float32)
+        tl.store(out + out_at, value.to(OUT_TYPE), mask=mask)
+        x += ALONG * along
+        out += ALONG * out_along
+
+
+@triton.jit(do_not_specialize=["count"])
+def moments_kernel(
+    table, count, factors, sums, STEPS: tl.constexpr,
+    X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
+):  # fmt: skip
+    """v <- beta2 v + (1 - beta2) mean x^2 of every line, its factor, and sums for norms and means.
+
+    Numbers: beta2, 1 - beta2, eps.
+    """
+    entries = table + 3
+    entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
+    x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
+    total = squares(x, across, along, lines, length, LINES, ALONG)
+    v, step, _ = tiles.matrix(entries, count, entry, batch, HEAD + 4, V_TYPE, 2, False)
+    line = tl.arange(0, LINES)
+    v_at = v + (first + line) * step
+    old = tl.load(v_at, mask=line < lines, other=0.0).to(tl.float64)
+    new = tiles.number(table, 0) * old + tiles.number(table, 1) * (total / length)
+    tl.store(v_at, new.to(WIDE).to(V_TYPE), mask=line < lines)
+    factor = new
+    if EPS_AT != RAW:
+        factor = inverse(new, tiles.number(table, 2), EPS_AT)
+    slot = tiles.field(entries, count, entry, 4)
+    slot += batch * tiles.field(entries, count, entry, 2) + first
+    tl.store(factors + slot + line, factor, mask=line < lines)
+    at = sums + tl.program_id(0).to(tl.int64) * SUMS
+    real = line < lines
+    tl.store(at, tl.sum(total, axis=0))
+    tl.store(at + 1, tl.sum(tl.where(real, total * factor * factor, 0.0), axis=0))
+    tl.store(at + 2, tl.sum(tl.where(real, new, 0.0), axis=0))
+
+
+@triton.jit
+def matrix_sum(entries, count, entry, batch, sums, which, LANES: tl.constexpr):
+    """Sum `which` of all programs of a matrix, in order."""
+    size = tiles.field(entries, count, entry, 1)
+    at = sums + (tiles.field(entries, count, entry, 0) + batch * size) * SUMS + which
+    lane = tl.arange(0, LANES)
+    total = tl.zeros((LANES,), dtype=tl.float64)
+    for start in tl.range(0, size, LANES):
+        total += tl.load(at + (start + lane) * SUMS, mask=start + lane < size, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def rescale_kernel(
+    table, count, factors, sums, STEPS: tl.constexpr,
+    X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, KEEP_NORM: tl.constexpr,
+):  # fmt: skip
+    """x <- x times the factor of its line, to the norm it had if KEEP_NORM."""
+    entries = table + 3
+    entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
+    line = tl.arange(0, LINES)
+    slot = tiles.field(entries, count, entry, 4)
+    slot += batch * tiles.field(entries, count, entry, 2) + first
+    factor = tl.load(factors + slot + line, mask=line < lines, other=0.0)
+    if KEEP_NORM:
+        before = matrix_sum(entries, count, entry, batch, sums, 0, 128)
+        after = matrix_sum(entries, count, entry, batch, sums, 1, 128)
+        factor = factor * tl.where(after == 0, 0.0, tl.sqrt(before / after))
+    x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
+    scale(
+        x, across, along, x, across, along, lines, length, factor, LINES, ALONG, X_TYPE
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def normalize_kernel(
+    table, count, STEPS: tl.constexpr,
+    X_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
+):  # fmt: skip
+    """out <- x / (scale |line| + eps). Numbers: scale, eps."""
+    entries = table + 2
+    entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
+    x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
+    total = squares(x, across, along, lines, length, LINES, ALONG)
+    factor = tiles.number(table, 0)
+    factor = inverse(total * factor * factor, tiles.number(table, 1), EPS_AT)
+    out, down, over = tiles.matrix(
+        entries, count, entry, batch, HEAD + 4, OUT_TYPE, X_ORDER, ALIGNED
+    )
+    out = tiles.corner(out, down, over, first, 0, ALIGNED)
+    scale(
+        x, across, along, out, down, over, lines, length, factor, LINES, ALONG, OUT_TYPE
+    )  # fmt: skip
+
+
+class Group(NamedTuple):
+    """Entries of one launch."""
+
+    types: tuple[Any, Any]
+    wide: Any
+    order: int
+    aligned: bool
+    blocks: tuple[int, int]
+    entries: list[tables.Entry]
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """What every kernel takes after the steps of the search."""
+        return (*self.types, self.wide, self.order, self.aligned, *self.blocks)
+
+
+def blocks_of(device: torch.device, order: int) -> tuple[int, int]:
+    """Lines of a program and elements at a time: the contiguous direction is the wider one."""
+    if device.type == "cpu":
+        return (8, 16) if order else (16, 8)
+    return (8, 256) if order == 1 else (64, 32)
+
+
+def groups(
+    X: Sequence[Tensor], others: Sequence[Tensor], columns: bool, whole: bool
+) -> tuple[list[Group], int]:
+    """Pairs of tensors as lines, by dtypes, order and alignment; and the number of all lines.
+
+    `columns` makes columns the lines. `whole`: the others are of the shape of X, not one number
+    per line.
+    """
+    rows: list[tuple[Any, tables.Entry]] = []
+    lines = across = 0
+    for pair in zip(X, others, strict=True):
+        for x, other in tables.views(*pair):
+            if columns:
+                x, other = x.mT, other.mT
+            if x.batch == 0:
+                continue
+            order = x.order if not whole or x.order == other.order else 2
+            aligned = x.aligned and order < 2 and (not whole or other.aligned)
+            blocks = blocks_of(X[0].device, order)
+            size = triton.cdiv(x.rows, blocks[0])
+            head = (x.batch * size, size, x.rows, x.columns, lines, across)
+            entry = (*head, *x.fields, *other.fields)
+            rows.append(((x.dtype, other.dtype, order, aligned, blocks), entry))
+            lines += x.batch * x.rows
+            across += x.batch * x.columns
+    found = []
+    for (kind, other_kind, order, aligned, blocks), entries in tables.grouped(rows).items():
+        wide = tl.float64 if torch.float64 in (kind, other_kind) else tl.float32
+        types = (tables.TYPES[kind], tables.TYPES[other_kind])
+        found.append(Group(types, wide, order, aligned, blocks, entries))
+    return found, lines
+
+
+def updated(
+    moments: Sequence[Tensor], X: Sequence[Tensor], columns: bool, numbers: tuple[float, ...],
+    eps_at: int,
+) -> tuple[Tensor, list[tuple[tables.Table, Tensor, tuple[Any, ...]]]]:  # fmt: skip
+    """Moments updated: every line's factor, and for each group its table, sums and constants."""
+    device = X[0].device
+    found, lines = groups(X, moments, columns, whole=False)
+    factors = torch.empty(lines, dtype=torch.float64, device=device)
+    launched = []
+    for group in found:
+        table = tables.table(group.entries, numbers, device)
+        sums = torch.empty(table.tiles, SUMS.value, dtype=torch.float64, device=device)
+        steps = (table.steps, *group.constants)
+        moments_kernel[(table.tiles,)](
+            table.data, table.count, factors, sums, *steps, eps_at, **OPTIONS
+        )
+        launched.append((table, sums, steps))
+    return factors, launched
+
+
+def moment(
+    moments: Sequence[Tensor], X: Sequence[Tensor], columns: bool, numbers: tuple[float, ...],
+    eps_at: str, keep_norm: bool,
+) -> None:  # fmt: skip
+    """`row_moment_`, or `column_moment_`: two launches, two passes over X."""
+    if not X:
+        return
+    factors, launched = updated(moments, X, columns, numbers, EPS_AT[eps_at])
+    for table, sums, steps in launched:
+        rescale_kernel[(table.tiles,)](
+            table.data, table.count, factors, sums, *steps, keep_norm, **OPTIONS
+        )
+
+
+def normalize(X: Tensor, columns: bool, scale: float, eps: float, eps_at: str) -> Tensor:
+    """`row_normalize`, or `column_normalize`: one launch."""
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    for group in groups([X], [out], columns, whole=True)[0]:
+        table = tables.table(group.entries, (scale, eps), X.device)
+        normalize_kernel[(table.tiles,)](
+            table.data, table.count, table.steps, *group.constants, EPS_AT[eps_at], **OPTIONS
+        )
+    return out

@@ -1,0 +1,75 @@
+"""Frobenius norms of a list, in double: sums of squares by tile, then one program per matrix.
+
+Tiles are cut from each matrix alone and added in order: results do not depend on company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from orthonorm import ops
+from torch import Tensor
+
+from . import elementwise as each
+from . import tables, tiles
+from .configs import FUSION
+
+CHUNK = 256  # sums of tiles added at a time
+
+
+@triton.jit(do_not_specialize=["count"])
+def squares_kernel(
+    table, count, sums, STEPS: tl.constexpr, X_TYPE: tl.constexpr, WIDE: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
+    x_at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
+    x = tl.load(x_at, mask=mask, other=0.0).to(tl.float64)
+    tl.store(sums + tl.program_id(0), tl.sum(x * x, axis=0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr):
+    """norms[first matrix + batch] from the sums of each matrix's tiles."""
+    entry = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    first = tiles.field(entries, count, entry, 0)
+    size = tiles.field(entries, count, entry, 1)
+    matrices = tiles.field(entries, count, entry, each.MATRICES)
+    if batch < matrices:
+        at = sums + first + batch * size
+        total = tl.zeros((CHUNK,), dtype=tl.float64)
+        local = tl.arange(0, CHUNK)
+        for start in range(0, size, CHUNK):
+            total += tl.load(at + start + local, mask=local < size - start, other=0.0)
+        norm = tl.sqrt(tl.sum(total, axis=0))
+        tl.store(norms + tiles.field(entries, count, entry, 4) + batch, norm)
+
+
+def norms_of(table: tables.Table, group: each.Group, sums: Tensor, norms: Tensor) -> None:
+    """Norms from sums of squares by tile, into the places of the list's matrices."""
+    grid = (table.count, group.most_matrices)
+    norms_kernel[grid](table.data, table.count, sums, norms, CHUNK, num_warps=4, **FUSION)
+
+
+def empty_norms(X: Iterable[Tensor], device: torch.device) -> Tensor:
+    """A place for the norm of every matrix; those of empty ones are 0."""
+    counts = (x.shape[:-2].numel() for x in X)
+    return torch.zeros(sum(counts), dtype=torch.float64, device=device)
+
+
+def magnitude(X: list[Tensor]) -> Tensor:
+    if not X or any(x.dtype == torch.float64 for x in X):
+        return ops.magnitude.definition(X)
+    norms = empty_norms(X, X[0].device)
+    for group in each.groups([X]):
+        table = group.table((), X[0].device)
+        sums = torch.empty(table.tiles, dtype=torch.float64, device=X[0].device)
+        squares_kernel[(table.tiles,)](
+            table.data, table.count, sums, table.steps, *group.constants, **each.OPTIONS
+        )
+        norms_of(table, group, sums, norms)
+    return norms

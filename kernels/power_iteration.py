@@ -1,0 +1,350 @@
+"""Power iteration on lists of matrices, each step in a single pass over W from memory.
+
+A program owns some lines of one matrix, forms y = A x for them, and while they are in the cache
+their part of A^T y; parts are added in order, so nothing is atomic. "v_first" is "u_first" on W^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from orthonorm import ops
+from torch import Tensor
+
+from . import lines, tables, tiles
+from .magnitude import magnitude
+
+# fields behind those of `lines`: W, then u and v as columns, then these
+U, V = tl.constexpr(lines.HEAD.value + 4), tl.constexpr(lines.HEAD.value + 8)
+FIRST, MATRICES, PARTS = (tl.constexpr(lines.HEAD.value + 12 + i) for i in range(3))
+LANES = tl.constexpr(128)
+
+
+@triton.jit
+def unit(entries, count, entry, batch, sizes):
+    """1 / |W|_F, 0 for a zero matrix."""
+    size = tl.load(sizes + tiles.field(entries, count, entry, FIRST) + batch)
+    return tl.where(size == 0, 0.0, 1.0 / size)
+
+
+@triton.jit
+def clamped(norm, eps, inverse):
+    """max(norm, eps / |W|_F); NaN stays."""
+    return tl.where(norm < eps * inverse, eps * inverse, norm)
+
+
+@triton.jit
+def lane_block(entries, count, entry, blocks):
+    """Matrix and first lane of a program of a grid of (matrices x blocks, entries)."""
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // blocks
+    return batch, program % blocks, batch < tiles.field(entries, count, entry, MATRICES)
+
+
+@triton.jit
+def ordered_sum(address, size):
+    """Sum of `size` doubles, in an order that depends on nothing else."""
+    lane = tl.arange(0, LANES)
+    total = tl.zeros((LANES,), dtype=tl.float64)
+    for start in tl.range(0, size, LANES):
+        total += tl.load(address + start + lane, mask=start + lane < size, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def y_norm(entries, count, entry, batch, y_squares):
+    size = tiles.field(entries, count, entry, 1)
+    first = tiles.field(entries, count, entry, 0) + batch * size
+    return tl.sqrt(ordered_sum(y_squares + first, size))
+
+
+@triton.jit(do_not_specialize=["count"])
+def step_kernel(
+    table, count, sizes, right, y, parts, y_squares, STEPS: tl.constexpr,
+    W_TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+    LINES: tl.constexpr, ALONG: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """y = A v and, by program, its squares and A^T y, A = W / |W|_F."""
+    entries = table + 1
+    entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
+    inverse = unit(entries, count, entry, batch, sizes)
+    w, across, along = tiles.matrix(
+        entries, count, entry, batch, lines.HEAD, W_TYPE, ORDER, ALIGNED
+    )
+    w = tiles.corner(w, across, along, first, 0, ALIGNED)
+    line = tl.arange(0, LINES)
+    step = tl.arange(0, ALONG)
+    at = tiles.square(line, step, across, along)
+    right += tiles.field(entries, count, entry, 5) + batch * length
+    total = tl.zeros((LINES, ALONG), dtype=tl.float32)
+    for start in tl.range(0, length, ALONG):
+        inside = step < length - start
+        x = tl.load(right + start + step, mask=inside, other=0.0)
+        mask = (line < left)[:, None] & inside[None, :]
+        w_at = tiles.corner(w, across, along, 0, tl.cast(start, tl.int64), ALIGNED)
+        a = tl.load(w_at + at, mask=mask, other=0.0)
+        total += (a.to(tl.float64) * inverse).to(tl.float32) * x[None, :]
+    result = tl.sum(total, axis=1)
+    y += tiles.field(entries, count, entry, 4) + first
+    y += batch * tiles.field(entries, count, entry, 2)
+    tl.store(y + line, result, mask=line < left)
+    squares = result.to(tl.float64) * result.to(tl.float64)
+    tl.store(y_squares + tl.program_id(0), tl.sum(squares, axis=0))
+    if SECOND:
+        program = tl.program_id(0) - tiles.field(entries, count, entry, 0)
+        parts += tiles.field(entries, count, entry, PARTS) + program * length
+        for start in tl.range(0, length, ALONG):
+            inside = step < length - start
+            mask = (line < left)[:, None] & inside[None, :]
+            w_at = tiles.corner(w, across, along, 0, tl.cast(start, tl.int64), ALIGNED)
+            a = tl.load(w_at + at, mask=mask, other=0.0)
+            a = (a.to(tl.float64) * inverse).to(tl.float32)
+            tl.store(parts + start + step, tl.sum(a * result[:, None], axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def back_kernel(
+    table, count, blocks, sizes, left, z, parts, y_squares, z_squares,
+    W_TYPE: tl.constexpr,
+):  # fmt: skip
+    """z = A^T u and its squares: the parts by |y|, or where y is zero a product with the old u."""
+    entries = table + 1
+    entry = tl.program_id(1)
+    batch, block, real = lane_block(entries, count, entry, blocks)
+    length = tiles.field(entries, count, entry, 3)
+    if real & (block * LANES < length):
+        inverse = unit(entries, count, entry, batch, sizes)
+        lane = block * LANES + tl.arange(0, LANES)
+        norm = y_norm(entries, count, entry, batch, y_squares)
+        total = tl.zeros((LANES,), dtype=tl.float64)
+        if norm != 0:
+            size = tiles.field(entries, count, entry, 1)
+            at = parts + tiles.field(entries, count, entry, PARTS) + batch * size * length + lane
+            for _ in tl.range(0, size):
+                total += tl.load(at, mask=lane < length, other=0.0).to(tl.float64)
+                at += length
+            total = total / clamped(norm, tiles.number(table, 0), inverse)
+        else:
+            w, across, along = tiles.matrix(
+                entries, count, entry, batch, lines.HEAD, W_TYPE, 2, False
+            )
+            rows = tiles.field(entries, count, entry, 2)
+            u = left + tiles.field(entries, count, entry, 4) + batch * rows
+            for row in tl.range(0, rows):
+                at = w + row * across + lane * along
+                a = tl.load(at, mask=lane < length, other=0.0).to(tl.float64) * inverse
+                total += a * tl.load(u + row).to(tl.float64)
+        result = total.to(tl.float32)
+        at = z + tiles.field(entries, count, entry, 5) + batch * length
+        tl.store(at + lane, result, mask=lane < length)
+        squares = result.to(tl.float64) * result.to(tl.float64)
+        matrix = tiles.field(entries, count, entry, FIRST) + batch
+        tl.store(z_squares + matrix * blocks + block, tl.sum(squares, axis=0))
+
+
+@triton.jit
+def replace(old_at, new_at, norm, divisor, mask):
+    """old <- new / divisor, unless the norm is zero."""
+    old = tl.load(old_at, mask=mask, other=0.0)
+    new = tl.load(new_at, mask=mask, other=0.0).to(tl.float64) / divisor
+    tl.store(old_at, tl.where(norm == 0, old, new.to(tl.float32)), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def vectors_kernel(
+    table, count, blocks, sizes, left, right, y, z, y_squares, z_squares, replaced,
+):  # fmt: skip
+    """u <- y / max(|y|, eps), v <- z / max(|z|, eps), in scratch; what is zero is kept."""
+    entries = table + 1
+    entry = tl.program_id(1)
+    batch, block, real = lane_block(entries, count, entry, blocks)
+    if real:
+        inverse = unit(entries, count, entry, batch, sizes)
+        eps = tiles.number(table, 0)
+        rows = tiles.field(entries, count, entry, 2)
+        length = tiles.field(entries, count, entry, 3)
+        matrix = tiles.field(entries, count, entry, FIRST) + batch
+        y_size = y_norm(entries, count, entry, batch, y_squares)
+        z_size = tl.sqrt(ordered_sum(z_squares + matrix * blocks, blocks))
+        lane = block * LANES + tl.arange(0, LANES)
+        at = tiles.field(entries, count, entry, 4) + batch * rows + lane
+        divisor = clamped(y_size, eps, inverse)
+        replace(left + at, y + at, y_size, divisor, lane < rows)
+        at = tiles.field(entries, count, entry, 5) + batch * length + lane
+        divisor = clamped(z_size, eps, inverse)
+        replace(right + at, z + at, z_size, divisor, lane < length)
+        if block == 0:
+            old = tl.load(replaced + 2 * matrix)
+            tl.store(replaced + 2 * matrix, tl.where(y_size == 0, old, 1))
+            old = tl.load(replaced + 2 * matrix + 1)
+            tl.store(replaced + 2 * matrix + 1, tl.where(z_size == 0, old, 1))
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def start_kernel(
+    table, count, blocks, left, right, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+):  # fmt: skip
+    """u and v into scratch."""
+    entries = table + 1
+    entry = tl.program_id(1)
+    batch, block, real = lane_block(entries, count, entry, blocks)
+    if real:
+        rows = tiles.field(entries, count, entry, 2)
+        length = tiles.field(entries, count, entry, 3)
+        lane = block * LANES + tl.arange(0, LANES)
+        u, step, _ = tiles.matrix(entries, count, entry, batch, U, U_TYPE, 2, False)
+        v, skip, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
+        left += tiles.field(entries, count, entry, 4) + batch * rows
+        right += tiles.field(entries, count, entry, 5) + batch * length
+        x = tl.load(u + lane * step, mask=lane < rows, other=0.0)
+        tl.store(left + lane, x.to(tl.float32), mask=lane < rows)
+        x = tl.load(v + lane * skip, mask=lane < length, other=0.0)
+        tl.store(right + lane, x.to(tl.float32), mask=lane < length)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def end_kernel(
+    table, count, blocks, sizes, left, right, y, z_squares, replaced, sigmas,
+    U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, MOVED: tl.constexpr,
+):  # fmt: skip
+    """sigma, and u and v from scratch where a step replaced them and sigma is finite."""
+    entries = table + 1
+    entry = tl.program_id(1)
+    batch, block, real = lane_block(entries, count, entry, blocks)
+    if real:
+        rows = tiles.field(entries, count, entry, 2)
+        length = tiles.field(entries, count, entry, 3)
+        matrix = tiles.field(entries, count, entry, FIRST) + batch
+        left += tiles.field(entries, count, entry, 4) + batch * rows
+        right += tiles.field(entries, count, entry, 5) + batch * length
+        local = tl.arange(0, LANES)
+        if MOVED:  # u^T A v = |z|^2 / max(|z|, eps)
+            inverse = unit(entries, count, entry, batch, sizes)
+            norm = tl.sqrt(ordered_sum(z_squares + matrix * blocks, blocks))
+            divisor = clamped(norm, tiles.number(table, 0), inverse)
+            sigma = tl.where(norm == 0, 0.0, norm * norm / divisor)
+        else:  # y = A v
+            y += tiles.field(entries, count, entry, 4) + batch * rows
+            total = tl.zeros((LANES,), dtype=tl.float64)
+            for start in tl.range(0, rows, LANES):
+                mask = start + local < rows
+                u = tl.load(left + start + local, mask=mask, other=0.0).to(tl.float64)
+                total += u * tl.load(y + start + local, mask=mask, other=0.0).to(tl.float64)
+            sigma = tl.sum(total, axis=0)
+        finite = (sigma - sigma) == 0
+        if block == 0:
+            size = tl.load(sizes + matrix)
+            value = tl.where(finite, sigma * size, sigma - sigma)
+            tl.store(sigmas + matrix, value.to(sigmas.dtype.element_ty))
+        if MOVED:
+            lane = block * LANES + local
+            some = tl.where(finite, rows, 0) * tl.load(replaced + 2 * matrix)
+            u, step, _ = tiles.matrix(entries, count, entry, batch, U, U_TYPE, 2, False)
+            x = tl.load(left + lane, mask=lane < some, other=0.0)
+            tl.store(u + lane * step, x.to(U_TYPE), mask=lane < some)
+            some = tl.where(finite, length, 0) * tl.load(replaced + 2 * matrix + 1)
+            v, step, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
+            x = tl.load(right + lane, mask=lane < some, other=0.0)
+            tl.store(v + lane * step, x.to(V_TYPE), mask=lane < some)
+
+
+def blocks_of(device: torch.device, order: int) -> tuple[int, int]:
+    """Lines of a program and elements at a time: lines that stay in the second-level cache."""
+    if device.type == "cpu":
+        return (16, 32)
+    return (32, 128) if order == 1 else (64, 32)
+
+
+def rows(
+    W: list[Tensor], u: list[Tensor], v: list[Tensor], transposed: bool
+) -> Iterator[tuple[tuple[Any, ...], tables.Entry]]:
+    """What each launch has in common, and its entries."""
+    matrices = 0
+    for w_i, u_i, v_i in zip(W, u, v, strict=True):
+        if w_i.numel() == 0:
+            matrices += w_i.shape[:-2].numel()
+            continue
+        for w, left, right in tables.views(w_i, u_i.unsqueeze(-1), v_i.unsqueeze(-1)):
+            if transposed:
+                w, left, right = w.mT, right, left
+            types = (tables.TYPES[x.dtype] for x in (w, left, right))
+            fields = (*w.fields, *left.fields, *right.fields)
+            yield (*types, w.order, w.aligned), (w.batch, w.rows, w.columns, *fields, matrices)
+            matrices += w.batch
+
+
+class Group:
+    """Matrices of one launch: their table, what kernels hand to one another, and the kernels."""
+
+    def __init__(self, key: tuple[Any, ...], plain: list[tables.Entry], eps: float, sizes: Tensor):
+        *self.types, order, aligned = key
+        self.constants = (self.types[0], order, aligned, *blocks_of(sizes.device, order))
+        lines_before = lanes_before = parts = 0
+        entries = []
+        for batch, height, width, *fields, matrices in plain:
+            size = triton.cdiv(height, self.constants[3])
+            head = (batch * size, size, height, width, lines_before, lanes_before)
+            entries.append((*head, *fields, matrices, batch, parts))
+            lines_before += batch * height
+            lanes_before += batch * width
+            parts += batch * size * width
+        self.sizes = sizes
+        self.table = tables.table(entries, (eps,), sizes.device)
+        self.blocks = triton.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
+        self.lanes = (max(e[0] // e[1] for e in entries) * self.blocks, len(entries))
+
+        def scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=sizes.device)
+
+        self.left, self.y = scratch(lines_before), scratch(lines_before)
+        self.right, self.z = scratch(lanes_before), scratch(lanes_before)
+        self.parts = scratch(parts)
+        self.y_squares = scratch(self.table.tiles, torch.float64)
+        self.z_squares = scratch(sizes.numel() * self.blocks, torch.float64)
+        self.replaced = scratch(2 * sizes.numel(), torch.int32)
+
+    def run(self, steps: int, sigmas: Tensor) -> None:
+        data, count, sizes = self.table.data, self.table.count, self.sizes
+        left, right, y, z = self.left, self.right, self.y, self.z
+        start_kernel[self.lanes](
+            data, count, self.blocks, left, right, *self.types[1:], **lines.OPTIONS
+        )
+        for _ in range(max(steps, 1)):
+            step_kernel[(self.table.tiles,)](
+                data, count, sizes, right, y, self.parts, self.y_squares, self.table.steps,
+                *self.constants, steps > 0, **lines.OPTIONS,
+            )  # fmt: skip
+            if steps > 0:
+                back_kernel[self.lanes](
+                    data, count, self.blocks, sizes, left, z, self.parts, self.y_squares,
+                    self.z_squares, self.types[0], **lines.OPTIONS,
+                )  # fmt: skip
+                vectors_kernel[self.lanes](
+                    data, count, self.blocks, sizes, left, right, y, z, self.y_squares,
+                    self.z_squares, self.replaced, **lines.OPTIONS,
+                )  # fmt: skip
+        end_kernel[self.lanes](
+            data, count, self.blocks, sizes, left, right, y, self.z_squares, self.replaced,
+            sigmas, *self.types[1:], steps > 0, **lines.OPTIONS,
+        )  # fmt: skip
+
+
+def power_iteration_(
+    W: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+    steps: int = 1,
+    order: str = "u_first",
+    eps: float = 0.0,
+) -> Tensor:
+    if not W or any(w.dtype == torch.float64 for w in W):
+        return ops.power_iteration_.definition(W, u, v, steps, order, eps)
+    sizes = magnitude(W)
+    sigmas = torch.zeros(sizes.numel(), dtype=torch.float32, device=sizes.device)
+    for key, entries in tables.grouped(rows(W, u, v, order == "v_first")).items():
+        Group(key, entries, eps, sizes).run(steps, sigmas)
+    return sigmas

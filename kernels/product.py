@@ -1,0 +1,191 @@
+"""Products of matrices in lists, beta C + alpha A B in one launch: the kernel of all K1 words.
+
+Persistent: each program walks tiles of the whole list. A symmetric product computes the lower
+triangle of tiles and stores each twice, so that the result is symmetric bit for bit. Sums run in
+float32 along K in one order whatever the tile shape, so results are the same alone or in company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, tables, tiles
+from .configs import Config
+from .tables import View
+
+SIZES = tl.constexpr(5)  # fields: first tile, tiles of a matrix, M, N, K; then A, B, C and out
+VIEW = tl.constexpr(4)  # fields of a tensor
+
+
+@triton.jit
+def multiply(
+    entries, count, entry, batch, i, j, M, N, K,
+    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The tile of A B whose corner is (i, j), float32, of factors rounded to DOT_TYPE.
+
+    M, N and K are what is left of the matrices from there on.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    a, a_row, a_column = tiles.matrix(
+        entries, count, entry, batch, SIZES, A_TYPE, A_ORDER, ALIGNED
+    )  # fmt: skip
+    b, b_row, b_column = tiles.matrix(
+        entries, count, entry, batch, SIZES + VIEW, B_TYPE, B_ORDER, ALIGNED
+    )  # fmt: skip
+    a = tiles.corner(a, a_row, a_column, i, 0, ALIGNED)
+    b = tiles.corner(b, b_row, b_column, 0, j, ALIGNED)
+    a_at = tiles.square(rows, inner, a_row, a_column)
+    b_at = tiles.square(inner, columns, b_row, b_column)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        x = tl.load(a + a_at, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
+        y = tl.load(b + b_at, mask=(inner < K - k)[:, None] & (columns < N)[None, :], other=0.0)
+        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision="ieee")
+        a += BLOCK_K * a_column
+        b += BLOCK_K * b_row
+    return acc
+
+
+@triton.jit(do_not_specialize=["count", "total"])
+def product_kernel(
+    table, count, total, decay, STEPS: tl.constexpr,
+    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, C_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
+    A_ORDER: tl.constexpr, B_ORDER: tl.constexpr, C_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = beta C + alpha A B, beta from the table, or from `decay` if that is given."""
+    alpha = tiles.number(table, 0).to(tl.float32)
+    beta = tiles.number(table, 1).to(tl.float32)
+    if decay is not None:
+        beta = tl.load(decay).to(tl.float32)
+    entries = table + 2
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+        entry = tiles.locate(entries, count, tile, STEPS)
+        size = tiles.field(entries, count, entry, 1)
+        M = tiles.side(entries, count, entry, 2, ALIGNED)
+        N = tiles.side(entries, count, entry, 3, ALIGNED)
+        K = tiles.side(entries, count, entry, 4, ALIGNED)
+        inside = tile - tiles.field(entries, count, entry, 0)
+        batch = inside // size
+        inside = inside % size
+        if SYMMETRIC:
+            row, column = tiles.triangle(inside)
+        else:
+            row, column = tiles.striped(inside, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
+        i = row * BLOCK_M
+        j = column * BLOCK_N
+        M -= i.to(tl.int32)
+        N -= j.to(tl.int32)
+        acc = alpha * multiply(
+            entries, count, entry, batch, i, j, M, N, K,
+            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, DOT_TYPE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        rows = tl.arange(0, BLOCK_M)
+        columns = tl.arange(0, BLOCK_N)
+        mask = (rows < M)[:, None] & (columns < N)[None, :]
+        if ADDED:
+            c, down, across = tiles.matrix(
+                entries, count, entry, batch, SIZES + 2 * VIEW, C_TYPE, C_ORDER, ALIGNED
+            )
+            c = tiles.corner(c, down, across, i, j, ALIGNED)
+            old = tl.load(c + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
+            acc += beta * old.to(tl.float32)
+        out, down, across = tiles.matrix(
+            entries, count, entry, batch, SIZES + 3 * VIEW, OUT_TYPE, OUT_ORDER, ALIGNED
+        )
+        tile_at = tiles.corner(out, down, across, i, j, ALIGNED)
+        if SYMMETRIC:
+            mirror = tl.trans(acc)
+            if row == column:
+                acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
+            else:
+                mirror_at = tiles.corner(out, down, across, j, i, ALIGNED)
+                mask_mirror = (columns < N)[:, None] & (rows < M)[None, :]
+                tl.store(
+                    mirror_at + tiles.square(columns, rows, down, across),
+                    mirror.to(OUT_TYPE), mask=mask_mirror,
+                )  # fmt: skip
+        tl.store(tile_at + tiles.square(rows, columns, down, across), acc.to(OUT_TYPE), mask=mask)
+
+
+def served(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether `configs/<op>.json` has records for these dtypes on the device."""
+    arch, _ = configs.device_of(device)
+    return all(configs.records(op, dtype, arch) for dtype in dtypes)
+
+
+def fitting(choices: Sequence[Config], c_order: int, out_order: int, aligned: bool) -> list[Config]:
+    """Records whose tiles fit the registers: C read across and out written along takes twice, and
+    64-bit offsets of every element more."""
+    limit = 64 * 64 if not aligned else 128 * (256 if c_order == out_order else 128)
+    return [c for c in choices if c.block_m * c.block_n <= limit]
+
+
+class Factors(NamedTuple):
+    """One product: out = beta C + alpha A B (C may be out, or A, or B; beta = 0 leaves it out)."""
+
+    A: View
+    B: View
+    C: View
+    out: View
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What one launch has in common."""
+        aligned = all(v.aligned for v in self)
+        return (*(tables.TYPES[v.dtype] for v in self), *(v.order for v in self), aligned)
+
+    def tiles(self, config: Config, symmetric: bool) -> int:
+        """Tiles of one matrix."""
+        down = triton.cdiv(self.out.rows, config.block_m)
+        across = triton.cdiv(self.out.columns, config.block_n)
+        return down * (down + 1) // 2 if symmetric else down * across
+
+    def entry(self, config: Config, symmetric: bool) -> tables.Entry:
+        size = self.tiles(config, symmetric)
+        sizes = (size, self.out.rows, self.out.columns, self.A.columns)
+        return (self.out.batch * size, *sizes, *(f for v in self for f in v.fields))
+
+
+def product(
+    op: str,
+    products: Sequence[Factors],
+    device: torch.device,
+    dtype: torch.dtype,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    decay: Tensor | None = None,
+    symmetric: bool = False,
+    records: Sequence[Config] | None = None,
+) -> None:
+    """Every product of the list, of factors rounded to `dtype`: a launch per dtypes and orders.
+
+    `records` to choose from instead of the table's, for tuning.
+    """
+    added = beta != 0 or decay is not None
+    arch, _ = configs.device_of(device)
+    for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
+
+        def count(config: Config, group: list[Factors] = group) -> int:
+            return sum(p.out.batch * p.tiles(config, symmetric) for p in group)
+
+        *_, c_order, out_order, aligned = key
+        choices = fitting(records or configs.records(op, dtype, arch), c_order, out_order, aligned)
+        config = configs.pick(choices, device, count)
+        table = tables.table([p.entry(config, symmetric) for p in group], (alpha, beta), device)
+        product_kernel[(configs.programs(device, table.tiles),)](
+            table.data, table.count, table.tiles, decay, table.steps, *key, tables.TYPES[dtype],
+            added, symmetric, **config.blocks, **config.options,
+        )  # fmt: skip

@@ -1,0 +1,127 @@
+"""Whole iterations of small matrices in one launch: one program per matrix, all of it on chip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from orthonorm import ops
+from torch import Tensor
+
+from . import tables, tiles
+from .configs import FUSION
+
+HEAD = tl.constexpr(4)  # fields: first program, short side, long side, first matrix; X, out
+NUMBERS = tl.constexpr(2)  # eps, safety; the coefficients stand behind the entries
+HALF = (torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def norm_of(x, down, across, n, columns, within, BLOCK_N: tl.constexpr):
+    """|X|_F in double, a few rows at a time: doubles of all of X would not fit the registers."""
+    squares = tl.zeros((16, columns.shape[0]), dtype=tl.float64)
+    rows = tl.arange(0, 16)
+    for start in tl.range(0, BLOCK_N, 16):
+        mask = (start + rows < n)[:, None] & within
+        at = tiles.square(start + rows, columns, down, across)
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float64)
+        squares += value * value
+    return tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=["count", "iterations"])
+def iterate_kernel(
+    table, count, iterations, norms, STEPS: tl.constexpr, X_TYPE: tl.constexpr,
+    X_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DOT_TYPE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """X / (safety max(|X|_F, eps)), then X <- a X + (b A + c A^2) X with A = X X^T; X is wide."""
+    entries = table + NUMBERS
+    program = tl.program_id(0).to(tl.int64)
+    entry = tiles.locate(entries, count, program, STEPS)
+    batch = program - tiles.field(entries, count, entry, 0)
+    n = tiles.side(entries, count, entry, 1, ALIGNED)
+    columns = tl.arange(0, BLOCK_M)
+    within = (columns < tiles.side(entries, count, entry, 2, ALIGNED))[None, :]
+    x, down, across = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
+    divisor = tiles.number(table, 1)
+    if SCALE:
+        if norms is None:
+            norm = norm_of(x, down, across, n, columns, within, BLOCK_N)
+        else:
+            norm = tl.load(norms + tiles.field(entries, count, entry, 3) + batch)
+        eps = tiles.number(table, 0)
+        divisor = divisor * tl.where(norm < eps, eps, norm)  # NaN stays
+    inverse = tl.where(divisor == 0, 0.0, 1.0 / divisor)
+    rows = tl.arange(0, BLOCK_N)
+    mask = (rows < n)[:, None] & within
+    y = tl.load(x + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
+    y = (y.to(tl.float64) * inverse).to(tl.float32).to(DOT_TYPE)
+    coefficients = entries + (HEAD + 8) * count
+    for t in tl.range(0, iterations):
+        a = tiles.number(coefficients, 3 * t).to(tl.float32)
+        b = tiles.number(coefficients, 3 * t + 1).to(tl.float32)
+        c = tiles.number(coefficients, 3 * t + 2).to(tl.float32)
+        A = tl.dot(y, tl.trans(y))
+        B = b * A
+        if c != 0:
+            half = A.to(DOT_TYPE)
+            B += c * tl.dot(half, half)
+        y = (a * y.to(tl.float32) + tl.dot(B.to(DOT_TYPE), y)).to(DOT_TYPE)
+    out, down, across = tiles.matrix(
+        entries, count, entry, batch, HEAD + 4, X_TYPE, OUT_ORDER, ALIGNED
+    )
+    tl.store(out + tiles.square(rows, columns, down, across), y.to(X_TYPE), mask=mask)
+
+
+def block(side: int) -> int:
+    return max(16, triton.next_power_of_2(side))
+
+
+def rows(X: list[Tensor], out: list[Tensor]) -> Iterator[tuple[object, tables.Entry]]:
+    """What each launch has in common, and the entries: wide, whatever the tensor is."""
+    first = 0
+    for pair in zip(X, out, strict=True):
+        for x, y in tables.views(*pair):
+            if x.rows > x.columns:
+                x, y = x.mT, y.mT
+            if x.batch:
+                entry = (x.batch, x.rows, x.columns, first, *x.fields, *y.fields)
+                yield key(x, y), entry
+            first += x.batch
+
+
+def key(x: tables.View, y: tables.View) -> tuple[object, ...]:
+    aligned = x.aligned and y.aligned
+    return (tables.TYPES[x.dtype], x.order, y.order, aligned, block(x.rows), block(x.columns))
+
+
+def warps(short: int, long: int) -> int:
+    """Warps of one program: those that leave its accumulators in registers."""
+    return max(1, min(8, short * long // 1024))
+
+
+def small_newton_schulz(
+    X: list[Tensor],
+    coefficients: list[float],
+    dtype: torch.dtype,
+    scale: bool = True,
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> list[Tensor]:
+    if not X or dtype not in HALF or any(x.dtype == torch.float64 for x in X):
+        arguments = (X, coefficients, dtype, scale, eps, safety, norms)
+        return ops.small_newton_schulz.definition(*arguments)
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]
+    norms = None if norms is None else norms.to(torch.float64).contiguous()
+    for launch, entries in tables.grouped(rows(X, out)).items():
+        table = tables.table(entries, (eps, safety), X[0].device, coefficients)
+        iterate_kernel[(table.tiles,)](
+            table.data, table.count, len(coefficients) // 3, norms, table.steps,
+            *launch, tables.TYPES[dtype], scale,
+            num_warps=warps(*launch[-2:]), num_stages=1, **FUSION,
+        )  # fmt: skip
+    return out

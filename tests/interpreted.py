@@ -1,0 +1,209 @@
+"""The Triton kernels in Triton's interpreter: the bodies of `test_ops.py` on few, small inputs.
+
+Run by `test_triton.py` in a process of its own, with TRITON_INTERPRET=1 and
+ORTHONORM_BACKEND=triton, where every op of the package on CPU tensors is a Triton kernel,
+interpreted. Blocks are small there (`kernels/configs/*.json`, "cpu"), so that matrices of 40 rows
+have tails, corners and several tiles.
+"""
+
+from __future__ import annotations
+
+import orthonorm
+import pytest
+import test_ops
+import torch
+import triton
+import triton.language as tl
+from orthonorm._library import LOADED, OPS
+from orthonorm.bench.cases import CASES, Case
+from orthonorm.bench.inputs import Arguments, Inputs, copied
+from test_ops import Shapes, check_numbers, first_member, made, run
+
+if LOADED.backend != "triton":
+    pytest.skip("runs in a process that test_triton.py starts", allow_module_level=True)
+
+SERVED = tuple(CASES[name] for name, _ in LOADED.served)
+EACH = pytest.mark.parametrize("case", SERVED, ids=lambda c: c.name)
+# ones, primes, tails, a batch, tall and wide, more than one tile in both directions
+LIST = ((1, 1), (1, 7), (2, 13, 29), (41, 70))
+ALONE = (((1, 1),), ((41, 70),), ((2, 2, 35, 16),))
+HALF = ("gram", "symmetric_update", "apply", "small_newton_schulz", "rotate_", "rotate_back_")
+
+
+def calls(case: Case) -> tuple[Shapes, ...]:
+    return (LIST,) if case.takes_list else ALONE
+
+
+def dtypes(case: Case) -> list[str]:
+    return ["float32", "bfloat16", *(["float16"] if case.name in HALF else []),
+            *(["mixed"] if "mixed" in case.dtypes else [])]  # fmt: skip
+
+
+def test_every_leaf_op_is_served() -> None:
+    assert set(LOADED.served.values()) == {"Triton"}
+    leaves = {name for name, op in OPS.items() if not op.composite}
+    assert {name for name, _ in LOADED.served} >= leaves
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(c, d, id=f"{c.name}-{d}") for c in SERVED for d in dtypes(c)],
+)
+def test_error(case: Case, dtype: str) -> None:
+    for shapes in calls(case):
+        check_numbers(case, shapes, Inputs.named(dtype))
+
+
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [pytest.param(c, v, id=f"{c.name}-{i}") for c in SERVED for i, v in enumerate(c.variants)],
+)
+def test_variant(case: Case, variant: Arguments) -> None:
+    for shapes in (((2, 9, 20), (20, 9)),) if case.takes_list else (((20, 9),), ((9, 20),)):
+        check_numbers(case, shapes, Inputs.named("float32", seed=1), **variant)
+
+
+@EACH
+@pytest.mark.parametrize("layout", ["transposed", "reversed", "sliced", "strided"])
+def test_layout(case: Case, layout: str) -> None:
+    dtype = "bfloat16" if case.name in HALF else "float32"
+    check_numbers(case, ((2, 2, 19, 33),), Inputs.named(dtype, layout=layout))
+
+
+@EACH
+def test_dense_and_aligned(case: Case) -> None:
+    """Sides that are multiples of 8: the wide accesses and 32-bit offsets of the fast path."""
+    check_numbers(case, ((2, 40, 72), (64, 32)), Inputs.named("float32"))
+
+
+@EACH
+def test_float64_is_left_to_definitions_or_exact(case: Case) -> None:
+    check_numbers(case, ((2, 5, 9),), Inputs.named("float64"))
+
+
+@EACH
+def test_empty(case: Case) -> None:
+    for shape in test_ops.EMPTY:
+        test_ops.test_empty(case, shape)
+
+
+@EACH
+def test_zero(case: Case) -> None:
+    test_ops.test_zero(case)
+
+
+@pytest.mark.parametrize("case", [c for c in SERVED if c.scale_free], ids=lambda c: c.name)
+@pytest.mark.parametrize("scale", [2.0**-133, 2.0**119])
+def test_scale(case: Case, scale: float) -> None:
+    test_ops.test_scale(case, "float32", scale)
+
+
+@EACH
+@pytest.mark.parametrize("scale", [1e-40, 1e36], ids=["1e-40", "1e36"])
+def test_finite_stays_a_number(case: Case, scale: float) -> None:
+    test_ops.test_finite_stays_a_number(case, scale)
+
+
+@EACH
+def test_nonfinite_stays_inside(case: Case) -> None:
+    test_ops.test_nonfinite_stays_inside(case, ((3, 9, 14),), float("nan"))
+    if case.takes_list:
+        test_ops.test_nonfinite_stays_inside(case, ((9, 14),) * 3, float("inf"))
+
+
+def test_power_of_two() -> None:
+    test_ops.test_power_of_two("small_newton_schulz", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["gram", "symmetric_update"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitwise_symmetric(name: str, dtype: str) -> None:
+    test_ops.test_bitwise_symmetric(name, dtype)
+
+
+@EACH
+def test_company(case: Case) -> None:
+    """Results are the same bits alone, in a batch and in a list."""
+    arguments = made(case, ((2, 40, 72), (35, 64), (1, 70), (64, 3)), Inputs.named("float32"))
+    both = run(case, case.op, copied(arguments))
+    alone = run(case, case.op, first_member(case, copied(arguments)))
+    for name, values in alone.items():
+        wanted = both[name][0]
+        if wanted.dim():
+            line = name.startswith("result") and wanted.dim() == 1
+            wanted = wanted[:1] if line else wanted[0]
+        assert torch.equal(values[0].reshape(wanted.shape), wanted), name
+
+
+LONG = ((20, 150), (150, 20), (2, 20, 140), (17, 129))  # too long for one program a matrix
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_long_sides_share_launches(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right, the same alone as in company, and as many launches for two matrices as for one."""
+    from orthonorm.kernels import newton_schulz as kernel
+
+    case = CASES["newton_schulz"]
+    settings = {"form": form, "precision": "float32", "restarts": [3] if form == "gram" else []}
+    check_numbers(case, LONG, Inputs(), **settings)
+    launches = []
+    launch = kernel.product
+    monkeypatch.setattr(kernel, "product", lambda *a, **k: launches.append(a[0]) or launch(*a, **k))
+    together = run(case, case.op, made(case, LONG[::2], Inputs(), **settings))["result"]
+    count = len(launches)
+    for i, result in enumerate(together):
+        arguments = made(case, LONG[::2], Inputs(), **settings)
+        launches.clear()
+        (alone,) = run(case, case.op, {**arguments, "X": arguments["X"][i : i + 1]})["result"]
+        assert torch.equal(alone, result)
+        assert len(launches) == count
+
+
+def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """Numbers whose offsets leave 32 bits; the memory between them is never touched."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    X = torch.empty(elements, dtype=torch.float16).as_strided(shape, strides)
+    return X.copy_(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3, 5), (2**30 + 8, 1)), ((2, 8, 8), (2**31 + 16, 8, 1)), ((5, 3), (1, 2**30 + 8))],
+)
+def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    X = far(shape, strides)
+    near = X.contiguous()
+    for f in (orthonorm.ops.gram, orthonorm.ops.row_normalize, orthonorm.ops.column_normalize):
+        assert torch.equal(f(X), f(near))
+    norms = orthonorm.ops.magnitude([near])
+    assert torch.equal(orthonorm.ops.magnitude([X]), norms)
+    wanted = orthonorm.ops.divide_each(near, norms, torch.float32)
+    assert torch.equal(orthonorm.ops.divide_each(X, norms, torch.float32), wanted)
+
+
+@triton.jit
+def half_kernel(x, y, product, total, rounded, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    a, b = tl.load(x + at), tl.load(y + at)
+    tl.store(product + at, tl.dot(a, b))
+    tl.store(total + at, a + b)
+    tl.store(rounded + at, tl.load(product + at).to(tl.bfloat16))
+
+
+@triton.jit
+def sum_kernel(x, N: tl.constexpr):
+    tl.store(x, tl.sum(tl.load(x + tl.arange(0, N)), axis=0))
+
+
+def test_repairs_of_the_interpreter() -> None:
+    """bfloat16 products, sums and roundings as torch has them, which the tests above rest on."""
+    x, y = torch.randn(2, 16, 16).bfloat16().unbind()
+    product = torch.empty(16, 16)
+    total, rounded = (torch.empty(16, 16, dtype=torch.bfloat16) for _ in range(2))
+    half_kernel[(1,)](x, y, product, total, rounded, 16)
+    torch.testing.assert_close(product, x.float() @ y.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(total, x + y)
+    assert torch.equal(rounded, product.bfloat16())
+    with pytest.raises(Exception, match="sum of bfloat16"):
+        sum_kernel[(1,)](x, 16)

@@ -1,0 +1,75 @@
+"""Repairs of Triton's interpreter for bfloat16, which it computes on raw bits (3.6 to 3.9).
+
+Products, casts and arithmetic on bfloat16 go through float32 and are rounded to nearest even, as on
+a GPU; a sum of bfloat16 is refused. For test processes under TRITON_INTERPRET=1 only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+
+def is_bfloat16(value: Any) -> bool:
+    return isinstance(value, Handle) and value.dtype.scalar == tl.bfloat16
+
+
+def widened(value: Any) -> Any:
+    """A bfloat16 handle in float32; anything else as it is."""
+    if not is_bfloat16(value):
+        return value
+    bits = np.asarray(value.data).astype(np.uint32) << 16
+    return Handle(np.asarray(bits).view(np.float32), tl.float32)
+
+
+def narrowed(value: Any) -> Any:
+    """A float32 handle rounded to bfloat16."""
+    data = np.asarray(value.data, dtype=np.float32)
+    bits = data.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return Handle(np.where(np.isnan(data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+
+def _through_float32(name: str) -> None:
+    original = getattr(Builder, name)
+
+    def repaired(self: Any, *args: Any) -> Any:
+        if not any(is_bfloat16(a) for a in args):
+            return original(self, *args)
+        result = original(self, *map(widened, args))
+        return narrowed(result) if result.dtype.scalar == tl.float32 else result
+
+    setattr(Builder, name, repaired)
+
+
+def repair() -> None:
+    """Install the repairs, once."""
+    cast, dot, total = Builder.cast_impl, Builder.create_dot, interpreter.ReduceOps.sum
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), acc, *rest)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        source = widened(source)
+        if target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        return narrowed(cast(self, source, tl.float32))
+
+    def to_floating(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        return self.cast_impl(source, target)
+
+    def reduce_sum(self: Any, value: Any) -> Any:
+        if value.dtype.scalar == tl.bfloat16:
+            raise TypeError("interpreter: a sum of bfloat16; cast to float32 first")
+        return total(self, value)
+
+    Builder.create_dot, Builder.cast_impl = create_dot, cast_impl
+    Builder.create_fp_to_fp = to_floating
+    interpreter.ReduceOps.sum = reduce_sum
+    for name in ("binary_op", "unary_op"):
+        _through_float32(name)

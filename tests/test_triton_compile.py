@@ -1,0 +1,92 @@
+"""Triton kernels compiled ahead of time for GPUs that are not here, and what the binaries need.
+
+The committed report (`bench/results/triton_compile.json`, all architectures) must cover every
+launch the package may make; Hopper's are compiled again here and held to the same rules.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from orthonorm.bench import triton_report as report
+
+PATH = Path(report.__file__).parent / "results" / "triton_compile.json"
+ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in json.loads(PATH.read_text())}
+BUILDS = [build for arch in report.ARCHES for build in report.builds(arch)]
+# Registers that do not suffice by a little; ptxas, Triton 3.9, 2026-11.
+SPILLS = {
+    "small_newton_schulz-bfloat16-128x128-sm_80": 4,
+    "apply-tall-float32-64x64x16-sm_90": 4,
+}
+
+
+def check(build: report.Build, row: dict[str, Any]) -> None:
+    """No spills but for tensors of any strides, tensor cores in products, memory within limits."""
+    assert not build.wide or row["spills"] <= SPILLS.get(build.name, 0), row
+    assert row["shared"] <= report.SHARED[build.arch], row
+    assert row["vectorized"] or not build.wide, row
+    if build.tensor_cores:
+        assert row["tensor_core_instructions"] > 0, row
+        if not build.op.startswith("small"):  # tiles of 16 have only the older instructions
+            assert row["newest_instructions"] > 0, row
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda b: b.name)
+def test_report(build: report.Build) -> None:
+    check(build, ROWS[build.name])
+
+
+def test_report_has_no_other_rows() -> None:
+    assert set(ROWS) == {build.name for build in BUILDS}
+
+
+RECOMPILED = [b for b in BUILDS if b.arch == "90" and b.dtype == "bfloat16" and b.wide]
+
+
+@pytest.mark.parametrize("build", RECOMPILED, ids=lambda b: b.name)
+def test_compiles(build: report.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the report says, or better for another compiler."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    check(build, report.compiled(build))
+
+
+def test_table_rules() -> None:
+    """Records of a dtype share block_k: results do not depend on which is picked."""
+    from orthonorm.kernels import configs
+
+    for path in configs.FOLDER.glob("*.json"):
+        for arch, dtypes in configs.load(path.stem).items():
+            for dtype, records in dtypes.items():
+                assert len({r.block_k for r in records}) == 1, (path.stem, arch, dtype)
+                for r in records:
+                    assert max(r.block_m, r.block_n) <= 512 and r.warps in (4, 8)
+                    assert path.stem != "symmetric" or r.block_m == r.block_n
+
+
+@pytest.mark.parametrize(
+    ("batch", "side", "block"), [(1, 1024, 64), (1, 2048, 128), (12, 768, 128), (1, 4096, 128)]
+)
+def test_tiles_fill_a_hopper(
+    batch: int, side: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest tile that gives each of 132 multiprocessors one: a symmetric product."""
+    import torch
+    from orthonorm.kernels import configs
+
+    monkeypatch.setattr(configs, "device_of", lambda device: ("90", 132))
+    choices = configs.records("symmetric", torch.float16, "90")
+
+    def tiles(record: configs.Config) -> int:
+        down = -(-side // record.block_m)
+        return batch * down * (down + 1) // 2
+
+    record = configs.pick(choices, torch.device("cuda"), tiles)
+    assert record.block_m == block and tiles(record) >= 132
