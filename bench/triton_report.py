@@ -105,7 +105,7 @@ def small(arch: str) -> Iterator[Build]:
                 STEPS=4, norms=None, X_TYPE=tables.TYPES[dtype], DOT_TYPE=tables.TYPES[dtype],
                 X_ORDER=1, OUT_ORDER=1, ALIGNED=True, SCALE=True, BLOCK_N=short, BLOCK_M=long,
             )  # fmt: skip
-            options = dict(num_warps=kernels.warps(short, long), num_stages=1)
+            options = dict(num_warps=kernels.warps(short, long), num_stages=1, **kernels.FUSION)
             yield Build(
                 "small_newton_schulz", kernels.iterate_kernel, constants, options, arch,
                 str(dtype).removeprefix("torch."), True,

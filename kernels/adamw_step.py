@@ -70,13 +70,16 @@ def adamw_step_(
 ) -> None:
     if not params:
         return
+    device = params[0].device
     torch._foreach_add_(steps, 1)
+    steps = [s.to(device) for s in steps]  # they may live on the CPU, as torch's do
+    lr = lr.to(device)
     numbers = [n for b in (beta1, beta2) for n in (b, 1 - b, math.log(b) if b else -math.inf)]
     for dtype in {s.dtype for s in steps}:
         rows = [i for i, s in enumerate(steps) if s.dtype == dtype]
         lists = [[values[i] for i in rows] for values in (params, grads, exp_avg, exp_avg_sq)]
         for group in each.groups(lists, [(steps[i].data_ptr(),) for i in rows]):
-            table = group.table((*numbers, eps, weight_decay), params[0].device)
+            table = group.table((*numbers, eps, weight_decay), device)
             *types, wide, flat, block = group.constants
             adamw_kernel[(table.tiles,)](
                 table.data, table.count, lr, table.steps, *types, tables.TYPES[dtype], wide, flat,

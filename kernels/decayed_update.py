@@ -36,6 +36,9 @@ def decayed_update_(
     weight_decay: float,
     factors: list[float],
 ) -> None:
+    if not params:
+        return
+    lr = lr.to(params[0].device)
     extras = [(tables.bits(f),) for f in factors]
     for group in each.groups([params, updates], extras):
         table = group.table((weight_decay,), params[0].device)

@@ -34,8 +34,8 @@ def squares_kernel(
 @triton.jit(do_not_specialize=["count"])
 def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr):
     """norms[first matrix + batch] from the sums of each matrix's tiles."""
-    entry = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1)
     first = tiles.field(entries, count, entry, 0)
     size = tiles.field(entries, count, entry, 1)
     matrices = tiles.field(entries, count, entry, each.MATRICES)
@@ -51,7 +51,7 @@ def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr):
 
 def norms_of(table: tables.Table, group: each.Group, sums: Tensor, norms: Tensor) -> None:
     """Norms from sums of squares by tile, into the places of the list's matrices."""
-    grid = (table.count, group.most_matrices)
+    grid = (group.most_matrices, table.count)
     norms_kernel[grid](table.data, table.count, sums, norms, CHUNK, num_warps=4, **FUSION)
 
 

@@ -47,6 +47,7 @@ def muon_prologue_(
         arguments = (grads, momentum_buffers, updates, momentum, nesterov)
         return ops.muon_prologue_.definition(*arguments)
     device = grads[0].device
+    momentum = momentum.to(device)
     norms = empty_norms(grads, device)
     for group in each.groups(lists):
         table = group.table((), device)

@@ -46,7 +46,9 @@ def rotated_adam_(
     scales: Tensor | None = None,
 ) -> None:
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps)
-    scales = None if scales is None else scales.contiguous()
+    if not X:
+        return
+    scales = None if scales is None else scales.to(X[0].device).contiguous()
     for group in each.groups([exp_avg, exp_avg_sq, X]):
         table = group.table(numbers, X[0].device)
         rotated_adam_kernel[(table.tiles,)](

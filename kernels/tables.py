@@ -140,7 +140,12 @@ def upload(values: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
     if not torch.cuda.is_current_stream_capturing():
         return _uploaded(values, device, torch.cuda.current_stream(device).cuda_stream)
-    # a graph replays copies from host memory that may be gone; arguments of kernels it keeps
+    return written(values, device)
+
+
+def written(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 as arguments of kernels: a graph keeps these, and copies from memory that may be gone
+    it does not."""
     data = torch.zeros(len(values), dtype=torch.int64, device=device)
     torch._foreach_add_(data.unbind(), list(values))
     return data
