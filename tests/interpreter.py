@@ -47,8 +47,21 @@ def _through_float32(name: str) -> None:
     setattr(Builder, name, repaired)
 
 
+def _index_by_scalars() -> None:
+    """Triton 3.6 makes an int of an array of one element, which NumPy 2.4 has stopped to do."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *args: Any) -> Any:
+        scope = original(tensor, *args)
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+        return scope
+
+    interpreter._patch_lang_tensor = patched
+
+
 def repair() -> None:
     """Install the repairs, once."""
+    _index_by_scalars()
     cast, dot, total = Builder.cast_impl, Builder.create_dot, interpreter.ReduceOps.sum
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
