@@ -337,11 +337,14 @@ def conda_step_(
             rotate_back_(w, work, bases[i], decay)
 
 
+PIECE = 2**20  # elements: products at full speed, and less memory than most matrices
+
+
 def pieces(shape: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(dimension, begin, length) of cuts through the long side, each of about WORK elements."""
+    """(dimension, begin, length) of cuts through the long side, each of about PIECE elements."""
     dim = -1 if shape[-1] >= shape[-2] else -2
     long = shape[dim]
-    length = max(512, WORK // max(1, math.prod(shape) // max(1, long)))
+    length = max(512, PIECE // max(1, math.prod(shape) // max(1, long)))
     count = max(1, -(-long // length))
     length = max(1, -(-long // count))
     return [(dim, begin, min(length, long - begin)) for begin in range(0, long, length)]
