@@ -95,20 +95,14 @@ class DirectPolynomial {
     multiply(whole_, B, X_, n_, crew,
              [&](int64_t row, int64_t col, int64_t rows, int64_t cols, S* sums) {
                P::combine(sums, z, a, X_, row, col, rows, lanes_);
-               if (out != nullptr) return write(sums, row, col, rows, cols, *out);
+               if (out != nullptr) {
+                 const Strided<T> to{out->at(row, col), out->row, out->col, 0};
+                 return F::store_strip(sums, rows, cols, to);
+               }
                P::put(sums, row, col, rows, lanes_, next_);
                P::put_turned(sums, row, col, rows, cols, lanes_of<Lane>(m_), rows_);
              });
     std::swap(X_, next_);
-  }
-
-  ORTHONORM_INLINE static void write(const S* sums, int64_t row, int64_t col, int64_t rows,
-                                     int64_t cols, const Strided<T>& out) {
-    const Strided<T> D{out.at(row, col), out.row, out.col, 0};
-    if (D.row != 1 || D.col == 1) return store<S, T, WIDTH>(sums, rows, cols, D);
-    alignas(64) S turned[WIDTH * F::HEIGHT];
-    turn<S, F::HEIGHT, WIDTH, F::BYTES>(sums, turned);
-    store<S, T, F::HEIGHT>(turned, cols, rows, D.transposed());
   }
 
   const int64_t n_, m_, lanes_;

@@ -146,19 +146,9 @@ class Engine {
     }
     if (p_.symmetric) {
       if (row == column) F::mirror(sums);
-      store_turned(sums, rows, cols, {p_.D.at(column, row), p_.D.row, p_.D.col, 0});
+      F::template store_turned<O>(sums, rows, cols, {p_.D.at(column, row), p_.D.row, p_.D.col, 0});
     }
-    const Strided<O> D{p_.D.at(row, column), p_.D.row, p_.D.col, 0};
-    if (D.row == 1 && D.col != 1) return store_turned(sums, rows, cols, D.transposed());
-    store<S, O, WIDTH>(sums, rows, cols, D);
-  }
-
-  // The transpose of a strip, whose columns then lie next to each other in memory.
-  ORTHONORM_INLINE static void store_turned(const S* sums, int64_t rows, int64_t cols,
-                                            Strided<O> D) {
-    alignas(64) S turned[WIDTH * HEIGHT];
-    turn<S, HEIGHT, WIDTH, BYTES>(sums, turned);
-    store<S, O, HEIGHT>(turned, cols, rows, D);
+    F::template store_strip<O>(sums, rows, cols, {p_.D.at(row, column), p_.D.row, p_.D.col, 0});
   }
 
   Product<T, O> p_;

@@ -162,6 +162,23 @@ struct Strips {
       for (int j = i + 1; j < WIDTH; ++j) sums[i * WIDTH + j] = sums[j * WIDTH + i];
     }
   }
+
+  // A strip to memory, turned where its columns lie next to each other there.
+  template <class O>
+  ORTHONORM_INLINE static void store_strip(const S* sums, int64_t rows, int64_t cols,
+                                           Strided<O> D) {
+    if (D.row == 1 && D.col != 1) return store_turned(sums, rows, cols, D.transposed());
+    store<S, O, WIDTH>(sums, rows, cols, D);
+  }
+
+  // The transpose of a strip.
+  template <class O>
+  ORTHONORM_INLINE static void store_turned(const S* sums, int64_t rows, int64_t cols,
+                                            Strided<O> D) {
+    alignas(64) S turned[WIDTH * HEIGHT];
+    turn<S, HEIGHT, WIDTH, BYTES>(sums, turned);
+    store<S, O, HEIGHT>(turned, cols, rows, D);
+  }
 };
 
 }  // namespace orthonorm::gemm

@@ -14,7 +14,7 @@ from orthonorm.bench.inputs import Arguments, Inputs, copied
 from test_ops import Shapes, by_dtype, check_numbers, first_member, made, run
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device", allow_module_level=True)
+    pytest.skip("needs a CUDA device; bench/gpu.sh runs it on one", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
 ALL = tuple(CASES.values())

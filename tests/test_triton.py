@@ -5,7 +5,6 @@ The interpreter must be chosen before Triton is imported, and replaces compiled 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 from orthonorm import OPS, kernels
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+if sys.platform != "linux":  # there the dev extra installs it, and its absence is an error
+    pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
 
 def test_kernels_in_the_interpreter() -> None:

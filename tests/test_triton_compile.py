@@ -7,14 +7,14 @@ launch the package may make; Hopper's are compiled again here and held to the sa
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+if sys.platform != "linux":  # there the dev extra installs it, and its absence is an error
+    pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
 from orthonorm.bench import triton_report as report
 

@@ -11,7 +11,7 @@ import numpy as np
 import orthonorm  # noqa: F401 - loads the kernels
 import pytest
 import torch
-from orthonorm._library import has_kernel
+from moments import compiled
 from orthonorm.ops.words import (
     apply,
     direct_polynomial,
@@ -130,6 +130,7 @@ QUINTIC = [3.4445, -4.7750, 2.0315] * 4
 MIXED = [1.5, -0.5, 0.0, 3.4445, -4.7750, 2.0315, 1.5, -0.5, 0.0, 1.5, -0.5, 0.0]
 
 
+@compiled
 @pytest.mark.parametrize("coefficients", [QUINTIC, MIXED, QUINTIC[:3], MIXED[:3]], ids=len)
 @pytest.mark.parametrize("shape", [*SHAPES, (257, 771), (4, 200, 333), (700, 50)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,8 +139,6 @@ def test_packed_polynomials_have_the_bits_of_the_words(
 ) -> None:
     """Kernels that keep matrices packed round where gram, symmetric_update and apply round; the
     Gram form keeps 16-bit matrices in float32 instead."""
-    if not has_kernel("gram", "CPU"):
-        pytest.skip("no compiled words")
     size = shape[-1] ** 0.5 + shape[-2] ** 0.5
     for X in layouts((normal(*shape) / size).to(dtype)).values():
         want = X
