@@ -38,6 +38,7 @@ BAD: list[Bad] = [
     (dict(steps=1.5), TypeError, "float"),
     (dict(steps=True), TypeError, "bool"),
     (dict(steps=None), TypeError, "NoneType"),
+    (dict(steps=2**70), ValueError, "steps must be below 2**63, got 1180591620717411303424"),
 ]  # fmt: skip
 VECTORS: list[Bad] = [
     (dict(W=[W, torch.ones(5)]), ValueError, "W[1]"),
@@ -118,7 +119,7 @@ PARAMS: list[tuple[Any, type[Exception], str]] = [
 ]  # fmt: skip
 NUMBERS: dict[str, list[Any]] = {
     "lr": [-1, math.nan, math.inf, "x", None, True, (1e-3,), torch.ones(2), torch.tensor(1),
-           torch.tensor(1j)],
+           torch.tensor(1j), torch.ones((), device="meta")],
     "weight_decay": [-1, math.nan, math.inf, "x", None, (0.1,), torch.tensor(0.1)],
     "eps": [-1, math.nan, math.inf, "x", None, (1e-8,), torch.tensor(1e-8)],
     "nonfinite": ["ignore", None, True, ["skip"]],
@@ -135,10 +136,11 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "scale": [-1, math.nan, math.inf, None, "a", torch.tensor(0.1)],
     },
     "Muon": {
-        "momentum": [-0.1, 1.5, math.nan, "x", None, (0.9, 0.99), torch.ones(2)],
+        "momentum": [-0.1, 1.5, math.nan, "x", None, (0.9, 0.99), torch.ones(2),
+                     torch.ones((), device="meta")],
         "nesterov": ["yes", None, 2],
         "adjust_lr_fn": ["rms", 1, ["original"]],
-        "ns_steps": [0, -1, 100, 1.5, "5", True],
+        "ns_steps": [0, -1, 100, 2**70, 1.5, "5", True],
         "ns_coefficients": ["kelller", None, 5, (1, 2), (1, 2, 3, 4), [], [(1, 2)],
                             (math.nan, 0, 0), ("a", "b", "c"), torch.ones(3), {},
                             [(3.4445, -4.775, 2.0315)] * 4, "aol_flipping"],
@@ -288,6 +290,49 @@ LOADED: dict[str, Callable[[torch.Tensor], Any]] = {
     "nothing": lambda t: None,
     "sparse": lambda t: t.to_sparse(),
 }
+
+
+@EACH
+@pytest.mark.parametrize("change", LOADED.values(), ids=LOADED)
+def test_replaced_state_is_refused_before_anything_is_written(
+    row: Row, change: Callable[[Any], Any]
+) -> None:
+    """By hand, after steps that went well, in the last parameter of the second group."""
+    opt, params = two_groups(row, 2)
+    state = opt.state[params[3]]
+    for key in [k for k, v in state.items() if torch.is_tensor(v) and v.dim()]:
+        good, state[key] = state[key], change(state[key])
+        watched = [*params, *(v for p in params[:3] for v in opt.state[p].values())]
+        before = copy.deepcopy(watched)
+        with pytest.raises((ValueError, TypeError), match=f"{row.name}.*{key}"):
+            opt.step()
+        assert equal(watched, before)
+        state[key] = good
+    opt.step()
+    assert not torch.equal(params[0], before[0])
+
+
+def test_a_refresh_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first step, and at the second refresh; for the last matrix of the second group."""
+    eigh, calls = torch.linalg.eigh, []
+
+    def failing(A: torch.Tensor) -> Any:
+        calls.append(A)
+        if len(calls) == 4:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(A)
+
+    row = next(row for row in ROWS if row.name == "Conda")
+    for steps in (0, row.kwargs["update_proj_gap"]):
+        opt, _ = two_groups(row, steps)
+        before = whole(opt)
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(torch.linalg.LinAlgError):
+            patch.setattr(torch.linalg, "eigh", failing)
+            opt.step()
+        assert len(calls) == 4 and equal(before, whole(opt))
+        opt.step()
+        assert not equal(before, whole(opt))
 
 
 @EACH

@@ -247,12 +247,19 @@ def two_numbers(values: list[Tensor]) -> list[Tensor]:
     return [*values[:-1], torch.zeros(2)]
 
 
+def without_value(value: Tensor) -> Tensor:
+    return value.to("meta")
+
+
 BROKEN = [
     *((n, label, f) for n in LISTS for label in LISTS[n][1:] for f in (drop_last, reshaped)),
     *((n, label, integers) for n in LISTS for label in LISTS[n]),
     ("adamw_step_", "steps", drop_last),
     ("adamw_step_", "steps", two_numbers),
     ("adamw_step_", "steps", integers),
+    ("adamw_step_", "lr", without_value),
+    ("decayed_update_", "lr", without_value),
+    ("muon_prologue_", "momentum", without_value),
     ("decayed_update_", "factors", drop_last),
     ("rotated_adam_", "scales", drop_last),
 ]

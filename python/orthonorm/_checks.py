@@ -72,17 +72,23 @@ def equal_shape(op: str, name: str, value: Tensor, wanted: Sequence[int]) -> Non
         raise ValueError(f"{op}: {name} must have shape {tuple(wanted)}, got {shape(value)}")
 
 
-def scalar(op: str, name: str, value: object) -> None:
-    """`value` is a one-element tensor; it is not read."""
+def scalar(op: str, name: str, value: object, beside: Sequence[Tensor] = ()) -> None:
+    """`value` is a one-element tensor, on the CPU or the device of `beside`; it is not read."""
     tensor(op, name, value)
-    if isinstance(value, Tensor) and value.numel() != 1:
+    if not isinstance(value, Tensor):
+        return
+    if value.numel() != 1:
         raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
+    if beside and value.device.type not in ("cpu", beside[0].device.type):
+        raise ValueError(f"{op}: {name} must be on cpu or {beside[0].device}, got {value.device}")
 
 
 def scheduled(op: str, name: str, value: object, low: float, high: float) -> None:
-    """`value` is a number in [low, high] or a one-element tensor."""
+    """`value` is a number in [low, high] or a one-element tensor with a value to read."""
     if isinstance(value, Tensor):
         scalar(op, name, value)
+        if value.device.type == "meta":
+            raise ValueError(f"{op}: {name} must have a value, got a tensor on the meta device")
     else:
         number(op, name, value, low, high)
 
@@ -106,10 +112,13 @@ def _real(op: str, name: str, value: object) -> float | torch.SymFloat | torch.S
 
 
 def integer(op: str, name: str, value: object, low: int) -> None:
+    """`value` is an integer in [low, 2^63)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if value < low:
         raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
+    if value >= 2**63:  # schemas hold no more
+        raise ValueError(f"{op}: {name} must be below 2**63, got {value}")
 
 
 def choice(op: str, name: str, value: object, options: Collection[Any]) -> None:

@@ -63,7 +63,7 @@ def _(
     check.tensors(name, "momentum_buffers", momentum_buffers, min_dim=2)
     check.tensors(name, "updates", updates, min_dim=2)
     check.same_shapes(name, grads=grads, momentum_buffers=momentum_buffers, updates=updates)
-    check.scalar(name, "momentum", momentum)
+    check.scalar(name, "momentum", momentum, grads)
 
 
 @op(
@@ -101,7 +101,7 @@ def _(
     check.tensors(name, "updates", updates)
     check.same_shapes(name, params=params, updates=updates)
     check.same_lengths(name, params=params, factors=factors)
-    check.scalar(name, "lr", lr)
+    check.scalar(name, "lr", lr, params)
     check.number(name, "weight_decay", weight_decay, 0.0)
 
 
@@ -177,7 +177,7 @@ def _(
     check.same_lengths(name, params=params, steps=steps)
     for step in steps:
         check.scalar(name, "steps", step)
-    check.scalar(name, "lr", lr)
+    check.scalar(name, "lr", lr, params)
     check.fraction(name, "beta1", beta1)
     check.fraction(name, "beta2", beta2)
     check.number(name, "eps", eps, 0.0)
@@ -286,7 +286,7 @@ def _(
     check.same_shapes(name, **lists)
     check.same_lengths(name, params=params, factors=factors)
     for label, value in (("lr", lr), ("momentum", momentum)):
-        check.scalar(name, label, value)
+        check.scalar(name, label, value, params)
     check.number(name, "weight_decay", weight_decay, 0.0)
     check_iteration(name, grads, coefficients, restarts, form, precision, scale, eps, safety)
 

@@ -69,15 +69,24 @@ class Conda(MatrixOptimizer):
         k = min(x.shape[-2:])
         return {"basis": (*x.shape[:-2], k, k)}
 
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> tuple[list[int], dict[int, Tensor]]:
+        """The step each matrix is at, and the new bases of those that are due."""
+        steps = [self.state[p].get("step", 0) + 1 for p in batch.owners]
+        momenta, bases = batch.state["exp_avg"], batch.state["basis"]
+        for m, q in zip(momenta, bases, strict=True):
+            check.same_dtype("Conda", exp_avg=m, basis=q)
+        due = [i for i, t in enumerate(steps) if (t - 1) % group["update_proj_gap"] == 0]
+        beta1 = group["betas"][0]
+        return steps, {i: refreshed(bases[i], momenta[i], batch.grads[i], beta1) for i in due}
+
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        for p in dict.fromkeys(batch.owners):
-            self.state[p]["step"] = self.state[p].get("step", 0) + 1
-        steps = [self.state[p]["step"] for p in batch.owners]
+        steps, renewed = batch.prepared
+        for p, t in zip(batch.owners, steps, strict=True):
+            self.state[p]["step"] = t
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
-        for i, t in enumerate(steps):
-            if (t - 1) % group["update_proj_gap"] == 0:
-                refresh_(bases[i], momenta[i], batch.grads[i], beta1)
+        for i, basis in renewed.items():
+            turn_(momenta[i], bases[i], basis)
         lr = self.scalar(group, "lr", batch.params[0].device)
         corrections = [math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in steps]
         scales = lr * torch.tensor(corrections, dtype=torch.float64, device=lr.device)
@@ -87,19 +96,24 @@ class Conda(MatrixOptimizer):
         )  # fmt: skip
 
 
-def refresh_(basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float) -> None:
-    """Q <- eigenvectors, descending, of the Gram of beta1 M + (1-beta1) G; M re-expressed in Q.
+def refreshed(basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float) -> Tensor:
+    """Eigenvectors, descending, of the Gram of beta1 M + (1-beta1) G, M turned back from `basis`.
 
-    Everything in float64, on the short side. A non-finite matrix takes the identity: `eigh` would
-    raise for the whole list, and its update is not finite anyway.
+    Everything in float64, on the short side; the result in the dtype of `basis`. A non-finite
+    matrix takes the identity: `eigh` would raise, and its update is not finite anyway.
     """
-    Q, M = basis.double(), momentum.double()
-    M = rotated_back(M, Q)  # zero at the first step, as Q is
+    M = rotated_back(momentum.double(), basis.double())  # zero at the first step, as the basis is
     X = beta1 * M + (1 - beta1) * grad.double()
     X = divide(X, frobenius(X), torch.float64)
     A = X.mT @ X if X.shape[-2] >= X.shape[-1] else X @ X.mT
     finite = A.isfinite().all(-1).all(-1)[..., None, None]
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     Q = torch.linalg.eigh(torch.where(finite, A, identity)).eigenvectors.flip(-1)
-    basis.copy_(Q)
-    momentum.copy_(rotated(M, Q))
+    return Q.to(basis.dtype)
+
+
+def turn_(momentum: Tensor, basis: Tensor, new: Tensor) -> None:
+    """M, stored in coordinates of `basis`, re-expressed in those of `new`; basis <- new."""
+    turn = basis.double().mT @ new.double()
+    momentum.copy_(rotated(momentum.double(), turn))
+    basis.copy_(new)
