@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import gc
+import itertools
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,36 +92,38 @@ def describe(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+def _most_held_by_torch(call: Callable[[], Any]) -> int:
+    """Bytes of torch's CPU allocator beyond what was held before, at the worst moment of a call."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    return max(itertools.accumulate((e["args"]["Bytes"] for e in events), initial=0))
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+def _most_held_by_kernels(call: Callable[[], Any]) -> int:
+    """The same of what C++ kernels take beside tensors (csrc/scratch.h)."""
+    path = Path(orthonorm.__file__).with_name("_C.so")
+    if LOADED.libraries.get(path.name) != "loaded":
+        call()
+        return 0
+    counted = ctypes.CDLL(str(path)).orthonorm_scratch
+    counted.restype = ctypes.c_int64
+    counted()
+    call()
+    return int(counted())
 
 
-@contextlib.contextmanager
-def _returning_allocator() -> Iterator[Callable[[int], int]]:
-    """glibc returns every buffer above 64 KiB when it is freed, so that the resident set tells what
-    is in use; afterwards the thresholds its heuristics reach in a process that moves matrices."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
-    try:
-        yield libc.malloc_trim
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)
+def peak_extra_memory(call: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes beyond what was held before, at the worst moment of a later call.
 
-
-def peak_extra_memory(call: Callable[[], Any], device: str = "cpu") -> int | None:
-    """Bytes beyond what was held before, at the worst moment of a later call; None if unknown.
-
-    On Linux the resident set's high-water mark, reset before the call, so memory from any allocator
-    counts; on CUDA torch's own count.
+    Counted, not sampled: the same number every time. On a CPU the most that torch's allocator and
+    the most that kernels hold beside it, which need not be at the same moment.
     """
     call()
     gc.collect()
@@ -130,16 +134,7 @@ def peak_extra_memory(call: Callable[[], Any], device: str = "cpu") -> int | Non
         call()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
-    try:
-        with _returning_allocator() as trim:
-            call()
-            trim(0)  # free chunks inside the heap are resident, and would be used unseen
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _status("VmRSS")
-            call()
-            return max(0, _status("VmHWM") - before)
-    except (OSError, AttributeError):
-        return None
+    return _most_held_by_torch(call) + _most_held_by_kernels(call)
 
 
 IMPORT = (

@@ -7,6 +7,8 @@
 #include <functional>
 #include <new>
 
+#include "scratch.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -20,7 +22,7 @@ using Parallel = std::function<void(int64_t, const Range&)>;
 // which a 2048 x 2048 product spends a tenth of its time in page faults (2026-11).
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : align_(bytes < LARGE ? ALIGN : HUGE_PAGE) {
+  explicit Workspace(int64_t bytes) : align_(bytes < LARGE ? ALIGN : HUGE_PAGE), held_(bytes) {
     data_ = ::operator new(static_cast<size_t>(bytes), std::align_val_t(align_));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (bytes >= LARGE) madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a hint only
@@ -44,6 +46,7 @@ class Workspace {
  private:
   static constexpr int64_t ALIGN = 64, HUGE_PAGE = int64_t{2} << 20, LARGE = 2 * HUGE_PAGE;
   size_t align_;
+  Held held_;
   void* data_ = nullptr;
   int64_t used_ = 0;
 };

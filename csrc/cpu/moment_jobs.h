@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "../moments.h"
+#include "../scratch.h"
 #include "layout.h"
 
 namespace orthonorm {
@@ -78,12 +80,16 @@ struct Unit {
 class Workspace {
  public:
   void reserve(int64_t count) {
-    if (count > capacity_) memory_.reset(new double[count]), capacity_ = count;
+    if (count <= capacity_) return;
+    held_.emplace(count * sizeof(double));
+    memory_.reset(new double[count]);
+    capacity_ = count;
   }
   double* at(int64_t offset) const { return memory_.get() + offset; }
 
  private:
   std::unique_ptr<double[]> memory_;
+  std::optional<Held> held_;
   int64_t capacity_ = 0;
 };
 

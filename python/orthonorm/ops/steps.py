@@ -323,7 +323,8 @@ def conda_step_(
     largest = max(
         (exp_avg[i].narrow(*c).numel() for i, cut in enumerate(cuts) for c in cut), default=0
     )
-    buffers = {m.dtype: m.new_empty(largest) for m in exp_avg}
+    dtypes = dict.fromkeys(m.dtype for m in exp_avg)
+    buffers = {dtype: lr.new_empty(largest, dtype=dtype) for dtype in dtypes}
     decay = 1 - lr.to(torch.float64) * weight_decay
     steps = scales * decay
     for i, cut in enumerate(cuts):
