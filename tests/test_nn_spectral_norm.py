@@ -13,6 +13,7 @@ from orthonorm import nn as on
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Linear": lambda: nn.Linear(20, 12),
     "Conv1d": lambda: nn.Conv1d(4, 6, 3),
@@ -293,7 +294,7 @@ def test_deep_copies_are_independent() -> None:
 
 def test_average_with_refreshed_vectors() -> None:
     """An EMA of weights and buffers: u and v are averages until they are refreshed."""
-    a, b = twins()
+    _, b = twins()
     ema = torch.optim.swa_utils.AveragedModel(
         b, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
     )

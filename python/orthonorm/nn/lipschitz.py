@@ -88,7 +88,8 @@ def soft_cap_strength(cap: float, update: float, decay: float = 0.0) -> float:
 
     The coupling of the soft cap to the learning rate: matrices whose norm is at most `cap`, that
     decay and then move by at most `update` in norm, come back to at most `cap`. With t = a k^2 and
-    k the norm reached: (1 - t) (1 + t (1 - t)^2) = cap / k, whose left side falls from 1 to 0.
+    k the norm reached: (1 - t) (1 + t (1 - t)^2) = cap / k, whose left side falls from 1 to 0. Up
+    to k = 1.3 cap the map is monotone; larger steps leave smaller singular values above the cap.
 
     Args:
         cap: largest singular value wanted, in the units of W (divide W by its scale, sqrt(m / n)

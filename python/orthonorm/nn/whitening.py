@@ -18,7 +18,8 @@ def iter_norm(Z: Tensor, steps: int = 4, axis: str = "batch") -> Tensor:
     """P X / sqrt(tr S): X centred, S = X X^T / (d - 1), P <- (3 P - P^3 S / tr S) / 2 from I.
 
     P tends to (S / tr S)^(-1/2); four steps whiten large directions and leave small ones small, by
-    intent. Differentiable. Zero stays zero.
+    intent. Many more (15) blow up rounding errors where S has lower rank. Differentiable. Zero
+    stays zero.
 
     Args:
         Z: (..., N, d), N samples of d features.
