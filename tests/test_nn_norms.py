@@ -3,6 +3,7 @@ matrices that the layers are."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -197,7 +198,7 @@ def test_bounds_converge() -> None:
         )
         true = torch.linalg.matrix_norm(dense(conv, (6, 5)), 2)
         bounds = [on.conv_circular_bound(conv.weight, (6, 5), k, groups) for k in range(9)]
-        assert all(a >= b * (1 - 1e-14) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        assert all(a >= b * (1 - 1e-14) for a, b in itertools.pairwise(bounds))
         assert true <= bounds[8] <= true * (1 + 1e-2)
     K = made(lambda: nn.Conv1d(2, 3, 3)).weight
     limit = torch.linalg.matrix_norm(torch.fft.fft(K, 4096).movedim(-1, 0), 2).max()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _checks as check
 from ..ops.spectral import ORDERS
@@ -243,9 +244,11 @@ class _Group:
 
     def before(self, *_: Any) -> None:
         lists = self.lists()
-        layers = [x._modules["0"] for x in lists]
-        results = normalized(layers, [x._parameters["original"] for x in lists])
-        for layer, result in zip(layers, results, strict=True):
+        # those sharded still (FSDP of a part of the model) are whole when their layer asks for them
+        pairs = [(x._modules["0"], x.original) for x in lists]
+        whole = [(p, W) for p, W in pairs if not is_traceable_wrapper_subclass(W)]
+        layers, weights = zip(*whole, strict=True) if whole else ((), ())
+        for layer, result in zip(layers, normalized(layers, weights), strict=True):
             layer.ready.append(result)
 
     def after(self, *_: Any) -> None:
