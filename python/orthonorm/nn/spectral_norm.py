@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _checks as check
 from ..ops.spectral import ORDERS
@@ -191,7 +190,7 @@ def remove_spectral_norm(module: M, name: str = "weight") -> M:
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
             for key, hook in list(hooks.items()):
                 group = getattr(hook, "__self__", None)
-                if isinstance(group, _Group) and not group.lists():
+                if isinstance(group, _Group) and not group.parts():
                     del hooks[key]
                     getattr(m, "_forward_hooks_always_called", {}).pop(key, None)
     return module
@@ -236,21 +235,22 @@ class _Group:
     def __init__(self, name: str, layers: list[nn.Module]) -> None:
         self.name, self.layers = name, layers
 
-    def lists(self) -> list[Any]:
-        """The layers' parametrizations, less those that were removed."""
+    def parts(self) -> list[tuple[Any, Any]]:
+        """(parametrization, its weight) of each layer, less those that were removed."""
         found = [layer._modules.get("parametrizations") for layer in self.layers]
         lists = [None if f is None else f._modules.get(self.name) for f in found]
-        return [x for x in lists if isinstance(x, _List)]
+        return [
+            (x._modules["0"], x._parameters.get("original", x._buffers.get("original")))
+            for x in lists if isinstance(x, _List)
+        ]  # fmt: skip
 
     def before(self, *_: Any) -> None:
-        lists = self.lists()
-        # those sharded still (FSDP of a part of the model) are whole when their layer asks for them
-        pairs = [(x._modules["0"], x.original) for x in lists]
-        whole = [(p, W) for p, W in pairs if not is_traceable_wrapper_subclass(W)]
+        # what is sharded still (FSDP of a part of the model) is whole when its layer asks for it
+        whole = [part for part in self.parts() if type(part[1]) in (nn.Parameter, Tensor)]
         layers, weights = zip(*whole, strict=True) if whole else ((), ())
         for layer, result in zip(layers, normalized(layers, weights), strict=True):
             layer.ready.append(result)
 
     def after(self, *_: Any) -> None:
-        for x in self.lists():
-            del x._modules["0"].ready[-1:]
+        for layer, _weight in self.parts():
+            del layer.ready[-1:]
