@@ -70,6 +70,7 @@ def test_vectors_are_divided_by_their_norm() -> None:
     m = on.spectral_norm(nn.BatchNorm1d(7).double())
     n = parametrizations.spectral_norm(nn.BatchNorm1d(7).double())
     assert torch.equal(m.weight, n.weight)
+    assert on.refresh_vectors_(m) is m
 
 
 # ---- state dicts ---------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ class SpectralNorm(nn.Module):
 
     def step(self, weight: Tensor, steps: int) -> None:
         """Power steps on the vectors alone."""
+        if self.kind is _of_vectors:
+            return
         weight = weight.detach()
         if self.operator is not None:
             vectors = self._u, self._v

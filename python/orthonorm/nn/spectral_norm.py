@@ -76,7 +76,7 @@ def spectral_norm_(
 
     One batched power iteration for all of them instead of one an access, so a layer called twice in
     a forward takes one step. A layer that is called without `model` takes its own steps, as after
-    `spectral_norm`. Gradients of the weights are there once those of all layers are.
+    `spectral_norm`. Small layers share a node of the graph, so their gradients come together.
 
     Args:
         model: changed in place and returned.
@@ -125,7 +125,7 @@ def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Modul
     if layers is None:
         chosen = [m for m in model.modules() if isinstance(m, LAYERS)]
     else:
-        chosen = list(layers)
+        chosen = list(dict.fromkeys(layers))
         inside = {id(m) for m in model.modules()}
         for m in chosen:
             if id(m) not in inside:
@@ -209,7 +209,7 @@ def spectral_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Spec
 
 
 def refresh_vectors_(model: M, steps: int = WARM_UP) -> M:
-    """u and v of every spectral norm of `model` after `steps` power steps on its present weights.
+    """u and v of every spectral norm of `model` by `steps` power steps on its present weights.
 
     For copies whose weights are averages (EMA): averages of u and v are no singular vectors, and
     too short, so leave them out or call this before the copy is used.
