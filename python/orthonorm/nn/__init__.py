@@ -39,6 +39,7 @@ from .reparam import (
 )
 from .report import LipschitzReport, lipschitz_report
 from .spectral_norm import refresh_vectors_, remove_spectral_norm, spectral_norm, spectral_norm_
+from .stable_rank_conv import StableRankConv
 from .whitening import IterNorm, intl_loss, iter_norm, trace_loss
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "SpectralNorm",
     "SpectralRescaling",
     "StableRank",
+    "StableRankConv",
     "after_step",
     "clipped_decay",
     "constrain_",
