@@ -20,7 +20,7 @@ from spectral_layers import (
     theirs,
     twins,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,3 +215,17 @@ def test_changed_shapes_are_refused() -> None:
         original(m).set_(torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"must keep shape \(4, 3\), got \(5, 3\)"):
         m(torch.randn(2, 3))
+
+
+def test_further_parametrizations_act_on_the_result() -> None:
+    class Double(nn.Module):
+        def forward(self, W: Tensor) -> Tensor:
+            return 2 * W
+
+    _, b = twins()
+    c = copy.deepcopy(b)
+    parametrize.register_parametrization(c[6], "weight", Double())
+    c.load_state_dict(b.state_dict())
+    with torch.no_grad():
+        want, got = b(inputs()) - b[6].bias, c(inputs()) - c[6].bias
+    torch.testing.assert_close(got, 2 * want, rtol=1e-11, atol=1e-12)

@@ -22,7 +22,7 @@ NODE = 1 << 16
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
     """(outputs, everything else), `dim` being the outputs' axis."""
-    return W.movedim(dim, 0).flatten(1)
+    return W if dim == 0 and W.dim() == 2 else W.movedim(dim, 0).flatten(1)
 
 
 class _Normalize(torch.autograd.Function):
@@ -89,7 +89,6 @@ class SpectralNorm(nn.Module):
             return
         A = as_matrix(weight.detach(), dim)
         self.sizes = tuple(A.shape)
-        self.flat = weight.dim() == 2 and dim == 0  # a matrix as it is
         shapes = A.shape if operator is None else (operator.range, operator.domain)
         u, v = (weight.new_empty(n, dtype=accumulator(weight)).normal_() for n in shapes)
         for name, x in (("_u", u), ("_v", v)):
@@ -150,7 +149,7 @@ def _by_matrix(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[
     vectors = [b[name] for b in buffers for name in ("_u", "_v")]
     dims, sizes = [layer.dim for layer in layers], [n for layer in layers for n in layer.sizes]
     with torch.no_grad():
-        A = [w if p.flat else as_matrix(w, p.dim) for p, w in zip(layers, W, strict=True)]
+        A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
         sigma = power_iteration_.overload(A, vectors[::2], vectors[1::2], steps, order, eps)
         s = torch.where(sigma == 0, 1.0, sigma)
         used = torch.cat(vectors)  # the next forward changes the buffers, perhaps before backward
