@@ -205,3 +205,6 @@ def test_half_weights_keep_float_vectors(dtype: torch.dtype) -> None:
     G = torch.randn(30, 40).to(dtype)
     (g,) = torch.autograd.grad(got, original(m), G)
     assert g.dtype == dtype and g.isfinite().all()
+    cast = on.spectral_norm_(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2))).to(dtype)
+    cast(torch.randn(3, 40).to(dtype)).sum().backward()  # its vectors are halves too
+    assert all(p.grad.isfinite().all() for p in cast.parameters())

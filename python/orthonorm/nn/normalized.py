@@ -1,4 +1,4 @@
-"""W / sigma_1(W) for a list of layers: one power iteration, one division and one gradient node."""
+"""W / sigma_1(W) for a list of layers: one power iteration for all, few divisions and nodes."""
 
 from __future__ import annotations
 
@@ -133,8 +133,9 @@ def normalized(layers: Sequence[SpectralNorm], weights: Sequence[Tensor]) -> lis
                 f"{tuple(weight.shape)}; remove_spectral_norm first"
             )
         steps = layer.steps if layer.training else 0
-        groups.setdefault((layer.kind, steps, layer.order, layer.eps), []).append(i)
-    for (kind, *rule), rows in groups.items():
+        key = layer.kind, weight.device, steps, layer.order, layer.eps
+        groups.setdefault(key, []).append(i)
+    for (kind, _device, *rule), rows in groups.items():
         whole = len(rows) == len(out)
         some = layers if whole else [layers[i] for i in rows]
         W = weights if whole else [weights[i] for i in rows]
@@ -152,7 +153,8 @@ def _by_matrix(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[
         A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
         sigma = power_iteration_.overload(A, vectors[::2], vectors[1::2], steps, order, eps)
         s = torch.where(sigma == 0, 1.0, sigma)
-        used = torch.cat(vectors)  # the next forward changes the buffers, perhaps before backward
+        # copies: the next forward changes the buffers, perhaps before this one's backward
+        used = torch.cat(vectors).to(s.dtype)
     results: list[Tensor] = []
     start = first = count = 0
     for i, w in enumerate(W, 1):
