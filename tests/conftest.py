@@ -1,8 +1,21 @@
 """Under TRITON_INTERPRET=1, which `test_triton.py` sets, Triton's interpreter is repaired first."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.repair()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For files of many tiny products, where waking threads would be most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

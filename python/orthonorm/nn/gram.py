@@ -1,0 +1,259 @@
+"""Upper bounds of dense and convolutional layers by Gram iteration, and rescaling to norm 1.
+
+All are theorems, differentiable, with exact gradients. Sources: arXiv:2305.16173 (circular padding,
+rescaling), its sequel arXiv:2402.00240 (zero padding); github.com/blaisedelattre/lip4conv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .. import _checks as check
+from ..ops import gram_iteration
+from .convolution import CONVOLUTIONS
+
+M = TypeVar("M", bound=nn.Module)
+CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def _kernel(op: str, K: Tensor) -> None:
+    check.tensor(op, "K", K, min_dim=3)
+    if K.dim() > 5:
+        raise ValueError(f"{op}: K must have 3 to 5 dimensions, got shape {check.shape(K)}")
+
+
+def _grouped(op: str, K: Tensor, groups: int) -> Tensor:
+    """(groups, outputs, inputs, *taps)."""
+    check.integer(op, "groups", groups, 1)
+    if K.shape[0] % groups:
+        raise ValueError(f"{op}: groups must divide {K.shape[0]} outputs, got {groups}")
+    return K.unflatten(0, (groups, -1))
+
+
+def conv_circular_bound(K: Tensor, size: Sequence[int], steps: int = 5, groups: int = 1) -> Tensor:
+    """max over frequencies of the Gram bound of K^(f): >= the norm of the circular convolution.
+
+    The convolution on feature maps of `size` is block diagonal after a Fourier transform, one block
+    (outputs x inputs) a frequency; Gram iteration runs on all of them as one batch of real matrices
+    [[A, -B], [B, A]] for A + iB, whose singular values come twice. Holds for any stride too.
+
+    Args:
+        K: (outputs, inputs / groups, *taps); of a transposed convolution as it is stored.
+        size: spatial size of the feature map, circularly padded.
+        steps: Gram products k; the order of the Schatten norm is 2^(k+1).
+        groups: of the convolution.
+
+    Returns: a 0-d bound, differentiable; float64 if K is, else float32. Cost: 16 steps outputs^2
+    inputs operations a frequency.
+    """
+    op = "conv_circular_bound"
+    _kernel(op, K)
+    check.integer(op, "steps", steps, 0)
+    taps = K.shape[2:]
+    if len(size) != len(taps):
+        raise ValueError(f"{op}: size must have {len(taps)} dimensions, got {tuple(size)}")
+    for n, k in zip(size, taps, strict=True):
+        check.integer(op, "size", n, k)
+    dims = tuple(range(3, 3 + len(taps)))
+    real = K if K.dtype == torch.float64 else K.float()
+    blocks = torch.fft.rfftn(_grouped(op, real, groups), s=tuple(size), dim=dims)
+    A = blocks.movedim((1, 2), (-2, -1))
+    top = torch.cat([A.real, -A.imag], -1)
+    matrices = torch.cat([top, torch.cat([A.imag, A.real], -1)], -2).flatten(0, -3)
+    bounds = gram_iteration(matrices, steps) * 2.0 ** -(0.5 ** (steps + 1))
+    return bounds.max()
+
+
+def conv_zero_bound(K: Tensor, steps: int = 4, groups: int = 1) -> Tensor:
+    """(max_i sum_j |K_N|_ij)^(2^-N): >= the norm of the convolution with zero padding.
+
+    K_N is the kernel of (C C^T)^(2^(N-1)), N = `steps`, C the convolution on an infinite map, by
+    convolving kernels with themselves; a zero-padded, strided or circular convolution of any size
+    is a part of it. Kernels grow to 2^N (taps - 1) + 1.
+
+    Args:
+        K: (outputs, inputs / groups, *taps); of a transposed convolution as it is stored.
+        steps: N, at least 1.
+        groups: of the convolution.
+
+    Returns: a 0-d bound, differentiable; float64 if K is, else float32.
+    """
+    t, scale = _channel_sums("conv_zero_bound", K, steps, groups, short=True)
+    return (t * scale).max()
+
+
+def _channel_sums(
+    op: str, K: Tensor, steps: int, groups: int, short: bool
+) -> tuple[Tensor, Tensor]:
+    """(sum_j |K_N|_ij)^(2^-N) for every output i, up to a scale, shape (groups, outputs).
+
+    `short` takes the side with fewer channels, for the norm alone.
+    """
+    _kernel(op, K)
+    check.integer(op, "steps", steps, 1)
+    real = K if K.dtype == torch.float64 else K.float()
+    out, scales = [], []
+    for kernel in _grouped(op, real, groups):
+        if short and kernel.shape[0] > kernel.shape[1]:
+            kernel = kernel.transpose(0, 1)
+        scale = _nonzero(torch.linalg.vector_norm(kernel.detach()))
+        kernel, exponent = kernel / scale, 1.0
+        for _ in range(steps):
+            kernel = _correlated(kernel)
+            exponent /= 2
+            size = _nonzero(kernel.detach().abs().sum((1, *range(2, kernel.dim()))).amax())
+            kernel, scale = kernel / size, scale * size**exponent
+        sums = kernel.abs().sum((1, *range(2, kernel.dim())))
+        rounding = 1 + 8 * kernel[0].numel() * torch.finfo(kernel.dtype).eps
+        out.append(_root(sums, exponent) * rounding)
+        scales.append(scale)
+    return torch.stack(out), torch.stack(scales).unsqueeze(-1)
+
+
+def _root(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent; 0 with gradient 0 for 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0) ** exponent, 0.0)
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)
+
+
+def _correlated(K: Tensor) -> Tensor:
+    """The kernel of C C^T: (o, p, *) <- sum_i K_oi correlated with K_pi."""
+    pad = [k - 1 for k in K.shape[2:]]
+    convolve = CONVOLVE[K.dim()]
+    product: Tensor = convolve(K, K, padding=pad)
+    return product
+
+
+def gram_rescaling(W: Tensor, steps: int = 1) -> Tensor:
+    """t_i = (sum_j |(W W^T)^(2^(N-1))|_ij)^(2^-N): W / t has norm at most 1.
+
+    N = `steps` = 1 is AOL's scale (arXiv:2208.03160), larger ones come closer to norm 1.
+    Differentiable. Cost: 2 m^2 n + 2 (N - 1) m^3 operations.
+
+    Args:
+        W: (..., m, n).
+
+    Returns: t, (..., m, 1), 0 for zero rows; float64 if W is, else float32.
+    """
+    op = "gram_rescaling"
+    check.tensor(op, "W", W, min_dim=2)
+    check.integer(op, "steps", steps, 1)
+    real = W if W.dtype == torch.float64 else W.float()
+    scale = _nonzero(torch.linalg.matrix_norm(real.detach(), keepdim=True))
+    X, exponent = real / scale, 1.0
+    for _ in range(steps):
+        X, exponent = X @ X.mT, exponent / 2
+        size = _nonzero(torch.linalg.matrix_norm(X.detach(), keepdim=True))
+        X, scale = X / size, scale * size**exponent
+    sums = X.abs().sum(-1, keepdim=True)
+    rounding = 1 + 8 * max(W.shape[-2:]) * torch.finfo(X.dtype).eps
+    return _root(sums, exponent) * scale * rounding
+
+
+def conv_rescaling(K: Tensor, steps: int = 1, groups: int = 1) -> Tensor:
+    """t_i as `gram_rescaling`, of the kernel of (C C^T)^(2^(N-1)): K / t has norm at most 1.
+
+    For any stride, zero or circular padding. Returns t, (outputs, 1, ..., 1).
+    """
+    t, scale = _channel_sums("conv_rescaling", K, steps, groups, short=False)
+    return (t * scale).view(-1, *[1] * (K.dim() - 1))
+
+
+class SpectralRescaling(nn.Module):
+    """W / t, of norm at most 1, t by `gram_rescaling` or `conv_rescaling`; made by
+    `spectral_rescale`."""
+
+    def __init__(self, steps: int, groups: int | None) -> None:
+        super().__init__()
+        self.steps, self.groups = steps, groups
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.groups is None:
+            t = gram_rescaling(weight, self.steps)
+        else:
+            t = conv_rescaling(weight, self.steps, self.groups)
+        return (weight / _nonzero(t)).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}"
+
+
+def spectral_rescale(module: M, name: str = "weight", steps: int = 2) -> M:
+    """weight = W / t with norm at most 1: a layer that is 1-Lipschitz by construction.
+
+    Args:
+        module: Linear, ConvNd or ConvTransposeNd (zero or circular padding), changed in place.
+        name: the weight's name.
+        steps: Gram products; the more, the closer the norm comes to 1.
+
+    Removed by `torch.nn.utils.parametrize.remove_parametrizations`.
+    """
+    op = "spectral_rescale"
+    check.integer(op, "steps", steps, 1)
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        kind = type(module).__name__
+        raise TypeError(f"{op}: module must be a Linear or a convolution, got {kind}")
+    _check_padding(op, module)
+    groups = module.groups if isinstance(module, CONVOLUTIONS) else None
+    parametrize.register_parametrization(module, name, SpectralRescaling(steps, groups))
+    return module
+
+
+def _check_padding(op: str, module: nn.Module) -> None:
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode not in ("zeros", "circular"):
+        raise ValueError(f"{op}: padding_mode must be 'zeros' or 'circular', got {mode!r}")
+
+
+def layer_bound(layer: nn.Module, steps: int = 5) -> Tensor:
+    """A certified upper bound of a layer's norm: `gram_iteration` or `conv_zero_bound`.
+
+    Args:
+        layer: Linear, ConvNd or ConvTransposeNd (zero or circular padding).
+        steps: Gram products (convolutions: at most 4 of them, kernels double with each).
+    """
+    op = "layer_bound"
+    if isinstance(layer, nn.Linear):
+        return gram_iteration(layer.weight, steps)
+    if not isinstance(layer, CONVOLUTIONS):
+        kind = type(layer).__name__
+        raise TypeError(f"{op}: layer must be a Linear or a convolution, got {kind}")
+    _check_padding(op, layer)
+    return conv_zero_bound(layer.weight, min(steps, 4), layer.groups)
+
+
+def norm_penalty(
+    layers: Iterable[nn.Module],
+    norm: Callable[[nn.Module], Tensor] = layer_bound,
+    threshold: float = 0.0,
+    power: float = 1.0,
+) -> Tensor:
+    """sum over layers of max(norm(layer) - threshold, 0)^power: a regularizer of norms.
+
+    Args:
+        layers: modules, such as those of a model that are Linear.
+        norm: a differentiable norm of a layer: `layer_bound`, or for example
+            `lambda m: orthonorm.spectral_norm(m.weight)` (power iteration), or
+            `lambda m: conv_spectral_norm(m, (32, 32))`.
+        threshold: norms up to it cost nothing.
+        power: 1 as arXiv:2305.16173, 2 as arXiv:1705.10941 (with a factor 1/2).
+    """
+    check.number("norm_penalty", "threshold", threshold, 0.0)
+    check.number("norm_penalty", "power", power, 1.0)
+    terms = [(norm(layer) - threshold).clamp(min=0.0) ** power for layer in layers]
+    if not terms:
+        raise ValueError("norm_penalty: layers must not be empty")
+    return torch.stack(terms).sum()

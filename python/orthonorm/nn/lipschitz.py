@@ -1,0 +1,227 @@
+"""Maps of singular values that keep norms where they should be: caps, clips, decays.
+
+Each is a function of a (batch of) matrices (..., m, n) that returns new ones in the same dtype, is
+made for use after an optimizer's step (`constraints.after_step`) and has no gradient. sigma_i are
+the singular values of W, O = U V^T its polar factor. Source unless said otherwise:
+arXiv:2507.13338 (github.com/Arongil/lipschitz-transformers).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..exact import polar_exact
+from ..ops import gram_iteration, row_normalize
+from ..ops import spectral_norm as top_triple
+from ..polar import odd_polynomial, polar
+
+# min(1, x) on [0, 3.4] to 0.034, by four odd quintics; the same repository, modula/atom.py.
+HARD_CAP = (
+    (0.805032, 0.206361, -0.019763),
+    (0.649867, 0.162935, -0.011150),
+    (1.810259, -0.200265, 0.008251),
+    (1.004384, -0.183490, 0.014413),
+)
+HARD_CAP_RANGE = 3.4
+STEPS = 16  # power steps where none are given
+
+
+def _positive(op: str, name: str, value: object) -> None:
+    check.number(op, name, value)
+    if not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{op}: {name} must be above 0, got {value}")
+
+
+def _triple(W: Tensor, steps: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    sigma, u, v = top_triple(W, steps, start)
+    return sigma[..., None, None], u.unsqueeze(-1), v.unsqueeze(-2)
+
+
+@torch.no_grad()
+def spectral_normalize(
+    W: Tensor, cap: float = 1.0, steps: int = STEPS, start: Tensor | None = None
+) -> Tensor:
+    """W / max(1, sigma_1 / cap): the whole matrix shrinks where its norm exceeds the cap.
+
+    Args:
+        W: (..., m, n).
+        cap: largest norm left, but for what `steps` power steps miss of sigma_1.
+        steps: power steps, one pass over W each.
+        start: where v starts, (..., n), not zero.
+    """
+    _positive("spectral_normalize", "cap", cap)
+    sigma, _, _ = _triple(W, steps, start)
+    return (W / (sigma / cap).clamp(min=1.0)).to(W.dtype)
+
+
+@torch.no_grad()
+def spectral_hammer(
+    W: Tensor, cap: float = 1.0, steps: int = STEPS, start: Tensor | None = None
+) -> Tensor:
+    """W + (cap - sigma_1) u_1 v_1^T: sigma_1 becomes the cap, also where it was smaller.
+
+    A zero matrix has no u_1 and stays zero. Arguments as `spectral_normalize`.
+    """
+    _positive("spectral_hammer", "cap", cap)
+    sigma, u, v = _triple(W, steps, start)
+    return (W + (cap - sigma) * u * v).to(W.dtype)
+
+
+@torch.no_grad()
+def spectral_decay(
+    W: Tensor, rate: float = 0.1, steps: int = STEPS, start: Tensor | None = None
+) -> Tensor:
+    """W - rate sigma_1 u_1 v_1^T: weight decay of the largest singular value alone.
+
+    `rate` in [0, 1] is the whole factor (the repository's lambda, 0.1). Other arguments as
+    `spectral_normalize`.
+    """
+    check.number("spectral_decay", "rate", rate, 0.0, 1.0)
+    sigma, u, v = _triple(W, steps, start)
+    return (W - rate * sigma * u * v).to(W.dtype)
+
+
+def soft_cap_strength(cap: float, update: float, decay: float = 0.0) -> float:
+    """a >= 0 for which x -> x - a x^3, then x + a x^3, sends cap (1 - decay) + update to the cap.
+
+    The coupling of the soft cap to the learning rate: matrices whose norm is at most `cap`, that
+    decay and then move by at most `update` in norm, come back to at most `cap`. With t = a k^2 and
+    k the norm reached: (1 - t) (1 + t (1 - t)^2) = cap / k, whose left side falls from 1 to 0. Up
+    to k = 1.3 cap the map is monotone; larger steps leave smaller singular values above the cap.
+
+    Args:
+        cap: largest singular value wanted, in the units of W (divide W by its scale, sqrt(m / n)
+            for example, beforehand, and `update` too: the repository's JAX version does not, and
+            is too weak for m > n).
+        update: largest singular value of the step, learning rate included.
+        decay: weight decay times learning rate.
+    """
+    op = "soft_cap_strength"
+    _positive(op, "cap", cap)
+    check.number(op, "update", update, 0.0)
+    check.number(op, "decay", decay, 0.0, 1.0)
+    reached = cap * (1 - decay) + update
+    if reached <= cap:
+        return 0.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        t = (low + high) / 2
+        above = (1 - t) * (1 + t * (1 - t) ** 2) > cap / reached
+        low, high = (t, high) if above else (low, t)
+    return high / reached**2
+
+
+@torch.no_grad()
+def soft_cap(W: Tensor, strength: float) -> Tensor:
+    """sigma -> x + a x^3 with x = sigma - a sigma^3 and a = `strength`: two cubic odd polynomials.
+
+    Shrinks all singular values a little, large ones more. `soft_cap_strength` couples a to the
+    learning rate. Only for a sigma_1^2 < 1.
+    """
+    check.number("soft_cap", "strength", strength, 0.0)
+    return odd_polynomial(W, [(1.0, -strength, 0.0), (1.0, strength, 0.0)])
+
+
+@torch.no_grad()
+def hard_cap(W: Tensor, cap: float = 1.0, method: str = "exact") -> Tensor:
+    """sigma -> min(sigma, cap): W (I - T) + cap O T with T = (I + msign(O^T W - cap I)) / 2.
+
+    Two polar factors, the second one of the small side only, where O^T W = V S V^T, so T projects
+    on the directions above the cap; directions without a singular value of their own, in which O
+    is arbitrary, stay below it (the published form b O + W - (b O - W) msign(b O - W)^T O does not
+    see to that).
+
+    Args:
+        W: (..., m, n).
+        cap: largest singular value left.
+        method: "exact": error of rounding, a few n eps sigma_1. "polynomial": four quintics on
+            W / cap, off by at most 0.034 cap, over by at most 0.011 cap; matrices with a Gram bound
+            above 3.4 cap, where they hold, are first divided down to it.
+    """
+    _positive("hard_cap", "cap", cap)
+    check.choice("hard_cap", "method", method, ("exact", "polynomial"))
+    if method == "exact":
+        return _clipped(W, None, cap)
+    bound = gram_iteration(W, 6)[..., None, None] / (HARD_CAP_RANGE * cap)
+    X = W / (bound.clamp(min=1.0) * cap).to(W.dtype)
+    return odd_polynomial(X, HARD_CAP).mul_(cap)
+
+
+@torch.no_grad()
+def spectral_clip(W: Tensor, low: float, high: float) -> Tensor:
+    """sigma -> min(max(sigma, low), high), by three polar factors.
+
+    As `hard_cap`, with a second projector. Where W has no singular direction of its own (zero
+    singular values), the directions raised to `low` are arbitrary and may be missed.
+    """
+    check.number("spectral_clip", "low", low, 0.0)
+    check.number("spectral_clip", "high", high, low)
+    return _clipped(W, low, high)
+
+
+def _clipped(W: Tensor, low: float | None, high: float) -> Tensor:
+    check.tensor("hard_cap", "W", W, min_dim=2)
+    tall = W.shape[-2] >= W.shape[-1]
+    X = (W if tall else W.mT).to(torch.promote_types(W.dtype, torch.float32))
+    Q = polar_exact(X).factor
+    H = Q.mT @ X
+    H = 0.5 * (H + H.mT)
+    above = _positive_part(H, high)
+    out = X - (X - high * Q) @ above
+    if low is not None:
+        # where sigma < low: X + (low O - X) (I - T) with T the projector on sigma >= low
+        lift = low * Q - X
+        out = out + lift - lift @ _positive_part(H, low)
+    return (out if tall else out.mT).to(W.dtype).contiguous()
+
+
+def _positive_part(H: Tensor, level: float) -> Tensor:
+    """The projector on eigenvectors of the symmetric H whose eigenvalues exceed `level`."""
+    identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    return 0.5 * (identity + polar_exact(H - level * identity).factor)
+
+
+@torch.no_grad()
+def clipped_decay(W: Tensor, rate: float, cap: float = 1.0, method: str = "exact") -> Tensor:
+    """(1 - rate) W + rate hard_cap(W, cap): weight decay that leaves singular values below the cap.
+
+    With steps of norm eta in between, sigma_1 settles at cap + eta / rate after a step and at
+    cap + (1 - rate) eta / rate after the decay. `method` as in `hard_cap`.
+
+    Source: leloykun.github.io/ponder/spectral-clipping.
+    """
+    check.number("clipped_decay", "rate", rate, 0.0, 1.0)
+    return torch.lerp(W, hard_cap(W, cap, method), rate)
+
+
+@torch.no_grad()
+def stiefel(W: Tensor, scale: float = 1.0, coefficients: object = "you6") -> Tensor:
+    """scale O: all singular values near `scale`, by Newton-Schulz.
+
+    Args:
+        W: (..., m, n).
+        scale: of the result; sqrt(m / n) makes it unit in the norm RMS -> RMS.
+        coefficients: as `polar`; "exact" is `polar_exact`.
+    """
+    check.number("stiefel", "scale", scale)
+    if coefficients == "exact":
+        return polar_exact(W).factor.mul_(scale)
+    return polar(W, coefficients, precision="full").mul_(scale)
+
+
+@torch.no_grad()
+def embed_cap(E: Tensor, inflation: float = 1.0) -> Tensor:
+    """Rows x -> x / max(1 / inflation, RMS(x)): RMS 1 for those of 1 / inflation and more.
+
+    Smaller rows are multiplied by `inflation`, so it is a cap only for inflation = 1, where rows
+    below RMS 1 stay.
+
+    Args:
+        E: (..., vocabulary, d), one embedding a row.
+        inflation: largest factor.
+    """
+    check.tensor("embed_cap", "E", E, min_dim=2)
+    _positive("embed_cap", "inflation", inflation)
+    return row_normalize(E, E.shape[-1] ** -0.5, 1 / inflation, "clamp")

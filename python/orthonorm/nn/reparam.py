@@ -1,0 +1,128 @@
+"""Relatives of spectral normalization: sigmaReparam and stable-rank normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .normalized import SpectralNorm, as_matrix
+from .spectral_norm import check_free, maker, register, register_together
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class SigmaReparam(SpectralNorm):
+    """gamma W / sigma_1(W) with a trainable scalar gamma; made by `sigma_reparam`."""
+
+    finishes = True
+
+    def __init__(self, weight: Tensor, *rule: Any, gamma: str) -> None:
+        super().__init__(weight, *rule)
+        U, s, Vh = torch.linalg.svd(as_matrix(weight.detach(), self.dim).to(self._u.dtype))
+        self._u.copy_(U[:, 0])
+        self._v.copy_(Vh[0])
+        start = s[0].to(weight.dtype) if gamma == "sigma" else torch.ones_like(s[0])
+        self.gamma = nn.Parameter(start.to(weight.dtype))
+
+    def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return self.gamma * normal
+
+
+def _gamma(gamma: object) -> Any:
+    check.choice("sigma_reparam", "gamma", gamma, ("sigma", "one"))
+    return gamma
+
+
+def sigma_reparam(
+    module: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12,
+    *, gamma: str = "sigma",
+) -> M:  # fmt: skip
+    """weight = gamma W / sigma_1(W) with a trainable scalar gamma.
+
+    sigma as in `spectral_norm` ("u_first"), started from the SVD. dL/dgamma = <G, W> / sigma. The
+    scalar is `module.parametrizations[name][0].gamma`; `remove_spectral_norm` folds all of it into
+    a plain weight for inference.
+
+    Args:
+        module, name, n_power_iterations, eps: as in `spectral_norm`; weights of 2 or more
+            dimensions.
+        gamma: "sigma": starts at sigma_1(W), so that the weight starts as it was (the vision code);
+            "one" (the speech code).
+
+    Source: arXiv:2303.06296; github.com/apple/ml-sigma-reparam.
+    """
+    make = maker(SigmaReparam, n_power_iterations, eps, None, "u_first", None, gamma=_gamma(gamma))
+    check_free(module, name, min_dim=2)
+    register(module, name, make)
+    return module
+
+
+def sigma_reparam_(
+    model: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12,
+    *, gamma: str = "sigma", layers: Iterable[nn.Module] | None = None,
+) -> M:  # fmt: skip
+    """`sigma_reparam` of all layers of `model`, computed together as `spectral_norm_` does."""
+    make = maker(SigmaReparam, n_power_iterations, eps, None, "u_first", None, gamma=_gamma(gamma))
+    return register_together(model, name, make, layers)
+
+
+class StableRank(SpectralNorm):
+    """W / sigma_1 with its stable rank lowered to a target; made by `stable_rank_norm`."""
+
+    finishes = True
+
+    def __init__(self, weight: Tensor, *rule: Any, target: float) -> None:
+        super().__init__(weight, *rule)
+        self.target = target if target >= 1 else max(1.0, target * min(self.sizes))
+
+    def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        A = as_matrix(normal, self.dim).to(u.dtype)
+        rest = A.square().sum() - 1  # |A - u v^T|_F^2, since u^T A v = 1
+        shrunk = rest > self.target - 1
+        factor = (self.target - 1) ** 0.5 * torch.where(shrunk, rest, 1.0).rsqrt()
+        A = torch.where(shrunk, factor * A + (1 - factor) * torch.outer(u, v), A)
+        if normal.dim() > 2 or self.dim:
+            A = A.view(normal.movedim(self.dim, 0).shape).movedim(0, self.dim)
+        return A.to(normal.dtype)
+
+
+def _target(target: object) -> Any:
+    check.number("stable_rank_norm", "target", target, 0.0)
+    if target == 0:
+        raise ValueError("stable_rank_norm: target must be above 0, got 0")
+    return target
+
+
+def stable_rank_norm(
+    module: M, name: str = "weight", target: float = 0.5, n_power_iterations: int = 1,
+    eps: float = 1e-12,
+) -> M:  # fmt: skip
+    """weight = S + gamma (W / sigma_1 - S), S = u v^T: sigma_1 = 1 and stable rank at most c.
+
+    The stable rank is |W|_F^2 / sigma_1^2; gamma = min(1, sqrt(c - 1) / |W / sigma_1 - S|_F).
+    Differentiable, u and v constant. `remove_spectral_norm` folds it.
+
+    Args:
+        module, name, n_power_iterations, eps: as in `spectral_norm`; weights of 2 or more
+            dimensions, the axes but the outputs' flattened.
+        target: c if 1 or more, else a fraction of min(m, n).
+
+    Source: arXiv:1906.04659.
+    """
+    rule = maker(StableRank, n_power_iterations, eps, None, "u_first", None, target=_target(target))
+    check_free(module, name, min_dim=2)
+    register(module, name, rule)
+    return module
+
+
+def stable_rank_norm_(
+    model: M, name: str = "weight", target: float = 0.5, n_power_iterations: int = 1,
+    eps: float = 1e-12, *, layers: Iterable[nn.Module] | None = None,
+) -> M:  # fmt: skip
+    """`stable_rank_norm` of all layers of `model`, computed together as `spectral_norm_` does."""
+    rule = maker(StableRank, n_power_iterations, eps, None, "u_first", None, target=_target(target))
+    return register_together(model, name, rule, layers)
