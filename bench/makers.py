@@ -56,6 +56,10 @@ def direct_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {"X": inputs.put(X), "coefficients": list(KELLER)}
 
 
+def gram_form(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {**direct_polynomial(shapes, inputs), "restarts": []}
+
+
 def apply(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     B = inputs.put(_symmetric(inputs, shapes[0]))
     return {"X": inputs.matrix("X", shapes[0]), "B": B, "a": 3.4445, "b": 0.75}

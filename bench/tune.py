@@ -1,6 +1,10 @@
-"""Sweep launch records of the product kernel on a GPU and write tables for `kernels/configs/`.
+"""Measure what the choices made at run time are read from.
 
     python -m orthonorm.bench.tune --out FOLDER [--seconds S] [--dtype float16]
+
+With a GPU: sweep launch records of the product kernel and write tables for `kernels/configs/`.
+Without: time the forms of the Newton-Schulz iteration beside `torch.optim.Muon`'s function, in the
+same rounds, and write this processor's row of `orthonorm/rates.json`.
 
 For every tile shape the fastest warps and stages are kept, on matrices that give it enough tiles;
 then the shapes that are fastest for some size, largest first, which is the order `configs.pick`
@@ -10,6 +14,7 @@ reads. All records share block_k, so that no choice changes a result.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -21,8 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from orthonorm import orthogonalize as k1
+from orthonorm.ops import newton_schulz
+from torch.optim import _muon
 
-from .timing import quantile, time_cuda
+from .environment import environment
+from .timing import Plan, interleave, quantile, time_cuda
 
 SIDES = (768, 1024, 2048, 4096)
 SHAPES = {
@@ -78,15 +87,81 @@ def sweep(op: str, dtype: torch.dtype, block_k: int, deadline: float) -> list[An
     return [best[shape][0] for shape in SHAPES[op] if shape in winners]
 
 
+# ---- CPU: rates of the forms ---------------------------------------------------------------------
+CPU_SIDES = (256, 512, 768, 1024, 1536)
+ASPECTS = (1, 4)
+
+
+def measure_rates(plan: Plan) -> dict[str, list[float]]:
+    """GFLOP/s of every part of `orthogonalize.work`, the median of each in shared rounds.
+
+    The Gram form is timed at two aspects, which tell its chain from its sweep.
+    """
+    triples = [(3.4445, -4.7750, 2.0315)] * 5
+    flat = [c for triple in triples for c in triple]
+    rates: dict[str, list[float]] = {"sides": []}
+    for n in CPU_SIDES:
+        seconds: dict[str, dict[int, float]] = {}
+        for aspect in ASPECTS:
+            X = [torch.randn(n, aspect * n)]
+            calls: dict[str, Callable[[], Any]] = {
+                "torch": lambda X=X: _muon._zeropower_via_newtonschulz(X[0], triples[0], 5, 1e-7)
+            }
+            for form, kind in itertools.product(("direct", "gram"), ("float32", "bfloat16")):
+                calls[f"{form} {kind}"] = functools.partial(newton_schulz, X, flat, [], form, kind)
+            for name, samples in interleave(calls, plan, "cpu").items():
+                seconds.setdefault(name, {})[aspect] = quantile(samples, 0.5)
+        rates["sides"].append(n)
+        for name, value in solve_rates(n, seconds, triples).items():
+            rates.setdefault(name, []).append(round(value))
+            print(n, name, round(value), "GFLOP/s", flush=True)
+    return rates
+
+
+def solve_rates(
+    n: int, seconds: dict[str, dict[int, float]], triples: list[Any]
+) -> dict[str, float]:
+    """Rates from the times of whole polynomials at two aspects."""
+    thin, long = ASPECTS
+    parts = {aspect: k1.work(aspect, triples, []) for aspect in ASPECTS}
+    scale = n**3 / 1e9
+    found = {
+        name: parts[long][part] * scale / seconds[name][long]
+        for name, part in (
+            ("torch", "torch"), ("direct float32", "direct"), ("direct bfloat16", "direct"),
+        )
+    }  # fmt: skip
+    for kind in ("float32", "bfloat16"):
+        t = seconds[f"gram {kind}"]
+        more = (parts[long]["sweep"] - parts[thin]["sweep"]) * scale / (t[long] - t[thin])
+        found[f"sweep {kind}"] = more
+        if kind == "float32":
+            rest = t[thin] - parts[thin]["sweep"] * scale / more
+            found["chain"] = parts[thin]["chain"] * scale / rest
+    return found
+
+
+def tune_cpu(out: Path, seconds: float) -> None:
+    where = environment()
+    rates = measure_rates(Plan(seconds=seconds / (len(CPU_SIDES) * len(ASPECTS))))
+    source = f"measured: {where['device']}, {where['threads']} threads, {where['date'][:10]}"
+    table = json.loads((Path(k1.__file__).parent / "rates.json").read_text())
+    table[k1.processor()] = {"source": source, "rates": rates}
+    rows = ",\n".join(f' "{name}": {json.dumps(row)}' for name, row in table.items())
+    (out / "rates.json").write_text("{\n" + rows + "\n}\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--seconds", type=float, default=50.0, help="about how long (50)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not torch.cuda.is_available():
+        return tune_cpu(options.out, options.seconds)
     configs = importlib.import_module("orthonorm.kernels.configs")
     arch, _ = configs.device_of(torch.device("cuda"))
-    options.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     for i, op in enumerate(SHAPES, 1):
         deadline = start + options.seconds * i / len(SHAPES)

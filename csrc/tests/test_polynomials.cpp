@@ -110,8 +110,8 @@ void test(int64_t n, int64_t m, const Triples& triples, int64_t threads) {
   }
   direct_polynomial<T>({X.data(), m, 1, n * m}, triples, {out.data(), m, 1, n * m}, batch, n, m,
                        threads, in_turn, isa());
-  gram_polynomial<T>({R.data(), n, 1, n * n}, triples, {Q.data(), n, 1, n * n}, batch, n, threads,
-                     in_turn, isa());
+  gram_polynomial<T, T>({R.data(), n, 1, n * n}, triples, {Q.data(), n, 1, n * n}, batch, n,
+                        threads, in_turn, isa());
   for (int64_t b = 0; b < batch; ++b) {
     const std::vector<T> mine(out.begin() + b * n * m, out.begin() + (b + 1) * n * m);
     compare("direct", mine, direct(exact[b], triples, n, m), n, m);
