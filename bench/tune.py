@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 from orthonorm import orthogonalize as k1
-from orthonorm.ops import newton_schulz
-from torch.optim import _muon
+from orthonorm.ops import gram_polynomial, newton_schulz
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 from .environment import environment
 from .timing import Plan, interleave, quantile, time_cuda
@@ -88,62 +88,46 @@ def sweep(op: str, dtype: torch.dtype, block_k: int, deadline: float) -> list[An
 
 
 # ---- CPU: rates of the forms ---------------------------------------------------------------------
-CPU_SIDES = (256, 512, 768, 1024, 1536)
-ASPECTS = (1, 4)
+CPU_SIDES = (256, 512, 1024)
+ASPECT = 4
 
 
 def measure_rates(plan: Plan) -> dict[str, list[float]]:
-    """GFLOP/s of every part of `orthogonalize.work`, the median of each in shared rounds.
+    """GFLOP/s of every part of `orthogonalize.work`, each at the lowest decile of its times.
 
-    The Gram form is timed at two aspects, which tell its chain from its sweep.
+    One iteration with c = 0 in Gram form is a sweep alone: its chain has no product.
     """
-    triples = [(3.4445, -4.7750, 2.0315)] * 5
-    flat = [c for triple in triples for c in triple]
+    triple, line = (3.4445, -4.7750, 2.0315), (1.0, 1.0, 0.0)
     rates: dict[str, list[float]] = {"sides": []}
     for n in CPU_SIDES:
-        seconds: dict[str, dict[int, float]] = {}
-        for aspect in ASPECTS:
-            X = [torch.randn(n, aspect * n)]
-            calls: dict[str, Callable[[], Any]] = {
-                "torch": lambda X=X: _muon._zeropower_via_newtonschulz(X[0], triples[0], 5, 1e-7)
-            }
-            for form, kind in itertools.product(("direct", "gram"), ("float32", "bfloat16")):
-                calls[f"{form} {kind}"] = functools.partial(newton_schulz, X, flat, [], form, kind)
-            for name, samples in interleave(calls, plan, "cpu").items():
-                seconds.setdefault(name, {})[aspect] = quantile(samples, 0.5)
+        X = [torch.randn(n, ASPECT * n)]
+        R = torch.eye(n)
+        calls: dict[str, tuple[float, Callable[[], Any]]] = {}
+        whole = k1.work(ASPECT, [triple] * 5, [])
+        calls["torch"] = (
+            whole["torch"], functools.partial(_zeropower_via_newtonschulz, X[0], triple, 5, 1e-7)
+        )  # fmt: skip
+        calls["chain"] = whole["chain"], functools.partial(gram_polynomial, R, [*triple] * 5)
+        for kind in ("float32", "bfloat16"):
+            for part, form, numbers in (
+                ("direct", "direct", [*triple] * 5),
+                ("sweep", "gram", line),
+            ):
+                work = whole[part]
+                call = functools.partial(newton_schulz, X, [*numbers], [], form, kind)
+                calls[f"{part} {kind}"] = work, call
+        samples = interleave({name: call for name, (_, call) in calls.items()}, plan, "cpu")
         rates["sides"].append(n)
-        for name, value in solve_rates(n, seconds, triples).items():
-            rates.setdefault(name, []).append(round(value))
-            print(n, name, round(value), "GFLOP/s", flush=True)
+        for name, times in samples.items():
+            rate = round(calls[name][0] * n**3 / quantile(times, 0.1) / 1e9)
+            rates.setdefault(name, []).append(rate)
+            print(n, name, rate, "GFLOP/s", flush=True)
     return rates
-
-
-def solve_rates(
-    n: int, seconds: dict[str, dict[int, float]], triples: list[Any]
-) -> dict[str, float]:
-    """Rates from the times of whole polynomials at two aspects."""
-    thin, long = ASPECTS
-    parts = {aspect: k1.work(aspect, triples, []) for aspect in ASPECTS}
-    scale = n**3 / 1e9
-    found = {
-        name: parts[long][part] * scale / seconds[name][long]
-        for name, part in (
-            ("torch", "torch"), ("direct float32", "direct"), ("direct bfloat16", "direct"),
-        )
-    }  # fmt: skip
-    for kind in ("float32", "bfloat16"):
-        t = seconds[f"gram {kind}"]
-        more = (parts[long]["sweep"] - parts[thin]["sweep"]) * scale / (t[long] - t[thin])
-        found[f"sweep {kind}"] = more
-        if kind == "float32":
-            rest = t[thin] - parts[thin]["sweep"] * scale / more
-            found["chain"] = parts[thin]["chain"] * scale / rest
-    return found
 
 
 def tune_cpu(out: Path, seconds: float) -> None:
     where = environment()
-    rates = measure_rates(Plan(seconds=seconds / (len(CPU_SIDES) * len(ASPECTS))))
+    rates = measure_rates(Plan(seconds=seconds / len(CPU_SIDES)))
     source = f"measured: {where['device']}, {where['threads']} threads, {where['date'][:10]}"
     table = json.loads((Path(k1.__file__).parent / "rates.json").read_text())
     table[k1.processor()] = {"source": source, "rates": rates}
