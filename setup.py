@@ -72,7 +72,7 @@ setup(
     package_dir=PACKAGE_DIR,
     packages=[*find_packages("python"), *(name for name in PACKAGE_DIR if name)],
     package_data={
-        "orthonorm": ["py.typed"],
+        "orthonorm": ["py.typed", "rates.json"],
         "orthonorm.kernels": ["configs/*.json"],
         "orthonorm.bench": ["results/*.csv", "results/*.json", "gpu.sh"],
         "orthonorm.examples": ["*.json"],

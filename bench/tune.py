@@ -1,6 +1,10 @@
-"""Sweep launch records of the product kernel on a GPU and write tables for `kernels/configs/`.
+"""Measure what the choices made at run time are read from.
 
     python -m orthonorm.bench.tune --out FOLDER [--seconds S] [--dtype float16]
+
+With a GPU: sweep launch records of the product kernel and write tables for `kernels/configs/`.
+Without: time the forms of the Newton-Schulz iteration beside `torch.optim.Muon`'s function, in the
+same rounds, and write this processor's row of `orthonorm/rates.json`.
 
 For every tile shape the fastest warps and stages are kept, on matrices that give it enough tiles;
 then the shapes that are fastest for some size, largest first, which is the order `configs.pick`
@@ -10,6 +14,7 @@ reads. All records share block_k, so that no choice changes a result.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -21,8 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from orthonorm import orthogonalize as k1
+from orthonorm.ops import gram_polynomial, newton_schulz
+from torch.optim._muon import _zeropower_via_newtonschulz
 
-from .timing import quantile, time_cuda
+from .environment import environment
+from .timing import Plan, interleave, quantile, time_cuda
 
 SIDES = (768, 1024, 2048, 4096)
 SHAPES = {
@@ -78,15 +87,67 @@ def sweep(op: str, dtype: torch.dtype, block_k: int, deadline: float) -> list[An
     return [best[shape][0] for shape in SHAPES[op] if shape in winners]
 
 
+# ---- CPU: rates of the forms ---------------------------------------------------------------------
+CPU_SIDES = (256, 512, 1024)
+ASPECT = 4
+
+
+def measure_rates(plan: Plan) -> dict[str, list[float]]:
+    """GFLOP/s of every part of `orthogonalize.work`, each at the lowest decile of its times.
+
+    One iteration with c = 0 in Gram form is a sweep alone: its chain has no product.
+    """
+    triple, line = (3.4445, -4.7750, 2.0315), (1.0, 1.0, 0.0)
+    rates: dict[str, list[float]] = {"sides": []}
+    for n in CPU_SIDES:
+        X = [torch.randn(n, ASPECT * n)]
+        R = torch.eye(n)
+        calls: dict[str, tuple[float, Callable[[], Any]]] = {}
+        whole = k1.work(ASPECT, [triple] * 5, [])
+        calls["torch"] = (
+            whole["torch"], functools.partial(_zeropower_via_newtonschulz, X[0], triple, 5, 1e-7)
+        )  # fmt: skip
+        calls["chain"] = whole["chain"], functools.partial(gram_polynomial, R, [*triple] * 5)
+        for kind in ("float32", "bfloat16"):
+            for part, form, numbers in (
+                ("direct", "direct", [*triple] * 5),
+                ("sweep", "gram", line),
+            ):
+                work = whole[part]
+                call = functools.partial(newton_schulz, X, [*numbers], [], form, kind)
+                calls[f"{part} {kind}"] = work, call
+        samples = interleave({name: call for name, (_, call) in calls.items()}, plan, "cpu")
+        rates["sides"].append(n)
+        for name, times in samples.items():
+            rate = round(calls[name][0] * n**3 / quantile(times, 0.1) / 1e9)
+            rates.setdefault(name, []).append(rate)
+            print(n, name, rate, "GFLOP/s", flush=True)
+    return rates
+
+
+def tune_cpu(out: Path, seconds: float) -> None:
+    where = environment()
+    rates = measure_rates(Plan(seconds=seconds / len(CPU_SIDES)))
+    source = f"measured: {where['device']}, {where['threads']} threads, {where['date'][:10]}"
+    if (where["load"] or 0) > where["threads"]:
+        source += ": other work was running, so ratios hold, not rates"
+    table = json.loads((Path(k1.__file__).parent / "rates.json").read_text())
+    table[k1.processor()] = {"source": source, "rates": rates}
+    rows = ",\n".join(f' "{name}": {json.dumps(row)}' for name, row in table.items())
+    (out / "rates.json").write_text("{\n" + rows + "\n}\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--seconds", type=float, default=50.0, help="about how long (50)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not torch.cuda.is_available():
+        return tune_cpu(options.out, options.seconds)
     configs = importlib.import_module("orthonorm.kernels.configs")
     arch, _ = configs.device_of(torch.device("cuda"))
-    options.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     for i, op in enumerate(SHAPES, 1):
         deadline = start + options.seconds * i / len(SHAPES)

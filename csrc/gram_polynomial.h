@@ -27,8 +27,8 @@ class GramPolynomial {
   }
 
   //   Z = b R + c R^2;  Q <- a Q + Q Z, at first a I + Z;  W = a R + R Z;  R <- a W + W Z
-  template <class T>
-  void run(Strided<const T> R, const std::vector<Triple>& triples, Strided<T> out,
+  template <class T, class O>
+  void run(Strided<const T> R, const std::vector<Triple>& triples, Strided<O> out,
            const Crew& crew) {
     plan_ = F::divide(n_, 0, n_, true, crew.threads);
     pack(R, crew);
@@ -64,12 +64,12 @@ class GramPolynomial {
     });
   }
 
-  template <class T>
-  void unpack(Strided<T> out, const Crew& crew) const {
+  template <class O>
+  void unpack(Strided<O> out, const Crew& crew) const {
     crew.each(panels_, [&](int64_t, int64_t panel) {
       const int64_t cols = std::min<int64_t>(WIDTH, n_ - panel * WIDTH);
       on<I>([&] {
-        store<S, T, WIDTH>(Q_ + panel * WIDTH * n_, n_, cols,
+        store<S, O, WIDTH>(Q_ + panel * WIDTH * n_, n_, cols,
                            {out.at(0, panel * WIDTH), out.row, out.col, 0});
       });
     });
@@ -110,8 +110,8 @@ class GramPolynomial {
   std::vector<Block> plan_;
 };
 
-template <Isa I, class S, class T>
-void gram_polynomial_as(Strided<const T> R, const std::vector<Triple>& triples, Strided<T> out,
+template <Isa I, class S, class T, class O>
+void gram_polynomial_as(Strided<const T> R, const std::vector<Triple>& triples, Strided<O> out,
                         int64_t batch, int64_t n, int64_t threads, const Parallel& parallel) {
   using Engine = GramPolynomial<I, S>;
   const double work = static_cast<double>(n) * n * n * 3 * static_cast<double>(triples.size());
@@ -124,8 +124,8 @@ void gram_polynomial_as(Strided<const T> R, const std::vector<Triple>& triples, 
 }
 
 // `batch` matrices of n rows and columns, n > 0, at least one triple.
-template <class T>
-void gram_polynomial(Strided<const T> R, const std::vector<Triple>& triples, Strided<T> out,
+template <class T, class O>
+void gram_polynomial(Strided<const T> R, const std::vector<Triple>& triples, Strided<O> out,
                      int64_t batch, int64_t n, int64_t threads, const Parallel& parallel,
                      Isa chosen) {
   using S = std::conditional_t<std::is_same_v<T, double>, double, float>;

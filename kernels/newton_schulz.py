@@ -13,7 +13,7 @@ import torch
 from orthonorm import ops
 from orthonorm import orthogonalize as k1
 from orthonorm.ops.newton_schulz import split_norms
-from orthonorm.ops.words import Triples, triples_of
+from orthonorm.ops.words import Triples, segments, triples_of, wide
 from torch import Tensor
 
 from . import tables
@@ -64,15 +64,11 @@ class Stack(NamedTuple):
             else:
                 X = self.apply(X, symmetric_update(A, A, A, c, b), a, 1.0, last)
 
-    def gram_form(self, X: list[Tensor], segments: list[Triples]) -> None:
-        """`orthogonalize.gram_form`."""
-        for t, segment in enumerate(segments):
-            Q = ops.gram_polynomial(self.gram(X), k1.flat(segment))
-            X = self.apply(X, Q, 0.0, 1.0, t + 1 == len(segments))
-
-
-def wide(X: Tensor) -> Tensor:
-    return X if X.shape[-2] <= X.shape[-1] else X.mT
+    def gram_form(self, X: list[Tensor], parts: list[Triples]) -> None:
+        """The iterations of `gram_form`, in the dtype of X."""
+        for i, segment in enumerate(parts):
+            Q = ops.gram_polynomial(self.gram(X), [c for t in segment for c in t])
+            X = self.apply(X, Q, 0.0, 1.0, i + 1 == len(parts))
 
 
 def newton_schulz(
@@ -110,7 +106,7 @@ def newton_schulz(
             stack = Stack([wide(y) for y in done])
             Y = [wide(y) for y in scaled]
             if shape == "gram":
-                stack.gram_form(Y, k1.segments(triples, restarts))
+                stack.gram_form(Y, segments(triples, restarts))
             else:
                 stack.direct(Y, triples)
         for i, y in zip(rows, done, strict=True):

@@ -85,8 +85,8 @@ CHANGES: dict[str, tuple[Any, type[Exception]]] = {
     "rank 1": (lambda t: torch.zeros(5), ValueError),
     "another device": (lambda t: t.to("meta"), ValueError),
 }
-LONE = ("gram", "gram_polynomial", "direct_polynomial", "row_normalize", "column_normalize",
-        "spectral_norm", "gram_iteration", "magnitude", "small_newton_schulz",
+LONE = ("gram", "gram_polynomial", "direct_polynomial", "gram_form", "row_normalize",
+        "column_normalize", "spectral_norm", "gram_iteration", "magnitude", "small_newton_schulz",
         "newton_schulz")  # fmt: skip
 FREE_RANK = ("rotated_adam_", "decayed_update_", "adamw_step_")
 # any number of columns goes with B, with one moment per row, with one number per matrix

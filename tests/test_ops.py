@@ -253,7 +253,7 @@ def test_scale(case: Case, dtype: str, scale: float) -> None:
 def test_finite_stays_a_number(case: Case, scale: float) -> None:
     """No op makes NaN of finite numbers; words may overflow, and Gram entries may cancel inf."""
     arguments = made(case, ((6, 9), (2, 7, 4)), Inputs(scale=scale))
-    if case.name in ("gram", "apply", "direct_polynomial") and scale > 1:
+    if case.name in ("gram", "apply", "direct_polynomial", "gram_form") and scale > 1:
         return  # words of the algorithm: their callers scale
     for name, values in run(case, case.op, arguments).items():
         assert not any(bool(value.isnan().any()) for value in values), name

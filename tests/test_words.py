@@ -16,7 +16,9 @@ from orthonorm.ops.words import (
     apply,
     direct_polynomial,
     gram,
+    gram_form,
     gram_polynomial,
+    segments,
     symmetric_update,
     triples_of,
 )
@@ -123,7 +125,8 @@ def words(X: Tensor, B: Tensor) -> list[Tensor]:
 
 
 def polynomials(X: Tensor) -> list[Tensor]:
-    return [direct_polynomial(X, QUINTIC), gram_polynomial(gram(X), QUINTIC)]
+    forms = [direct_polynomial(X, QUINTIC), gram_form(X, QUINTIC, [2])]
+    return [*forms, gram_polynomial(gram(X), QUINTIC)]
 
 
 QUINTIC = [3.4445, -4.7750, 2.0315] * 4
@@ -141,12 +144,13 @@ def test_packed_polynomials_have_the_bits_of_the_words(
     Gram form keeps 16-bit matrices in float32 instead."""
     size = shape[-1] ** 0.5 + shape[-2] ** 0.5
     for X in layouts((normal(*shape) / size).to(dtype)).values():
-        want = X
+        want = X if shape[-2] <= shape[-1] else X.mT
         for a, b, c in triples_of(coefficients):
             A = gram(want)
             want = apply(
                 want, A if c == 0 else symmetric_update(A, A, A, c, b), a, b if c == 0 else 1
             )
+        want = want if want.shape == X.shape else want.mT
         got = direct_polynomial(X, coefficients)
         assert got.is_contiguous() and torch.equal(got, want)
     R = W = gram(X).to(torch.promote_types(dtype, torch.float32))
@@ -159,6 +163,46 @@ def test_packed_polynomials_have_the_bits_of_the_words(
         W = symmetric_update(V, V, Z, z, a)
     got = gram_polynomial(R, coefficients)
     assert torch.equal(got, got.mT) and torch.equal(got, Q)
+
+
+@compiled
+@pytest.mark.parametrize("restarts", [[], [2], [1, 2, 3]], ids=len)
+@pytest.mark.parametrize("shape", [(5, 9), (3, 33, 70), (257, 771), (700, 50)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_form_has_the_bits_of_its_words(
+    dtype: torch.dtype, shape: tuple[int, ...], restarts: list[int]
+) -> None:
+    """16-bit matrices have a Gram matrix and a chain in float32."""
+    X = (normal(*shape) / (shape[-1] ** 0.5 + shape[-2] ** 0.5)).to(dtype)
+    for x in layouts(X).values():
+        Y = x if shape[-2] <= shape[-1] else x.mT
+        for segment in segments(triples_of(QUINTIC), restarts):
+            R = gram(Y.to(torch.promote_types(dtype, torch.float32)))
+            Q = gram_polynomial(R, [c for triple in segment for c in triple])
+            Y = apply(Y, Q.to(dtype), 0.0)
+        got = gram_form(x, QUINTIC, restarts)
+        assert got.is_contiguous() and got.shape == x.shape
+        want = Y if Y.shape == x.shape else Y.mT
+        if dtype == torch.bfloat16:  # pairs of products are summed before they are added
+            assert (got.double() - want.double()).norm() <= 2**-8 * want.double().norm()
+        else:
+            assert torch.equal(got, want)
+
+
+@compiled
+def test_a_matrix_too_large_to_be_packed_whole() -> None:
+    """2^26 elements go slab by slab, to the same numbers as the definition's."""
+    X = normal(2, 2**25 + 1, dtype=torch.bfloat16) / 2**14
+    got = direct_polynomial(X, QUINTIC)
+    for columns in (slice(0, 1000), slice(-1000, None)):
+        A = gram(X.float())
+        want = X[:, columns].double()
+        B = torch.eye(2).double()
+        W = A.double()
+        for a, b, c in triples_of(QUINTIC):
+            P = a * torch.eye(2).double() + b * W + c * W @ W
+            B, W = P @ B, P @ W @ P
+        assert (got[:, columns].double() - B @ want).norm() <= 2**-6 * (B @ want).norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,12 +15,8 @@ Tensor apply(Tensor X, Tensor B, double a, double b) {
   Tensor out = fresh(x, shape.rows, shape.cols);
   with_element("apply", shape.dtype, [&](auto element) {
     using T = decltype(element);
-    gemm::Product<T> p;
-    p.batch = shape.batch, p.rows = p.depth = shape.rows, p.cols = shape.cols;
-    p.L = strided<const T>(left), p.R = strided<const T>(x), p.D = strided<T>(out);
-    if (a != 0) p.E = p.R;
-    p.alpha = b, p.beta = a;
-    compute(p);
+    apply_into(strided<const T>(x), {shape.batch, shape.rows, shape.cols}, strided<const T>(left),
+               a, b, strided<T>(out));
   });
   return out;
 }

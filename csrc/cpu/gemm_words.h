@@ -20,6 +20,10 @@ extern template void gemm::multiply(
     const Product<Bf16>&, int64_t, const Parallel&, Isa);
 extern template void gemm::multiply(
     const Product<Fp16>&, int64_t, const Parallel&, Isa);
+extern template void gemm::multiply(
+    const Product<Bf16, float>&, int64_t, const Parallel&, Isa);
+extern template void gemm::multiply(
+    const Product<Fp16, float>&, int64_t, const Parallel&, Isa);
 
 inline const gemm::Parallel torch_threads = [](int64_t n, const gemm::Range& f) {
   parallel(n, 1, f);
@@ -28,6 +32,39 @@ inline const gemm::Parallel torch_threads = [](int64_t n, const gemm::Range& f) 
 template <class T, class O>
 void compute(const gemm::Product<T, O>& product) {
   gemm::multiply(product, torch::stable::get_num_threads(), torch_threads, isa());
+}
+
+// `batch` matrices of `rows` rows and `cols` columns.
+struct Sizes {
+  int64_t batch, rows, cols;
+};
+
+// A = X X^T.
+template <class T, class O>
+void gram_into(gemm::Strided<const T> X, const Sizes& x, gemm::Strided<O> A) {
+  gemm::Product<T, O> p;
+  p.batch = x.batch, p.rows = p.cols = x.rows, p.depth = x.cols;
+  p.L = X, p.D = A;
+  p.symmetric = p.gram = true;
+  compute(p);
+}
+
+// D = a X + b B X.
+template <class T>
+void apply_into(gemm::Strided<const T> X, const Sizes& x, gemm::Strided<const T> B, double a,
+                double b, gemm::Strided<T> D) {
+  gemm::Product<T> p;
+  p.batch = x.batch, p.rows = p.depth = x.rows, p.cols = x.cols;
+  p.L = B, p.R = X, p.D = D;
+  if (a != 0) p.E = X;
+  p.alpha = b, p.beta = a;
+  compute(p);
+}
+
+// Contiguous matrices.
+template <class T>
+gemm::Strided<T> packed(T* data, int64_t rows, int64_t cols) {
+  return {data, cols, 1, rows * cols};
 }
 
 // a, b, c of every iteration, flattened.
@@ -51,6 +88,24 @@ template <class T>
 gemm::Strided<T> strided(const Tensor& t) {
   const MatrixView v = view(t);
   return {static_cast<T*>(v.data), v.stride_row, v.stride_col, v.stride_batch};
+}
+
+// A tensor and its result as matrices of no more rows than columns: both transposed if need be.
+template <class T>
+struct Wide {
+  gemm::Strided<const T> from;
+  gemm::Strided<T> to;
+  Sizes sizes;
+};
+
+template <class T>
+Wide<T> short_side_first(const Tensor& X, const Tensor& out) {
+  const MatrixView x = view(X);
+  const auto from = strided<const T>(X);
+  const auto to = strided<T>(out);
+  if (x.rows <= x.cols) return {from, to, {x.batch, x.rows, x.cols}};
+  const auto turned = [](auto s) { return decltype(s){s.data, s.col, s.row, s.batch}; };
+  return {turned(from), turned(to), {x.batch, x.cols, x.rows}};
 }
 
 // A fresh contiguous tensor with the batch dimensions of `like`.

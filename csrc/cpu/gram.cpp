@@ -13,6 +13,10 @@ template void gemm::multiply(
     const Product<Bf16>&, int64_t, const Parallel&, Isa);
 template void gemm::multiply(
     const Product<Fp16>&, int64_t, const Parallel&, Isa);
+template void gemm::multiply(
+    const Product<Bf16, float>&, int64_t, const Parallel&, Isa);
+template void gemm::multiply(
+    const Product<Fp16, float>&, int64_t, const Parallel&, Isa);
 
 namespace {
 
@@ -23,11 +27,7 @@ Tensor gram(Tensor X) {
   Tensor out = fresh(input, x.rows, x.rows);
   with_element("gram", x.dtype, [&](auto element) {
     using T = decltype(element);
-    gemm::Product<T> p;
-    p.batch = x.batch, p.rows = p.cols = x.rows, p.depth = x.cols;
-    p.L = strided<const T>(input), p.D = strided<T>(out);
-    p.symmetric = p.gram = true;
-    compute(p);
+    gram_into(strided<const T>(input), {x.batch, x.rows, x.cols}, strided<T>(out));
   });
   return out;
 }

@@ -16,8 +16,8 @@ Tensor gram_polynomial(Tensor R, std::vector<double> coefficients) {
   if (out.numel() == 0) return out;
   with_element("gram_polynomial", shape.dtype, [&](auto element) {
     using T = decltype(element);
-    gemm::gram_polynomial<T>(strided<const T>(r), triples, strided<T>(out), shape.batch, shape.rows,
-                             torch::stable::get_num_threads(), torch_threads, isa());
+    gemm::gram_polynomial<T, T>(strided<const T>(r), triples, strided<T>(out), shape.batch,
+                                shape.rows, torch::stable::get_num_threads(), torch_threads, isa());
   });
   return out;
 }

@@ -1,27 +1,31 @@
-"""The K1 algorithm, written once over the words of `ops/words.py`.
+"""Which form and dtype iterate a matrix: from rates that are data, `rates.json`.
 
-X is wide or square here (rows <= columns), already scaled; callers transpose.
-
-direct   `direct_polynomial`: A = X X^T;  X <- a X + (b A + c A^2) X             per iteration
-gram     X <- Q X with Q = `gram_polynomial(X X^T)`, in segments between restarts
+direct   `ops.direct_polynomial`: A = X X^T;  X <- a X + (b A + c A^2) X         per iteration
+gram     `ops.gram_form`: X <- Q X with Q = `gram_polynomial(X X^T)`, in segments between restarts
          (Gram Newton-Schulz, Dao-AILab; the long side is touched once per segment)
-With c = 0 the square is skipped.
+
+A row of the table belongs to a class of processors and holds GFLOP/s, by the short side of the
+matrix, of what the forms are made of: "direct", the "chain" on the Gram matrix, the "sweep" from X
+to it and back, and of `torch.optim.Muon`'s function, "torch". `python -m orthonorm.bench.tune`
+measures one; the others are estimated from what their processors can do, and say so.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ops.words import Triples, apply, gram, gram_polynomial
+from .ops.words import Triples
 
-# Our float32 products against torch's in bfloat16 on AVX512-BF16: 450 of 900 GFLOP/s, two cores of
-# an AMD EPYC; with what surrounds the products, float32 is chosen where it costs 0.85 of theirs.
-FLOAT32_RATE = 0.5 * 0.85  # 2026-11
 SMALL = 128  # matrices with both sides up to this stay in one core's cache through all iterations
+Rates = dict[str, list[float]]
 
 
 class Choice(NamedTuple):
@@ -32,75 +36,97 @@ class Choice(NamedTuple):
     small: bool
 
 
-def flat(triples: Triples) -> list[float]:
-    return [number for triple in triples for number in triple]
-
-
-def segments(triples: Triples, restarts: list[int]) -> list[Triples]:
-    """The iterations between which the Gram form forms X again."""
-    inner = [r for r in restarts if 0 < r < len(triples)]
-    bounds = itertools.pairwise((0, *inner, len(triples)))
-    return [triples[start:end] for start, end in bounds]
-
-
-def gram_form(X: Tensor, triples: Triples, restarts: list[int]) -> Tensor:
-    """The same polynomial on R = X X^T; X is formed again only before iterations in `restarts`."""
-    for segment in segments(triples, restarts):
-        Q = gram_polynomial(gram(X), flat(segment))
-        X = apply(X, Q, 0.0)
-    return X
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precision: str) -> Choice:
-    """Form and dtype for a matrix: the most accurate that is no slower than bf16 in direct form.
+    """Form and dtype for a matrix: the most accurate that is no slower than `torch.optim.Muon`'s
+    function, the fastest if none is; `form` and `precision` bound it when they are not "auto".
 
-    `form` and `precision` are obeyed when they are not "auto". Costs are compared only where they
-    decide: under torch.compile every comparison of sizes is a guard.
+    On accelerators "auto" is float16. Costs are compared only where they decide: under
+    torch.compile every comparison of sizes is a guard.
     """
     n, m = sorted(X.shape[-2:])
     small = m <= SMALL and form != "gram"
-    if precision == "full":
-        dtype = X.dtype if X.dtype == torch.float64 else torch.float32
-    elif precision != "auto":
-        dtype = getattr(torch, precision)
+    on_cpu = X.device.type == "cpu"
+    if precision not in ("auto", "full"):
+        dtypes = [getattr(torch, precision)]
     elif X.dtype == torch.float64:
-        dtype = torch.float64
-    elif X.device.type != "cpu":
-        dtype = torch.float16
-    elif small or n <= 1 or form == "gram" or not _fast_bfloat16(X.device):
-        dtype = torch.float32
+        dtypes = [torch.float64]
+    elif precision == "full":
+        dtypes = [torch.float32]
+    elif not on_cpu:
+        dtypes = [torch.float16]
     else:
-        limit = FLOAT32_RATE * _full_cost(X, triples)
-        exact = form == "auto" and _gram_cost(X, triples, restarts) < limit
-        dtype = torch.float32 if exact else torch.bfloat16
-    if form == "auto":
-        pays = dtype != torch.bfloat16 and not small and len(triples) > 1 and n > 1
-        gram_pays = pays and _gram_cost(X, triples, restarts) < _direct_cost(X, triples)
-        form = "gram" if gram_pays else "direct"
-    return Choice(form, dtype, small)
+        dtypes = [torch.float32, torch.bfloat16]
+    if small or n <= 1:
+        return Choice("direct" if form == "auto" else form, dtypes[0], small)
+    forms = ["direct", "gram"] if form == "auto" else [form]
+    if form == "auto" and (len(triples) == 1 or (dtypes == [torch.bfloat16] and not on_cpu)):
+        forms = ["direct"]
+    if len(forms) * len(dtypes) == 1:
+        return Choice(forms[0], dtypes[0], False)
+    rates = table()[processor() if on_cpu else "accelerator"]
+    limit = _work(m / n, triples, 4, 2) / _rate(rates, "torch", n)
+    best = None
+    for dtype in dtypes:
+        costs = {f: _cost(rates, f, dtype, n, m, triples, restarts) for f in forms}
+        fastest = min(forms, key=costs.__getitem__)
+        if best is None or costs[fastest] < best[0]:
+            best = costs[fastest], Choice(fastest, dtype, False)
+        if costs[fastest] <= limit:
+            return Choice(fastest, dtype, False)
+    assert best is not None
+    return best[1]
 
 
-# Costs in units of n^3 multiply-adds times two, n the short side; symmetric products count half.
-def _aspect(X: Tensor) -> float:
-    n, m = sorted(X.shape[-2:])
-    return m / n
+# ---- costs: operations over rates ----------------------------------------------------------------
+def _work(aspect: Any, triples: Triples, long: int, square: int) -> Any:
+    """Operations of a direct form over n^3, n the short side; symmetric products count half."""
+    return sum(long * aspect + (square if c else 0) for _, _, c in triples)
 
 
-def _direct_cost(X: Tensor, triples: Triples) -> float:
-    return sum(3 * _aspect(X) + (c != 0) for _, _, c in triples)
-
-
-def _gram_cost(X: Tensor, triples: Triples, restarts: list[int]) -> float:
+def work(aspect: float, triples: Triples, restarts: list[int]) -> dict[str, float]:
+    """Operations of each part over n^3."""
     sweeps = 1 + len(restarts)
-    return sum(3 + (c != 0) for _, _, c in triples) + 3 * (_aspect(X) - 1) * sweeps
+    return {
+        "direct": _work(aspect, triples, 3, 1),
+        "chain": _work(1, triples, 3, 1) - 3 * sweeps,
+        "sweep": 3 * aspect * sweeps,
+        "torch": _work(aspect, triples, 4, 2),
+    }
 
 
-def _full_cost(X: Tensor, triples: Triples) -> float:
-    """The direct form by products that know nothing of symmetry, as torch.optim.Muon's."""
-    return sum(4 * _aspect(X) + 2 * (c != 0) for _, _, c in triples)
+def _cost(
+    rates: Rates, form: str, dtype: torch.dtype, n: int, m: int, triples: Triples,
+    restarts: list[int],
+) -> Any:  # fmt: skip
+    kind = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    parts = work(m / n, triples, restarts)
+    if form == "direct":
+        return parts["direct"] / _rate(rates, f"direct {kind}", n)
+    chain = parts["chain"] / _rate(rates, "chain", n)
+    return chain + parts["sweep"] / _rate(rates, f"sweep {kind}", n)
+
+
+def _rate(rates: Rates, name: str, n: int) -> float:
+    """The rate of the nearest short side in the table."""
+    sides = rates["sides"]
+    bounds = [(a * b) ** 0.5 for a, b in itertools.pairwise(sides)]
+    return rates[name][sum(n > bound for bound in bounds)]
+
+
+# ---- the table -----------------------------------------------------------------------------------
+@lru_cache
+def table() -> dict[str, Rates]:
+    """Rows by class of processor."""
+    stored = json.loads((Path(__file__).parent / "rates.json").read_text())
+    return {name: row["rates"] for name, row in stored.items()}
+
+
+@lru_cache
+def processor() -> str:
+    """The table's row for this processor and ORTHONORM_ISA."""
+    lowered = os.environ.get("ORTHONORM_ISA") in ("portable", "avx2", "avx512")
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    if lowered or not torch.cpu._is_avx512_bf16_supported():
+        return "other"
+    return "avx512bf16"

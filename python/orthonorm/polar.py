@@ -71,9 +71,11 @@ def _resolved(
     half = precision == "auto" and on_gpu
     dtype = precision if precision in ROUNDOFF else "float16" if half else "float32"
     check_safe(c, dtype=dtype, form="direct", restarts=())
-    if method == "gram" or (method == "auto" and dtype != "bfloat16"):
-        restarts = default_restarts(c, dtype) if restarts == "auto" else restarts
-        check_safe(c, dtype=dtype, form="gram", restarts=restarts)
+    # On CPUs "auto" may take bfloat16 matrices to the Gram form that iterates in float32.
+    chain = "float32" if (dtype, method, on_gpu) == ("bfloat16", "auto", False) else dtype
+    if method == "gram" or (method == "auto" and chain != "bfloat16"):
+        restarts = default_restarts(c, chain) if restarts == "auto" else restarts
+        check_safe(c, dtype=chain, form="gram", restarts=restarts)
     elif restarts == "auto":
         restarts = ()
     if precision == "auto" and not on_gpu and not _holds_in_bfloat16(c):
@@ -125,8 +127,11 @@ def polar(
             that keep it safe (`coefficients.default_restarts`).
         precision: dtype of the iterates: "float32", "float64", "bfloat16", "float16"; "full" keeps
             float32 and float64 inputs as they are; "auto" is the most accurate that is no slower
-            than bfloat16 in direct form (CPU: float32, or bfloat16 where it is faster and safe for
-            these coefficients; GPU: float16). "exact" calls `polar_exact`, whatever the
+            than `torch.optim.Muon`'s function (CPU: float32, or bfloat16 where that is slower and
+            these coefficients allow it; GPU: float16). On ill-conditioned matrices float16 in Gram
+            form is only as exact as twice the error of bfloat16 in direct form. bfloat16 in Gram
+            form, refused by name, is what method="auto" may take on CPUs: its chain is float32,
+            its error that of bfloat16 in direct form. "exact" calls `polar_exact`, whatever the
             coefficients, and returns its factor.
         scale: "frobenius", "schatten4" (tighter: |X X^T|_F^(1/2)), "aol" (rows; a different factor)
             or "none"; None is what the coefficients were made for.

@@ -22,7 +22,14 @@ from .steps import (
     muon_prologue_,
     muon_step_,
 )
-from .words import apply, direct_polynomial, gram, gram_polynomial, symmetric_update
+from .words import (
+    apply,
+    direct_polynomial,
+    gram,
+    gram_form,
+    gram_polynomial,
+    symmetric_update,
+)
 
 __all__ = [
     "adamw_step_",
@@ -35,6 +42,7 @@ __all__ = [
     "divide_each",
     "factored_moment_",
     "gram",
+    "gram_form",
     "gram_iteration",
     "gram_polynomial",
     "magnitude",

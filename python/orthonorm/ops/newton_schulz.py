@@ -11,11 +11,12 @@ from .. import _checks as check
 from .. import orthogonalize as k1
 from .._library import op
 from .words import (
-    Triples,
     addmm,
     check_coefficients,
+    check_restarts,
     direct_polynomial,
     gram,
+    gram_form,
     triples_of,
 )
 
@@ -122,17 +123,6 @@ def _(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> None:
     check.choice(name, "dtype", dtype, check.FLOATS)
 
 
-def iterate(X: Tensor, triples: Triples, restarts: list[int], form: str) -> Tensor:
-    """The polynomial on the short side of a scaled batch."""
-    wide = X.shape[-2] <= X.shape[-1]
-    Y = X if wide else X.mT
-    if form == "gram":
-        Y = k1.gram_form(Y, triples, restarts)
-    else:
-        Y = direct_polynomial(Y, k1.flat(triples))
-    return Y if wide else Y.mT
-
-
 @op(
     "small_newton_schulz(Tensor[] X, float[] coefficients, ScalarType dtype, bool scale=True, "
     "float eps=0.0, float safety=1.0, Tensor? norms=None) -> Tensor[]"
@@ -218,7 +208,11 @@ def newton_schulz(
             small.setdefault(choice.dtype, []).append(i)
         else:
             y = _scaled(x, scale, eps, safety, choice.dtype, parts[i])
-            out[i] = iterate(y, triples, restarts, choice.form).to(x.dtype).contiguous()
+            if choice.form == "gram":
+                y = gram_form(y, coefficients, restarts)
+            else:
+                y = direct_polynomial(y, coefficients)
+            out[i] = y.to(x.dtype)
     for dtype, rows in small.items():
         some = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])  # type: ignore[union-attr]
         matrices = [X[i] for i in rows]
@@ -294,13 +288,7 @@ def check_iteration(
     check.choice(name, "form", form, FORMS)
     check.choice(name, "precision", precision, PRECISIONS)
     check.choice(name, "scale", scale, SCALES)
-    for r in restarts:
-        check.integer(name, "restarts", r, 1)
-        if r >= len(coefficients) // 3:
-            raise ValueError(
-                f"{name}: restarts must lie before the last of {len(coefficients) // 3} "
-                f"iterations, got {r}"
-            )
+    check_restarts(name, restarts, len(coefficients) // 3)
 
 
 @newton_schulz.check

@@ -1,5 +1,5 @@
 """K1, the words every orthogonalization is written in: gram, symmetric_update, apply; and made of
-them the two forms of the iteration, direct_polynomial and gram_polynomial.
+them the two forms of the iteration, direct_polynomial and gram_form (with gram_polynomial).
 
 All take batches (leading dimensions), accumulate in float32 or better, store in the input's dtype
 and return fresh contiguous tensors. What they return as symmetric is symmetric bit for bit.
@@ -7,6 +7,7 @@ and return fresh contiguous tensors. What they return as symmetric is symmetric 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -101,12 +102,61 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
 def direct_polynomial(X: Tensor, coefficients: list[float]) -> Tensor:
     """X <- a X + (b A + c A^2) X with A = X X^T, for each (a, b, c); without the square if c = 0.
 
-    Shapes: X and the result are (..., m, n), m the shorter side if it is to be cheap.
+    Shapes: X and the result are (..., m, n); tall matrices iterate on X^T.
     """
+    Y = wide(X)
     for a, b, c in triples_of(coefficients):
-        A = gram(X)
-        X = apply(X, A, a, b) if c == 0 else apply(X, symmetric_update(A, A, A, c, b), a)
-    return X
+        A = gram(Y)
+        Y = apply(Y, A, a, b) if c == 0 else apply(Y, symmetric_update(A, A, A, c, b), a)
+    return (Y if Y.shape == X.shape else Y.mT).contiguous()
+
+
+def wide(X: Tensor) -> Tensor:
+    """The matrices with their short side first."""
+    return X if X.shape[-2] <= X.shape[-1] else X.mT
+
+
+def segments(triples: Triples, restarts: list[int]) -> list[Triples]:
+    """The iterations between which the Gram form forms X again."""
+    inner = [r for r in restarts if 0 < r < len(triples)]
+    bounds = itertools.pairwise((0, *inner, len(triples)))
+    return [triples[start:end] for start, end in bounds]
+
+
+@op("gram_form(Tensor X, float[] coefficients, int[] restarts) -> Tensor", composite=True)
+def gram_form(X: Tensor, coefficients: list[float], restarts: list[int]) -> Tensor:
+    """X <- Q X with Q = `gram_polynomial(X X^T)`: what `direct_polynomial` is, iterated on the
+    small Gram matrix; X is formed again before the iterations in `restarts`.
+
+    bfloat16 matrices have their Gram matrix and its iterations in float32, as float32 ones: in
+    bfloat16 these would be unsafe. What remains is the rounding of X and Q.
+
+    Shapes: X and the result are (..., m, n); tall matrices iterate on X^T.
+    Source: Gram Newton-Schulz, github.com/Dao-AILab/gram-newton-schulz.
+    """
+    Y = wide(X)
+    chain = torch.float32 if X.dtype == torch.bfloat16 else X.dtype
+    for segment in segments(triples_of(coefficients), restarts):
+        flat = [number for triple in segment for number in triple]
+        Q = gram_polynomial(gram(Y.to(chain)), flat)
+        Y = apply(Y, Q.to(X.dtype), 0.0)
+    return (Y if Y.shape == X.shape else Y.mT).contiguous()
+
+
+@gram_form.check
+def _(X: Tensor, coefficients: list[float], restarts: list[int]) -> None:
+    check.tensor("gram_form", "X", X, min_dim=2)
+    check_coefficients("gram_form", coefficients)
+    check_restarts("gram_form", restarts, len(coefficients) // 3)
+
+
+def check_restarts(name: str, restarts: list[int], iterations: int) -> None:
+    for r in restarts:
+        check.integer(name, "restarts", r, 1)
+        if r >= iterations:
+            raise ValueError(
+                f"{name}: restarts must lie before the last of {iterations} iterations, got {r}"
+            )
 
 
 @direct_polynomial.check
