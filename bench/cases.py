@@ -44,6 +44,8 @@ class Case:
         scale_free: finite for every finite input, whatever its scale (DESIGN.md decision 7).
         shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
         limit: longest side the op takes.
+        polar: its result approximates the polar factor of "X".
+        quick: its workload in the quick suite, the first of `shapes` if empty.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Case:
     shapes: tuple[str, ...] = ("gpt2-small-3",)
     dtypes: tuple[str, ...] = BOTH
     limit: int | None = None
+    polar: bool = False
+    quick: str = ""
 
     @property
     def op(self) -> Op[..., Any]:
@@ -217,11 +221,11 @@ _ROWS = (
         "small_newton_schulz", makers.small_newton_schulz, polynomial_flops, scale_free=True,
         variants=({"eps": 1e-7, "safety": 1.05}, {"coefficients": CUBIC},
                   {"norms": makers.norms, "dtype": torch.float32}),
-        shapes=SMALL, limit=128,
+        shapes=SMALL, limit=128, polar=True,
     ),
     Case(
         "newton_schulz", makers.newton_schulz, polynomial_flops, scale_free=True, variants=_FORMS,
-        shapes=SMALL + LARGE,
+        shapes=SMALL + LARGE, polar=True, quick="500x64x64",
     ),
     # K2: second moments and normalization
     Case(

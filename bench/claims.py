@@ -7,15 +7,15 @@ round cancels. A claim that does not hold on a busy machine is measured again be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from . import candidates, peers, report
 from .cases import CASES, LARGE
 from .environment import import_times, peak_extra_memory
 from .inputs import Inputs
-from .measure import Request, Row, measure
+from .measure import Request, measure
+from .records import Record
 from .shapes import MODELS, parse
 from .timing import Plan, quantile
 
@@ -32,7 +32,8 @@ POLYNOMIAL, POWER, EAGER = (
 
 @dataclass(frozen=True)
 class Claim:
-    """One promise as measured: figure `>=` or `<=` target; `exact`: and an error no larger."""
+    """One promise as measured: figure `>=` or `<=` target; `exact`: and an error no larger.
+    `against` says what the other is."""
 
     what: str
     figure: float
@@ -44,6 +45,7 @@ class Claim:
     error: float | None = None
     other_error: float | None = None
     exact: bool = False
+    against: str = ""
 
     @property
     def held(self) -> bool:
@@ -63,17 +65,18 @@ class Claim:
 HEAD = ("", "ours", "other", "figure", "target", "", "our error", "its error")
 
 
-def compare(rows: list[Row], other: str, what: str, relation: str, target: float) -> Claim:
+def compare(rows: list[Record], other: str, what: str, relation: str, target: float) -> Claim:
     """How many times our time the other takes (">="), or we take the other's ("<=")."""
     ours, peer = rows[0], next(row for row in rows if row.backend == other)
-    if ours.time is None or peer.time is None or peer.round_ratio is None:
-        return Claim(f"{what}: {ours.note or peer.note}", math.nan, relation, target)
+    if ours.median_ms is None or peer.median_ms is None or peer.round_ratio is None:
+        return Claim(f"{what}: {ours.note or peer.note}", math.nan, relation, target, against=other)
     figure = peer.round_ratio if relation == ">=" else 1 / peer.round_ratio
-    mine, other_time = (f"{report.milliseconds(t.median)} ms" for t in (ours.time, peer.time))
-    return Claim(what, figure, relation, target, "x", mine, other_time, ours.error, peer.error)
+    mine, its = (f"{report.milliseconds(ms)} ms" for ms in (ours.median_ms, peer.median_ms))
+    return Claim(what, figure, relation, target, "x", mine, its, ours.error, peer.error,
+                 against=other)  # fmt: skip
 
 
-Found = tuple[Claim, list[Row]]
+Found = tuple[Claim, list[Record]]
 Section = tuple[str, Callable[[Request], Iterator[Found]]]
 
 
@@ -103,7 +106,7 @@ def _conda(base: Request) -> Iterator[Found]:
     largest = max(w.numel() * w.element_size() for w in calls[0]["params"])
     mine, other = (f"{e / 2**20:.1f} MiB" for e in extra)
     yield Claim("extra memory, of one work buffer", extra[0] / largest, "<=", 1.0, "x", mine,
-                other), []  # fmt: skip
+                other, against=EAGER), []  # fmt: skip
 
 
 def _moments(base: Request) -> Iterator[Found]:
@@ -140,9 +143,9 @@ SECTIONS: tuple[Section, ...] = (
 )
 
 
-def run_claims(plan: Plan, device: str) -> Iterator[Found]:
+def run_claims(plan: Plan, device: str, limits: Mapping[str, float]) -> Iterator[Found]:
     """Measure every promise and print it, section by section: claims and the rows under them."""
-    base = Request("newton_schulz", parse("1x1"), plan=plan, device=device)
+    base = Request("newton_schulz", parse("1x1"), plan=plan, device=device, limits=limits)
     claims: list[Claim] = []
     for title, section in SECTIONS:
         found = []
@@ -153,7 +156,3 @@ def run_claims(plan: Plan, device: str) -> Iterator[Found]:
         lines = report.align([HEAD, *(claim.cells() for claim in found)])
         print("\n".join([title, *("  " + line for line in lines), ""]), flush=True)
     print(f"{sum(claim.held for claim in claims)} of {len(claims)} held in this run\n")
-
-
-def record(claim: Claim) -> dict[str, Any]:
-    return {**asdict(claim), "held": claim.held}
