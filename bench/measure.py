@@ -19,7 +19,7 @@ from .inputs import DTYPES, Arguments, Inputs, copied, doubled
 from .judge import PolarJudge, Verdict, relative_error
 from .peers import peers
 from .records import Record
-from .shapes import Workload, describe
+from .shapes import Workload
 from .timing import Plan, interleave, median_ratio, ratio_of_medians, stats
 
 
@@ -108,6 +108,14 @@ class _Candidate:
     note: str = ""
 
 
+def reason(failure: Exception) -> str:
+    """Why a candidate has no figures, in a line."""
+    if isinstance(failure, Unavailable):
+        return str(failure)
+    lines = str(failure).splitlines() or [type(failure).__name__]
+    return f"failed: {lines[0][:160]}"
+
+
 class _Prepared:
     """Candidates of one request, and the work that all of them do."""
 
@@ -129,11 +137,8 @@ class _Prepared:
             made.flops = self.flops if running.flops is None else running.flops
             made.dtype = running.dtype or made.dtype
             made.call = running.timed or running.call
-        except Unavailable as reason:
-            made.note = str(reason)
         except Exception as failure:  # whatever a peer may raise; ours ends the command with 1
-            lines = str(failure).splitlines() or [type(failure).__name__]
-            made.note = f"failed: {lines[0][:160]}"
+            made.note = reason(failure)
 
     def _judge(self, made: _Candidate, running: Running) -> None:
         outputs = running.outputs(running.call())
@@ -141,11 +146,6 @@ class _Prepared:
             made.error = relative_error(outputs, self.truth)
         if self.judge is not None and "result" in outputs:
             made.verdict = self.judge(outputs["result"])
-
-    def drop(self, label: str, reason: str) -> None:
-        """A candidate that failed only when it was timed."""
-        made = next(c for c in self.candidates if c.label == label)
-        made.call, made.note = None, f"failed: {reason}"
 
 
 def _prepare_op(case: Case, request: Request) -> _Prepared:
@@ -207,16 +207,15 @@ def measure(request: Request) -> list[Record]:
 
 
 def _sample(prepared: _Prepared) -> dict[str, list[float]]:
-    """Rounds of all candidates; a foreign one that fails when called is left out."""
-    request = prepared.request
+    """A warm-up call of every candidate, then rounds of those that did not fail."""
     for made in prepared.candidates:
-        if made.call is not None and made.kind not in ("ours", "reference", "floor"):
+        if made.call is not None:
             try:
                 made.call()
-            except Exception as failure:
-                prepared.drop(made.label, (str(failure).splitlines() or ["?"])[0][:160])
+            except Exception as failure:  # as in _Prepared.add
+                made.call, made.note = None, reason(failure)
     calls = {c.label: c.call for c in prepared.candidates if c.call is not None}
-    return interleave(calls, request.plan, request.device)
+    return interleave(calls, prepared.request.plan, prepared.request.device, warm=True)
 
 
 def _apart(request: Request, made: _Candidate) -> dict[str, Any]:
@@ -233,8 +232,8 @@ def _apart(request: Request, made: _Candidate) -> dict[str, Any]:
         found["host_us"] = cuda.host(made.call) * 1e6
         try:
             found["graph_ms"] = cuda.replayed(made.call) * 1e3
-        except RuntimeError as reason:
-            found["note"] = f"no CUDA graph: {str(reason).splitlines()[0][:120]}"
+        except RuntimeError as failure:
+            found["note"] = f"no CUDA graph, {reason(failure)}"
     return found
 
 
@@ -258,7 +257,7 @@ def _record(
     if made.verdict is not None:
         found |= made.verdict._asdict()
     return Record(
-        name=request.name, shape=describe(request.workload.shapes), dtype=request.dtype,
+        name=request.name, shape=request.workload.name, dtype=request.dtype,
         spectrum=request.spectrum, precision=request.precision or "", sweep=request.sweep,
         threads=request.threads, backend=made.label, kind=made.kind, error=made.error,
         command=request.command, **found,

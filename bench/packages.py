@@ -139,7 +139,8 @@ POLYNOMIALS = (
 
 # ---- optimizers: how to make one from the settings its step in `cases.py` shares with peers ------
 def _pytorch_optimizer_muon(params: list[Tensor], s: Settings) -> Any:
-    return load("pytorch_optimizer").Muon(params, **s)
+    groups = [{"params": params, "use_muon": True}]
+    return load("pytorch_optimizer").Muon(groups, **s)
 
 
 def _pytorch_optimizer_conda(params: list[Tensor], s: Settings) -> Any:

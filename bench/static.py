@@ -207,7 +207,8 @@ def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]
     workload = shapes.parse(shape)
     op = KERNELS.get(name, name.rstrip("_"))
     if not CASES[name].takes_list:
-        workload = shapes.Workload(shape, workload.shapes[:1])
+        shape = shapes.describe(workload.shapes[:1])  # one call of several
+        workload = shapes.parse(shape)
     by_device: dict[tuple[str, str], list[Kernel]] = {}
     for k in found:
         if k.op == op and k.blocks and all(fits(k, s) for s in workload.shapes):
@@ -217,9 +218,8 @@ def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]
         for k in choices:
             parts = [tiling(s, k) for s in workload.shapes]
             tiles, useful, done = (sum(column) for column in zip(*parts, strict=True))
-            traffic = _traffic(name, shapes.describe(workload.shapes), dtype)
-            text = shapes.describe(workload.shapes) if workload.name != shape else shape
-            made.append(Launch(name, text, k, int(tiles), useful, done, traffic))
+            made.append(Launch(name, shape, k, int(tiles), useful, done,
+                               _traffic(name, shape, dtype)))  # fmt: skip
         filling = (m for m in made if m.tiles >= DEVICES[arch].processors)
         yield next(filling, max(made, key=lambda m: m.tiles))
 

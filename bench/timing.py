@@ -97,21 +97,25 @@ def time_cuda(call: Call, repeats: int) -> float:
 
 
 def interleave(
-    candidates: Mapping[str, Call], plan: Plan | None = None, device: str = "cpu"
+    candidates: Mapping[str, Call],
+    plan: Plan | None = None,
+    device: str = "cpu",
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds per call of every candidate in every round.
 
-    Two warm-up calls each (the second one timed, to choose repeats and rounds), then round-robin:
-    round r starts with candidate r mod n, so nobody always runs after the same neighbour. Where the
-    plan leaves the rounds open, a candidate too slow for it runs in the first few only, and all
-    stop when every median has settled.
+    Two warm-up calls each, or one if they are `warm` (the last one timed, to choose repeats and
+    rounds), then round-robin: round r starts with candidate r mod n, so nobody always runs after
+    the same neighbour. Where the plan leaves the rounds open, a candidate too slow for it runs in
+    the first few only, and all stop when every median has settled.
     """
     clock = time_cuda if device.startswith("cuda") else time_cpu
     plan = plan or Plan()
     repeats: dict[str, int] = {}
     costs: dict[str, float] = {}
     for name, call in candidates.items():
-        call()
+        if not warm:
+            call()
         once = clock(call, 1)
         repeats[name] = max(1, min(10_000, math.ceil(SAMPLE / max(once, 1e-7))))
         costs[name] = once * repeats[name]
