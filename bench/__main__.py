@@ -144,7 +144,8 @@ def run(
     _write(options, found)
     if any(r.noisy for r in found.records):
         print("! noisy: p90 above 1.25 p10, or the halves of the rounds apart by more than 5%")
-    print("\n".join(sweep.report(found.records)), end="\n" if options.sweep else "")
+    for line in sweep.report(found.records):
+        print(line)
     if old is not None:
         text, failed = compare.report(found, old, options.threshold / 100)
         print(text)
@@ -154,7 +155,8 @@ def run(
 
 def _run_here(options: argparse.Namespace, wanted: Sequence[Request], found: Run) -> int:
     """Measure in this process into `found`, kept on disk group by group."""
-    print("\n".join(describe(found.environment)), end="\n\n")
+    if wanted or {"claims", "cluster"} & set(options.names):
+        print("\n".join(describe(found.environment)), end="\n\n")
     kept = options.worker or options.json
     plan = Plan(options.rounds, options.seconds or 4.0)
 

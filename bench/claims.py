@@ -85,18 +85,18 @@ def _polynomials(base: Request) -> Iterator[Found]:
         for precision in ("float32", "bfloat16"):
             rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
                                    precision=precision, kinds=("torch",)))  # fmt: skip
-            claim = compare(rows, POLYNOMIAL, f"{shape} {precision}", ">=", target)
+            claim = compare(rows, POLYNOMIAL, f"newton_schulz {shape} {precision}", ">=", target)
             yield replace(claim, exact=True), rows
     for shape in LARGE:
         rows = measure(replace(base, name="newton_schulz", workload=parse(shape), kinds=("torch",)))
-        claim = compare(rows, POLYNOMIAL, f"{shape} auto", ">=", 1.0)
+        claim = compare(rows, POLYNOMIAL, f"newton_schulz {shape} auto", ">=", 1.0)
         yield replace(claim, exact=True), rows
 
 
 def _conda(base: Request) -> Iterator[Found]:
     workload = MODELS["gpt2-small-3"]
     rows = measure(replace(base, name="conda_step_", workload=workload, kinds=("torch",)))
-    yield compare(rows, EAGER, "21 M parameters, 12 matrices", ">=", 1.5), rows
+    yield compare(rows, EAGER, "conda_step_, 21 M parameters", ">=", 1.5), rows
     case = CASES["conda_step_"]
     calls = case.calls(workload, Inputs(device=base.device))
     extra = [
@@ -105,8 +105,8 @@ def _conda(base: Request) -> Iterator[Found]:
     ]
     largest = max(w.numel() * w.element_size() for w in calls[0]["params"])
     mine, other = (f"{e / 2**20:.1f} MiB" for e in extra)
-    yield Claim("extra memory, of one work buffer", extra[0] / largest, "<=", 1.0, "x", mine,
-                other, against=EAGER), []  # fmt: skip
+    yield Claim("conda_step_, extra memory", extra[0] / largest, "<=", 1.0, "x", mine, other,
+                against="one work buffer"), []  # fmt: skip
 
 
 def _moments(base: Request) -> Iterator[Found]:
@@ -119,8 +119,8 @@ def _moments(base: Request) -> Iterator[Found]:
 def _power(base: Request) -> Iterator[Found]:
     workload = MODELS["gpt2-small"]
     rows = measure(replace(base, name="power_iteration_", workload=workload))
-    yield compare(rows, FLOOR, "one step, against one read", "<=", 1.15), rows
-    yield compare(rows, POWER, "one step, against torch's", ">=", 4.5), []
+    yield compare(rows, FLOOR, "power_iteration_, one step", "<=", 1.15), rows
+    yield compare(rows, POWER, "power_iteration_, one step", ">=", 4.5), []
 
 
 def _imports(base: Request) -> Iterator[Found]:

@@ -164,7 +164,8 @@ def table(owned: Sequence[Matrix], machine: Machine) -> list[str]:
 
 def main(options: argparse.Namespace, run: records.Run) -> None:
     """Print the model for each --shape (llama-130m where none is given)."""
-    limits = run.ceilings or ceilings.measured(options.device)
+    given = options.tflops and options.copy
+    limits = run.ceilings or ({} if given else ceilings.measured(options.device))
     for name in options.shape or ["llama-130m"]:
         workload = shapes.parse(name)
         owned = matrices(workload)
@@ -175,7 +176,7 @@ def main(options: argparse.Namespace, run: records.Run) -> None:
         else:
             rates = measured(owned, options.device, options.seconds or 1.0)
             product = limits["float32"]
-        machine = Machine(rates, product, limits[ceilings.COPY], options.gbps * 1e9,
-                          options.latency * 1e-6)  # fmt: skip
+        copy = options.copy * 1e9 if options.copy else limits[ceilings.COPY]
+        machine = Machine(rates, product, copy, options.gbps * 1e9, options.latency * 1e-6)
         print(f"links {options.gbps:g} GB/s each way, {options.latency:g} us a message")
         print("\n".join("  " + line for line in table(owned, machine)), end="\n\n")

@@ -62,7 +62,8 @@ class Request:
     def command(self) -> str:
         """What measures this again."""
         parts = ["python -m orthonorm bench", self.name, "--shape", self.workload.name]
-        parts += ["--dtype", self.dtype, "--spectrum", self.spectrum]
+        parts += ["--dtype", self.dtype]
+        parts += ["--spectrum", self.spectrum] if self.spectrum != "gaussian" else []
         parts += ["--precision", self.precision] if self.precision else []
         parts += ["--threads", str(self.threads)] if self.threads else []
         parts += ["--device", self.device] if self.device != "cpu" else []

@@ -55,7 +55,10 @@ def _positive(text: str) -> float:
 
 
 def _sweep(text: str) -> sweep.Sweep:
-    return sweep.parse(text)
+    try:
+        return sweep.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     more = p.add_argument_group("cluster and static")
     more.add_argument("--tflops", type=_positive, help="cluster: kernel rate (measured)")
+    more.add_argument("--copy", type=_positive, help="cluster: GB/s of a device's copy (measured)")
     more.add_argument("--gbps", type=_positive, default=50.0, help="cluster: GB/s a device (50)")
     more.add_argument("--latency", type=_positive, default=20.0, help="cluster: us a message (20)")
     more.add_argument("--compile", action="store_true", help="static: compile the kernels anew")
@@ -134,9 +138,9 @@ def parser() -> argparse.ArgumentParser:
 def known(label: str, value: str, choices: Sequence[str]) -> str:
     if value in choices:
         return value
-    close = difflib.get_close_matches(value, choices, 3, 0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}"
-    raise ValueError(f"bench: unknown {label} {value!r}; {hint}")
+    close = difflib.get_close_matches(value, choices, 3, 0.6)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ValueError(f"bench: unknown {label} {value!r}; {hint}choose from {', '.join(choices)}")
 
 
 def matches(expression: str, text: str) -> bool:

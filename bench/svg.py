@@ -102,7 +102,7 @@ def _scatter(figure: Scatter) -> str:
 def _bars(figure: Bars) -> str:
     """Horizontal bars on a logarithmic axis around 1, under headings."""
     shown, reference = figure.rows, 1.0
-    start = 210.0
+    start = 252.0
     x = _axis([reference, *(r.length for r in shown)], start, WIDTH - 60.0)
     parts, y, heading = [], 8.0, ""
     for r in shown:

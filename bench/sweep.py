@@ -25,7 +25,7 @@ def parse(text: str) -> Sweep:
     low, high = (int(found[2]), int(found[3])) if found else (0, 0)
     if not found or not 1 <= low <= high or found[4] == "0":
         raise ValueError(
-            f"bench: sweep must be LETTER=LOW:HIGH (doubling) or LETTER=LOW:HIGH:STEP, of a letter "
+            f"must be LETTER=LOW:HIGH (doubling) or LETTER=LOW:HIGH:STEP, of a letter "
             f"in --shape such as n of 64xnx4n, or of threads, got {text!r}"
         )
     if found[4]:
