@@ -227,7 +227,7 @@ def _apart(request: Request, made: _Candidate) -> dict[str, Any]:
     on_gpu = request.device.startswith("cuda")
     if on_gpu or request.memory:
         extra = peak_extra_memory(made.call, request.device)
-        found["extra_mib"] = None if extra is None else extra / 2**20
+        found["extra_mib"] = extra / 2**20
     if on_gpu:
         found["cold_ms"] = cuda.cold(made.call, request.device) * 1e3
         found["host_us"] = cuda.host(made.call) * 1e6
