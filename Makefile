@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.version.cuda is not None))" 2>/dev/null)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test bench lint cpp clean help
+.PHONY: demo test bench results lint cpp clean help
 
 help:
 	@echo "make demo   train a small language model with AdamW, Muon and Conda (about five minutes)"
@@ -33,6 +33,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(PY) -m orthonorm bench claims
+
+results: $(VENV)/built
+	$(PY) -m orthonorm bench results
 
 lint: $(VENV)/built
 	$(VENV)/bin/ruff check .

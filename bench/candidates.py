@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .cases import Case, Outputs, tensors
 from .inputs import DTYPES, Arguments
 
-KINDS = ("reference", "torch", "floor")
+# what may stand beside ours; those after "floor" take seconds a call or to compile
+KINDS = ("backend", "reference", "torch", "package", "floor", "exact", "compiled")
 
 
 class Unavailable(Exception):
@@ -26,14 +29,24 @@ class Unavailable(Exception):
 
 
 class Running(NamedTuple):
-    """`call` is what gets timed; `outputs` names what it produced, for the error column; `work` is
-    its own FLOPs if they are not the op's. `timed`, where given, is timed instead of `call`: the
-    same without keeping what it returns, as a caller who goes on would, and as the floor does."""
+    """A candidate ready to run.
+
+    Attributes:
+        call: what gets timed.
+        outputs: names what the call produced, for the judges.
+        flops: its own, if they are not the op's.
+        timed: where given, timed instead of `call`: the same without keeping what it returns, as a
+            caller who goes on would, and as the floor does.
+        dtype: that its products run in, if it is not the op's choice.
+        same: whether it means the same numbers as our op; else only its polar factor is judged.
+    """
 
     call: Callable[[], Any]
     outputs: Callable[[Any], Outputs] = lambda _: {}
-    work: float | None = None
+    flops: float | None = None
     timed: Callable[[], Any] | None = None
+    dtype: str | None = None
+    same: bool = True
 
 
 Start = Callable[[Case, list[Arguments]], Running]
@@ -43,6 +56,10 @@ class Peer(NamedTuple):
     label: str
     kind: str
     start: Start
+    package: str = ""  # that brings it, where it is not torch
+
+    def wanted(self, names: tuple[str, ...]) -> bool:
+        return self.kind in names or self.package in names
 
 
 def run_calls(f: Callable[..., Any], case: Case, calls: list[Arguments]) -> Running:
@@ -69,6 +86,19 @@ def run_calls(f: Callable[..., Any], case: Case, calls: list[Arguments]) -> Runn
 
 def start_ours(case: Case, calls: list[Arguments]) -> Running:
     return run_calls(case.op, case, calls)
+
+
+def start_triton(case: Case, calls: list[Arguments]) -> Running:
+    """The Triton kernel of an op that a CUDA kernel serves."""
+    if calls and next(_flat(calls[0].values())).device.type != "cuda":
+        raise Unavailable("Triton kernels run on CUDA")
+    if LOADED.served.get((case.name, "CUDA")) != "CUDA":
+        raise Unavailable("no other backend serves this op")
+    module = f"orthonorm.kernels.{case.name.rstrip('_')}"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
+        raise Unavailable("no Triton kernel is there")
+    kernel = getattr(importlib.import_module(module), case.name)
+    return run_calls(case.op.checked(kernel), case, calls)
 
 
 def start_reference(case: Case, calls: list[Arguments]) -> Running:
@@ -168,7 +198,8 @@ def start_product(case: Case, calls: list[Arguments]) -> Running:
     if dtype == torch.float16 and t.device.type == "cpu":
         raise Unavailable("float16 products through torch on a CPU tell nothing")
     A, B = (torch.randn(PRODUCT, PRODUCT, device=t.device).to(dtype) for _ in range(2))
-    return Running(functools.partial(torch.mm, A, B), work=2.0 * PRODUCT**3)
+    name = next(n for n, d in DTYPES.items() if d == dtype)
+    return Running(functools.partial(torch.mm, A, B), flops=2.0 * PRODUCT**3, dtype=name)
 
 
 def start_floor(case: Case, calls: list[Arguments]) -> Running:

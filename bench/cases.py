@@ -44,6 +44,8 @@ class Case:
         scale_free: finite for every finite input, whatever its scale (DESIGN.md decision 7).
         shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
         limit: longest side the op takes.
+        polar: its result approximates the polar factor of "X".
+        quick: its workload in the quick suite, the first of `shapes` if empty.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Case:
     shapes: tuple[str, ...] = ("gpt2-small-3",)
     dtypes: tuple[str, ...] = BOTH
     limit: int | None = None
+    polar: bool = False
+    quick: str = ""
 
     @property
     def op(self) -> Op[..., Any]:
@@ -222,11 +226,11 @@ _ROWS = (
         "small_newton_schulz", makers.small_newton_schulz, polynomial_flops, scale_free=True,
         variants=({"eps": 1e-7, "safety": 1.05}, {"coefficients": CUBIC},
                   {"norms": makers.norms, "dtype": torch.float32}),
-        shapes=SMALL, limit=128,
+        shapes=SMALL, limit=128, polar=True,
     ),
     Case(
         "newton_schulz", makers.newton_schulz, polynomial_flops, scale_free=True, variants=_FORMS,
-        shapes=SMALL + LARGE,
+        shapes=SMALL + LARGE, polar=True, quick="64x128x128",
     ),
     # K2: second moments and normalization
     Case(
@@ -262,11 +266,11 @@ _ROWS = (
     ),
     Case(
         "spectral_norm", makers.matrix("W", steps=8), norm_flops, scale_free=True,
-        variants=({"steps": 1},),
+        variants=({"steps": 1},), quick="768x3072",
     ),
     Case(
         "gram_iteration", makers.matrix("W"), gram_iteration_flops, scale_free=True,
-        variants=({"steps": 0}, {"steps": 2}),
+        variants=({"steps": 0}, {"steps": 2}), quick="768x768",
     ),
     # steps on lists of parameters and their passes
     Case("magnitude", makers.magnitude, scale_free=True, shapes=_MODEL),
@@ -286,11 +290,11 @@ _ROWS = (
         "muon_step_", makers.muon_step, polynomial_flops, dtypes=_STATES,
         variants=({"nesterov": False, "precision": "full", "factors": makers.factors},
                   {"form": "gram", "eps": 1e-7, "restarts": [3]}),
-        shapes=("gpt2-small-3", "llama-3m"),
+        shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
     Case(
         "conda_step_", makers.conda_step, rotation_flops, dtypes=_STATES,
-        variants=({"weight_decay": 0.0},), shapes=("gpt2-small-3", "llama-3m"),
+        variants=({"weight_decay": 0.0},), shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
 )  # fmt: skip
 CASES: dict[str, Case] = {case.name: case for case in _ROWS}
@@ -314,6 +318,7 @@ class Step:
     states: int = 1
     shapes: tuple[str, ...] = ("llama-3m", "gpt2-small-3")
     dtypes: tuple[str, ...] = ("float32",)
+    quick: str = ""  # its workload in the quick suite, the first of `shapes` if empty
 
 
 STEPS: dict[str, Step] = {

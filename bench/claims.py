@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from . import candidates, peers, report
 from .cases import CASES, LARGE
 from .environment import import_times, peak_extra_memory
 from .inputs import Inputs
-from .measure import Request, Row, measure
+from .measure import Request, measure
+from .records import Record
 from .shapes import MODELS, parse
 from .timing import Plan, interleave, median_ratio, quantile
 
@@ -34,7 +34,8 @@ POLYNOMIAL, POWER, EAGER = (
 
 @dataclass(frozen=True)
 class Claim:
-    """One promise as measured: figure `>=` or `<=` target; `exact`: and an error no larger."""
+    """One promise as measured: figure `>=` or `<=` target; `exact`: and an error no larger.
+    `against` says what the other is."""
 
     what: str
     figure: float
@@ -46,6 +47,7 @@ class Claim:
     error: float | None = None
     other_error: float | None = None
     exact: bool = False
+    against: str = ""
 
     @property
     def held(self) -> bool:
@@ -65,17 +67,18 @@ class Claim:
 HEAD = ("", "ours", "other", "figure", "target", "", "our error", "its error")
 
 
-def compare(rows: list[Row], other: str, what: str, relation: str, target: float) -> Claim:
+def compare(rows: list[Record], other: str, what: str, relation: str, target: float) -> Claim:
     """How many times our time the other takes (">="), or we take the other's ("<=")."""
     ours, peer = rows[0], next(row for row in rows if row.backend == other)
-    if ours.time is None or peer.time is None or peer.round_ratio is None:
-        return Claim(f"{what}: {ours.note or peer.note}", math.nan, relation, target)
+    if ours.median_ms is None or peer.median_ms is None or peer.round_ratio is None:
+        return Claim(f"{what}: {ours.note or peer.note}", math.nan, relation, target, against=other)
     figure = peer.round_ratio if relation == ">=" else 1 / peer.round_ratio
-    mine, other_time = (f"{report.milliseconds(t.median)} ms" for t in (ours.time, peer.time))
-    return Claim(what, figure, relation, target, "x", mine, other_time, ours.error, peer.error)
+    mine, its = (f"{report.milliseconds(ms)} ms" for ms in (ours.median_ms, peer.median_ms))
+    return Claim(what, figure, relation, target, "x", mine, its, ours.error, peer.error,
+                 against=other)  # fmt: skip
 
 
-Found = tuple[Claim, list[Row]]
+Found = tuple[Claim, list[Record]]
 Section = tuple[str, Callable[[Request], Iterator[Found]]]
 
 
@@ -84,13 +87,15 @@ def _polynomials(base: Request) -> Iterator[Found]:
         for precision in ("float32", "bfloat16"):
             rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
                                    precision=precision, kinds=("torch",)))  # fmt: skip
-            claim = compare(rows, POLYNOMIAL, f"{shape} {precision}", ">=", target)
+            claim = compare(rows, POLYNOMIAL, f"newton_schulz {shape} {precision}", ">=", target)
             yield replace(claim, exact=True), rows
     for shape in LARGE:
         for precision, target in ((None, 1.0), ("bfloat16", 2.2 if shape in FOUR_TO_ONE else 1.6)):
             rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
                                    precision=precision, kinds=("torch",)))  # fmt: skip
-            claim = compare(rows, POLYNOMIAL, f"{shape} {precision or 'auto'}", ">=", target)
+            claim = compare(
+                rows, POLYNOMIAL, f"newton_schulz {shape} {precision or 'auto'}", ">=", target
+            )
             yield replace(claim, exact=True), rows
 
 
@@ -114,7 +119,7 @@ def _odd_sizes(base: Request) -> Iterator[Found]:
 def _conda(base: Request) -> Iterator[Found]:
     workload = MODELS["gpt2-small-3"]
     rows = measure(replace(base, name="conda_step_", workload=workload, kinds=("torch",)))
-    yield compare(rows, EAGER, "21 M parameters, 12 matrices", ">=", 1.5), rows
+    yield compare(rows, EAGER, "conda_step_, 21 M parameters", ">=", 1.5), rows
     case = CASES["conda_step_"]
     calls = case.calls(workload, Inputs(device=base.device))
     extra = [
@@ -123,8 +128,8 @@ def _conda(base: Request) -> Iterator[Found]:
     ]
     largest = max(w.numel() * w.element_size() for w in calls[0]["params"])
     mine, other = (f"{e / 2**20:.1f} MiB" for e in extra)
-    yield Claim("extra memory, of one work buffer", extra[0] / largest, "<=", 1.0, "x", mine,
-                other), []  # fmt: skip
+    yield Claim("conda_step_, extra memory", extra[0] / largest, "<=", 1.0, "x", mine, other,
+                against="one work buffer"), []  # fmt: skip
 
 
 def _moments(base: Request) -> Iterator[Found]:
@@ -137,8 +142,8 @@ def _moments(base: Request) -> Iterator[Found]:
 def _power(base: Request) -> Iterator[Found]:
     workload = MODELS["gpt2-small"]
     rows = measure(replace(base, name="power_iteration_", workload=workload))
-    yield compare(rows, FLOOR, "one step, against one read", "<=", 1.15), rows
-    yield compare(rows, POWER, "one step, against torch's", ">=", 4.5), []
+    yield compare(rows, FLOOR, "power_iteration_, one step", "<=", 1.15), rows
+    yield compare(rows, POWER, "power_iteration_, one step", ">=", 4.5), []
 
 
 def _imports(base: Request) -> Iterator[Found]:
@@ -162,9 +167,9 @@ SECTIONS: tuple[Section, ...] = (
 )
 
 
-def run_claims(plan: Plan, device: str) -> Iterator[Found]:
+def run_claims(plan: Plan, device: str, limits: Mapping[str, float]) -> Iterator[Found]:
     """Measure every promise and print it, section by section: claims and the rows under them."""
-    base = Request("newton_schulz", parse("1x1"), plan=plan, device=device)
+    base = Request("newton_schulz", parse("1x1"), plan=plan, device=device, limits=limits)
     claims: list[Claim] = []
     for title, section in SECTIONS:
         found = []
@@ -175,7 +180,3 @@ def run_claims(plan: Plan, device: str) -> Iterator[Found]:
         lines = report.align([HEAD, *(claim.cells() for claim in found)])
         print("\n".join([title, *("  " + line for line in lines), ""]), flush=True)
     print(f"{sum(claim.held for claim in claims)} of {len(claims)} held in this run\n")
-
-
-def record(claim: Claim) -> dict[str, Any]:
-    return {**asdict(claim), "held": claim.held}

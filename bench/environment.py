@@ -20,6 +20,8 @@ import orthonorm
 import torch
 from orthonorm._library import LOADED
 
+from .timing import overhead
+
 
 def _processor() -> str:
     try:
@@ -57,6 +59,11 @@ def commit() -> str:
     return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
 
 
+def pinned() -> bool:
+    """Whether OpenMP was told to keep every thread on one core."""
+    return os.environ.get("OMP_PROC_BIND", "false").lower() not in ("", "false")
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """What goes with every result, JSON-ready."""
     on_gpu = device.startswith("cuda")
@@ -72,6 +79,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "instructions": _instructions(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
+        "pinned": pinned(),
+        "harness_us": round(overhead() * 1e6, 3),  # what timing one call adds to it
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
@@ -81,8 +90,8 @@ def describe(found: dict[str, Any]) -> list[str]:
     source = f"orthonorm {found['orthonorm']}"
     source += f" ({found['commit']})" if found["commit"] else ""
     lines = [
-        f"{found['device']}, {found['cores']} cores, {found['threads']} threads, "
-        f"{found['instructions']}".rstrip(", "),
+        f"{found['device']}, {found['cores']} cores, {found['threads']} "
+        f"{'pinned ' if found.get('pinned') else ''}threads, {found['instructions']}".rstrip(", "),
         f"{source}, torch {found['torch']}, Python {found['python']}, {found['date']}",
     ]
     if found["load"] is not None and found["load"] > 0.5:

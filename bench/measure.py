@@ -1,28 +1,38 @@
 """Measurement: one op or step on one workload, every candidate in the same rounds, errors beside.
 
-The error column is the relative Frobenius error of everything a candidate produced against the
-reference in float64, on one matrix of each shape; the timed inputs are separate.
+Errors are judged on one matrix of each shape; the timed inputs are separate.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import candidates, steps
+import torch
+
+from . import candidates, ceilings, cuda, steps
 from .candidates import Peer, Running, Unavailable
 from .cases import CASES, STEPS, Case, Outputs, Step
+from .environment import peak_extra_memory
 from .inputs import DTYPES, Arguments, Inputs, copied, doubled
+from .judge import PolarJudge, Verdict, relative_error
 from .peers import peers
-from .shapes import Workload, describe
-from .timing import Plan, Stats, interleave, median_ratio, ratio_of_medians, stats
+from .records import Record
+from .shapes import Workload
+from .timing import Plan, interleave, median_ratio, ratio_of_medians, stats
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: a row group of the table."""
+    """What to measure: a group of rows.
+
+    Attributes:
+        kinds: kinds of candidates (`candidates.KINDS`) and packages to stand beside ours.
+        sweep: what was varied to get here, such as "n=512".
+        threads: torch's, if not as they are; memory: measure it on CPUs too (two calls more).
+        limits: the machine's ceilings (`ceilings.measured`) to hold the rows against.
+    """
 
     name: str
     workload: Workload
@@ -33,53 +43,41 @@ class Request:
     kinds: tuple[str, ...] = candidates.KINDS
     refcheck: bool = True
     plan: Plan = field(default_factory=Plan)
+    sweep: str = ""
+    threads: int | None = None
+    memory: bool = False
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def inputs(self) -> Inputs:
         return Inputs.named(self.dtype, device=self.device, spectrum=self.spectrum)
 
     @property
+    def id(self) -> str:
+        """What `-k` filters, like pytest's."""
+        parts = (self.name, self.workload.name, self.dtype, self.spectrum, self.precision or "")
+        return "-".join(p for p in (*parts, self.sweep) if p)
+
+    @property
     def command(self) -> str:
         """What measures this again."""
         parts = ["python -m orthonorm bench", self.name, "--shape", self.workload.name]
-        parts += ["--dtype", self.dtype, "--spectrum", self.spectrum]
+        parts += ["--dtype", self.dtype]
+        parts += ["--spectrum", self.spectrum] if self.spectrum != "gaussian" else []
         parts += ["--precision", self.precision] if self.precision else []
+        parts += ["--threads", str(self.threads)] if self.threads else []
+        parts += ["--device", self.device] if self.device != "cpu" else []
         return " ".join(parts)
 
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate's figures; `note` says why there are none."""
-
-    name: str
-    shape: str
-    dtype: str
-    spectrum: str
-    precision: str
-    backend: str
-    kind: str
-    time: Stats | None = None
-    ratio: float | None = None  # its median over ours
-    round_ratio: float | None = None  # median over rounds of its time over ours
-    rate: float | None = None  # nominal FLOP/s, or least bytes per second
-    unit: str = ""
-    error: float | None = None
-    note: str = ""
-    command: str = ""
-
-
-def relative_error(got: Outputs, want: Outputs) -> float | None:
-    """Largest |got - want|_F / |want|_F over the outputs both have; None if they share none."""
-    worst = None
-    for name in got.keys() & want.keys():
-        off = scale = 0.0
-        for a, b in zip(got[name], want[name], strict=True):
-            wide = b.double()
-            off += float((a.double().reshape(wide.shape) - wide).square().sum())
-            scale += float(wide.square().sum())
-        error = math.sqrt(off / scale) if scale else math.sqrt(off)
-        worst = error if worst is None else max(worst, error)
-    return worst
+    @property
+    def product_dtype(self) -> str:
+        """Name of the dtype our products run in, "fastest" where they may choose."""
+        if self.precision in DTYPES:
+            return self.precision
+        chooses = self.name in ("newton_schulz", "muon_step_", "muon")
+        if chooses and self.precision in (None, "auto"):
+            return ceilings.FASTEST
+        return self.dtype if self.dtype in DTYPES else "bfloat16"
 
 
 def keywords(case: Case, request: Request) -> Arguments:
@@ -94,65 +92,84 @@ def keywords(case: Case, request: Request) -> Arguments:
     raise ValueError(f"bench: {case.name} takes no precision {request.precision!r}")
 
 
-def _error(start: Callable[[], Running], truth: Outputs | None) -> float | None:
-    """A candidate's error in one call on inputs of its own."""
-    if truth is None:
-        return None
-    running = start()
-    return relative_error(running.outputs(running.call()), truth)
+Begin = Callable[[bool], Running]  # started on the judged inputs (True) or on the timed ones
 
 
-Begin = Callable[[bool], Running]  # started on the error inputs (True) or on the timed ones
+@dataclass
+class _Candidate:
+    """One candidate made ready: what to time, and what its judges said."""
+
+    label: str
+    kind: str
+    flops: float
+    dtype: str
+    call: Callable[[], Any] | None = None
+    error: float | None = None
+    verdict: Verdict | None = None
+    note: str = ""
+
+
+def reason(failure: Exception) -> str:
+    """Why a candidate has no figures, in a line."""
+    if isinstance(failure, Unavailable):
+        return str(failure)
+    lines = str(failure).splitlines() or [type(failure).__name__]
+    return f"failed: {lines[0][:160]}"
 
 
 class _Prepared:
-    """Candidates of one request, made ready: calls to time, errors, notes."""
+    """Candidates of one request, and the work that all of them do."""
 
-    def __init__(self, work: float, unit: str, truth: Outputs | None) -> None:
-        self.work, self.unit, self.truth = work, unit, truth
-        self.calls: dict[str, Callable[[], Any]] = {}
-        self.kinds: dict[str, str] = {}
-        self.errors: dict[str, float | None] = {}
-        self.notes: dict[str, str] = {}
-        self.works: dict[str, float] = {}
+    def __init__(
+        self, request: Request, flops: float, traffic: float, truth: Outputs | None,
+        judge: PolarJudge | None = None,
+    ) -> None:  # fmt: skip
+        self.request, self.flops, self.traffic = request, flops, traffic
+        self.truth, self.judge = truth, judge
+        self.candidates: list[_Candidate] = []
 
     def add(self, label: str, kind: str, begin: Begin) -> None:
-        self.kinds[label] = kind
+        made = _Candidate(label, kind, self.flops, self.request.product_dtype)
+        self.candidates.append(made)
         try:
             if self.truth is not None:
-                running = begin(True)
-                self.errors[label] = relative_error(running.outputs(running.call()), self.truth)
+                self._judge(made, begin(True))
             running = begin(False)
-            self.calls[label] = running.timed or running.call
-            self.works[label] = self.work if running.work is None else running.work
-        except Unavailable as reason:
-            self.notes[label] = str(reason)
-        except (RuntimeError, NotImplementedError) as failure:
-            self.notes[label] = f"failed: {str(failure).splitlines()[0][:160]}"
+            made.flops = self.flops if running.flops is None else running.flops
+            made.dtype = running.dtype or made.dtype
+            made.call = running.timed or running.call
+        except Exception as failure:  # whatever a peer may raise; ours ends the command with 1
+            made.note = reason(failure)
+
+    def _judge(self, made: _Candidate, running: Running) -> None:
+        outputs = running.outputs(running.call())
+        if running.same and self.truth is not None:
+            made.error = relative_error(outputs, self.truth)
+        if self.judge is not None and "result" in outputs:
+            made.verdict = self.judge(outputs["result"])
 
 
 def _prepare_op(case: Case, request: Request) -> _Prepared:
     extra = keywords(case, request)
     small = case.calls(request.workload.distinct(), request.inputs, **extra)
     timed = case.calls(request.workload, request.inputs, **extra)
-    truth = None
+    truth, judge = None, None
     if request.refcheck:
         oracle = candidates.start_reference(case, [doubled(a) for a in small])
         truth = oracle.outputs(oracle.call())
-    work, unit = sum(case.flops(a) for a in timed), "FLOP/s"
-    if not work:
-        work, unit = candidates.bytes_moved(case, timed), "B/s"
-    prepared = _Prepared(work, unit, truth)
+        judge = PolarJudge(small[0]["X"]) if case.polar else None
+    flops, traffic = sum(case.flops(a) for a in timed), candidates.bytes_moved(case, timed)
+    prepared = _Prepared(request, flops, traffic, truth, judge)
     probe = candidates.start_ours(case, [copied(a) for a in small])
     label = candidates.served_by(probe.call)
     ours = Peer(label, "ours", candidates.start_ours)
     for peer in (ours, *peers(case, timed)):
-        if peer is not ours and (peer.kind not in request.kinds or peer.label == label):
+        if peer is not ours and (not peer.wanted(request.kinds) or peer.label == label):
             continue
 
-        def begin(on_small: bool, peer: Peer = peer) -> Running:
+        def begin(judged: bool, peer: Peer = peer) -> Running:
             # Timed candidates share their inputs: repeated calls keep every state in range.
-            return peer.start(case, [copied(a) for a in small] if on_small else timed)
+            return peer.start(case, [copied(a) for a in small] if judged else timed)
 
         prepared.add(peer.label, peer.kind, begin)
     return prepared
@@ -161,54 +178,88 @@ def _prepare_op(case: Case, request: Request) -> _Prepared:
 def _prepare_step(step: Step, request: Request) -> _Prepared:
     small = steps.Model(request.workload.distinct(), request.inputs)
     model = steps.Model(request.workload, request.inputs)
-    work, unit = sum(step.flops(w) for w in model.params), "FLOP/s"
-    if not work:
-        work, unit = steps.bytes_moved(step, model), "B/s"
-    prepared = _Prepared(work, unit, steps.truth(step, small) if request.refcheck else None)
+    flops, traffic = sum(step.flops(w) for w in model.params), steps.bytes_moved(step, model)
+    truth = steps.truth(step, small) if request.refcheck else None
+    prepared = _Prepared(request, flops, traffic, truth)
     label = steps.label(step, small, request.precision)
     for entrant in steps.entrants(step, label, request.precision):
-        if entrant.kind in ("ours", *request.kinds):
+        if entrant.kind == "ours" or entrant.wanted(request.kinds):
 
-            def begin(on_small: bool, start: steps.Start = entrant.start) -> Running:
-                return start(small if on_small else model)
+            def begin(judged: bool, start: steps.Start = entrant.start) -> Running:
+                return start(small if judged else model)
 
             prepared.add(entrant.label, entrant.kind, begin)
     return prepared
 
 
-def measure(request: Request) -> list[Row]:
-    """Rows of every candidate, ours first."""
-    if request.name in CASES:
-        prepared = _prepare_op(CASES[request.name], request)
-    else:
-        prepared = _prepare_step(STEPS[request.name], request)
-    samples = interleave(prepared.calls, request.plan, request.device)
-    return [_row(request, prepared, samples, label) for label in prepared.kinds]
+def measure(request: Request) -> list[Record]:
+    """Records of every candidate, ours first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.threads or before)
+    try:
+        if request.name in CASES:
+            prepared = _prepare_op(CASES[request.name], request)
+        else:
+            prepared = _prepare_step(STEPS[request.name], request)
+        samples = _sample(prepared)
+        return [_record(prepared, samples, made) for made in prepared.candidates]
+    finally:
+        torch.set_num_threads(before)
 
 
-def _row(
-    request: Request, prepared: _Prepared, samples: Mapping[str, Sequence[float]], label: str
-) -> Row:
-    ours = next(iter(prepared.kinds))
-    times, base = samples.get(label), samples.get(ours)
-    found = stats(times) if times else None
-    work = prepared.works.get(label, 0.0)
-    if work != prepared.work:
-        base = None  # another amount of work: its rate compares, its time does not
-    return Row(
-        name=request.name,
-        shape=describe(request.workload.shapes),
-        dtype=request.dtype,
-        spectrum=request.spectrum,
-        precision=request.precision or "",
-        backend=label,
-        kind=prepared.kinds[label],
-        time=found,
-        ratio=ratio_of_medians(times, base) if times and base else None,
-        round_ratio=median_ratio(times, base) if times and base else None,
-        rate=work / found.median if found and work else None,
-        unit=prepared.unit,
-        error=prepared.errors.get(label),
-        note=prepared.notes.get(label, ""),
-        command=request.command,
-    )
+def _sample(prepared: _Prepared) -> dict[str, list[float]]:
+    """A warm-up call of every candidate, then rounds of those that did not fail."""
+    for made in prepared.candidates:
+        if made.call is not None:
+            try:
+                made.call()
+            except Exception as failure:  # as in _Prepared.add
+                made.call, made.note = None, reason(failure)
+    calls = {c.label: c.call for c in prepared.candidates if c.call is not None}
+    return interleave(calls, prepared.request.plan, prepared.request.device, warm=True)
+
+
+def _apart(request: Request, made: _Candidate) -> dict[str, Any]:
+    """Figures that are not taken in rounds: cold, replayed and host times, memory."""
+    found: dict[str, Any] = {}
+    if made.call is None or made.kind == "floor":
+        return found
+    on_gpu = request.device.startswith("cuda")
+    if on_gpu or request.memory:
+        extra = peak_extra_memory(made.call, request.device)
+        found["extra_mib"] = extra / 2**20
+    if on_gpu:
+        found["cold_ms"] = cuda.cold(made.call, request.device) * 1e3
+        found["host_us"] = cuda.host(made.call) * 1e6
+        try:
+            found["graph_ms"] = cuda.replayed(made.call) * 1e3
+        except RuntimeError as failure:
+            found["note"] = f"no CUDA graph, {reason(failure)}"
+    return found
+
+
+def _record(
+    prepared: _Prepared, samples: Mapping[str, Sequence[float]], made: _Candidate
+) -> Record:
+    request, times = prepared.request, samples.get(made.label)
+    found: dict[str, Any] = {"note": made.note, **_apart(request, made)}
+    if times:
+        s = stats(times)
+        found |= dict(median_ms=s.median * 1e3, p10_ms=s.p10 * 1e3, p90_ms=s.p90 * 1e3,
+                      rounds=s.rounds, drift=s.drift)  # fmt: skip
+        base = samples.get(prepared.candidates[0].label)
+        if base and made.flops == prepared.flops:  # else another amount of work: rates compare
+            found |= dict(ratio=ratio_of_medians(times, base),
+                          round_ratio=median_ratio(times, base))  # fmt: skip
+        traffic = prepared.traffic if made.flops == prepared.flops else 0.0
+        ceiling, seconds = ceilings.allowed(made.flops, traffic, made.dtype, request.limits)
+        found |= dict(flops=made.flops, bytes=traffic, ceiling=ceiling,
+                      of_ceiling=seconds / s.median if ceiling else None)  # fmt: skip
+    if made.verdict is not None:
+        found |= made.verdict._asdict()
+    return Record(
+        name=request.name, shape=request.workload.name, dtype=request.dtype,
+        spectrum=request.spectrum, precision=request.precision or "", sweep=request.sweep,
+        threads=request.threads, backend=made.label, kind=made.kind, error=made.error,
+        command=request.command, **found,
+    )  # fmt: skip

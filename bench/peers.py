@@ -1,4 +1,4 @@
-"""Peers from torch itself, op by op and step by step: what a user would write today.
+"""Peers, op by op: torch itself, what a user would write today; packages are in `packages.py`.
 
 Each works on arguments of its own (the harness copies them) and mutates them as our op does.
 """
@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.optim import _muon
 from torch.optim.adamw import adamw
 
+from . import packages
 from .candidates import (
     PRODUCT,
     Peer,
@@ -23,6 +24,7 @@ from .candidates import (
     start_floor,
     start_product,
     start_reference,
+    start_triton,
 )
 from .cases import Case, Outputs
 from .inputs import Arguments
@@ -50,7 +52,23 @@ def _torch_polynomial(case: Case, calls: list[Arguments]) -> Running:
             result.append(torch.stack(members).view(x.shape) if members else x)
         return {"result": result}
 
-    return Running(lambda: [f(m, triple, steps, 1e-7) for m in matrices], outputs)
+    return Running(lambda: [f(m, triple, steps, 1e-7) for m in matrices], outputs, dtype="bfloat16")
+
+
+def _polar(x: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(x, full_matrices=False)
+    return U @ Vh
+
+
+def _torch_polar(case: Case, calls: list[Arguments]) -> Running:
+    """The exact polar factor, U V^T of the singular value decomposition."""
+    (arguments,) = calls
+    X = arguments["X"]
+    wide = X if all(x.dtype.itemsize > 2 for x in X) else [x.float() for x in X]
+    name = "float64" if wide[0].dtype == torch.float64 else "float32"
+    return Running(
+        lambda: [_polar(x) for x in wide], lambda r: {"result": r}, dtype=name, same=False
+    )
 
 
 def _torch_muon_step(case: Case, calls: list[Arguments]) -> Running:
@@ -69,7 +87,8 @@ def _torch_muon_step(case: Case, calls: list[Arguments]) -> Running:
     call = functools.partial(
         _muon.muon, *(a[n] for n in names), lr=float(a["lr"]), adjust_lr_fn="none", **settings
     )
-    return Running(call, lambda _: {n: a[n] for n in ("params", "momentum_buffers")})
+    outputs = ("params", "momentum_buffers")
+    return Running(call, lambda _: {n: a[n] for n in outputs}, dtype="bfloat16")
 
 
 def _torch_adamw(case: Case, calls: list[Arguments], fused: bool) -> Running:
@@ -192,13 +211,13 @@ def _torch_update(
 
 
 def _plain(label: str, f: Any, same: bool = True) -> Peer:
-    """A torch function that takes our op's arguments; `same`: and means the same number."""
+    """A torch function that takes our op's arguments; `same`: and means the same number, else it
+    is exact where ours is not, and slow."""
 
     def start(case: Case, calls: list[Arguments]) -> Running:
-        running = run_calls(f, case, calls)
-        return running if same else Running(running.call)
+        return run_calls(f, case, calls)._replace(same=same)
 
-    return Peer(label, "torch", start)
+    return Peer(label, "torch" if same else "exact", start)
 
 
 def _magnitudes(X: list[Tensor]) -> Tensor:
@@ -209,10 +228,12 @@ def _largest(W: Tensor, **_: Any) -> Tensor:
     return torch.linalg.matrix_norm(W.float(), 2)
 
 
+TRITON = Peer("Triton", "backend", start_triton)
 REFERENCE = Peer("reference", "reference", start_reference)
 FLOOR = Peer("memory floor", "floor", start_floor)
 CEILING = Peer(f"torch.mm of {PRODUCT}", "floor", start_product)
 _POLYNOMIAL = Peer("torch.optim.Muon's function", "torch", _torch_polynomial)
+_EXACT = Peer("torch.linalg.svd", "exact", _torch_polar)
 _FUSED = functools.partial(_torch_adamw, fused=True)
 _LOOP = functools.partial(_torch_adamw, fused=False)
 
@@ -220,8 +241,8 @@ TORCH: dict[str, tuple[Peer, ...]] = {
     "gram": (_plain("torch X @ X.mT", lambda X: X @ X.mT),),
     "symmetric_update": (_plain("torch addmm", _torch_symmetric_update),),
     "apply": (_plain("torch addmm", _torch_apply),),
-    "small_newton_schulz": (_POLYNOMIAL,),
-    "newton_schulz": (_POLYNOMIAL,),
+    "small_newton_schulz": (_POLYNOMIAL, _EXACT, *packages.POLYNOMIALS),
+    "newton_schulz": (_POLYNOMIAL, _EXACT, *packages.POLYNOMIALS),
     "row_normalize": (_plain("torch F.normalize", _torch_normalize),),
     "column_normalize": (
         _plain("torch F.normalize", functools.partial(_torch_normalize, dim=-2)),
@@ -243,4 +264,5 @@ TORCH: dict[str, tuple[Peer, ...]] = {
 def peers(case: Case, calls: list[Arguments]) -> tuple[Peer, ...]:
     """Everything that stands beside our op; at last what binds it: memory or arithmetic."""
     arithmetic = any(case.flops(arguments) for arguments in calls)
-    return (REFERENCE, *TORCH.get(case.name, ()), CEILING if arithmetic else FLOOR)
+    own = (TRITON, REFERENCE) if torch.cuda.is_available() else (REFERENCE,)
+    return (*own, *TORCH.get(case.name, ()), CEILING if arithmetic else FLOOR)

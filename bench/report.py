@@ -1,66 +1,81 @@
-"""Reports: an aligned table for the terminal, CSV that grows, JSON that says everything."""
+"""Reports of records as text: an aligned table, CSV that grows, Markdown."""
 
 from __future__ import annotations
 
 import csv
-import itertools
-import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .measure import Row
+from .records import Record, Run, grouped
 
-FORMAT = "orthonorm-bench-1"
-COLUMNS = (
-    "date", "commit", "torch", "device", "threads", "name", "shape", "dtype", "spectrum",
-    "precision", "backend", "kind", "median_ms", "p10_ms", "p90_ms", "rounds", "noisy", "ratio",
-    "round_ratio", "rate", "unit", "error", "note", "command",
-)  # fmt: skip
+ENVIRONMENT = ("date", "orthonorm", "commit", "torch", "device", "cores")
+COLUMNS = (*ENVIRONMENT, *(f.name for f in fields(Record)), "noisy", "rate", "unit")
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def record(row: Row, environment: dict[str, Any]) -> dict[str, Any]:
-    """A row as flat data."""
-    time = row.time
-    figures = {
-        "median_ms": time and time.median * 1e3,
-        "p10_ms": time and time.p10 * 1e3,
-        "p90_ms": time and time.p90 * 1e3,
-        "rounds": time and time.rounds,
-        "noisy": time and time.noisy,
-    }
-    found = {**environment, **vars(row), **figures}
-    return {column: found.get(column) for column in COLUMNS}
-
-
-def milliseconds(seconds: float) -> str:
-    ms = seconds * 1e3
+def milliseconds(ms: float) -> str:
     digits = 4 if ms < 1 else 3 if ms < 10 else 2 if ms < 100 else 0
     return f"{ms:.{digits}f}"
 
 
-def rate(value: float | None, unit: str) -> str:
-    if value is None:
-        return ""
+def scaled(value: float, unit: str) -> str:
     for scale, prefix in _SCALES:
         if value >= scale:
             return f"{value / scale:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """backend, median ms, p10-p90, ratio to ours, rate, error."""
-    time = row.time
-    if time is None:
-        return (row.backend, "-", "", "", "", "")
-    spread = f"{milliseconds(time.p10)}-{milliseconds(time.p90)}" + ("!" if time.noisy else "")
-    ratio = "" if row.ratio is None or row.kind == "ours" else f"{row.ratio:.2f}x"
-    error = "" if row.error is None else f"{row.error:.1e}"
-    return (row.backend, milliseconds(time.median), spread, ratio, rate(row.rate, row.unit), error)
+def _spread(r: Record) -> str:
+    """p10 and p90 relative to the median, "!" if that or the drift is noise."""
+    if not r.median_ms or r.p10_ms is None or r.p90_ms is None:
+        return ""
+    low, high = (round(100 * (p / r.median_ms - 1)) for p in (r.p10_ms, r.p90_ms))
+    return f"{min(low, 0):-d} {high:+d}%" + ("!" if r.noisy else " ")
 
 
-HEAD = ("backend", "ms", "p10-p90", "ours is", "rate", "error")
+def _ratio(r: Record) -> str:
+    return "" if r.ratio is None or r.kind == "ours" else f"{r.ratio:.2f}x"
+
+
+def _ceiling(r: Record) -> str:
+    short = {"memory": "mem", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    name = short.get(r.ceiling, r.ceiling)
+    return "" if r.of_ceiling is None else f"{r.of_ceiling:.0%} {name}"
+
+
+def _sigmas(r: Record) -> str:
+    if r.sigma_min is None or r.sigma_max is None:
+        return ""
+    return f"{r.sigma_min:.2g}-{r.sigma_max:.2g}"
+
+
+def _number(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)
+
+
+def cells(members: Sequence[Record]) -> list[list[str]]:
+    """Head and cells of a group's measured rows, columns without a cell left out."""
+    largest = max((r.rate or 0.0 for r in members), default=0.0)
+    scale, prefix = (1e12, "T") if largest >= 1e13 else (1e9, "G")
+    columns = {
+        "backend": [r.backend for r in members],
+        "ms": [milliseconds(r.median_ms or 0.0) for r in members],
+        "p10 p90": [_spread(r) for r in members],
+        "ours is": [_ratio(r) for r in members],
+        prefix + members[0].unit: [_number(r.rate and r.rate / scale, ".3g") for r in members],
+        "ceiling": [_ceiling(r) for r in members],
+        "cold": [_number(r.cold_ms, ".3g") for r in members],
+        "graph": [_number(r.graph_ms, ".3g") for r in members],
+        "host us": [_number(r.host_us, ".3g") for r in members],
+        "MiB": [_number(r.extra_mib, ".3g") for r in members],
+        "error": [_number(r.error, ".1e") for r in members],
+        "polar": [_number(r.polar_error, ".2g") for r in members],
+        "sigmas": [_sigmas(r) for r in members],
+    }
+    kept = {head: cells for head, cells in columns.items() if any(cells)}
+    return [list(kept), *(list(row) for row in zip(*kept.values(), strict=True))]
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -75,27 +90,60 @@ def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
-def table(rows: Iterable[Row]) -> str:
-    """One block per op, shape and dtype; "ours is 2x" means that candidate takes twice our time."""
+def title(members: Sequence[Record]) -> str:
+    return "  ".join(part for part in members[0].group[:6] if part) + (
+        f"  threads={members[0].threads}" if members[0].threads else ""
+    )
+
+
+def table(records: Iterable[Record]) -> str:
+    """A block per op, shape and dtype; "ours is 2x" means that candidate takes twice our time."""
     blocks = []
-    groups = itertools.groupby(rows, lambda r: (r.name, r.shape, r.dtype, r.spectrum, r.precision))
-    for (name, shape, dtype, spectrum, precision), group in groups:
-        members = list(group)
-        title = "  ".join((name, shape, dtype, spectrum, precision)).rstrip()
-        lines = align([HEAD, *(cells(row) for row in members)])
-        notes = [f"{row.backend}: {row.note}" for row in members if row.note]
-        blocks.append("\n".join([title, *("  " + line for line in lines + notes)]))
+    for members in grouped(records):
+        timed = [r for r in members if r.median_ms is not None]
+        lines = align(cells(timed)) if timed else []
+        notes = [f"{r.backend}: {r.note}" for r in members if r.note]
+        again = [members[0].command] if members[0].command else []
+        blocks.append("\n".join([title(members), *("  " + x for x in (*lines, *notes, *again))]))
     return "\n\n".join(blocks)
 
 
-def append_csv(path: Path, rows: Iterable[Row], environment: dict[str, Any]) -> None:
-    """Rows at the end of a CSV file, made with a header if it is not there."""
+def markdown(run: Run) -> str:
+    """The same blocks as Markdown tables under the machine they belong to."""
+    parts = [f"## {run.title}"]
+    if run.ceilings:
+        limits = ", ".join(
+            f"{k} {scaled(v, 'B/s' if k == 'copy' else 'FLOP/s')}" for k, v in run.ceilings.items()
+        )
+        parts.append(f"Ceilings: {limits}.")
+    for members in grouped(run.records):
+        timed = [r for r in members if r.median_ms is not None]
+        parts.append(f"### {title(members)}")
+        if timed:
+            head, *rows = cells(timed)
+            rule = ["---", *["---:"] * (len(head) - 1)]
+            lines = ("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+            parts.append("\n".join(lines))
+        parts += [f"- {r.backend}: {r.note}" for r in members if r.note]
+        parts.append(f"`{members[0].command}`")
+    return "\n\n".join(parts) + "\n"
+
+
+def flat(record: Record, environment: dict[str, Any]) -> dict[str, Any]:
+    """A record as one line of data."""
+    derived = {"noisy": record.noisy, "rate": record.rate, "unit": record.unit}
+    found = {k: environment.get(k) for k in ENVIRONMENT} | asdict(record) | derived
+    return {column: found[column] for column in COLUMNS}
+
+
+def append_csv(path: Path, records: Iterable[Record], environment: dict[str, Any]) -> None:
+    """Records at the end of a CSV file, made with a header if it is not there."""
     fresh = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
-        writer.writerows(record(row, environment) for row in rows)
+        writer.writerows(flat(record, environment) for record in records)
 
 
 def check_csv(path: Path) -> None:
@@ -106,11 +154,3 @@ def check_csv(path: Path) -> None:
         head = next(csv.reader(file), [])
     if tuple(head) != COLUMNS:
         raise ValueError(f"bench: {path} has other columns than this version writes")
-
-
-def write_json(path: Path, rows: Iterable[Row], environment: dict[str, Any], **more: Any) -> None:
-    """Environment and rows, everything that was measured."""
-    shared = set(environment)
-    flat = [{k: v for k, v in record(row, environment).items() if k not in shared} for row in rows]
-    data = {"format": FORMAT, "environment": environment, "rows": flat, **more}
-    path.write_text(json.dumps(data, indent=1) + "\n")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-Shape = tuple[int, ...]
+from .models import SHAPES, Shape
 
 
 class Workload(NamedTuple):
@@ -28,31 +28,7 @@ class Workload(NamedTuple):
         return Workload(self.name, tuple(dict.fromkeys(self.shapes)))
 
 
-def _layers(count: int, *shapes: Shape) -> tuple[Shape, ...]:
-    return shapes * count
-
-
-def _gpt2(width: int) -> tuple[Shape, ...]:
-    return ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-
-
-def _llama(hidden: int, inner: int) -> tuple[Shape, ...]:
-    attention = ((hidden, hidden),) * 4
-    return (*attention, (inner, hidden), (inner, hidden), (hidden, inner))
-
-
-# The matrices of whole models as an optimizer sees them: (out, in), fused QKV in GPT-2.
-MODELS: dict[str, Workload] = {
-    w.name: w
-    for w in (
-        Workload("gpt2-small", _layers(12, *_gpt2(768))),  # 48 matrices, 85 M parameters
-        Workload("gpt2-small-3", _layers(3, *_gpt2(768))),  # its first 3 layers, 21 M
-        Workload("gpt2-medium", _layers(24, *_gpt2(1024))),
-        Workload("llama-3m", _layers(4, *_llama(256, 688))),  # the size `make demo` trains
-        Workload("llama-60m", _layers(8, *_llama(512, 1376))),
-        Workload("llama-130m", _layers(12, *_llama(768, 2048))),
-    )
-}
+MODELS = {name: Workload(name, shapes) for name, shapes in SHAPES.items()}
 
 # Single shapes.
 NAMED = (

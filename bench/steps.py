@@ -15,6 +15,7 @@ import orthonorm
 import torch
 from torch import Tensor
 
+from . import packages
 from .candidates import Running, Unavailable, served_by
 from .cases import Step
 from .inputs import Inputs
@@ -46,6 +47,10 @@ class Entrant(NamedTuple):
     label: str
     kind: str
     start: Start
+    package: str = ""
+
+    def wanted(self, names: tuple[str, ...]) -> bool:
+        return self.kind in names or self.package in names
 
 
 def _running(model: Model, params: list[Tensor], call: Callable[[], Any]) -> Running:
@@ -96,10 +101,18 @@ def truth(step: Step, model: Model) -> dict[str, list[Tensor]] | None:
         return running.outputs(running.call())
 
 
-def _torch_muon(step: Step, model: Model) -> Running:
+def _torch_muon(step: Step, compiled: bool, model: Model) -> Running:
     if any(w.dim() != 2 for w in model.params):
         raise Unavailable("torch.optim.Muon takes 2-D parameters only")
-    return _run(model, functools.partial(torch.optim.Muon, **step.settings))
+    running = _run(model, functools.partial(torch.optim.Muon, **step.settings))
+    call = torch.compile(running.call) if compiled else running.call
+    return running._replace(call=call, dtype="bfloat16")
+
+
+def _package(step: Step, make: packages.Make, model: Model) -> Running:
+    """An optimizer of a package: other scales and eps, so its update is not compared."""
+    made = functools.partial(make, s=dict(step.settings))
+    return _run(model, made)._replace(same=False)
 
 
 def _torch_adamw(step: Step, how: str, model: Model) -> Running:
@@ -144,18 +157,22 @@ def _eager_conda(step: Step, model: Model) -> Running:
 
 
 def entrants(step: Step, ours: str, precision: str | None) -> list[Entrant]:
-    """Ours, then what torch has for it."""
+    """Ours, then what torch and other packages have for it."""
     found = [Entrant(ours, "ours", functools.partial(_ours, step, precision))]
     if step.name == "muon":
-        found.append(Entrant("torch.optim.Muon", "torch", functools.partial(_torch_muon, step)))
+        for kind, more in (("torch", ""), ("compiled", " compiled")):
+            start = functools.partial(_torch_muon, step, kind == "compiled")
+            found.append(Entrant("torch.optim.Muon" + more, kind, start))
     elif step.name == "conda":
         found.append(
             Entrant("eager, three products", "torch", functools.partial(_eager_conda, step))
         )
-    else:
+    elif step.name == "adamw":
         for how in ("fused", "foreach"):
             start = functools.partial(_torch_adamw, step, how)
             found.append(Entrant(f"torch.optim.AdamW({how})", "torch", start))
+    for name, package, kind, make in packages.STEPS.get(step.name, ()):
+        found.append(Entrant(name, kind, functools.partial(_package, step, make), package))
     return found
 
 

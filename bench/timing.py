@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 Call = Callable[[], object]
-NOISY = 1.25  # p90 / p10 above this is flagged
 SAMPLE = 2e-4  # seconds: shorter calls are repeated within one sample
+FEW = 3  # rounds of a candidate that alone would take more than the plan's time
+SETTLED = 0.003  # standard error of a median below which more rounds tell nothing
 
 
 class Stats(NamedTuple):
@@ -27,10 +28,7 @@ class Stats(NamedTuple):
     p10: float
     p90: float
     rounds: int
-
-    @property
-    def noisy(self) -> bool:
-        return self.p90 > NOISY * self.p10
+    drift: float  # median of the later half of the rounds over that of the earlier, minus 1
 
 
 class Plan(NamedTuple):
@@ -57,9 +55,16 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def stats(samples: Sequence[float]) -> Stats:
-    return Stats(
-        quantile(samples, 0.5), quantile(samples, 0.1), quantile(samples, 0.9), len(samples)
-    )
+    half = len(samples) // 2
+    drift = quantile(samples[-half:], 0.5) / quantile(samples[:half], 0.5) - 1 if half else 0.0
+    at = (quantile(samples, q) for q in (0.5, 0.1, 0.9))
+    return Stats(*at, rounds=len(samples), drift=drift)
+
+
+def settled(samples: Sequence[float]) -> bool:
+    """Whether the median is known well: 0.93 IQR / sqrt(rounds) is its standard error."""
+    spread = quantile(samples, 0.75) - quantile(samples, 0.25)
+    return 0.93 * spread / math.sqrt(len(samples)) < SETTLED * quantile(samples, 0.5)
 
 
 def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
@@ -67,8 +72,8 @@ def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median over rounds of a / b: neighbours that slow a whole round cancel."""
-    return quantile([x / y for x, y in zip(a, b, strict=True)], 0.5)
+    """Median over the rounds both ran of a / b: neighbours that slow a whole round cancel."""
+    return quantile([x / y for x, y in zip(a, b, strict=False)], 0.5)
 
 
 def time_cpu(call: Call, repeats: int) -> float:
@@ -92,32 +97,51 @@ def time_cuda(call: Call, repeats: int) -> float:
 
 
 def interleave(
-    candidates: Mapping[str, Call], plan: Plan | None = None, device: str = "cpu"
+    candidates: Mapping[str, Call],
+    plan: Plan | None = None,
+    device: str = "cpu",
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds per call of every candidate in every round.
 
-    Two warm-up calls each (the second one timed, to choose repeats and rounds), then round-robin:
-    round r starts with candidate r mod n, so nobody always runs after the same neighbour.
+    Two warm-up calls each, or one if they are `warm` (the last one timed, to choose repeats and
+    rounds), then round-robin: round r starts with candidate r mod n, so nobody always runs after
+    the same neighbour. Where the plan leaves the rounds open, a candidate too slow for it runs in
+    the first few only, and all stop when every median has settled.
     """
     clock = time_cuda if device.startswith("cuda") else time_cpu
     plan = plan or Plan()
     repeats: dict[str, int] = {}
-    total = 0.0
+    costs: dict[str, float] = {}
     for name, call in candidates.items():
-        call()
+        if not warm:
+            call()
         once = clock(call, 1)
         repeats[name] = max(1, min(10_000, math.ceil(SAMPLE / max(once, 1e-7))))
-        total += once * repeats[name]
+        costs[name] = once * repeats[name]
+    slow = {
+        n for n, cost in costs.items() if plan.rounds is None and plan.low * cost > plan.seconds
+    }
+    rounds = plan.choose(sum(cost for name, cost in costs.items() if name not in slow))
     names = list(candidates)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for r in range(plan.choose(total)):
+        for r in range(rounds):
             at = r % max(1, len(names))
             for name in names[at:] + names[:at]:
-                samples[name].append(clock(candidates[name], repeats[name]))
+                if r < FEW or name not in slow:
+                    samples[name].append(clock(candidates[name], repeats[name]))
+            fast = [samples[name] for name in names if name not in slow]
+            if plan.rounds is None and r % 16 == 15 and all(settled(s) for s in fast):
+                break
     finally:
         if collecting:
             gc.enable()
     return samples
+
+
+def overhead() -> float:
+    """Seconds that timing one call adds to it: two clock readings and the loop."""
+    return min(time_cpu(lambda: None, 1) for _ in range(1000))

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .sass import mix
+
 ARCHES = ("80", "90", "100")
 SHARED = {"80": 166912, "90": 232448, "100": 232448}  # bytes one block may use (CUDA guide, table)
 TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)"
@@ -256,6 +258,7 @@ def compiled(build: Build) -> dict[str, Any]:
         "name": build.name,
         "triton": triton.__version__,
         "tensor_cores": build.tensor_cores,
+        "warps": kernel.metadata.num_warps,
         "shared": kernel.metadata.shared,
         **measured(kernel.asm["cubin"], build.arch),
         "vectorized": bool(re.search(r"ld\.global\.\S*v[24]|cp\.async", kernel.asm["ptx"])),
@@ -279,6 +282,7 @@ def measured(cubin: bytes, arch: str) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "tensor_core_instructions": len(re.findall(TENSOR_CORE, code)),
         "newest_instructions": len(re.findall(NEWEST[arch], code)),
+        "mix": mix(code),
     }
 
 

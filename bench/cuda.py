@@ -1,0 +1,56 @@
+"""What only a CUDA device has: a cold L2 cache, graphs, and a host that runs ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .timing import quantile, time_cuda
+
+SAMPLES = 20
+
+
+def cold(call: Callable[[], Any], device: str) -> float:
+    """Median seconds of a call that finds nothing of its data in the L2 cache: before each, a
+    buffer twice its size is written; events stand around the call alone."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(2 * size, dtype=torch.int8, device=device)
+    times = []
+    for _ in range(SAMPLES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        times.append(float(start.elapsed_time(end)) * 1e-3)
+    return quantile(times, 0.5)
+
+
+def replayed(call: Callable[[], Any]) -> float:
+    """Median seconds of a call replayed from a CUDA graph; RuntimeError if it cannot be one."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    return quantile([time_cuda(graph.replay, 1) for _ in range(SAMPLES)], 0.5)
+
+
+def host(call: Callable[[], Any]) -> float:
+    """Median seconds until a call returns to the host, the queue empty before."""
+    times = []
+    for _ in range(SAMPLES):
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) * 1e-9)
+    torch.cuda.synchronize()
+    return quantile(times, 0.5)

@@ -1,0 +1,155 @@
+"""Records: the one type that measuring makes and every output is made from.
+
+    measure -> Record -> Run (a JSON file) -> table, CSV, Markdown, page, plots, comparison, README
+
+A Record is one candidate on one workload. A Run is what one command measured, with the machine it
+belongs to. Reading a Run back gives what was written, so an output of a file and of a fresh
+measurement are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT = "orthonorm-bench-2"
+NOISY = 1.25  # p90 / p10 above this is flagged
+DRIFT = 0.05  # and halves of the rounds whose medians differ by more
+
+
+@dataclass(frozen=True)
+class Record:
+    """One candidate's figures; `note` says why there are none. Times are milliseconds per call.
+
+    Attributes:
+        sweep: what was varied, such as "n=512"; threads: torch's, where they were chosen.
+        kind: ours, backend (ours from another backend), reference, torch, exact, package,
+            compiled, or floor (what the machine does on the same bytes or products).
+        drift: median of the later half of the rounds over that of the earlier, minus 1.
+        ratio: its median over ours; round_ratio: the median over rounds of its time over ours.
+        cold_ms: with the L2 cache flushed; graph_ms: replayed from a CUDA graph; host_us: until the
+            call returns to the host (CUDA); extra_mib: memory at the worst moment of a call.
+        flops, bytes: nominal work and least traffic; ceiling: which of the machine's rates binds;
+        of_ceiling: the time that rate allows over the median.
+        error: relative Frobenius error to the float64 reference; polar_error: relative distance to
+            the polar factor; sigma_min, sigma_max: extreme singular values of the result.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    backend: str
+    kind: str
+    spectrum: str = "gaussian"
+    precision: str = ""
+    sweep: str = ""
+    threads: int | None = None
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    rounds: int | None = None
+    drift: float | None = None
+    ratio: float | None = None
+    round_ratio: float | None = None
+    cold_ms: float | None = None
+    graph_ms: float | None = None
+    host_us: float | None = None
+    extra_mib: float | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+    ceiling: str = ""
+    of_ceiling: float | None = None
+    error: float | None = None
+    polar_error: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    note: str = ""
+    command: str = ""
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What candidates beside each other share."""
+        return (self.name, self.shape, self.dtype, self.spectrum, self.precision, self.sweep,
+                str(self.threads or ""))  # fmt: skip
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the same row of another run shares."""
+        return (*self.group, self.backend)
+
+    @property
+    def noisy(self) -> bool:
+        if self.median_ms is None or self.p10_ms is None or self.p90_ms is None:
+            return False
+        return self.p90_ms > NOISY * self.p10_ms or abs(self.drift or 0.0) > DRIFT
+
+    @property
+    def rate(self) -> float | None:
+        """Nominal FLOP per second, or least bytes per second of what has no arithmetic."""
+        work = self.flops or self.bytes
+        return work / self.median_ms * 1e3 if self.median_ms and work else None
+
+    @property
+    def unit(self) -> str:
+        return "FLOP/s" if self.flops else "B/s"
+
+
+@dataclass
+class Run:
+    """What one command measured: the machine, its ceilings (FLOP/s by dtype, B/s of "copy"), the
+    records, and the promises of `bench claims` with their targets."""
+
+    environment: dict[str, Any]
+    ceilings: dict[str, float] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        e = self.environment
+        return f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {e['date'][:10]}"
+
+    def save(self, path: Path) -> None:
+        """Written beside and moved into place: a run cut short leaves the last whole file."""
+        records = [compact(record) for record in self.records]
+        data = {"format": FORMAT, "environment": self.environment, "ceilings": self.ceilings,
+                "records": records, "claims": self.claims}  # fmt: skip
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        os.replace(partial, path)
+
+
+def compact(record: Record) -> dict[str, Any]:
+    """A record as JSON data, fields at their defaults left out."""
+    defaults = {f.name: f.default for f in fields(Record)}
+    return {k: v for k, v in asdict(record).items() if v != defaults[k]}
+
+
+def load(path: Path) -> Run:
+    """A run from its file; ValueError with the reason for any other file."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"bench: cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"bench: {path} is not JSON") from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"bench: {path} has format {found!r}, not {FORMAT!r}: run it again")
+    try:
+        records = [Record(**r) for r in data["records"]]
+        return Run(dict(data["environment"]), dict(data["ceilings"]), records, data["claims"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"bench: {path} is damaged: {error}") from None
+
+
+def grouped(records: Iterable[Record]) -> list[list[Record]]:
+    """Candidates side by side, groups in the order in which they were measured."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.group, []).append(record)
+    return list(groups.values())

@@ -1,0 +1,131 @@
+"""Results that stay: the index page of `bench/results`, and the README's tables, from its files.
+
+`python -m orthonorm bench results` writes both; a test holds them to the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import page, records
+from .records import Run
+
+FOLDER = Path(__file__).parent / "results"
+INDEX = FOLDER / "index.html"
+README = FOLDER.parent.parent / "README.md"
+BLOCK = re.compile(r"(<!-- bench results:[^>]*-->\n).*?(<!-- end of bench results -->)", re.S)
+
+
+def runs(folder: Path = FOLDER) -> dict[str, Run]:
+    """Every run in the folder by file name, newest first; compile reports are no runs."""
+    found = {}
+    for path in folder.glob("*.json"):
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and str(data.get("format", "")).startswith("orthonorm-bench"):
+            found[path.name] = records.load(path)
+    newest = sorted(found.items(), key=lambda item: item[1].environment["date"], reverse=True)
+    return dict(newest)
+
+
+def latest(found: dict[str, Run]) -> dict[str, tuple[str, Run]]:
+    """The newest run of every device, the one with promises first: what stands for it."""
+    chosen: dict[str, tuple[str, Run]] = {}
+    for with_claims in (True, False):
+        for name, run in found.items():
+            if bool(run.claims) == with_claims:
+                chosen.setdefault(run.environment["device"], (name, run))
+    return chosen
+
+
+def index(found: dict[str, Run]) -> str:
+    """The index page: every run in a table, the newest of each device in full."""
+    rows = []
+    for name, run in found.items():
+        e = run.environment
+        noisy = sum(r.noisy for r in run.records)
+        held = sum(bool(c["held"]) for c in run.claims)
+        promises = f"{held} of {len(run.claims)}" if run.claims else ""
+        rows.append((name, e["date"][:10], e["device"], str(e["threads"]), e["torch"], e["commit"],
+                     str(len(run.records)), str(noisy), promises))  # fmt: skip
+    head = (
+        "file",
+        "date",
+        "device",
+        "threads",
+        "torch",
+        "commit",
+        "rows",
+        "noisy",
+        "promises held",
+    )
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(
+        f'<tr><td><a href="{html.escape(name)}">{html.escape(name)}</a></td>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows
+    )
+    lead = (
+        "<p>Every recorded run of the benchmark; below, the newest of each device. Written by "
+        "<code>python -m orthonorm bench results</code> from the files beside it.</p>"
+        f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+    )
+    return page.page([run for _, run in latest(found).values()], "orthonorm results", lead)
+
+
+def _figure(claim: dict[str, Any]) -> str:
+    if claim["unit"] != "x":
+        return f"{claim['figure']:.3g}{claim['unit']}"
+    return f"{claim['figure']:.3g}x {'faster' if claim['relation'] == '>=' else 'of it'}"
+
+
+def _errors(claim: dict[str, Any]) -> str:
+    parts = [f"{claim[k]:.0e}".replace("e-0", "e-") for k in ("error", "other_error") if claim[k]]
+    return " / ".join(parts)
+
+
+def readme_table(name: str, run: Run) -> str:
+    """The promises of a run: figure, target and errors, and whether they held."""
+    lines = [
+        f"Measured on {run.title} ([{name}](bench/results/{name})):",
+        "",
+        "| what | against | reached | target | error, ours / its |",
+        "|---|---|---|---|---|",
+    ]
+    for c in run.claims:
+        target = f"{c['relation']} {c['target']:g}{c['unit']}".replace(">=", "≥").replace("<=", "≤")
+        missed = "" if c["held"] else ", not held"
+        cells = (c["what"], c["against"], _figure(c), target + missed, _errors(c))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def readme(text: str, found: dict[str, Run]) -> str:
+    """The README with its generated block replaced."""
+    tables = [readme_table(name, run) for name, run in latest(found).values() if run.claims]
+    if not any(run.environment["device"].startswith("NVIDIA") for run in found.values()):
+        tables.append("GPU: not measured.")
+    body = "\n\n".join(tables)
+    if not BLOCK.search(text):
+        raise ValueError(f"bench: {README} has no block of bench results to write")
+    return BLOCK.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text)
+
+
+def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
+    """What the files should hold."""
+    found = runs(folder)
+    return [(INDEX, index(found)), (README, readme(README.read_text(), found))]
+
+
+def main(options: argparse.Namespace, run: Run) -> None:
+    if not README.exists():
+        raise ValueError("bench: results are written in a source tree only")
+    for path, text in written():
+        path.write_text(text)
+        print(f"wrote {path}")
