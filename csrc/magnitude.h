@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace orthonorm {
 
 // sum * 4^exponent. A power of two in the data moves to the exponent unrounded, so it moves the
@@ -15,15 +17,15 @@ struct SquareSum {
   double sum = 0;
   int64_t exponent = lowest;
 
-  double norm() const { return std::ldexp(std::sqrt(sum), static_cast<int>(exponent)); }
+  ORTHONORM_HD double norm() const { return std::ldexp(std::sqrt(sum), static_cast<int>(exponent)); }
 };
 
-inline SquareSum operator+(SquareSum a, SquareSum b) {
-  if (a.exponent < b.exponent) std::swap(a, b);
-  if (a.exponent > b.exponent) {
-    b.sum = std::ldexp(b.sum, static_cast<int>(2 * (b.exponent - a.exponent)));
-  }
-  return {a.sum + b.sum, a.exponent};
+ORTHONORM_HD inline SquareSum operator+(const SquareSum& a, const SquareSum& b) {
+  const SquareSum& large = a.exponent < b.exponent ? b : a;
+  const SquareSum& small = a.exponent < b.exponent ? a : b;
+  if (small.exponent == large.exponent) return {large.sum + small.sum, large.exponent};
+  const int shift = static_cast<int>(2 * (small.exponent - large.exponent));
+  return {large.sum + std::ldexp(small.sum, shift), large.exponent};
 }
 
 // The exponent that brings the largest magnitude near 1; 0 if there is an infinity or a NaN.
