@@ -45,19 +45,6 @@ inline std::string shape_of(const Strided& t) {
   return text.str();
 }
 
-inline int64_t numel(const Strided& t) {
-  int64_t count = 1;
-  for (int64_t d = 0; d < t.dim; ++d) count *= t.sizes[d];
-  return count;
-}
-
-// Matrices of a batch.
-inline int64_t matrices(const Strided& t) {
-  int64_t count = 1;
-  for (int64_t d = 0; d + 2 < t.dim; ++d) count *= t.sizes[d];
-  return count;
-}
-
 // Whether two indices mean the same element, as in an expanded tensor.
 inline bool expanded(const Strided& t) {
   for (int64_t d = 0; d < t.dim; ++d) {

@@ -26,6 +26,19 @@ struct Strided {
   const int64_t *sizes, *strides;
 };
 
+inline int64_t numel(const Strided& t) {
+  int64_t count = 1;
+  for (int64_t d = 0; d < t.dim; ++d) count *= t.sizes[d];
+  return count;
+}
+
+// Matrices of a batch.
+inline int64_t matrices(const Strided& t) {
+  int64_t count = 1;
+  for (int64_t d = 0; d + 2 < t.dim; ++d) count *= t.sizes[d];
+  return count;
+}
+
 // A batch of matrices (or a whole tensor as one), an element of which lies in each of N tensors.
 template <int N>
 struct Entry {
