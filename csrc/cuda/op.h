@@ -21,6 +21,10 @@
 
 namespace orthonorm::cuda {
 
+#ifdef ORTHONORM_BUILT_FOR  // read from the file before it is loaded: `_library.py`
+[[gnu::used]] static const char built_for[] = "orthonorm built for: " ORTHONORM_BUILT_FOR ";";
+#endif
+
 inline Element element_of(const char* op, const char* name, ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Half: return Element::f16;

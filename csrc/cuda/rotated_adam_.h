@@ -1,4 +1,4 @@
-// m <- beta1 m + (1-beta1) x, v <- beta2 v + (1-beta2) x^2, x <- scale m / (sqrt(v) + eps) on lists.
+// m <- beta1 m + (1-beta1) x, v <- beta2 v + (1-beta2) x^2, x <- scale m / (sqrt(v) + eps).
 #pragma once
 
 #include "../rotated_adam.h"

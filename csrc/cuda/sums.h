@@ -52,7 +52,10 @@ template <class A>
 struct Squares {
   double sum = 0;
 
-  __device__ void add(float x) { sum = std::fma(static_cast<double>(x), static_cast<double>(x), sum); }
+  __device__ void add(float x) {
+    const double wide = static_cast<double>(x);
+    sum = std::fma(wide, wide, sum);
+  }
   __device__ SquareSum total() const { return {sum, 0}; }
 };
 

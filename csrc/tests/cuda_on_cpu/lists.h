@@ -17,7 +17,8 @@ enum class Lay { packed, shifted, transposed, spaced };
 
 class Values {
  public:
-  Values(std::vector<int64_t> sizes, Element type, Lay lay) : sizes_(std::move(sizes)), type_(type) {
+  Values(std::vector<int64_t> sizes, Element type, Lay lay)
+      : sizes_(std::move(sizes)), type_(type) {
     int64_t span = lay == Lay::spaced ? 3 : 1;
     strides_.resize(sizes_.size());
     std::vector<size_t> order;
