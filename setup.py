@@ -20,7 +20,7 @@ PACKAGE_DIR = {
     "orthonorm.examples": "examples",
 }
 
-# Formulas say fma where they mean it (csrc/host_device.h). 20013 and 20015 are about torch's headers.
+# Formulas say fma where they mean it (csrc/host_device.h); 20013, 20015 are about torch's headers.
 NVCC_FLAGS = [
     "-O3", "-std=c++20", "-DUSE_CUDA", "--fmad=false", "-Xcompiler=-fvisibility=hidden",
     "-diag-suppress=20013,20015",
@@ -40,7 +40,8 @@ def architectures(cuda_home: str, has_gpu: bool) -> str:
         else:
             command = [os.path.join(cuda_home, "bin", "nvcc"), "--list-gpu-code"]
             known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            names = [a for a in ARCHITECTURES if f"sm_{a.rstrip('a').replace('.', '')}" in known.split()]
+            codes = {a: f"sm_{a.rstrip('a').replace('.', '')}" for a in ARCHITECTURES}
+            names = [a for a, code in codes.items() if code in known.split()]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
 

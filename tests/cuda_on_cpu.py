@@ -24,13 +24,13 @@ def library() -> Path:
     include = f"-I{ROOT}/csrc -I{ROOT}/csrc/tests/cuda_on_cpu -isystem {TORCH}/include"
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     objects = [f"{source.stem}.o" for source in sources]
+    compiler = os.environ.get("CXX", "g++")
     lines = [
         "rule compile",
-        f"  command = {os.environ.get('CXX', 'g++')} {FLAGS} {include} -MD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {FLAGS} {include} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out "
-        f"-L{TORCH}/lib -ltorch -ltorch_cpu -lc10",
+        f"  command = {compiler} -shared $in -o $out -L{TORCH}/lib -ltorch -ltorch_cpu -lc10",
         *(f"build {o}: compile {s}" for o, s in zip(objects, sources, strict=True)),
         f"build orthonorm_cuda_on_cpu.so: link {' '.join(objects)}",
         "",

@@ -21,9 +21,9 @@ namespace orthonorm::cuda {
 
 inline constexpr int threads = 256;
 
-// Runs of eight elements of a thread: about four accesses of 16 bytes or more are in flight.
+// Runs of eight elements of a thread.
 template <int N>
-inline constexpr int runs = N == 1 ? 4 : N == 2 ? 2 : 1;
+inline constexpr int runs = N <= 2 ? 2 : 1;
 
 template <int N>
 inline constexpr int64_t tile_of = int64_t{8} * threads * runs<N>;
@@ -54,11 +54,22 @@ struct Matrix {
   }
 };
 
+// Where in a tile a thread's runs of eight elements are: two runs of four, side by side where 16
+// bytes hold eight elements, else a block's width apart, so that neighbours in a warp move
+// neighbouring 16 bytes either way.
+struct Places {
+  int own, gap;
+
+  __device__ explicit Places(bool narrow)
+      : own(static_cast<int>(threadIdx.x) * (narrow ? 8 : 4)), gap(narrow ? 4 : 4 * threads) {}
+  __device__ int first(int run) const { return run * 8 * threads + own; }
+  __device__ int second(int run) const { return first(run) + gap; }
+};
+
 template <class Op, class A>
 __device__ void whole_run(const typename Op::template Constants<A>& c,
                           const Entry<Op::lists>& entry, const Matrix<Op::lists>& matrix,
-                          int64_t start, const int (&first)[runs<Op::lists>],
-                          const int (&second)[runs<Op::lists>], Squares<A>& squares) {
+                          int64_t start, const Places& places, Squares<A>& squares) {
   constexpr int N = Op::lists;
   Eight<A> raw[runs<N>][N];
 #pragma unroll
@@ -67,7 +78,7 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
     for (int k = 0; k < N; ++k) {
       if (!(Op::reads >> k & 1)) continue;
       const char* at = matrix.data[k] + start * size_of(entry.type[k]);
-      raw[r][k].load(at, entry.type[k], first[r], second[r]);
+      raw[r][k].load(at, entry.type[k], places.first(r), places.second(r));
     }
   }
 #pragma unroll
@@ -94,7 +105,7 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
       if (!(Op::writes >> k & 1)) continue;
       raw[r][k].put(entry.type[k], values[k]);
       char* at = matrix.data[k] + start * size_of(entry.type[k]);
-      raw[r][k].store(at, entry.type[k], first[r], second[r]);
+      raw[r][k].store(at, entry.type[k], places.first(r), places.second(r));
     }
   }
 }
@@ -136,21 +147,13 @@ __global__ void __launch_bounds__(threads)
   const int64_t start = (inside % entry.tiles) * tile_of<N>;
   const Matrix<N> matrix(table, entry, b);
   const auto c = op.template prepare<A>(entry, entry.first + b);
-  // Two runs of four: side by side where 16 bytes hold eight elements, else a block's width apart,
-  // so that neighbours in a warp read neighbouring 16 bytes either way.
-  int first[runs<N>], second[runs<N>];
-#pragma unroll
-  for (int r = 0; r < runs<N>; ++r) {
-    const int own = threadIdx.x;
-    first[r] = r * 8 * threads + (matrix.narrow ? 8 * own : 4 * own);
-    second[r] = first[r] + (matrix.narrow ? 4 : 4 * threads);
-  }
+  const Places places(matrix.narrow);
   Squares<A> squares;
   if (matrix.aligned && !matrix.layout && start + tile_of<N> <= entry.count) {
-    whole_run<Op, A>(c, entry, matrix, start, first, second, squares);
+    whole_run<Op, A>(c, entry, matrix, start, places, squares);
   } else {
     for (int r = 0; r < runs<N>; ++r) {
-      any_run<Op, A>(c, entry, matrix, start, first[r], second[r], squares);
+      any_run<Op, A>(c, entry, matrix, start, places.first(r), places.second(r), squares);
     }
   }
   if constexpr (Op::sums) {

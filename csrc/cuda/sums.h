@@ -43,7 +43,7 @@ __device__ inline SquareSum square(double x) {
   if (exponent < SquareSum::lowest) exponent = SquareSum::lowest;
   if (exponent > SquareSum::highest) exponent = SquareSum::highest;
   if (biased == 2047) exponent = 0;
-  const double unit = std::ldexp(x, static_cast<int>(-exponent));
+  const double unit = x * power_of_two(-exponent);
   return {unit * unit, exponent};
 }
 

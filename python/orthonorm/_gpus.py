@@ -11,9 +11,9 @@ Capability = tuple[int, int]
 
 
 def built_for(path: Path) -> str:
-    """" (built for torch 2.13.0, CUDA 13.0, sm 8.0 9.0a)", or nothing where a library says nothing.
+    """What the builder wrote into a library (setup.py, csrc/cuda/op.h), in brackets, or "".
 
-    Its builder wrote that into it (setup.py, csrc/cuda/op.h).
+    As " (built for torch 2.13.0, CUDA 13.0, sm 8.0 9.0a)".
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = re.search(rb"orthonorm built for: ([^;\0]*);", content)
