@@ -118,6 +118,17 @@ class Call {
     }
   }
 
+  // The lists behind the first hold numbers for its rows, its columns, or both in this order.
+  void lines(bool rows, bool columns) const {
+    for (size_t i = 0; i < size(); ++i) {
+      const Strided& x = (*this)(0, i);
+      STD_TORCH_CHECK(x.dim >= 2, op_, ": ", lists_[0].name, "[", i,
+                      "] must have at least 2 dimensions, got shape ", shape_of(x));
+      if (rows) lines(1, i, x.dim - 1);
+      if (columns) lines(rows ? 2 : 1, i, x.dim - 2);
+    }
+  }
+
   // A one-element tensor: read on the device, or its value if the host has it.
   Number number(const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.numel() == 1, op_, ": ", name, " must have one element, got ", t.numel());
@@ -166,6 +177,18 @@ class Call {
   }
 
  private:
+  // Tensor i of a list has the shape of the first list's, but 1 at `reduced`.
+  void lines(size_t list, size_t i, int64_t reduced) const {
+    const Strided &x = (*this)(0, i), &t = (*this)(list, i);
+    bool fits = t.dim == x.dim;
+    for (int64_t d = 0; fits && d < x.dim; ++d) {
+      fits = t.sizes[d] == (d == reduced ? 1 : x.sizes[d]);
+    }
+    STD_TORCH_CHECK(fits, op_, ": ", lists_[list].name, "[", i, "] must have the shape of ",
+                    lists_[0].name, "[", i, "] ", shape_of(x), " but 1 in dimension ",
+                    reduced - x.dim, ", got ", shape_of(t));
+  }
+
   torch::stable::Device device() const { return lists_[0].tensors[0].device(); }
 
   static double host_value(const Strided& t) {
