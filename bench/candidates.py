@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from orthonorm._library import LOADED, NAMESPACE, OPS
+from orthonorm._library import LOADED, NAMESPACE, OPS, triton_kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cases import Case, Outputs, tensors
 from .inputs import DTYPES, Arguments
 
-KINDS = ("reference", "torch", "floor")
+KINDS = ("reference", "torch", "floor", "triton")
 
 
 class Unavailable(Exception):
@@ -73,6 +73,11 @@ def start_ours(case: Case, calls: list[Arguments]) -> Running:
 
 def start_reference(case: Case, calls: list[Arguments]) -> Running:
     return run_calls(case.op.reference, case, calls)
+
+
+def start_triton(case: Case, calls: list[Arguments]) -> Running:
+    """The Triton kernel beside a CUDA one that serves the op."""
+    return run_calls(triton_kernel(case.op), case, calls)
 
 
 class _Serving(TorchDispatchMode):

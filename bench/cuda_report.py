@@ -64,14 +64,8 @@ def plain(symbols: list[str]) -> dict[str, str]:
     )
     names = {}
     for symbol, name in zip(symbols, run.stdout.splitlines(), strict=True):
-        short = name.replace("orthonorm::cuda::", "").replace("orthonorm::", "")
-        short = re.sub(r"^void ", "", short)
-        depth = cut = 0
-        for cut, letter in enumerate(short):
-            depth += (letter == "<") - (letter == ">")
-            if letter == "(" and depth == 0:
-                break
-        names[symbol] = short[:cut]
+        short = re.sub(r"^void |orthonorm::(?:cuda::)?", "", name)
+        names[symbol] = short.partition("(")[0]
     return names
 
 

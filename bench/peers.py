@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+from orthonorm._library import LOADED
 from torch import Tensor
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.optim import _muon
@@ -23,6 +24,7 @@ from .candidates import (
     start_floor,
     start_product,
     start_reference,
+    start_triton,
 )
 from .cases import Case, Outputs
 from .inputs import Arguments
@@ -211,6 +213,7 @@ def _largest(W: Tensor, **_: Any) -> Tensor:
 
 REFERENCE = Peer("reference", "reference", start_reference)
 FLOOR = Peer("memory floor", "floor", start_floor)
+TRITON = Peer("Triton", "triton", start_triton)
 CEILING = Peer(f"torch.mm of {PRODUCT}", "floor", start_product)
 _POLYNOMIAL = Peer("torch.optim.Muon's function", "torch", _torch_polynomial)
 _FUSED = functools.partial(_torch_adamw, fused=True)
@@ -243,4 +246,5 @@ TORCH: dict[str, tuple[Peer, ...]] = {
 def peers(case: Case, calls: list[Arguments]) -> tuple[Peer, ...]:
     """Everything that stands beside our op; at last what binds it: memory or arithmetic."""
     arithmetic = any(case.flops(arguments) for arguments in calls)
-    return (REFERENCE, *TORCH.get(case.name, ()), CEILING if arithmetic else FLOOR)
+    twin = (TRITON,) if LOADED.served.get((case.name, "CUDA")) == "CUDA" else ()
+    return (REFERENCE, *TORCH.get(case.name, ()), *twin, CEILING if arithmetic else FLOOR)

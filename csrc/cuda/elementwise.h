@@ -4,7 +4,7 @@
 //     static constexpr int lists = N;
 //     static constexpr unsigned reads, writes;  // bit k: list k is
 //     static constexpr bool sums;               // whether norms of matrices are wanted
-//     template <class A> __device__ Constants<A> prepare(const Entry<N>&, int64_t matrix) const;
+//     template <class A> __device__ Constants<A> prepare(const Entry<N>&, int64_t b) const;
 //     template <class A> __device__ static A apply(const Constants<A>&, A (&x)[N]);
 //   };
 //

@@ -2,7 +2,7 @@
 // device part. `line_lists.h` cuts lists into tables and launches.
 //
 // A matrix is seen with columns that are short-strided in memory, whatever rows and columns were.
-// A block takes a tile of 128 x 256, a warp every eighth row of it, a lane two runs of four columns.
+// A block takes a tile of 128 x 256, a warp every eighth row, a lane two runs of four columns.
 // Tiles leave a partial sum for every row and column they touch; those are added in order, so
 // results depend on the matrix and its dtype alone. Three launches: squares, factors, application;
 // a factored moment that keeps the norm reads the matrix once more between the last two.

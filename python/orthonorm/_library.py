@@ -190,6 +190,12 @@ class Loaded:
             self.served[name, key] = "Triton"
 
 
+def triton_kernel(op: Op[P, R]) -> Callable[P, R]:
+    """The Triton kernel of an op, whatever serves it: to compare with. ImportError without one."""
+    module = importlib.import_module(f"{NAMESPACE}.kernels.{op.name.rstrip('_')}")
+    return op.checked(getattr(module, op.name))
+
+
 class _Lazy:
     """A Triton kernel, or the op's definition on a machine where Triton cannot compile."""
 

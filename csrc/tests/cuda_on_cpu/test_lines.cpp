@@ -12,7 +12,8 @@ using enum Element;
 using Shape = std::vector<int64_t>;
 
 // Tails around tiles of 128 x 256 and groups of 256 lines.
-std::vector<Shape> shapes = {{1, 1}, {1, 7}, {13, 29}, {2, 3, 5, 7}, {129, 257}, {300, 8}, {8, 300}};
+std::vector<Shape> shapes = {{1, 1},     {1, 7},   {13, 29}, {2, 3, 5, 7},
+                             {129, 257}, {300, 8}, {8, 300}};
 std::vector<Lay> lays = {Lay::packed, Lay::shifted, Lay::transposed, Lay::spaced};
 
 struct Item {
