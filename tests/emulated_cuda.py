@@ -11,6 +11,7 @@ import pytest
 import test_ops
 import torch
 from cuda_on_cpu import library
+from orthonorm import ops
 from orthonorm._library import LOADED, OPS, has_kernel
 from orthonorm.bench.cases import CASES, Case, tensors
 from orthonorm.bench.inputs import Arguments, Inputs, copied
@@ -118,6 +119,30 @@ def test_written_twice_is_refused(case: Case) -> None:
         twice = {**arguments, name: [arguments[name][0]] * 2}
         with pytest.raises(RuntimeError, match=f"{case.name}: {name}.1. is written"):
             case.op.overload(**twice)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3, 5), (2**30 + 8, 1)), ((2, 8, 8), (2**31 + 16, 8, 1)), ((5, 3), (1, 2**30 + 8))],
+)
+def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """The memory between the elements is never touched."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    X = torch.empty(elements, dtype=torch.float16).as_strided(shape, strides)
+    X.copy_(torch.randn(shape))
+    near = X.contiguous()
+    for f in (ops.row_normalize, ops.column_normalize):
+        assert torch.equal(f(X), f(near))
+    norms = ops.magnitude([near])
+    assert torch.equal(ops.magnitude([X]), norms)
+    wanted = ops.divide_each(near, norms, torch.float32)
+    assert torch.equal(ops.divide_each(X, norms, torch.float32), wanted)
+
+
+def test_errors_of_a_launch_name_op_and_shapes() -> None:
+    X = torch.zeros(1, 1).expand(2**31, 2**20)
+    with pytest.raises(RuntimeError, match=r"magnitude: .*, on X of shapes .2147483648, 1048576."):
+        ops.magnitude([X])
 
 
 def writes(case: Case) -> set[str]:

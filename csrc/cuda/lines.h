@@ -8,8 +8,7 @@
 // a factored moment that keeps the norm reads the matrix once more between the last two.
 #pragma once
 
-#include "../moments.h"
-
+#include "line_rule.h"
 #include "sums.h"
 
 namespace orthonorm::cuda {
@@ -41,12 +40,6 @@ struct LineTable {
   int32_t entries_used = 0;
   uint32_t tiles = 0, groups = 0;
   LineEntry entries[most_entries];
-};
-
-struct LineRule {
-  double beta2, eps, scale;
-  EpsAt at;
-  bool moments, keep_norm, factored;  // norms of lines where there are no moments
 };
 
 // Squares of floats add up exactly enough in double; those of doubles carry an exponent.
@@ -101,11 +94,9 @@ struct Tile {
   __device__ int64_t place(int i) const { return column + (i < 4 ? first + i : second + i - 4); }
 };
 
-// Rows that a warp has in flight together.
-inline constexpr int together = 4;
-
-// Calls f(row, x) with this lane's eight numbers of each of its rows; 0 beyond the last column.
-template <class A, class F>
+// Calls f(row, x) with this lane's eight numbers of each of its rows; 0 beyond the last column. A
+// warp has `together` rows in flight.
+template <class A, int together, class F>
 __device__ inline void each_row(const LineEntry& e, const Tile& tile, const F& f) {
   const int size = size_of(e.type), own = threadIdx.x / warp, warps = line_threads / warp;
   const char* x = e.x + tile.matrix * e.x_stride[0] * size;
@@ -149,7 +140,7 @@ __global__ void __launch_bounds__(line_threads)
   const int64_t rows = e.lines[rows_side], width = e.lines[columns_side];
   Sum<A>* const of_rows = partials + e.partials[rows_side] +
                           (tile.matrix * e.across + tile.over) * rows;
-  each_row<A>(e, tile, [&](int64_t row, const A(&x)[8]) {
+  each_row<A, 4>(e, tile, [&](int64_t row, const A(&x)[8]) {
     Sum<A> total = squared(x[0]);
     columns[0] = columns[0] + total;
 #pragma unroll
@@ -274,7 +265,7 @@ struct Factors {
 
 // Squares of a tile after a factored moment, before the norm is kept.
 template <class A>
-__global__ void __launch_bounds__(line_threads)
+__global__ void __launch_bounds__(line_threads, sizeof(A) == 4 ? 2 : 1)
     line_norms_kernel(ORTHONORM_CONSTANT(LineTable) table, ORTHONORM_CONSTANT(LineRule) rule,
                       const double* factors, const GroupSums* groups, double* after) {
   const LineEntry& e = locate<&LineEntry::first_tile>(table, blockIdx.x);
@@ -286,7 +277,7 @@ __global__ void __launch_bounds__(line_threads)
     const int64_t j = tile.place(i);
     columns[i] = j < e.lines[columns_side] ? factor.columns[j] : 0;
   }
-  each_row<A>(e, tile, [&](int64_t row, const A(&x)[8]) {
+  each_row<A, 4>(e, tile, [&](int64_t row, const A(&x)[8]) {
     const double own = factor.rows[row];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -300,7 +291,7 @@ __global__ void __launch_bounds__(line_threads)
 
 // out <- x times its factor, rounded once.
 template <class A>
-__global__ void __launch_bounds__(line_threads)
+__global__ void __launch_bounds__(line_threads, sizeof(A) == 4 ? 2 : 1)
     line_apply_kernel(ORTHONORM_CONSTANT(LineTable) table, ORTHONORM_CONSTANT(LineRule) rule,
                       const double* factors, const GroupSums* groups, const double* after) {
   const LineEntry& e = locate<&LineEntry::first_tile>(table, blockIdx.x);
@@ -329,7 +320,7 @@ __global__ void __launch_bounds__(line_threads)
     const int64_t j = tile.place(i);
     columns[i] = factor.columns && j < e.lines[columns_side] ? factor.columns[j] : 1;
   }
-  each_row<A>(e, tile, [&](int64_t row, const A(&x)[8]) {
+  each_row<A, 2>(e, tile, [&](int64_t row, const A(&x)[8]) {
     const double own = factor.rows ? factor.rows[row] : 1;
     A y[8];
 #pragma unroll
