@@ -35,13 +35,16 @@ def sources() -> list[Path]:
 
 
 def built() -> bool:
-    """Whether every source has an object at least as new as all of `csrc`."""
-    if not sources():
-        return False
-    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cu")]
-    newest = max(p.stat().st_mtime for p in files if "tests" not in p.parts)
-    objects = [OBJECTS / f"{source.name}.o" for source in sources()]
-    return all(o.exists() and o.stat().st_mtime >= newest for o in objects)
+    """Whether every source has an object newer than all that it was made from (CMake's list)."""
+    for source in sources():
+        made = OBJECTS / f"{source.name}.o"
+        listed = made.with_name(f"{made.name}.d")
+        if not made.exists() or not listed.exists():
+            return False
+        names = [name for name in listed.read_text().split() if str(ROOT / "csrc") in name]
+        if not names or any(Path(n).stat().st_mtime > made.stat().st_mtime for n in names):
+            return False
+    return bool(sources())
 
 
 def tool(*arguments: str) -> str:
