@@ -8,12 +8,13 @@ PY := $(VENV)/bin/python
 HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.version.cuda is not None))" 2>/dev/null)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test bench results lint cpp clean help
+.PHONY: demo test bench results lint cpp cuda clean help
 
 help:
 	@echo "make demo   train a small language model with AdamW, Muon and Conda (about five minutes)"
 	@echo "make test   run every test this machine can run"
-	@echo "make bench  time the ops against their peers; make lint; make cpp (C++ tests, sanitizers)"
+	@echo "make bench  time the ops against their peers; make lint; make cpp (C++ tests, sanitizers);"
+	@echo "make cuda   compile the CUDA kernels with nvcc, no GPU needed, and report on them"
 
 $(VENV)/installed:
 	$(PYTHON) -m venv $(if $(filter 1,$(HAS_CUDA_TORCH)),--system-site-packages) $(VENV)
@@ -46,6 +47,11 @@ cpp:
 	cmake -S . -B build/cpp -DSANITIZE=ON
 	cmake --build build/cpp -j 2
 	ctest --test-dir build/cpp --output-on-failure
+
+cuda: $(VENV)/built
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -DWITH_CUDA=ON -DBUILD_TESTING=OFF
+	cmake --build build/cuda -j 2 --target _C_cuda
+	$(PY) -m orthonorm.bench.cuda_report --out bench/results/cuda_compile.json
 
 clean:
 	rm -rf build dist $(VENV) runs python/*.egg-info python/orthonorm/*.so

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 from glob import glob
 
 from setuptools import find_packages, setup
@@ -18,6 +19,31 @@ PACKAGE_DIR = {
     "orthonorm.bench": "bench",
     "orthonorm.examples": "examples",
 }
+
+# Formulas say fma where they mean it (csrc/host_device.h); 20013, 20015 are about torch's headers.
+NVCC_FLAGS = [
+    "-O3", "-std=c++20", "-DUSE_CUDA", "--fmad=false", "-Xcompiler=-fvisibility=hidden",
+    "-diag-suppress=20013,20015",
+]  # fmt: skip
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0")
+
+
+def architectures(cuda_home: str, has_gpu: bool) -> str:
+    """What TORCH_CUDA_ARCH_LIST says; else the GPUs of this machine, else all nvcc knows."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        if has_gpu:
+            import torch
+
+            found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+            # 9.0 and 10.0 have instructions of their own, which their forward-compatible names lack
+            names = [f"{a}.{b}{'a' if a in (9, 10) else ''}" for a, b in sorted(found)]
+        else:
+            command = [os.path.join(cuda_home, "bin", "nvcc"), "--list-gpu-code"]
+            known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            codes = {a: f"sm_{a.rstrip('a').replace('.', '')}" for a in ARCHITECTURES}
+            names = [a for a, code in codes.items() if code in known.split()]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
+    return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
 
 
 def compiled() -> dict:
@@ -55,16 +81,23 @@ def compiled() -> dict:
             "orthonorm._C", sorted(glob("csrc/cpu/*.cpp")), extra_compile_args=flags, **common
         )
     ]
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
-    if cuda_sources and torch.version.cuda and CUDA_HOME:
+    if torch.version.cuda is None:
+        why = "this torch is a CPU build"
+    elif CUDA_HOME is None:
+        why = "there is no nvcc (CUDA_HOME)"
+    else:
+        names = architectures(CUDA_HOME, torch.cuda.is_available())
+        why = f"torch {torch.__version__}, CUDA {torch.version.cuda}, sm {names}"
+        built_for = f'-DORTHONORM_BUILT_FOR="{why}"'
         extensions.append(
             CUDAExtension(
                 "orthonorm._C_cuda",
-                cuda_sources,
-                extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]},
+                sorted(glob("csrc/cuda/*.cu")),
+                extra_compile_args={"cxx": flags, "nvcc": [*NVCC_FLAGS, built_for]},
                 **common,
             )
         )
+    print(f"orthonorm: building {', '.join(e.name for e in extensions)}; _C_cuda: {why}")
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
 
 

@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from orthonorm._library import LOADED, NAMESPACE, OPS
+from orthonorm._library import LOADED, NAMESPACE, OPS, triton_kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,21 +86,13 @@ def start_ours(case: Case, calls: list[Arguments]) -> Running:
     return run_calls(case.op, case, calls)
 
 
-def start_triton(case: Case, calls: list[Arguments]) -> Running:
-    """The Triton kernel of an op that a CUDA kernel serves."""
-    if calls and next(_flat(calls[0].values())).device.type != "cuda":
-        raise Unavailable("Triton kernels run on CUDA")
-    if LOADED.served.get((case.name, "CUDA")) != "CUDA":
-        raise Unavailable("no other backend serves this op")
-    module = f"orthonorm.kernels.{case.name.rstrip('_')}"
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
-        raise Unavailable("no Triton kernel is there")
-    kernel = getattr(importlib.import_module(module), case.name)
-    return run_calls(case.op.checked(kernel), case, calls)
-
-
 def start_reference(case: Case, calls: list[Arguments]) -> Running:
     return run_calls(case.op.reference, case, calls)
+
+
+def start_triton(case: Case, calls: list[Arguments]) -> Running:
+    """The Triton kernel beside a CUDA one that serves the op."""
+    return run_calls(triton_kernel(case.op), case, calls)
 
 
 class _Serving(TorchDispatchMode):

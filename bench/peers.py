@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+from orthonorm._library import LOADED
 from torch import Tensor
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.optim import _muon
@@ -264,5 +265,6 @@ TORCH: dict[str, tuple[Peer, ...]] = {
 def peers(case: Case, calls: list[Arguments]) -> tuple[Peer, ...]:
     """Everything that stands beside our op; at last what binds it: memory or arithmetic."""
     arithmetic = any(case.flops(arguments) for arguments in calls)
-    own = (TRITON, REFERENCE) if torch.cuda.is_available() else (REFERENCE,)
-    return (*own, *TORCH.get(case.name, ()), CEILING if arithmetic else FLOOR)
+    twin = (TRITON,) if LOADED.served.get((case.name, "CUDA")) == "CUDA" else ()
+    floor = CEILING if arithmetic else FLOOR
+    return (*twin, REFERENCE, *TORCH.get(case.name, ()), floor)

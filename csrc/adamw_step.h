@@ -20,7 +20,7 @@ struct AdamWStep {
 
   // `t` counts this step too. Decaying last multiplies the update by the decay as well, so both
   // orders are decay * w - size * m / denominator.
-  AdamWStep(const AdamWRule& rule, double t) {
+  ORTHONORM_HD AdamWStep(const AdamWRule& rule, double t) {
     const double kept = 1 - rule.lr * rule.weight_decay;
     const double correct1 = 1 - std::pow(rule.beta1, t);
     const double correct2 = std::sqrt(1 - std::pow(rule.beta2, t));
@@ -35,7 +35,7 @@ struct AdamWStep {
   }
 
   template <class B>
-  explicit AdamWStep(const AdamWStep<B>& c)
+  ORTHONORM_HD explicit AdamWStep(const AdamWStep<B>& c)
       : decay(static_cast<A>(c.decay)),
         size(static_cast<A>(c.size)),
         eps(static_cast<A>(c.eps)),

@@ -12,7 +12,7 @@ template <class A>
 struct DecayedUpdate {
   A decay, step;
 
-  DecayedUpdate(double lr, double weight_decay, double factor)
+  ORTHONORM_HD DecayedUpdate(double lr, double weight_decay, double factor)
       : decay(static_cast<A>(1 - lr * weight_decay)), step(static_cast<A>(lr * factor)) {}
 };
 

@@ -6,7 +6,14 @@
 #include <cmath>
 #include <cstdint>
 
+#include "elements.h"
+
 namespace orthonorm {
+
+// 2^exponent, for exponents from -1022 to 1023.
+ORTHONORM_HD inline double power_of_two(int64_t exponent) {
+  return bit_cast<double>(static_cast<uint64_t>(1023 + exponent) << 52);
+}
 
 // sum * 4^exponent. A power of two in the data moves to the exponent unrounded, so it moves the
 // norm by exactly itself.
@@ -15,15 +22,15 @@ struct SquareSum {
   double sum = 0;
   int64_t exponent = lowest;
 
-  double norm() const { return std::ldexp(std::sqrt(sum), static_cast<int>(exponent)); }
+  ORTHONORM_HD double norm() const { return std::sqrt(sum) * power_of_two(exponent); }
 };
 
-inline SquareSum operator+(SquareSum a, SquareSum b) {
-  if (a.exponent < b.exponent) std::swap(a, b);
-  if (a.exponent > b.exponent) {
-    b.sum = std::ldexp(b.sum, static_cast<int>(2 * (b.exponent - a.exponent)));
-  }
-  return {a.sum + b.sum, a.exponent};
+ORTHONORM_HD inline SquareSum operator+(const SquareSum& a, const SquareSum& b) {
+  const bool less = a.exponent < b.exponent;  // no references: they would put both into memory
+  const double large = less ? b.sum : a.sum, small = less ? a.sum : b.sum;
+  const int64_t exponent = less ? b.exponent : a.exponent;
+  const int64_t shift = 2 * ((less ? a.exponent : b.exponent) - exponent);
+  return {large + small * power_of_two(shift < -1022 ? -1022 : shift), exponent};
 }
 
 // The exponent that brings the largest magnitude near 1; 0 if there is an infinity or a NaN.
@@ -44,7 +51,7 @@ inline SquareSum square_sum(const A* x, int64_t count) {
   constexpr int64_t lanes = 64;
   int64_t exponent = 0;
   if constexpr (wide) exponent = peak_exponent(x, count);
-  const double unit = wide ? std::ldexp(1.0, static_cast<int>(-exponent)) : 1.0;
+  const double unit = power_of_two(-exponent);
   double sums[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) {

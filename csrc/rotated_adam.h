@@ -12,7 +12,7 @@ template <class A>
 struct RotatedAdam {
   A beta1, gain1, beta2, gain2, eps, scale;
 
-  RotatedAdam(double beta1, double beta2, double eps, double scale)
+  ORTHONORM_HD RotatedAdam(double beta1, double beta2, double eps, double scale)
       : beta1(static_cast<A>(beta1)),
         gain1(static_cast<A>(1 - beta1)),
         beta2(static_cast<A>(beta2)),

@@ -28,7 +28,7 @@ def test_setup_and_cmake_read_the_same_folders() -> None:
     for folder in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"):
         assert f'glob("{folder}")' in setup
         assert re.search(rf"file\(GLOB \w+ CONFIGURE_DEPENDS {re.escape(folder)}\)", cmake)
-    for flag in ("-O3", "-fno-math-errno"):
+    for flag in ("-O3", "-fno-math-errno", "--fmad=false"):
         assert flag in setup and flag in cmake
 
 

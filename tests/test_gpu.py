@@ -9,6 +9,7 @@ import pytest
 import test_ops
 import torch
 from orthonorm import optim
+from orthonorm._library import LOADED, triton_kernel
 from orthonorm.bench.cases import CASES, Case, tensors
 from orthonorm.bench.inputs import Arguments, Inputs, copied
 from test_ops import Shapes, by_dtype, check_numbers, first_member, made, run
@@ -39,6 +40,17 @@ def calls(case: Case, shapes: Shapes) -> list[Shapes]:
 def test_error(case: Case, dtype: str, shapes: Shapes) -> None:
     for some in calls(case, SMALL if case.limit and shapes is LARGE else shapes):
         check_numbers(case, some, inputs(dtype))
+
+
+TWINS = [c for c in ALL if LOADED.served.get((c.name, "CUDA")) == "CUDA"]
+
+
+@pytest.mark.parametrize("case", TWINS, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_triton_twin_of_a_cuda_kernel(case: Case, dtype: str) -> None:
+    """Both are callable in one process and held to the same rule."""
+    for some in calls(case, SMALL):
+        check_numbers(case, some, inputs(dtype), kernel=triton_kernel(case.op))
 
 
 @pytest.mark.parametrize(

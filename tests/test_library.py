@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import orthonorm
 import pytest
 import torch
-from orthonorm import LOADED, OPS, ops
+from orthonorm import LOADED, OPS, _gpus, ops
 from orthonorm.__main__ import main, serving
+from orthonorm._library import Loaded
 
 KELLER = [3.4445, -4.7750, 2.0315] * 5
 
@@ -61,6 +63,35 @@ def test_backend_variable() -> None:
     bad = run(code, ORTHONORM_BACKEND="fast")
     assert bad.returncode == 1
     assert "ORTHONORM_BACKEND must be one of" in bad.stderr and "'fast'" in bad.stderr
+
+
+def test_a_library_that_does_not_fit_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "_C_cuda.so"
+    path.write_bytes(b"\0\0orthonorm built for: torch 2.13.0, CUDA 13.0, sm 8.0 9.0a;\0")
+    loaded = Loaded()
+    loaded.backend = "auto"
+    for capability in ((8, 0), (8, 9), (9, 0)):
+        monkeypatch.setattr(_gpus, "capabilities", lambda c=capability: [c])
+        assert _gpus.unfit(path) == ""
+    loaded._load_library(path, "CUDA", "CUDA", wanted=True)  # the file is no library at all
+    state = loaded.libraries["_C_cuda.so"]
+    assert state.startswith("not loaded: ") and "built for torch 2.13.0, CUDA 13.0" in state
+    monkeypatch.setattr(_gpus, "capabilities", lambda: [(9, 0), (10, 0)])
+    loaded._load_library(path, "CUDA", "CUDA", wanted=True)
+    assert "no code for a GPU of compute capability 10.0" in loaded.libraries["_C_cuda.so"]
+    assert not loaded.served
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "runs"),
+    [("8.0", (8, 6), True), ("8.6", (8, 0), False), ("8.0", (9, 0), False),
+     ("9.0a", (9, 0), True), ("10.0a", (10, 3), False), ("8.0+PTX", (12, 0), True),
+     ("12.0", (12, 1), True)],
+)  # fmt: skip
+def test_architectures(architecture: str, capability: tuple[int, int], runs: bool) -> None:
+    assert _gpus.covers(architecture, capability) is runs
 
 
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,17 +64,6 @@ inline BFloat16 narrow(float value) {
   return {static_cast<uint16_t>(nan ? 0x7fc0 : rounded), BFloat16::from_bits()};
 }
 
-// A double on its way to a 16-bit format: truncated to float, its last bit set if that lost
-// anything (rounding to odd), so that the final rounding is the only one.
-inline float to_odd(double value) {
-  const float near = static_cast<float>(value);
-  const double back = static_cast<double>(near);
-  uint32_t bits = std::bit_cast<uint32_t>(near);
-  bits -= (back < 0 ? -back : back) > (value < 0 ? -value : value) ? 1 : 0;
-  bits |= back != value && value == value ? 1 : 0;
-  return std::bit_cast<float>(bits);
-}
-
 template <class A, class T>
 inline A element(T value) {
   if constexpr (sizeof(T) == 2 && std::is_same_v<T, BFloat16>) {

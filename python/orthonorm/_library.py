@@ -17,6 +17,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _gpus
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -162,8 +164,15 @@ class Loaded:
             self.libraries[path.name] = "not loaded: this torch is a CPU build"
         elif not path.exists():
             self.libraries[path.name] = "not built"
+        elif reason := _gpus.unfit(path) if key == "CUDA" else "":
+            self.libraries[path.name] = f"not loaded: {reason}"
         else:
-            torch.ops.load_library(path)
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:  # of another torch or CUDA: the next backend serves
+                reason = str(error.__cause__ or error)
+                self.libraries[path.name] = f"not loaded: {reason}{_gpus.built_for(path)}"
+                return
             self.libraries[path.name] = "loaded"
             for name in OPS:
                 if has_kernel(name, key):
@@ -179,6 +188,12 @@ class Loaded:
                 continue
             _library.impl(name, op.checked(_Lazy(op, module)), key)
             self.served[name, key] = "Triton"
+
+
+def triton_kernel(op: Op[P, R]) -> Callable[P, R]:
+    """The Triton kernel of an op, whatever serves it: to compare with. ImportError without one."""
+    module = importlib.import_module(f"{NAMESPACE}.kernels.{op.name.rstrip('_')}")
+    return op.checked(getattr(module, op.name))
 
 
 class _Lazy:

@@ -1,0 +1,61 @@
+#include "adamw_step_.h"
+
+#include "op.h"
+
+namespace orthonorm::cuda {
+namespace {
+
+// The count of a step kept on the host, after this one.
+double counted_on_host(const Tensor& step) {
+  if (step.scalar_type() == ScalarType::Double) return *static_cast<double*>(step.data_ptr()) += 1;
+  return *static_cast<float*>(step.data_ptr()) += 1;
+}
+
+void check_steps(const TensorList& steps) {
+  std::unordered_set<const void*> seen;
+  for (const Tensor& step : steps) {
+    STD_TORCH_CHECK(step.numel() == 1, "adamw_step_: steps must have one element, got ",
+                    step.numel());
+    const ScalarType dtype = step.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                    "adamw_step_: steps must be float32 or float64");
+    STD_TORCH_CHECK(seen.insert(step.data_ptr()).second,
+                    "adamw_step_: steps[", seen.size(), "] is written and must not be another's");
+  }
+}
+
+void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
+                 const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
+                 double beta1, double beta2, double eps, double weight_decay, bool decay_first,
+                 bool correct_eps) {
+  Call call("adamw_step_", {{"params", params, true},
+                            {"grads", grads, false},
+                            {"exp_avg", exp_avg, true},
+                            {"exp_avg_sq", exp_avg_sq, true}});
+  call.same_shapes(0);
+  call.same_length("steps", steps.size());
+  check_steps(steps);
+  const AdamWRule rule{0, beta1, beta2, eps, weight_decay, decay_first, correct_eps};
+  const Number rate = call.number("lr", lr);
+  call.run([&](const Device& device) {
+    auto* made = device.scratch<AdamWStep<double>>(static_cast<int64_t>(call.size()));
+    auto counts = counted(device, rate, rule, made);
+    for (const Tensor& step : steps) {
+      const Element type = step.scalar_type() == ScalarType::Double ? Element::f64 : Element::f32;
+      const bool here = step.device() == params[0].device();
+      const double known = here ? 0 : counted_on_host(step);
+      char* at = here ? static_cast<char*>(step.data_ptr()) : nullptr;
+      counts.add({Strided{at, type, 0, nullptr, nullptr}}, bit_cast<int64_t>(known));
+    }
+    counts.finish();
+    auto lists = elementwise(device, Unit::tensor, AdamWOp{made});
+    for (size_t i = 0; i < call.size(); ++i) lists.add(call.item<4>(i));
+    lists.finish();
+  });
+}
+
+}  // namespace
+
+ORTHONORM_CUDA_IMPL(m) { m.impl("adamw_step_", TORCH_BOX(&adamw_step_)); }
+
+}  // namespace orthonorm::cuda

@@ -1,0 +1,61 @@
+// AdamW on lists: one small launch counts the steps, one pass updates everything.
+#pragma once
+
+#include "../adamw_step.h"
+
+#include "elementwise.h"
+
+namespace orthonorm::cuda {
+
+struct AdamWOp {
+  static constexpr int lists = 4;
+  static constexpr unsigned reads = 0b1111, writes = 0b1101;  // params, grads, exp_avg, exp_avg_sq
+  static constexpr bool sums = false;
+  template <class A>
+  using Constants = AdamWStep<A>;
+
+  const AdamWStep<double>* made;  // for every item
+
+  template <class A>
+  __device__ AdamWStep<A> prepare(const Entry<4>& entry, int64_t) const {
+    return AdamWStep<A>(made[entry.item]);
+  }
+
+  template <class A>
+  __device__ static A apply(const AdamWStep<A>& c, A (&x)[4]) {
+    adamw_step(c, x[0], x[1], x[2], x[3]);
+    return x[0];
+  }
+};
+
+// Adds 1 to every step count on the device and makes each item's constants. An entry without data
+// has its count, already this step's, in `extra`.
+__global__ void advance_kernel(ORTHONORM_CONSTANT(Table<1>) table, ORTHONORM_CONSTANT(Number) lr,
+                               AdamWRule rule, AdamWStep<double>* made) {
+  const int i = static_cast<int>(blockIdx.x * threads + threadIdx.x);
+  if (i >= table.entries_used) return;
+  const Entry<1>& entry = table.entries[i];
+  double t = bit_cast<double>(entry.extra);
+  if (entry.data[0]) {
+    if (entry.type[0] == Element::f64) {
+      t = *reinterpret_cast<double*>(entry.data[0]) += 1;
+    } else {
+      t = *reinterpret_cast<float*>(entry.data[0]) += 1;
+    }
+  }
+  rule.lr = lr.read();
+  made[entry.item] = AdamWStep<double>(rule, t);
+}
+
+// ---- host --------------------------------------------------------------------------------------
+
+// Step counts, a one-element tensor each; `rule.lr` is `lr`.
+inline Lists<1> counted(const Device& device, const Number& lr, const AdamWRule& rule,
+                        AdamWStep<double>* made) {
+  return Lists<1>(Unit::tensor, 1, [&device, lr, rule, made](const Table<1>& table, bool) {
+    launch(advance_kernel, (table.entries_used + threads - 1) / threads, threads, 0, device, table,
+           lr, rule, made);
+  });
+}
+
+}  // namespace orthonorm::cuda

@@ -1,0 +1,226 @@
+// Tensors as kernels take them: checked, on their device's stream, and errors that say where.
+#pragma once
+
+#include "../orthonorm.h"
+
+#include <array>
+#include <deque>
+#include <sstream>
+#include <string>
+#include <unordered_set>
+
+#include "elementwise.h"
+
+#ifdef __CUDACC__
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#define ORTHONORM_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(orthonorm, CUDA, m)
+#else  // tests run the same sources on CPU tensors
+#define ORTHONORM_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m)
+#endif
+
+namespace orthonorm::cuda {
+
+#ifdef ORTHONORM_BUILT_FOR  // read from the file before it is loaded: `_library.py`
+[[gnu::used]] static const char built_for[] = "orthonorm built for: " ORTHONORM_BUILT_FOR ";";
+#endif
+
+inline Element element_of(const char* op, const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return Element::f16;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::Double: return Element::f64;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline Strided strided(const char* op, const char* name, const Tensor& t) {
+  return {static_cast<char*>(t.data_ptr()), element_of(op, name, t.scalar_type()), t.dim(),
+          t.sizes().data(), t.strides().data()};
+}
+
+inline std::string shape_of(const Strided& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim; ++d) text << (d ? ", " : "") << t.sizes[d];
+  text << ")";
+  return text.str();
+}
+
+// Whether two indices mean the same element, as in an expanded tensor.
+inline bool expanded(const Strided& t) {
+  for (int64_t d = 0; d < t.dim; ++d) {
+    if (t.strides[d] == 0 && t.sizes[d] > 1) return numel(t) > 0;
+  }
+  return false;
+}
+
+struct NamedList {
+  const char* name;
+  const TensorList& tensors;
+  bool written;
+};
+
+// One call of an op on lists of tensors. Checks that nothing outside of them would be touched, then
+// runs launches on the current stream of their device.
+class Call {
+ public:
+  Call(const char* op, std::vector<NamedList> lists) : op_(op), lists_(std::move(lists)) {
+    const NamedList& leader = lists_[0];
+    std::unordered_set<const void*> written;
+    for (const NamedList& list : lists_) {
+      same_length(list.name, list.tensors.size());
+      for (size_t i = 0; i < list.tensors.size(); ++i) {
+        const Tensor& t = list.tensors[i];
+        tensors_.push_back(strided(op, list.name, t));
+        const Strided& s = tensors_.back();
+        STD_TORCH_CHECK(t.device() == leader.tensors[0].device(), op, ": ", list.name, "[", i,
+                        "] must be on the device of ", leader.name, "[0]");
+        if (!list.written || numel(s) == 0) continue;
+        STD_TORCH_CHECK(!expanded(s), op, ": ", list.name, "[", i,
+                        "] is written and must not be expanded");
+        STD_TORCH_CHECK(written.insert(s.data).second, op, ": ", list.name, "[", i,
+                        "] is written and must not begin where another tensor that is written "
+                        "does, got shape ", shape_of(s));
+      }
+    }
+  }
+
+  size_t size() const { return lists_[0].tensors.size(); }
+  const Strided& operator()(size_t list, size_t i) const { return tensors_[list * size() + i]; }
+
+  // Item i of the first N lists.
+  template <int N>
+  std::array<Strided, N> item(size_t i) const {
+    std::array<Strided, N> result;
+    for (int k = 0; k < N; ++k) result[k] = (*this)(k, i);
+    return result;
+  }
+
+  void same_length(const char* name, size_t length) const {
+    STD_TORCH_CHECK(length == size(), op_, ": lists must have equal lengths, got ", size(), " ",
+                    lists_[0].name, " and ", length, " ", name);
+  }
+
+  // All lists have one shape at every place, of at least `least` dimensions.
+  void same_shapes(int64_t least) const {
+    for (size_t k = 0; k < lists_.size(); ++k) {
+      for (size_t i = 0; i < size(); ++i) {
+        const Strided &t = (*this)(k, i), &first = (*this)(0, i);
+        STD_TORCH_CHECK(t.dim >= least, op_, ": ", lists_[k].name, "[", i, "] must have at least ",
+                        least, " dimensions, got shape ", shape_of(t));
+        STD_TORCH_CHECK(t.dim == first.dim && std::equal(t.sizes, t.sizes + t.dim, first.sizes),
+                        op_, ": ", lists_[k].name, "[", i, "] must have the shape of ",
+                        lists_[0].name, "[", i, "] ", shape_of(first), ", got ", shape_of(t));
+      }
+    }
+  }
+
+  // The lists behind the first hold numbers for its rows, its columns, or both in this order.
+  void lines(bool rows, bool columns) const {
+    for (size_t i = 0; i < size(); ++i) {
+      const Strided& x = (*this)(0, i);
+      STD_TORCH_CHECK(x.dim >= 2, op_, ": ", lists_[0].name, "[", i,
+                      "] must have at least 2 dimensions, got shape ", shape_of(x));
+      if (rows) lines(1, i, x.dim - 1);
+      if (columns) lines(rows ? 2 : 1, i, x.dim - 2);
+    }
+  }
+
+  // A one-element tensor: read on the device, or its value if the host has it.
+  Number number(const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(t.numel() == 1, op_, ": ", name, " must have one element, got ", t.numel());
+    return numbers(name, t);
+  }
+
+  // Numbers to be read on the device, brought there if they are not.
+  Number numbers(const char* name, const Tensor& t) {
+    const Strided s = strided(op_, name, t);
+    if (size() == 0 || t.device() == device()) return {s.data, s.type, t.dim() ? s.strides[0] : 0};
+    if (t.is_cpu() && t.numel() == 1) return {host_value(s)};
+    const Tensor& there = kept_.emplace_back(torch::stable::to(t, device(), true));
+    return {static_cast<char*>(there.data_ptr()), s.type, there.dim() ? there.stride(0) : 0};
+  }
+
+  // A float64 number for every matrix of the first list; those of empty matrices are 0.
+  template <class Op>
+  Tensor norms(const Op& op) {
+    int64_t count = 0;
+    for (size_t i = 0; i < size(); ++i) count += matrices((*this)(0, i));
+    const auto on = size() ? std::optional(device()) : std::nullopt;
+    const Tensor result = torch::stable::empty({count}, ScalarType::Double, std::nullopt, on);
+    run([&](const Device& device) {
+      auto lists = elementwise(device, Unit::matrix, op, static_cast<double*>(result.data_ptr()));
+      for (size_t i = 0; i < size(); ++i) lists.add(item<Op::lists>(i));
+      lists.finish();
+    });
+    return result;
+  }
+
+  // Calls `launches(device)`; an error in it names op and shapes.
+  template <class Launches>
+  void run(const Launches& launches) {
+    if (size() == 0) return;
+    try {
+      with_device(launches);
+    } catch (const std::exception& error) {
+      std::ostringstream shapes;
+      for (size_t i = 0; i < size() && i < 4; ++i) {
+        shapes << (i ? ", " : "") << shape_of((*this)(0, i));
+      }
+      if (size() > 4) shapes << " and " << size() - 4 << " more";
+      STD_TORCH_CHECK(false, op_, ": ", error.what(), ", on ", lists_[0].name, " of shapes ",
+                      shapes.str());
+    }
+  }
+
+ private:
+  // Tensor i of a list has the shape of the first list's, but 1 at `reduced`.
+  void lines(size_t list, size_t i, int64_t reduced) const {
+    const Strided &x = (*this)(0, i), &t = (*this)(list, i);
+    bool fits = t.dim == x.dim;
+    for (int64_t d = 0; fits && d < x.dim; ++d) {
+      fits = t.sizes[d] == (d == reduced ? 1 : x.sizes[d]);
+    }
+    STD_TORCH_CHECK(fits, op_, ": ", lists_[list].name, "[", i, "] must have the shape of ",
+                    lists_[0].name, "[", i, "] ", shape_of(x), " but 1 in dimension ",
+                    reduced - x.dim, ", got ", shape_of(t));
+  }
+
+  torch::stable::Device device() const { return lists_[0].tensors[0].device(); }
+
+  static double host_value(const Strided& t) {
+    switch (t.type) {
+      case Element::f16: return widen(*reinterpret_cast<const Fp16*>(t.data));
+      case Element::bf16: return widen(*reinterpret_cast<const Bf16*>(t.data));
+      case Element::f32: return *reinterpret_cast<const float*>(t.data);
+      default: return *reinterpret_cast<const double*>(t.data);
+    }
+  }
+
+  template <class Launches>
+  void with_device(const Launches& launches) {
+    cudaStream_t stream = nullptr;
+#ifdef __CUDACC__
+    const int32_t index = lists_[0].tensors[0].get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    stream = static_cast<cudaStream_t>(current);
+#endif
+    launches(Device{stream, [this](int64_t bytes) {
+                      kept_.push_back(torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
+                                                           device()));
+                      return kept_.back().data_ptr();
+                    }});
+  }
+
+  const char* op_;
+  std::vector<NamedList> lists_;
+  std::vector<Strided> tensors_;
+  std::deque<Tensor> kept_;  // memory of the launches
+};
+
+}  // namespace orthonorm::cuda

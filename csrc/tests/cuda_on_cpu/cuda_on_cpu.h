@@ -1,0 +1,228 @@
+// CUDA C++ kernels compiled by a plain C++20 compiler and run on the CPU, for tests: blocks, shared
+// memory, barriers, warp shuffles and votes, atomics, cooperative grids.
+//
+// Each CUDA thread is a fiber, and a barrier that not all of a block's threads reach is reported.
+// With CUDA_ON_CPU_THREADS each is a std::thread instead, so that ThreadSanitizer sees what no
+// barrier orders. Shared memory is filled with 0xA5 for every block and AddressSanitizer guards its
+// ends. Threads that have returned count as arrived. Not modelled: clusters, asynchronous copies,
+// wgmma; the memory model is the CPU's, so a missing fence between blocks is not found.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, size) static_cast<void>(0)
+#define ASAN_UNPOISON_MEMORY_REGION(at, size) static_cast<void>(0)
+#endif
+
+#ifdef CUDA_ON_CPU_THREADS
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
+
+#define __global__ inline
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint4 {
+  alignas(16) unsigned x;
+  unsigned y, z, w;
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+
+namespace cuda_on_cpu {
+
+struct Warp {
+  Barrier barrier;
+  uint64_t slots[32] = {};
+  explicit Warp(int threads) : barrier(threads) {}
+};
+
+// What one block has to itself: barriers and shared memory.
+struct Block {
+  static constexpr size_t arena = 1 << 18;
+  Barrier barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::unique_ptr<unsigned char[]> statics{new unsigned char[arena]};
+  std::vector<unsigned char> dynamic;
+
+  Block(int threads, size_t dynamic_bytes) : barrier(threads), dynamic(dynamic_bytes, 0xA5) {
+    for (int t = 0; t < threads; t += 32) {
+      warps.push_back(std::make_unique<Warp>(threads - t < 32 ? threads - t : 32));
+    }
+    std::memset(statics.get(), 0xA5, arena);
+    ASAN_POISON_MEMORY_REGION(statics.get(), arena);
+  }
+  ~Block() { ASAN_UNPOISON_MEMORY_REGION(statics.get(), arena); }
+};
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// Who the running CUDA thread is.
+struct Here {
+  Index thread, block, threads{1, 1, 1}, blocks{1, 1, 1};
+  Block* own = nullptr;
+  Barrier* grid = nullptr;
+
+  unsigned lane() const { return thread.x % 32; }
+  Warp& warp() const { return *own->warps[thread.x / 32]; }
+};
+
+inline Here& here() { return *static_cast<Here*>(current()); }
+
+// A place in every block's shared memory for one declaration, found when it first runs.
+class Region {
+ public:
+  explicit Region(size_t bytes) : bytes_(bytes) {
+    static std::atomic<size_t> used{64};
+    const size_t rounded = (bytes + 127) / 64 * 64;  // a gap of at least 64 bytes behind it
+    offset_ = used.fetch_add(rounded);
+    if (offset_ + rounded > Block::arena) {
+      std::fprintf(stderr, "cuda_on_cpu: all kernels together declare too much shared memory\n");
+      std::abort();
+    }
+  }
+  void* in(Block& block) const {
+    ASAN_UNPOISON_MEMORY_REGION(block.statics.get() + offset_, bytes_);
+    return block.statics.get() + offset_;
+  }
+
+ private:
+  size_t bytes_, offset_;
+};
+
+// Runs `kernel` for every thread of every block: a cooperative grid's blocks together, others one
+// after another.
+template <class Kernel>
+void run(int64_t blocks, int threads, size_t shared_bytes, bool cooperative, const Kernel& kernel) {
+  const int64_t together = cooperative ? blocks : 1;
+  for (int64_t first = 0; first < blocks; first += together) {
+    Barrier grid(static_cast<int>(together * threads));
+    std::vector<std::unique_ptr<Block>> own;
+    std::vector<Here> heres(together * threads);
+    for (int64_t i = 0; i < together; ++i) {
+      own.push_back(std::make_unique<Block>(threads, shared_bytes));
+      for (int t = 0; t < threads; ++t) {
+        Here& at = heres[i * threads + t];
+        at.thread.x = static_cast<unsigned>(t);
+        at.block.x = static_cast<unsigned>(first + i);
+        at.threads.x = static_cast<unsigned>(threads);
+        at.blocks.x = static_cast<unsigned>(blocks);
+        at.own = own[i].get();
+        at.grid = &grid;
+      }
+    }
+    run_all(static_cast<int>(heres.size()), [&](int i) -> void* { return &heres[i]; }, [&] {
+      const Here at = here();
+      kernel();
+      at.own->barrier.drop();
+      at.warp().barrier.drop();
+      at.grid->drop();
+    });
+  }
+}
+
+// Lane `from`'s value; every lane of the warp must call it.
+template <class T>
+T exchanged(T value, unsigned from) {
+  static_assert(sizeof(T) <= 8);
+  Warp& warp = here().warp();
+  std::memcpy(&warp.slots[here().lane()], &value, sizeof value);
+  warp.barrier.wait();
+  T result;
+  std::memcpy(&result, &warp.slots[from % 32], sizeof result);
+  warp.barrier.wait();
+  return result;
+}
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::here().thread)
+#define blockIdx (cuda_on_cpu::here().block)
+#define blockDim (cuda_on_cpu::here().threads)
+#define gridDim (cuda_on_cpu::here().blocks)
+
+// The parameter of a kernel that lies in constant memory; shared memory of a fixed size; shared
+// memory of the size the launch gives.
+#define ORTHONORM_CONSTANT(...) const __VA_ARGS__&
+#define ORTHONORM_SHARED(type, name, count)                          \
+  static const cuda_on_cpu::Region name##_region((count) * sizeof(type)); \
+  type* const name = static_cast<type*>(name##_region.in(*cuda_on_cpu::here().own))
+#define ORTHONORM_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(cuda_on_cpu::here().own->dynamic.data())
+
+inline void __syncthreads() { cuda_on_cpu::here().own->barrier.wait(); }
+inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::here().warp().barrier.wait(); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_on_cpu::exchanged(value, static_cast<unsigned>(lane));
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_on_cpu::exchanged(value, cuda_on_cpu::here().lane() ^ static_cast<unsigned>(mask));
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = cuda_on_cpu::here().lane();
+  return cuda_on_cpu::exchanged(value, lane + delta < 32 ? lane + delta : lane);
+}
+inline unsigned __ballot_sync(unsigned, int vote) {
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    votes |= static_cast<unsigned>(cuda_on_cpu::exchanged(vote != 0, lane)) << lane;
+  }
+  return votes;
+}
+
+template <class T>
+T atomicAdd(T* at, T value) {
+  return std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed);
+}
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+namespace orthonorm::cuda {
+
+struct Device;
+void check(cudaError_t error);
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+            const Device&, const Arguments&... arguments) {
+  if (blocks > INT32_MAX || threads > 1024) check(cudaErrorInvalidConfiguration);
+  cuda_on_cpu::run(blocks, threads, static_cast<size_t>(shared_bytes), false,
+                   [&] { kernel(arguments...); });
+}
+
+template <class... Parameters, class... Arguments>
+void launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                     int64_t shared_bytes, const Device&, const Arguments&... arguments) {
+  cuda_on_cpu::run(blocks, threads, static_cast<size_t>(shared_bytes), true,
+                   [&] { kernel(arguments...); });
+}
+inline void grid_sync() { cuda_on_cpu::here().grid->wait(); }
+
+}  // namespace orthonorm::cuda

@@ -1,0 +1,150 @@
+"""The CUDA kernels on the CPU: the bodies of `test_ops.py` on small inputs and awkward layouts.
+
+Run by `test_cuda_on_cpu.py` in a process of its own, where `csrc/cuda` fills the CPU keys.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import test_ops
+import torch
+from cuda_on_cpu import library
+from orthonorm import ops
+from orthonorm._library import LOADED, OPS, has_kernel
+from orthonorm.bench.cases import CASES, Case, tensors
+from orthonorm.bench.inputs import Arguments, Inputs, copied
+from test_ops import Shapes, by_dtype, check_numbers, first_member, made, run
+
+assert os.environ.get("ORTHONORM_BACKEND") == "reference", "run tests/test_cuda_on_cpu.py instead"
+torch.ops.load_library(library())
+SERVED = tuple(case for name, case in CASES.items() if has_kernel(name, "CPU"))
+EACH = pytest.mark.parametrize("case", SERVED, ids=lambda c: c.name)
+# ones, primes, tails, a batch, tall and wide, more than one tile
+LIST = ((1, 1), (1, 7), (2, 13, 29), (41, 70), (97, 128), (64, 64))
+ALONE = (((1, 1),), ((41, 70),), ((2, 2, 35, 16),), ((97, 128),))
+
+
+def calls(case: Case) -> tuple[Shapes, ...]:
+    return (LIST,) if case.takes_list else ALONE
+
+
+def test_only_these_kernels_serve() -> None:
+    assert not LOADED.served and SERVED
+    assert {c.name for c in SERVED} <= set(OPS)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [pytest.param(c, d, id=f"{c.name}-{d}") for c in SERVED for d in by_dtype(c)]
+)
+def test_error(case: Case, dtype: str) -> None:
+    for shapes in calls(case):
+        check_numbers(case, shapes, Inputs.named(dtype))
+
+
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [pytest.param(c, v, id=f"{c.name}-{i}") for c in SERVED for i, v in enumerate(c.variants)],
+)
+def test_variant(case: Case, variant: Arguments) -> None:
+    for shapes in (((2, 9, 20), (20, 9)),) if case.takes_list else (((20, 9),), ((9, 20),)):
+        check_numbers(case, shapes, Inputs.named("float32", seed=1), **variant)
+
+
+@EACH
+@pytest.mark.parametrize("layout", ["transposed", "reversed", "sliced", "strided"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layout(case: Case, layout: str, dtype: str) -> None:
+    check_numbers(case, ((2, 2, 19, 33),), Inputs.named(dtype, layout=layout))
+    check_numbers(case, ((3, 64, 64),), Inputs.named(dtype, layout=layout))
+
+
+@EACH
+def test_empty(case: Case) -> None:
+    for shape in test_ops.EMPTY:
+        test_ops.test_empty(case, shape)
+
+
+@EACH
+def test_zero(case: Case) -> None:
+    test_ops.test_zero(case)
+
+
+@pytest.mark.parametrize("case", [c for c in SERVED if c.scale_free], ids=lambda c: c.name)
+@pytest.mark.parametrize("scale", [2.0**-133, 2.0**119])
+def test_scale(case: Case, scale: float) -> None:
+    test_ops.test_scale(case, "float32", scale)
+
+
+@EACH
+@pytest.mark.parametrize("scale", [1e-40, 1e36], ids=["1e-40", "1e36"])
+def test_finite_stays_a_number(case: Case, scale: float) -> None:
+    test_ops.test_finite_stays_a_number(case, scale)
+
+
+@EACH
+def test_nonfinite_stays_inside(case: Case) -> None:
+    test_ops.test_nonfinite_stays_inside(case, ((3, 9, 14),), float("nan"))
+    if case.takes_list:
+        test_ops.test_nonfinite_stays_inside(case, ((9, 14),) * 3, float("inf"))
+
+
+@EACH
+def test_company(case: Case) -> None:
+    """Results are the same bits alone, in a batch and in a list."""
+    for shape in ((2, 40, 40), (2, 41, 67)):
+        arguments = made(case, (shape, (35, 64), (1, 70), (64, 3)), Inputs.named("float32"))
+        both = run(case, case.op, copied(arguments))
+        alone = run(case, case.op, first_member(case, copied(arguments)))
+        for name, values in alone.items():
+            wanted = both[name][0]
+            if wanted.dim():
+                line = name.startswith("result") and wanted.dim() == 1
+                wanted = wanted[:1] if line else wanted[0]
+            assert torch.equal(values[0].reshape(wanted.shape), wanted), name
+
+
+@pytest.mark.parametrize("case", [c for c in SERVED if c.takes_list], ids=lambda c: c.name)
+def test_long_lists_are_several_launches(case: Case) -> None:
+    few = "norm" in case.name or "moment" in case.name or case.name == "magnitude"
+    check_numbers(case, ((3, 5), (2, 2, 3)) * (60 if few else 140), Inputs.named("float32"))
+
+
+@pytest.mark.parametrize("case", [c for c in SERVED if c.takes_list], ids=lambda c: c.name)
+def test_written_twice_is_refused(case: Case) -> None:
+    arguments = made(case, ((4, 4), (4, 4)), Inputs.named("float32"))
+    written = [n for n, v in tensors(arguments).items() if n in writes(case) and len(v) == 2]
+    for name in written:
+        twice = {**arguments, name: [arguments[name][0]] * 2}
+        with pytest.raises(RuntimeError, match=f"{case.name}: {name}.1. is written"):
+            case.op.overload(**twice)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3, 5), (2**30 + 8, 1)), ((2, 8, 8), (2**31 + 16, 8, 1)), ((5, 3), (1, 2**30 + 8))],
+)
+def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """The memory between the elements is never touched."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    X = torch.empty(elements, dtype=torch.float16).as_strided(shape, strides)
+    X.copy_(torch.randn(shape))
+    near = X.contiguous()
+    for f in (ops.row_normalize, ops.column_normalize):
+        assert torch.equal(f(X), f(near))
+    norms = ops.magnitude([near])
+    assert torch.equal(ops.magnitude([X]), norms)
+    wanted = ops.divide_each(near, norms, torch.float32)
+    assert torch.equal(ops.divide_each(X, norms, torch.float32), wanted)
+
+
+def test_errors_of_a_launch_name_op_and_shapes() -> None:
+    X = torch.zeros(1, 1).expand(2**31, 2**20)
+    with pytest.raises(RuntimeError, match=r"magnitude: .*, on X of shapes .2147483648, 1048576."):
+        ops.magnitude([X])
+
+
+def writes(case: Case) -> set[str]:
+    schema = case.op.overload._schema
+    return {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}

@@ -1,0 +1,27 @@
+"""The CUDA kernels, run on the CPU by the emulation in `csrc/tests/cuda_on_cpu` (`emulated_cuda.py`
+in a process of its own, as it replaces the CPU's kernels for good)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_on_cpu import ROOT
+
+CXX = os.environ.get("CXX", "g++")
+if not (ROOT / "csrc").is_dir() or shutil.which(CXX) is None:
+    pytest.skip(f"needs a checkout and {CXX}", allow_module_level=True)
+
+
+def test_kernels_on_the_cpu() -> None:
+    environment = {**os.environ, "ORTHONORM_BACKEND": "reference"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "emulated_cuda.py"], cwd=Path(__file__).parent,
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2_000:]
