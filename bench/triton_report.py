@@ -66,31 +66,39 @@ def module(name: str) -> Any:
     return importlib.import_module(f"orthonorm.kernels.{name}")
 
 
-# a product: its table, orders of A, B, C and out (1: rows contiguous), whether C is added
+# a product: its table, orders of A, B, C, D and out (1: rows contiguous), whether C is added, its end
 PRODUCTS = {
-    "gram": ("symmetric", (1, 0, 1, 1), False),
-    "gram-tall": ("symmetric", (0, 1, 1, 1), False),
-    "symmetric_update": ("symmetric", (1, 1, 1, 1), True),
-    "apply": ("product", (1, 1, 1, 1), True),
-    "apply-tall": ("product", (1, 0, 0, 1), True),
-    "rotate": ("product", (0, 1, 1, 1), False),
-    "rotate_back": ("product", (1, 0, 1, 1), True),
+    "gram": ("symmetric", (1, 0, 1, 1, 1), False, "store"),
+    "gram-tall": ("symmetric", (0, 1, 1, 1, 1), False, "store"),
+    "symmetric_update": ("symmetric", (1, 1, 1, 1, 1), True, "store"),
+    "apply": ("product", (1, 1, 1, 1, 1), True, "store"),
+    "apply-tall": ("product", (1, 0, 0, 1, 1), True, "store"),
+    "muon": ("product", (1, 1, 1, 1, 1), False, "update"),
+    "muon-tall": ("product", (1, 0, 0, 0, 0), False, "update"),
+    "muon-direct": ("product", (1, 1, 1, 1, 1), True, "update"),
+    "rotate": ("product", (0, 1, 1, 1, 1), False, "store"),
+    "rotate_back": ("product", (1, 0, 1, 1, 1), False, "update"),
+    "conda-there": ("product", (0, 1, 1, 1, 1), False, "adam"),
+    "conda-there-tall": ("product", (1, 1, 1, 1, 1), False, "adam"),
+    "conda-back": ("product", (1, 1, 1, 1, 1), False, "update"),
 }
 
 
 def products(arch: str) -> Iterator[Build]:
-    """The product kernel in the orders the words and rotations launch it in."""
-    configs, product, tables = map(module, ("configs", "product", "tables"))
-    names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
+    """The product kernel in the orders and with the ends the package launches it in."""
+    configs, ends, product, tables = map(module, ("configs", "ends", "product", "tables"))
+    tensors = ("A", "B", "C", "D", "OUT")
     for dtype, t in tables.TYPES.items():
-        for op, (table, orders, added) in PRODUCTS.items():
+        for op, (table, orders, added, name) in PRODUCTS.items():
+            end = ends.End(getattr(ends, name))
             choices = configs.records(table, dtype, arch)
-            for record in product.fitting(choices, orders[2], orders[3], True):
-                types = dict.fromkeys(("A_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE", "DOT_TYPE"), t)
-                decay = {} if op == "rotate_back" else {"decay": None}
+            for record in product.fitting(choices, *orders[2:], True, end):
+                types = {f"{n}_TYPE": t for n in (*tensors, "DOT")}
+                where = {f"{n}_ORDER": o for n, o in zip(tensors, orders, strict=True)}
+                unused = {} if name == "update" else {"first": None, "second": None}
                 constants = dict(
-                    STEPS=4, **types, **dict(zip(names, orders, strict=True)), **decay,
-                    ALIGNED=True, ADDED=added, SYMMETRIC=table == "symmetric", **record.blocks,
+                    STEPS=4, **types, **where, **unused, ALIGNED=True, ADDED=added,
+                    SYMMETRIC=table == "symmetric", END=end.function, **record.blocks,
                 )  # fmt: skip
                 yield Build(
                     op, product.product_kernel, constants, record.options, arch,

@@ -7,7 +7,7 @@ from orthonorm import ops
 from torch import Tensor
 
 from . import tables
-from .product import Factors, product, served
+from .product import plain, product, served
 
 
 def symmetric_update(
@@ -16,6 +16,6 @@ def symmetric_update(
     if not served("symmetric", A.device, A.dtype):
         return ops.symmetric_update.definition(C, A, B, alpha, beta)
     out = torch.empty_like(C, memory_format=torch.contiguous_format)
-    products = [Factors(a, b, c, o) for a, b, c, o in tables.views(A, B, C, out)]
+    products = [plain(a, b, c, o) for a, b, c, o in tables.views(A, B, C, out)]
     product("symmetric", products, C.device, C.dtype, alpha, beta, symmetric=True)
     return out
