@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -33,6 +34,8 @@ ARGUMENTS = {
     "count": "i32",
     "total": "i32",
     "iterations": "i32",
+    "n": "i32",
+    "coefficients": "*i64",
     "blocks": "i32",
 }
 
@@ -108,18 +111,27 @@ def products(arch: str) -> Iterator[Build]:
 
 def small(arch: str) -> Iterator[Build]:
     """Whole iterations on chip."""
-    kernels, tables = module("small_newton_schulz"), module("tables")
+    kernels, grams, tables = map(module, ("small_newton_schulz", "gram_polynomial", "tables"))
+    ends = module("ends")
     for dtype in kernels.HALF:
-        for short, long in ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128)):
+        t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
+        for n in (16, 32, 64):
+            constants = {"TYPE": t, "BLOCK": n, "SQUARE": True}
+            options = dict(num_warps=grams.warps(n), num_stages=1, **kernels.FUSION)
+            yield Build(
+                "small_gram_polynomial", grams.polynomial_kernel, constants, options,
+                arch, label, True, (("R", "*" + t.name), ("out", "*" + t.name)), wide=False,
+            )  # fmt: skip
+        sides = ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128))
+        for (short, long), end in itertools.product(sides, (ends.store, ends.update)):
             constants = dict(
-                STEPS=4, norms=None, X_TYPE=tables.TYPES[dtype], DOT_TYPE=tables.TYPES[dtype],
+                STEPS=4, norms=None, **dict.fromkeys(("X_TYPE", "OUT_TYPE", "DOT_TYPE"), t),
                 X_ORDER=1, OUT_ORDER=1, ALIGNED=True, SCALE=True, BLOCK_N=short, BLOCK_M=long,
+                END=end, **({} if end is ends.update else {"first": None, "second": None}),
             )  # fmt: skip
             options = dict(num_warps=kernels.warps(short, long), num_stages=1, **kernels.FUSION)
-            yield Build(
-                "small_newton_schulz", kernels.iterate_kernel, constants, options, arch,
-                str(dtype).removeprefix("torch."), True,
-            )  # fmt: skip
+            op = "small_newton_schulz" if end is ends.store else "small_muon"
+            yield Build(op, kernels.iterate_kernel, constants, options, arch, label, True)
 
 
 # kernel of a pass over lists: its tensors, its own arguments, its own constants
@@ -132,6 +144,7 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
     ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
     "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
+    "gram_fold": ("fold_kernel", ("OUT", "X"), (), {}),
     "muon_prologue": (
         "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True}
     ),
@@ -149,21 +162,22 @@ def passes(arch: str) -> Iterator[Build]:
                 STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
             )  # fmt: skip
             yield Build(
-                op, getattr(module(op), name), constants, each.OPTIONS, arch,
+                op, getattr(module(op.split("_fold")[0]), name), constants, each.OPTIONS, arch,
                 str(dtype).removeprefix("torch."), False, arguments,
             )  # fmt: skip
 
 
-# kernel of a reduction along lines, and its own constants
-LINES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0}),
-    "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}),
-    "row_normalize": ("lines", "normalize_kernel", {"EPS_AT": 0}),
+# kernel of a reduction along lines, its own constants, and whether its programs own many lines
+LINES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0, "parts": None}, False),
+    "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}, False),
+    "row_normalize": ("lines", "normalize_kernel", {"EPS_AT": 0}, False),
+    "factored_sums": ("lines", "moments_kernel", {"EPS_AT": 3}, True),
     "factored_norm": (
-        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": False}
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": False}, True
     ),
     "factored_moment": (
-        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": True}
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": True}, True
     ),
 }  # fmt: skip
 
@@ -171,12 +185,13 @@ LINES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def reductions(arch: str) -> Iterator[Build]:
     """Reductions along rows (order 1) and columns (order 0) of bfloat16 and float32."""
     tables, lines = module("tables"), module("lines")
-    doubles = tuple((n, "*fp64") for n in ("factors", "sums", "row_moments", "column_moments"))
-    for op, (name, kernel, own) in LINES.items():
-        for dtype in (lines.torch.bfloat16, lines.torch.float32):
+    names = ("factors", "sums", "row_moments", "column_moments", "parts", "moments")
+    doubles = tuple((n, "*fp64") for n in names)
+    for dtype in (lines.torch.bfloat16, lines.torch.float32):
+        t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
+        for op, (name, kernel, own, many) in LINES.items():
             for order in (1, 0):
-                across, along = lines.blocks_of(lines.torch.device("cuda"), order)
-                t = tables.TYPES[dtype]
+                across, along = lines.blocks_of(lines.torch.device("cuda"), order, many)
                 second = {"OUT_TYPE": t} if op == "row_normalize" else {"V_TYPE": t}
                 constants = dict(
                     STEPS=7, X_TYPE=t, **second, WIDE=lines.tl.float32, X_ORDER=order,
@@ -184,9 +199,14 @@ def reductions(arch: str) -> Iterator[Build]:
                 )  # fmt: skip
                 yield Build(
                     op if order else op.replace("row", "column") + "_across",
-                    getattr(module(name), kernel), constants, lines.OPTIONS, arch,
-                    str(dtype).removeprefix("torch."), False, doubles,
+                    getattr(module(name), kernel), constants,
+                    lines.WIDER if many else lines.OPTIONS, arch, label, False, doubles,
                 )  # fmt: skip
+        yield Build(
+            "factored_columns", module("factored_moment").columns_kernel,
+            {"V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False, doubles,
+            wide=False,
+        )  # fmt: skip
 
 
 # kernel of power iteration: its types, other constants
@@ -204,12 +224,13 @@ def power(arch: str) -> Iterator[Build]:
     """Power iteration on rows (order 1) and columns (order 0) of W."""
     tables, kernels = module("tables"), module("power_iteration")
     doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares", "sums", "norms"))
+    device = kernels.torch.device("cuda")
     for name, (types, own) in POWER.items():
         for dtype in (kernels.torch.bfloat16, kernels.torch.float32):
             for order in (1, 0) if name == "step_kernel" else (1,):
                 constants = {**dict.fromkeys(types, tables.TYPES[dtype]), **own}
                 if name == "step_kernel":
-                    across, along = kernels.blocks_of(kernels.torch.device("cuda"), order)
+                    across, along = kernels.lines.blocks_of(device, order, True)
                     constants |= {"ORDER": order, "LINES": across, "ALONG": along}
                 home = kernels if hasattr(kernels, name) else module("magnitude")
                 yield Build(
@@ -238,7 +259,7 @@ def builds(arch: str) -> Iterator[Build]:
         for build in family(arch):
             yield build
             once = build.op not in ("gram-tall", "apply-tall") and not build.op.endswith("_across")
-            once = once and (build.op == "small_newton_schulz" or build.tile <= 64 * 64)
+            once = once and (build.op.startswith("small") or build.tile <= 64 * 64)
             if once and build.dtype == "bfloat16" and (ANYHOW.keys() & build.constants.keys()):
                 yield anyhow(build)
 

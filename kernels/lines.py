@@ -28,6 +28,7 @@ INSIDE, CLAMP = tl.constexpr(1), tl.constexpr(2)
 RAW = tl.constexpr(3)  # the moment itself instead of a factor
 EPS_AT = {"outside": 0, "inside": 1, "clamp": 2}
 OPTIONS = dict(num_warps=4, **FUSION)
+WIDER = dict(num_warps=8, **FUSION)  # for twice as many elements at a time
 
 
 @triton.jit

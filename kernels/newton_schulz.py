@@ -52,8 +52,7 @@ class Stack(NamedTuple):
     def gram(self, X: list[Tensor]) -> Tensor:
         n = X[0].shape[-2]
         out = X[0].new_empty(sum(math.prod(x.shape[:-2]) for x in X), n, n)
-        pairs = zip(X, self.parts(out, X), strict=True)
-        grams([v for x, o in pairs for v in tables.views(x, o)], out.device, out.dtype)
+        grams(X, self.parts(out, X))
         return out
 
     def apply(
