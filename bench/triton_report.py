@@ -91,21 +91,23 @@ def products(arch: str) -> Iterator[Build]:
     """The product kernel in the orders and with the ends the package launches it in."""
     configs, ends, product, tables = map(module, ("configs", "ends", "product", "tables"))
     tensors = ("A", "B", "C", "D", "OUT")
-    for dtype, t in tables.TYPES.items():
+    labels = {str(d).removeprefix("torch."): t for d, t in tables.TYPES.items()}
+    for label, t in {**labels, "tf32": tables.tl.float32}.items():
         for op, (table, orders, added, name) in PRODUCTS.items():
             end = ends.End(getattr(ends, name))
-            choices = configs.records(table, dtype, arch)
+            choices = configs.row(table, arch).records.get(label, ())
             for record in product.fitting(choices, *orders[2:], True, end):
                 types = {f"{n}_TYPE": t for n in (*tensors, "DOT")}
                 where = {f"{n}_ORDER": o for n, o in zip(tensors, orders, strict=True)}
                 unused = {} if name == "update" else {"first": None, "second": None}
                 constants = dict(
                     STEPS=4, **types, **where, **unused, ALIGNED=True, ADDED=added,
+                    PRECISION="tf32" if label == "tf32" else "ieee",
                     SYMMETRIC=table == "symmetric", END=end.function, **record.blocks,
                 )  # fmt: skip
                 yield Build(
-                    op, product.product_kernel, constants, record.options, arch,
-                    str(dtype).removeprefix("torch."), dtype.itemsize == 2,
+                    op, product.product_kernel, constants, record.options, arch, label,
+                    label != "float32",
                 )  # fmt: skip
 
 

@@ -27,24 +27,29 @@ def conda_step_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    arguments = (params, grads, exp_avg, exp_avg_sq, bases, scales, lr, beta1, beta2, eps)
-    dtypes = {t.dtype for tensors in (params, grads, bases) for t in tensors}
-    if not params or not served("product", params[0].device, *dtypes):
-        return ops.conda_step_.definition(*arguments, weight_decay)
-    device = params[0].device
-    lr, scales = lr.to(device), scales.to(device).contiguous()
+    if not params:
+        return
+    lr, scales = (t.to(params[0].device) for t in (lr, scales))
+    lists = (params, grads, exp_avg, exp_avg_sq, bases)
+    mine: list[int] = []
+    rest: list[int] = []
+    for i, matrices in enumerate(zip(*lists, strict=True)):
+        (mine if served("product", bases[i].dtype, *matrices) else rest).append(i)
+    if rest:
+        some = ([tensors[i] for i in rest] for tensors in lists)
+        numbers = (lr, beta1, beta2, eps, weight_decay)
+        ops.conda_step_.definition(*some, torch.cat([scales[i : i + 1] for i in rest]), *numbers)
     first = ends.moments(beta1, beta2, eps)
-    last = ends.conda(lr, weight_decay, scales)
-    sizes = [m.numel() for m in exp_avg]
-    for part in tables.stretches(sizes, max(*sizes, ACCELERATOR_WORK)):
-        work = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in exp_avg[part]]
-        there, back = [], []
-        for i, out in enumerate(work, part.start):
-            key = bases[i].dtype
-            rotated = rotation(out, grads[i], bases[i], exp_avg[i], exp_avg_sq[i])
-            there += [(key, p) for p in rotated]
-            extra = (ends.PLAIN[0], i)
-            back += [(key, p) for p in rotation_back(params[i], out, bases[i], extra)]
+    last = ends.conda(lr, weight_decay, scales.contiguous())
+    sizes = [exp_avg[i].numel() for i in mine]
+    for part in tables.stretches(sizes, max((*sizes, ACCELERATOR_WORK))) if mine else ():
+        there, back, work = [], [], []
+        for i in mine[part]:
+            W, G, M, V, Q = (tensors[i] for tensors in lists)
+            N = torch.empty_like(M, memory_format=torch.contiguous_format)
+            there += [(Q.dtype, p) for p in rotation(N, G, Q, M, V)]
+            back += [(Q.dtype, p) for p in rotation_back(W, N, Q, (ends.PLAIN[0], i))]
+            work.append(N)  # a table knows only where it is
         for products, end in ((there, first), (back, last)):
             for dtype, group in tables.grouped(products).items():
-                product("product", group, device, dtype, end=end)
+                product("product", group, W.device, dtype, end=end)

@@ -107,7 +107,7 @@ class Iteration(NamedTuple):
             return None
         if how.small:
             return (0, how.dtype, "small") if how.dtype in HALF else None
-        if not served("product", x.device, x.dtype, how.dtype):
+        if not served("product", how.dtype, x):
             return None
         return (min(x.shape[-2:]), how.dtype, how.form)
 

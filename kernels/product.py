@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import configs, ends, tables, tiles
 from .configs import Config
@@ -29,7 +30,7 @@ VIEW = tl.constexpr(4)  # fields of a tensor
 def multiply(
     entries, count, entry, batch, i, j, M, N, K,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The tile of A B whose corner is (i, j), float32, of factors rounded to DOT_TYPE.
@@ -53,7 +54,7 @@ def multiply(
     for k in tl.range(0, K, BLOCK_K):
         x = tl.load(a + a_at, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
         y = tl.load(b + b_at, mask=(inner < K - k)[:, None] & (columns < N)[None, :], other=0.0)
-        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision="ieee")
+        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision=PRECISION)
         a += BLOCK_K * a_column
         b += BLOCK_K * b_row
     return acc
@@ -78,7 +79,7 @@ def product_kernel(
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, C_TYPE: tl.constexpr, D_TYPE: tl.constexpr,
     OUT_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr, C_ORDER: tl.constexpr,
     D_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr, ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr,
-    ADDED: tl.constexpr, SYMMETRIC: tl.constexpr, END: tl.constexpr,
+    PRECISION: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr, END: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """END of beta C + alpha A B. Numbers: alpha, beta, those of the end."""
@@ -105,7 +106,8 @@ def product_kernel(
         N -= j.to(tl.int32)
         acc = alpha * multiply(
             entries, count, entry, batch, i, j, M, N, K,
-            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, DOT_TYPE, BLOCK_M, BLOCK_N, BLOCK_K,
+            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, DOT_TYPE, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rows = tl.arange(0, BLOCK_M)
         columns = tl.arange(0, BLOCK_N)
@@ -135,10 +137,11 @@ def product_kernel(
         END(out_at, acc, mask, c_at, d_at, numbers, entries, count, entry, EXTRA, first, second)
 
 
-def served(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
-    """Whether `configs/<op>.json` has records for these dtypes on the device."""
-    arch, _ = configs.device_of(device)
-    return all(configs.records(op, dtype, arch) for dtype in dtypes)
+def served(op: str, dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether this kernel takes products in `dtype` of matrices shaped like the first tensor."""
+    arch, _ = configs.device_of(tensors[0].device)
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return not wide and bool(configs.records(op, dtype, arch, min(tensors[0].shape[-2:])))
 
 
 def fitting(
@@ -229,6 +232,6 @@ def product(
         table = tables.table([p.entry(config, symmetric) for p in group], numbers, device)
         product_kernel[(configs.programs(device, table.tiles),)](
             table.data, table.count, table.tiles, end.first, end.second, table.steps, *key,
-            tables.TYPES[dtype], beta != 0, symmetric, end.function,
+            tables.TYPES[dtype], configs.precision(dtype), beta != 0, symmetric, end.function,
             **config.blocks, **config.options,
         )  # fmt: skip

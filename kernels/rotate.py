@@ -20,6 +20,6 @@ def rotation(out: Tensor, X: Tensor, Q: Tensor, *moments: Tensor) -> list[Factor
 
 
 def rotate_(out: Tensor, X: Tensor, Q: Tensor) -> None:
-    if not served("product", Q.device, Q.dtype, X.dtype, out.dtype):
+    if not served("product", Q.dtype, X, Q, out):
         return ops.rotate_.definition(out, X, Q)
     product("product", rotation(out, X, Q), X.device, Q.dtype)

@@ -21,7 +21,7 @@ def rotation_back(
 
 
 def rotate_back_(W: Tensor, N: Tensor, Q: Tensor, decay: Tensor | None = None) -> None:
-    if not served("product", Q.device, Q.dtype, N.dtype, W.dtype):
-        return ops.rotate_back_.definition(W, N, Q, decay)
     dtype = Q.dtype if N.dtype == Q.dtype else torch.float32
+    if not served("product", dtype, W, N, Q):
+        return ops.rotate_back_.definition(W, N, Q, decay)
     product("product", rotation_back(W, N, Q), W.device, dtype, end=ends.decayed(decay))

@@ -13,7 +13,7 @@ from .product import plain, product, served
 def symmetric_update(
     C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
-    if not served("symmetric", A.device, A.dtype):
+    if not served("symmetric", A.dtype, A):
         return ops.symmetric_update.definition(C, A, B, alpha, beta)
     out = torch.empty_like(C, memory_format=torch.contiguous_format)
     products = [plain(a, b, c, o) for a, b, c, o in tables.views(A, B, C, out)]
