@@ -3,7 +3,8 @@
     python -m orthonorm.bench.triton_report [--out FILE] [--arch 90] [--kernel product_kernel]
 
 Every kernel is compiled ahead of time for every record of its table and every architecture, with
-the alignment the launcher finds for contiguous matrices whose sides are multiples of 8.
+the alignment the launcher finds for contiguous matrices whose sides are multiples of 8. AMD's is
+only compiled: the package serves ROCm by its definitions.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from typing import Any
 
 from .sass import mix
 
-ARCHES = ("80", "90", "100")
-SHARED = {"80": 166912, "90": 232448, "100": 232448}  # bytes one block may use (CUDA guide, table)
-TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)"
-NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}  # what fast products must use
+ARCHES = ("80", "90", "100", "gfx942")
+# bytes one block may use: CUDA guide, table of compute capabilities; AMD CDNA 3
+SHARED = {"80": 166912, "90": 232448, "100": 232448, "gfx942": 65536}
+TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA|v_mfma)"
+NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA", "gfx942": "v_mfma"}
+WIDE = r"ld\.global\.\S*v[24]|cp\.async|(?:global|buffer)_load_dwordx[24]"
+# an offset of 32 bits or less into a tensor, in Triton's intermediate code
+NARROW = r"tt\.addptr .* : (?:tensor<\S+x)?!tt\.ptr<(?:bf16|f16)>>?, (?:tensor<\S+x)?i(?:8|16|32)\b"
 SIZES = ("BLOCK", "LINES", "ALONG")  # constants that begin so are the shape of a tile
 # arguments; all others are pointers to float32
 ARGUMENTS = {
@@ -62,7 +67,8 @@ class Build:
     @property
     def name(self) -> str:
         blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith(SIZES))
-        return f"{self.op}-{self.dtype}-{blocks}-sm_{self.arch}"
+        target = f"sm_{self.arch}" if self.arch.isdigit() else self.arch
+        return f"{self.op}-{self.dtype}-{blocks}-{target}"
 
 
 def module(name: str) -> Any:
@@ -282,17 +288,20 @@ def compiled(build: Build) -> dict[str, Any]:
         fn=build.kernel, signature=signature, attrs=attributes,
         constexprs={(names.index(n),): v for n, v in build.constants.items()},
     )  # fmt: skip
-    kernel = triton.compile(
-        source, target=GPUTarget("cuda", int(build.arch), 32), options=dict(build.options)
-    )
+    nvidia = build.arch.isdigit()
+    target = GPUTarget("cuda", int(build.arch), 32) if nvidia else GPUTarget("hip", build.arch, 64)
+    kernel = triton.compile(source, target=target, options=dict(build.options))
+    found = kernel.asm
+    own = measured(found["cubin"], build.arch) if nvidia else measured_amd(found["amdgcn"])
     return {
         "name": build.name,
         "triton": triton.__version__,
         "tensor_cores": build.tensor_cores,
         "warps": kernel.metadata.num_warps,
         "shared": kernel.metadata.shared,
-        **measured(kernel.asm["cubin"], build.arch),
-        "vectorized": bool(re.search(r"ld\.global\.\S*v[24]|cp\.async", kernel.asm["ptx"])),
+        **own,
+        "vectorized": bool(re.search(WIDE, found["ptx" if nvidia else "amdgcn"])),
+        "narrow_offsets": len(re.findall(NARROW, found["ttir"])),
     }
 
 
@@ -314,6 +323,22 @@ def measured(cubin: bytes, arch: str) -> dict[str, Any]:
         "tensor_core_instructions": len(re.findall(TENSOR_CORE, code)),
         "newest_instructions": len(re.findall(NEWEST[arch], code)),
         "mix": mix(code),
+    }
+
+
+def measured_amd(code: str) -> dict[str, Any]:
+    """The same of AMD's assembly, which says it itself."""
+    registers, spills, stack = (
+        int(re.findall(rf"\.{name}:\s*(\d+)", code)[-1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    instructions = len(re.findall(TENSOR_CORE, code))
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": spills,
+        "tensor_core_instructions": instructions,
+        "newest_instructions": instructions,
     }
 
 

@@ -1,7 +1,7 @@
 """Launch configurations: frozen records from `configs/<op>.json`, picked by data at each launch.
 
-A file maps an architecture ("80", "90", "100", "120"; "cpu" is the interpreter; a name stands for
-another's row) and a dtype to a list of records, large tiles first. `pick` takes the first whose
+A file maps an architecture ("80", "90", "100", "120", "gfx942"; "cpu" is the interpreter; a name
+stands for another's row) and a dtype to a list of records, large tiles first. `pick` takes the first whose
 tiles fill the device, the one with the most if none does; an architecture without an entry uses the
 nearest older one, a dtype without one is left to torch, and so are matrices whose shorter side is
 `torch_from` or more, where torch's products are the better choice: float32 without tensor cores,
@@ -78,9 +78,10 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """How products of this dtype multiply: float32 as torch does, which is to say by tensor cores
-    only where `torch.backends.cuda.matmul.allow_tf32` says so."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    only where `torch.backends.cuda.matmul.fp32_precision` says so, which
+    `torch.set_float32_matmul_precision` sets."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def label(dtype: torch.dtype) -> str:
@@ -91,9 +92,9 @@ def label(dtype: torch.dtype) -> str:
 def row(op: str, arch: str) -> Row:
     """What a table has for an architecture, its own or the nearest older one's; or nothing."""
     rows = load(op)
-    if arch == "cpu":
+    if arch in rows:
         return rows[arch]
-    known = [a for a in rows if a != "cpu" and int(a) <= int(arch)]
+    known = [a for a in rows if a.isdigit() and arch.isdigit() and int(a) <= int(arch)]
     return rows[max(known, key=int)] if known else Row({}, {})
 
 

@@ -29,10 +29,13 @@ SPILLS = {
 
 
 def check(build: report.Build, row: dict[str, Any]) -> None:
-    """No spills but for tensors of any strides, tensor cores in products, memory within limits."""
+    """No spills but for tensors of any strides, whose offsets are 64 bits; tensor cores in products,
+    memory within limits."""
     assert not build.wide or row["spills"] <= SPILLS.get(build.name, 0), row
     assert row["shared"] <= report.SHARED[build.arch], row
     assert row["vectorized"] or not build.wide, row
+    if "-anyhow" in build.op:  # where strides are bounded, offsets within a tile may be 32 bits
+        assert row["narrow_offsets"] == 0, row
     if build.tensor_cores:
         assert row["tensor_core_instructions"] > 0, row
         if not build.op.startswith("small"):  # tiles of 16 have only the older instructions
@@ -63,12 +66,43 @@ def test_table_rules() -> None:
     from orthonorm.kernels import configs
 
     for path in configs.FOLDER.glob("*.json"):
-        for arch, dtypes in configs.load(path.stem).items():
-            for dtype, records in dtypes.items():
+        for arch, row in configs.load(path.stem).items():
+            for dtype, records in row.records.items():
                 assert len({r.block_k for r in records}) == 1, (path.stem, arch, dtype)
                 for r in records:
                     assert max(r.block_m, r.block_n) <= 512 and r.warps in (4, 8)
                     assert path.stem != "symmetric" or r.block_m == r.block_n
+
+
+def test_torch_where_it_is_the_better_choice() -> None:
+    """Large products in float32 without tensor cores; with them, and of halves, ours."""
+    import torch
+    from orthonorm.kernels import configs
+
+    limit = configs.row("product", "90").torch_from["float32"]
+    assert configs.records("product", torch.float32, "90", limit - 1)
+    assert not configs.records("product", torch.float32, "90", limit)
+    assert configs.records("product", torch.float16, "90", limit)
+    assert configs.records("symmetric", torch.float32, "90", limit)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert configs.precision(torch.float32) == "tf32"
+        assert configs.precision(torch.float16) == "ieee"
+        assert configs.records("product", torch.float32, "90", limit)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_architectures_without_a_row() -> None:
+    """The nearest older one's, another's by name, or torch."""
+    import torch
+    from orthonorm.kernels import configs
+
+    rows = [configs.row("product", arch) for arch in ("80", "86", "103", "120", "121")]
+    eighty, ninety = (configs.row("product", arch) for arch in ("80", "90"))
+    assert rows == [eighty, eighty, ninety, eighty, eighty]
+    assert not configs.records("product", torch.float16, "75")
+    assert not configs.records("product", torch.float16, "gfx90a")
 
 
 @pytest.mark.parametrize(
