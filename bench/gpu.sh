@@ -3,8 +3,9 @@
 #
 #     bench/gpu.sh FOLDER [SECONDS]
 #
-# Tests first, then the benchmark from its most telling rows on, then the CUDA sources, if any. Every
-# part has a limit and a log of its own in FOLDER, so what was measured stays if time runs out.
+# What the steps rest on is tested first, then whole steps and the benchmark from its most telling rows
+# on, all tests, and the CUDA sources, if any. Every part has a limit and a log of its own in FOLDER,
+# so what was measured stays if time runs out.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: bench/gpu.sh FOLDER [SECONDS]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
@@ -38,16 +39,22 @@ part machine 30 bash -c "nvidia-smi; git log -1 --format=%H; $PY -m torch.utils.
 # Triton needs no compiler run: the pure package is installed in seconds and measured first.
 part install 60 env ORTHONORM_PURE=1 "$PY" -m pip install -q --no-build-isolation --no-deps -e .
 part backends 60 "$PY" -m orthonorm
-part tests 200 "$PY" -m pytest -m gpu tests/test_gpu.py --durations=20 --maxfail=30
+TESTS=("$PY" -m pytest -m gpu tests/test_gpu.py --durations=20)
+part tests-first 90 "${TESTS[@]}" -k "test_error and (gram or apply or newton or muon or conda)"
+part graph 60 "$PY" -m orthonorm.bench.graph --json "$OUT/graph.json"
+part graph-tf32 40 "$PY" -m orthonorm.bench.graph --tf32 --dtype float32 --json "$OUT/graph-tf32.json"
 bench polynomials 110 newton_schulz --seconds 2 --dtype bfloat16 --against torch \
   --shape 1024x4096 2048x2048 12x768x768 64x128x128 gpt2-small 4096x11008
 bench steps 60 muon conda --seconds 2 --dtype float32 --shape gpt2-small --against torch
+part plots 30 bash -c "'$PY' -m orthonorm.bench.plot '$OUT'/*.json"
+part tests 150 "${TESTS[@]}" --maxfail=30
 bench moments 60 rotated_adam_ row_moment_ column_moment_ row_normalize muon_prologue_ \
   decayed_update_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small \
   --against floor torch
 bench words 50 gram symmetric_update apply --seconds 1 --dtype bfloat16 --shape 2048x2048 \
   12x768x768 --against floor torch
 part tune 60 "$PY" -m orthonorm.bench.tune --out "$OUT/tuned"
+part plots-all 30 bash -c "'$PY' -m orthonorm.bench.plot '$OUT'/*.json"
 # The CUDA sources replace Triton where they exist: built last, tested again.
 if ls csrc/cuda/*.cu >/dev/null 2>&1; then
   part build 150 "$PY" -m pip install -q --no-build-isolation --no-deps -e .

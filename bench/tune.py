@@ -153,7 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
         deadline = start + options.seconds * i / len(SHAPES)
         records = sweep(op, getattr(torch, options.dtype), 64 if int(arch) >= 90 else 32, deadline)
         table = json.loads((configs.FOLDER / f"{op}.json").read_text())
-        table.setdefault(arch, {})[options.dtype] = [asdict(r) for r in records]
+        row = table.get(arch, {})
+        row = dict(table[row] if isinstance(row, str) else row)
+        row[options.dtype] = [asdict(r) for r in records]
+        table[arch] = row
         (options.out / f"{op}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
