@@ -31,7 +31,8 @@ part() {
 
 bench() { # name, seconds, arguments of the benchmark
   local name="$1" most="$2"; shift 2
-  part "bench-$name" "$most" "$PY" -m orthonorm bench "$@" --device cuda --json "$OUT/$name.json"
+  part "bench-$name" "$most" "$PY" -m orthonorm bench "$@" --device cuda --json "$OUT/$name.json" \
+    --html "$OUT/$name.html"
 }
 
 : >"$OUT/summary.txt"
@@ -41,12 +42,11 @@ part install 60 env ORTHONORM_PURE=1 "$PY" -m pip install -q --no-build-isolatio
 part backends 60 "$PY" -m orthonorm
 TESTS=("$PY" -m pytest -m gpu tests/test_gpu.py --durations=20)
 part tests-first 90 "${TESTS[@]}" -k "test_error and (gram or apply or newton or muon or conda)"
-part graph 60 "$PY" -m orthonorm.bench.graph --json "$OUT/graph.json"
-part graph-tf32 40 "$PY" -m orthonorm.bench.graph --tf32 --dtype float32 --json "$OUT/graph-tf32.json"
-bench polynomials 110 newton_schulz --seconds 2 --dtype bfloat16 --against torch \
+bench graphs 80 muon_step_ conda_step_ --seconds 2 --dtype bfloat16 float32 --shape gpt2-small \
+  --against torch package
+bench polynomials 110 newton_schulz --seconds 2 --dtype bfloat16 --against torch package \
   --shape 1024x4096 2048x2048 12x768x768 64x128x128 gpt2-small 4096x11008
 bench steps 60 muon conda --seconds 2 --dtype float32 --shape gpt2-small --against torch
-part plots 30 bash -c "'$PY' -m orthonorm.bench.plot '$OUT'/*.json"
 part tests 150 "${TESTS[@]}" --maxfail=30
 bench moments 60 rotated_adam_ row_moment_ column_moment_ row_normalize muon_prologue_ \
   decayed_update_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small \
@@ -54,7 +54,6 @@ bench moments 60 rotated_adam_ row_moment_ column_moment_ row_normalize muon_pro
 bench words 50 gram symmetric_update apply --seconds 1 --dtype bfloat16 --shape 2048x2048 \
   12x768x768 --against floor torch
 part tune 60 "$PY" -m orthonorm.bench.tune --out "$OUT/tuned"
-part plots-all 30 bash -c "'$PY' -m orthonorm.bench.plot '$OUT'/*.json"
 # The CUDA sources replace Triton where they exist: built last, tested again.
 if ls csrc/cuda/*.cu >/dev/null 2>&1; then
   part build 150 "$PY" -m pip install -q --no-build-isolation --no-deps -e .

@@ -75,7 +75,7 @@ def module(name: str) -> Any:
     return importlib.import_module(f"orthonorm.kernels.{name}")
 
 
-# a product: its table, orders of A, B, C, D and out (1: rows contiguous), whether C is added, its end
+# a product: its table, orders of A, B, C, D and out (1: rows contiguous), if C is added, its end
 PRODUCTS = {
     "gram": ("symmetric", (1, 0, 1, 1, 1), False, "store"),
     "gram-tall": ("symmetric", (0, 1, 1, 1, 1), False, "store"),

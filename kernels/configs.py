@@ -1,13 +1,13 @@
 """Launch configurations: frozen records from `configs/<op>.json`, picked by data at each launch.
 
 A file maps an architecture ("80", "90", "100", "120", "gfx942"; "cpu" is the interpreter; a name
-stands for another's row) and a dtype to a list of records, large tiles first. `pick` takes the first whose
-tiles fill the device, the one with the most if none does; an architecture without an entry uses the
-nearest older one, a dtype without one is left to torch, and so are matrices whose shorter side is
-`torch_from` or more, where torch's products are the better choice: float32 without tensor cores,
-which Triton multiplies less well than cuBLAS (an estimate; half the work makes up for that in
-symmetric products). All records of a dtype share `block_k`, so the choice of tiles changes no sum's order and
-results do not depend on company. None of the shipped records has been measured on a GPU.
+stands for another's row) and a dtype to a list of records, large tiles first. `pick` takes the
+first whose tiles fill the device, the one with the most if none does; an architecture without an
+entry uses the nearest older one, a dtype without one is left to torch. So are matrices whose
+shorter side is `torch_from` or more, where torch's products are the better choice: float32 without
+tensor cores, which Triton multiplies less well than cuBLAS (an estimate; half the work makes up for
+that in symmetric products). All records of a dtype share `block_k`, so the choice of tiles changes
+no sum's order and results do not depend on company. None of the records has been measured on a GPU.
 """
 
 from __future__ import annotations

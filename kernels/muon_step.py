@@ -1,5 +1,5 @@
-"""Muon's step on a list: momentum in one pass, then iterations whose last product writes the weights,
-so that no orthogonalized matrix is stored."""
+"""Muon's step on a list: momentum in one pass, then iterations whose last product writes the
+weights, so that no orthogonalized matrix is stored."""
 
 from __future__ import annotations
 

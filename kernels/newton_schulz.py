@@ -90,7 +90,7 @@ class Stack(NamedTuple):
 
 
 class Iteration(NamedTuple):
-    """What `newton_schulz` is asked for, of all matrices of a list; its arguments in their order."""
+    """What `newton_schulz` is asked for; its arguments in their order."""
 
     coefficients: list[float]
     restarts: list[int]

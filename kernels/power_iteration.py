@@ -262,7 +262,12 @@ class Group:
 
     def __init__(self, key: tuple[Any, ...], plain: list[tables.Entry], eps: float, sizes: Tensor):
         *self.types, order, aligned = key
-        self.constants = (self.types[0], order, aligned, *lines.blocks_of(sizes.device, order, True))
+        self.constants = (
+            self.types[0],
+            order,
+            aligned,
+            *lines.blocks_of(sizes.device, order, True),
+        )
         before = lines.Sizes()
         entries = []
         for batch, height, width, *fields, matrices in plain:

@@ -5,10 +5,10 @@ Persistent: each program walks tiles of the whole list. A symmetric product comp
 triangle of tiles and stores each twice, so that the result is symmetric bit for bit. Sums run in
 float32 along K in one order whatever the tile shape, so results are the same alone or in company.
 
-Loads are by pointers, on sm_90 too. Descriptors made on the device of addresses from a table compile
-to the same warpgroup products in fewer registers (93 of 184 at 128 x 128), but every tile then
-writes three of them (33 tensormap.replace, three fences) into scratch of 768 bytes a program, which
-takes a process-wide allocator, and they serve one layout, aligned (Triton 3.9, 2026-11).
+Loads are by pointers, on sm_90 too. Descriptors made on the device of addresses from a table
+compile to the same warpgroup products in fewer registers (93 of 184 at 128 x 128), but every tile
+then writes three of them (33 tensormap.replace, three fences) into scratch of 768 bytes a program,
+which takes a process-wide allocator, and they serve one layout, aligned (Triton 3.9, 2026-11).
 """
 
 from __future__ import annotations

@@ -10,9 +10,7 @@ from . import ends, tables
 from .product import Factors, plain, product, served
 
 
-def rotation_back(
-    W: Tensor, N: Tensor, Q: Tensor, extra: ends.Extra = ends.PLAIN
-) -> list[Factors]:
+def rotation_back(W: Tensor, N: Tensor, Q: Tensor, extra: ends.Extra = ends.PLAIN) -> list[Factors]:
     """N Q^T, or Q N if N is wide, for an end that updates W."""
     views = tables.views(W, N, Q)
     if W.shape[-2] >= W.shape[-1]:

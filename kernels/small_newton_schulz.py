@@ -16,7 +16,9 @@ from .ends import End, Extra
 
 EXTRA = tl.constexpr(4)  # fields: first program, short side, long side, first matrix; of the end
 HEAD = tl.constexpr(6)  # then X and out
-NUMBERS = tl.constexpr(2)  # eps, safety, those of the end; the coefficients stand behind the entries
+NUMBERS = tl.constexpr(
+    2
+)  # eps, safety, those of the end; the coefficients stand behind the entries
 HALF = (torch.float16, torch.bfloat16)
 
 

@@ -29,8 +29,8 @@ SPILLS = {
 
 
 def check(build: report.Build, row: dict[str, Any]) -> None:
-    """No spills but for tensors of any strides, whose offsets are 64 bits; tensor cores in products,
-    memory within limits."""
+    """No spills but for tensors of any strides, whose offsets are of 64 bits; tensor cores in
+    products, memory within limits."""
     assert not build.wide or row["spills"] <= SPILLS.get(build.name, 0), row
     assert row["shared"] <= report.SHARED[build.arch], row
     assert row["vectorized"] or not build.wide, row
