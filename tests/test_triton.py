@@ -30,16 +30,8 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 SHARED = {
-    "__init__",
-    "tables",
-    "tiles",
-    "configs",
-    "product",
-    "elementwise",
-    "ends",
-    "lines",
-    "probe",
-}
+    "__init__", "tables", "tiles", "configs", "product", "ends", "elementwise", "lines", "probe",
+}  # fmt: skip
 
 
 def test_kernels_are_named_after_ops() -> None:
