@@ -32,6 +32,8 @@ SPILLS = {
     "rotate_back-float32-128x64x16-sm_90": 10,
     "rotate_back-float32-64x64x16-sm_90": 2,
     "factored_moment_across-bfloat16-64x32-sm_90": 2,
+    "gram-tall-tf32-64x64x32-sm_100": 2,
+    "conda-there-tf32-128x64x32-sm_100": 16,
     "small_newton_schulz-float16-128x128-gfx942": 72,  # with 256 registers of 512
     "small_newton_schulz-bfloat16-128x128-gfx942": 40,
     "small_muon-float16-128x128-gfx942": 92,
