@@ -60,17 +60,24 @@ def launcher(
     """One launch on random matrices of this side by a given record: X X^T, or X + B X."""
     product = importlib.import_module("orthonorm.kernels.product")
     tables = importlib.import_module("orthonorm.kernels.tables")
-    X, B, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
-    ((x, b, o),) = tables.views(X, B, out)
+    tensors = [torch.randn(side, side, device=device).to(dtype) for _ in range(3)]
+    ((x, b, o),) = tables.views(*tensors)
     symmetric = op == "symmetric"
     factors = product.plain(x, x.mT, o, o) if symmetric else product.plain(b, x, x, o)
     beta = 0.0 if symmetric else 1.0
 
     def launch(record: Any) -> Tensor:
         product.product(
-            op, [factors], X.device, dtype, 1.0, beta, symmetric=symmetric, records=[record]
+            op,
+            [factors],
+            tensors[0].device,
+            dtype,
+            1.0,
+            beta,
+            symmetric=symmetric,
+            records=[record],
         )
-        return out
+        return tensors[-1]  # of which views know only the addresses
 
     return launch
 
