@@ -339,6 +339,7 @@ def measured_amd(code: str) -> dict[str, Any]:
         "spills": spills,
         "tensor_core_instructions": instructions,
         "newest_instructions": instructions,
+        "mix": {},
     }
 
 

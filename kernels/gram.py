@@ -35,11 +35,11 @@ def fold_kernel(
     """out <- the sum of the pieces, in order."""
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     out_at = each.elements(table, count, entry, batch, start, local, 0, OUT_TYPE, FLAT)
-    x_at = each.elements(table, count, entry, batch, start, local, 1, X_TYPE, FLAT)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for _ in tl.range(0, tiles.field(table, count, entry, each.HEAD + 8)):
+        x_at = each.elements(table, count, entry, batch, start, local, 1, X_TYPE, FLAT)
         total += tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
-        x_at += tl.multiple_of(tiles.field(table, count, entry, each.HEAD + 9), 8)
+        start += tiles.field(table, count, entry, each.HEAD + 9)
     tl.store(out_at, total.to(OUT_TYPE), mask=mask)
 
 
