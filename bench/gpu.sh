@@ -3,8 +3,9 @@
 #
 #     bench/gpu.sh FOLDER [SECONDS]
 #
-# Tests first, then the benchmark from its most telling rows on, then the CUDA sources, if any. Every
-# part has a limit and a log of its own in FOLDER, so what was measured stays if time runs out.
+# What the steps rest on is tested first, then whole steps and the benchmark from its most telling rows
+# on, all tests, and the CUDA sources, if any. Every part has a limit and a log of its own in FOLDER,
+# so what was measured stays if time runs out.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: bench/gpu.sh FOLDER [SECONDS]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
@@ -30,7 +31,8 @@ part() {
 
 bench() { # name, seconds, arguments of the benchmark
   local name="$1" most="$2"; shift 2
-  part "bench-$name" "$most" "$PY" -m orthonorm bench "$@" --device cuda --json "$OUT/$name.json"
+  part "bench-$name" "$most" "$PY" -m orthonorm bench "$@" --device cuda --json "$OUT/$name.json" \
+    --html "$OUT/$name.html"
 }
 
 : >"$OUT/summary.txt"
@@ -38,10 +40,14 @@ part machine 30 bash -c "nvidia-smi; git log -1 --format=%H; $PY -m torch.utils.
 # Triton needs no compiler run: the pure package is installed in seconds and measured first.
 part install 60 env ORTHONORM_PURE=1 "$PY" -m pip install -q --no-build-isolation --no-deps -e .
 part backends 60 "$PY" -m orthonorm
-part tests 200 "$PY" -m pytest -m gpu tests/test_gpu.py --durations=20 --maxfail=30
-bench polynomials 110 newton_schulz --seconds 2 --dtype bfloat16 --against torch \
+TESTS=("$PY" -m pytest -m gpu tests/test_gpu.py --durations=20)
+part tests-first 90 "${TESTS[@]}" -k "test_error and (gram or apply or newton or muon or conda)"
+bench graphs 80 muon_step_ conda_step_ --seconds 2 --dtype bfloat16 float32 --shape gpt2-small \
+  --against torch package
+bench polynomials 110 newton_schulz --seconds 2 --dtype bfloat16 --against torch package \
   --shape 1024x4096 2048x2048 12x768x768 64x128x128 gpt2-small 4096x11008
 bench steps 60 muon conda --seconds 2 --dtype float32 --shape gpt2-small --against torch
+part tests 150 "${TESTS[@]}" --maxfail=30
 bench moments 60 rotated_adam_ row_moment_ column_moment_ row_normalize muon_prologue_ \
   decayed_update_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small \
   --against floor torch

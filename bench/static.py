@@ -97,7 +97,7 @@ def kernel(row: dict[str, Any]) -> Kernel:
 
 def kernels(folder: Path = FOLDER) -> list[Kernel]:
     rows = json.loads((folder / "triton_compile.json").read_text())
-    return [kernel(row) for row in rows]
+    return [kernel(row) for row in rows if "-sm_" in row["name"]]
 
 
 class Launch(NamedTuple):

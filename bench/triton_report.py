@@ -3,13 +3,15 @@
     python -m orthonorm.bench.triton_report [--out FILE] [--arch 90] [--kernel product_kernel]
 
 Every kernel is compiled ahead of time for every record of its table and every architecture, with
-the alignment the launcher finds for contiguous matrices whose sides are multiples of 8.
+the alignment the launcher finds for contiguous matrices whose sides are multiples of 8. AMD's is
+only compiled: the package serves ROCm by its definitions.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -21,10 +23,14 @@ from typing import Any
 
 from .sass import mix
 
-ARCHES = ("80", "90", "100")
-SHARED = {"80": 166912, "90": 232448, "100": 232448}  # bytes one block may use (CUDA guide, table)
-TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)"
-NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA"}  # what fast products must use
+ARCHES = ("80", "90", "100", "gfx942")
+# bytes one block may use: CUDA guide, table of compute capabilities; AMD CDNA 3
+SHARED = {"80": 166912, "90": 232448, "100": 232448, "gfx942": 65536}
+TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA|v_mfma)"
+NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA", "gfx942": "v_mfma"}
+WIDE = r"ld\.global\.\S*v[24]|cp\.async|(?:global|buffer)_load_dwordx[24]"
+# an offset of 32 bits or less into a tensor, in Triton's intermediate code
+NARROW = r"tt\.addptr .* : (?:tensor<\S+x)?!tt\.ptr<(?:bf16|f16)>>?, (?:tensor<\S+x)?i(?:8|16|32)\b"
 SIZES = ("BLOCK", "LINES", "ALONG")  # constants that begin so are the shape of a tile
 # arguments; all others are pointers to float32
 ARGUMENTS = {
@@ -33,6 +39,8 @@ ARGUMENTS = {
     "count": "i32",
     "total": "i32",
     "iterations": "i32",
+    "n": "i32",
+    "coefficients": "*i64",
     "blocks": "i32",
 }
 
@@ -59,59 +67,79 @@ class Build:
     @property
     def name(self) -> str:
         blocks = "x".join(str(v) for k, v in self.constants.items() if k.startswith(SIZES))
-        return f"{self.op}-{self.dtype}-{blocks}-sm_{self.arch}"
+        target = f"sm_{self.arch}" if self.arch.isdigit() else self.arch
+        return f"{self.op}-{self.dtype}-{blocks}-{target}"
 
 
 def module(name: str) -> Any:
     return importlib.import_module(f"orthonorm.kernels.{name}")
 
 
-# a product: its table, orders of A, B, C and out (1: rows contiguous), whether C is added
+# a product: its table, orders of A, B, C, D and out (1: rows contiguous), if C is added, its end
 PRODUCTS = {
-    "gram": ("symmetric", (1, 0, 1, 1), False),
-    "gram-tall": ("symmetric", (0, 1, 1, 1), False),
-    "symmetric_update": ("symmetric", (1, 1, 1, 1), True),
-    "apply": ("product", (1, 1, 1, 1), True),
-    "apply-tall": ("product", (1, 0, 0, 1), True),
-    "rotate": ("product", (0, 1, 1, 1), False),
-    "rotate_back": ("product", (1, 0, 1, 1), True),
+    "gram": ("symmetric", (1, 0, 1, 1, 1), False, "store"),
+    "gram-tall": ("symmetric", (0, 1, 1, 1, 1), False, "store"),
+    "symmetric_update": ("symmetric", (1, 1, 1, 1, 1), True, "store"),
+    "apply": ("product", (1, 1, 1, 1, 1), True, "store"),
+    "apply-tall": ("product", (1, 0, 0, 1, 1), True, "store"),
+    "muon": ("product", (1, 1, 1, 1, 1), False, "update"),
+    "muon-tall": ("product", (1, 0, 0, 0, 0), False, "update"),
+    "muon-direct": ("product", (1, 1, 1, 1, 1), True, "update"),
+    "rotate": ("product", (0, 1, 1, 1, 1), False, "store"),
+    "rotate_back": ("product", (1, 0, 1, 1, 1), False, "update"),
+    "conda-there": ("product", (0, 1, 1, 1, 1), False, "adam"),
+    "conda-there-tall": ("product", (1, 1, 1, 1, 1), False, "adam"),
+    "conda-back": ("product", (1, 1, 1, 1, 1), False, "update"),
 }
 
 
 def products(arch: str) -> Iterator[Build]:
-    """The product kernel in the orders the words and rotations launch it in."""
-    configs, product, tables = map(module, ("configs", "product", "tables"))
-    names = ("A_ORDER", "B_ORDER", "C_ORDER", "OUT_ORDER")
-    for dtype, t in tables.TYPES.items():
-        for op, (table, orders, added) in PRODUCTS.items():
-            choices = configs.records(table, dtype, arch)
-            for record in product.fitting(choices, orders[2], orders[3], True):
-                types = dict.fromkeys(("A_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE", "DOT_TYPE"), t)
-                decay = {} if op == "rotate_back" else {"decay": None}
+    """The product kernel in the orders and with the ends the package launches it in."""
+    configs, ends, product, tables = map(module, ("configs", "ends", "product", "tables"))
+    tensors = ("A", "B", "C", "D", "OUT")
+    labels = {str(d).removeprefix("torch."): t for d, t in tables.TYPES.items()}
+    for label, t in {**labels, "tf32": tables.tl.float32}.items():
+        for op, (table, orders, added, name) in PRODUCTS.items():
+            end = ends.End(getattr(ends, name))
+            choices = configs.row(table, arch).records.get(label, ())
+            for record in product.fitting(choices, *orders[2:], True, end):
+                types = {f"{n}_TYPE": t for n in (*tensors, "DOT")}
+                where = {f"{n}_ORDER": o for n, o in zip(tensors, orders, strict=True)}
+                unused = {} if name == "update" else {"first": None, "second": None}
                 constants = dict(
-                    STEPS=4, **types, **dict(zip(names, orders, strict=True)), **decay,
-                    ALIGNED=True, ADDED=added, SYMMETRIC=table == "symmetric", **record.blocks,
+                    STEPS=4, **types, **where, **unused, ALIGNED=True, ADDED=added,
+                    PRECISION="tf32" if label == "tf32" else "ieee",
+                    SYMMETRIC=table == "symmetric", END=end.function, **record.blocks,
                 )  # fmt: skip
                 yield Build(
-                    op, product.product_kernel, constants, record.options, arch,
-                    str(dtype).removeprefix("torch."), dtype.itemsize == 2,
+                    op, product.product_kernel, constants, record.options, arch, label,
+                    label != "float32",
                 )  # fmt: skip
 
 
 def small(arch: str) -> Iterator[Build]:
     """Whole iterations on chip."""
-    kernels, tables = module("small_newton_schulz"), module("tables")
+    kernels, grams, tables = map(module, ("small_newton_schulz", "gram_polynomial", "tables"))
+    ends = module("ends")
     for dtype in kernels.HALF:
-        for short, long in ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128)):
+        t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
+        for n in (16, 32, 64):
+            constants = {"TYPE": t, "BLOCK": n, "SQUARE": True}
+            options = dict(num_warps=grams.warps(n), num_stages=1, **kernels.FUSION)
+            yield Build(
+                "small_gram_polynomial", grams.polynomial_kernel, constants, options,
+                arch, label, True, (("R", "*" + t.name), ("out", "*" + t.name)), wide=False,
+            )  # fmt: skip
+        sides = ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128))
+        for (short, long), end in itertools.product(sides, (ends.store, ends.update)):
             constants = dict(
-                STEPS=4, norms=None, X_TYPE=tables.TYPES[dtype], DOT_TYPE=tables.TYPES[dtype],
+                STEPS=4, norms=None, **dict.fromkeys(("X_TYPE", "OUT_TYPE", "DOT_TYPE"), t),
                 X_ORDER=1, OUT_ORDER=1, ALIGNED=True, SCALE=True, BLOCK_N=short, BLOCK_M=long,
+                END=end, **({} if end is ends.update else {"first": None, "second": None}),
             )  # fmt: skip
             options = dict(num_warps=kernels.warps(short, long), num_stages=1, **kernels.FUSION)
-            yield Build(
-                "small_newton_schulz", kernels.iterate_kernel, constants, options, arch,
-                str(dtype).removeprefix("torch."), True,
-            )  # fmt: skip
+            op = "small_newton_schulz" if end is ends.store else "small_muon"
+            yield Build(op, kernels.iterate_kernel, constants, options, arch, label, True)
 
 
 # kernel of a pass over lists: its tensors, its own arguments, its own constants
@@ -124,6 +152,7 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
     ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
     "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
+    "gram_fold": ("fold_kernel", ("OUT", "X"), (), {}),
     "muon_prologue": (
         "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True}
     ),
@@ -141,21 +170,22 @@ def passes(arch: str) -> Iterator[Build]:
                 STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
             )  # fmt: skip
             yield Build(
-                op, getattr(module(op), name), constants, each.OPTIONS, arch,
+                op, getattr(module(op.split("_fold")[0]), name), constants, each.OPTIONS, arch,
                 str(dtype).removeprefix("torch."), False, arguments,
             )  # fmt: skip
 
 
-# kernel of a reduction along lines, and its own constants
-LINES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0}),
-    "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}),
-    "row_normalize": ("lines", "normalize_kernel", {"EPS_AT": 0}),
+# kernel of a reduction along lines, its own constants, and whether its programs own many lines
+LINES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0, "parts": None}, False),
+    "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}, False),
+    "row_normalize": ("lines", "normalize_kernel", {"EPS_AT": 0}, False),
+    "factored_sums": ("lines", "moments_kernel", {"EPS_AT": 3}, True),
     "factored_norm": (
-        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": False}
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": False}, True
     ),
     "factored_moment": (
-        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": True}
+        "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": True}, True
     ),
 }  # fmt: skip
 
@@ -163,12 +193,13 @@ LINES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def reductions(arch: str) -> Iterator[Build]:
     """Reductions along rows (order 1) and columns (order 0) of bfloat16 and float32."""
     tables, lines = module("tables"), module("lines")
-    doubles = tuple((n, "*fp64") for n in ("factors", "sums", "row_moments", "column_moments"))
-    for op, (name, kernel, own) in LINES.items():
-        for dtype in (lines.torch.bfloat16, lines.torch.float32):
+    names = ("factors", "sums", "row_moments", "column_moments", "parts", "moments")
+    doubles = tuple((n, "*fp64") for n in names)
+    for dtype in (lines.torch.bfloat16, lines.torch.float32):
+        t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
+        for op, (name, kernel, own, many) in LINES.items():
             for order in (1, 0):
-                across, along = lines.blocks_of(lines.torch.device("cuda"), order)
-                t = tables.TYPES[dtype]
+                across, along = lines.blocks_of(lines.torch.device("cuda"), order, many)
                 second = {"OUT_TYPE": t} if op == "row_normalize" else {"V_TYPE": t}
                 constants = dict(
                     STEPS=7, X_TYPE=t, **second, WIDE=lines.tl.float32, X_ORDER=order,
@@ -176,9 +207,14 @@ def reductions(arch: str) -> Iterator[Build]:
                 )  # fmt: skip
                 yield Build(
                     op if order else op.replace("row", "column") + "_across",
-                    getattr(module(name), kernel), constants, lines.OPTIONS, arch,
-                    str(dtype).removeprefix("torch."), False, doubles,
+                    getattr(module(name), kernel), constants,
+                    lines.WIDER if many else lines.OPTIONS, arch, label, False, doubles,
                 )  # fmt: skip
+        yield Build(
+            "factored_columns", module("factored_moment").columns_kernel,
+            {"V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False, doubles,
+            wide=False,
+        )  # fmt: skip
 
 
 # kernel of power iteration: its types, other constants
@@ -196,12 +232,13 @@ def power(arch: str) -> Iterator[Build]:
     """Power iteration on rows (order 1) and columns (order 0) of W."""
     tables, kernels = module("tables"), module("power_iteration")
     doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares", "sums", "norms"))
+    device = kernels.torch.device("cuda")
     for name, (types, own) in POWER.items():
         for dtype in (kernels.torch.bfloat16, kernels.torch.float32):
             for order in (1, 0) if name == "step_kernel" else (1,):
                 constants = {**dict.fromkeys(types, tables.TYPES[dtype]), **own}
                 if name == "step_kernel":
-                    across, along = kernels.blocks_of(kernels.torch.device("cuda"), order)
+                    across, along = kernels.lines.blocks_of(device, order, True)
                     constants |= {"ORDER": order, "LINES": across, "ALONG": along}
                 home = kernels if hasattr(kernels, name) else module("magnitude")
                 yield Build(
@@ -230,7 +267,7 @@ def builds(arch: str) -> Iterator[Build]:
         for build in family(arch):
             yield build
             once = build.op not in ("gram-tall", "apply-tall") and not build.op.endswith("_across")
-            once = once and (build.op == "small_newton_schulz" or build.tile <= 64 * 64)
+            once = once and (build.op.startswith("small") or build.tile <= 64 * 64)
             if once and build.dtype == "bfloat16" and (ANYHOW.keys() & build.constants.keys()):
                 yield anyhow(build)
 
@@ -251,17 +288,20 @@ def compiled(build: Build) -> dict[str, Any]:
         fn=build.kernel, signature=signature, attrs=attributes,
         constexprs={(names.index(n),): v for n, v in build.constants.items()},
     )  # fmt: skip
-    kernel = triton.compile(
-        source, target=GPUTarget("cuda", int(build.arch), 32), options=dict(build.options)
-    )
+    nvidia = build.arch.isdigit()
+    target = GPUTarget("cuda", int(build.arch), 32) if nvidia else GPUTarget("hip", build.arch, 64)
+    kernel = triton.compile(source, target=target, options=dict(build.options))
+    found = kernel.asm
+    own = measured(found["cubin"], build.arch) if nvidia else measured_amd(found["amdgcn"])
     return {
         "name": build.name,
         "triton": triton.__version__,
         "tensor_cores": build.tensor_cores,
         "warps": kernel.metadata.num_warps,
         "shared": kernel.metadata.shared,
-        **measured(kernel.asm["cubin"], build.arch),
-        "vectorized": bool(re.search(r"ld\.global\.\S*v[24]|cp\.async", kernel.asm["ptx"])),
+        **own,
+        "vectorized": bool(re.search(WIDE, found["ptx" if nvidia else "amdgcn"])),
+        "narrow_offsets": len(re.findall(NARROW, found["ttir"])),
     }
 
 
@@ -283,6 +323,23 @@ def measured(cubin: bytes, arch: str) -> dict[str, Any]:
         "tensor_core_instructions": len(re.findall(TENSOR_CORE, code)),
         "newest_instructions": len(re.findall(NEWEST[arch], code)),
         "mix": mix(code),
+    }
+
+
+def measured_amd(code: str) -> dict[str, Any]:
+    """The same of AMD's assembly, which says it itself."""
+    registers, spills, stack = (
+        int(re.findall(rf"\.{name}:\s*(\d+)", code)[-1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    instructions = len(re.findall(TENSOR_CORE, code))
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": spills,
+        "tensor_core_instructions": instructions,
+        "newest_instructions": instructions,
+        "mix": {},
     }
 
 

@@ -8,7 +8,8 @@ same rounds, and write this processor's row of `orthonorm/rates.json`.
 
 For every tile shape the fastest warps and stages are kept, on matrices that give it enough tiles;
 then the shapes that are fastest for some size, largest first, which is the order `configs.pick`
-reads. All records share block_k, so that no choice changes a result.
+reads, and the side from which on torch is faster.
+All records share block_k, so that no choice changes a result.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from orthonorm import orthogonalize as k1
 from orthonorm.ops import gram_polynomial, newton_schulz
+from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from .environment import environment
@@ -41,7 +43,7 @@ SHAPES = {
 WARPS, STAGES = (4, 8), (3, 4, 5)
 
 
-def seconds_of(call: Callable[[], None]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     """Median of five samples, infinite where the record does not fit the device."""
     try:
         call()
@@ -52,25 +54,54 @@ def seconds_of(call: Callable[[], None]) -> float:
         return math.inf
 
 
-def launcher(op: str, side: int, dtype: torch.dtype) -> Callable[[Any], None]:
+def launcher(
+    op: str, side: int, dtype: torch.dtype, device: str = "cuda"
+) -> Callable[[Any], Tensor]:
     """One launch on random matrices of this side by a given record: X X^T, or X + B X."""
     product = importlib.import_module("orthonorm.kernels.product")
     tables = importlib.import_module("orthonorm.kernels.tables")
-    X, B, out = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(3))
-    ((x, b, o),) = tables.views(X, B, out)
-    factors = product.Factors(x, x.mT, o, o) if op == "symmetric" else product.Factors(b, x, x, o)
-    beta = 0.0 if op == "symmetric" else 1.0
+    tensors = [torch.randn(side, side, device=device).to(dtype) for _ in range(3)]
+    ((x, b, o),) = tables.views(*tensors)
+    symmetric = op == "symmetric"
+    factors = product.plain(x, x.mT, o, o) if symmetric else product.plain(b, x, x, o)
+    beta = 0.0 if symmetric else 1.0
 
-    def launch(record: Any) -> None:
+    def launch(record: Any) -> Tensor:
         product.product(
-            op, [factors], X.device, dtype, 1.0, beta, None, op == "symmetric", [record]
+            op,
+            [factors],
+            tensors[0].device,
+            dtype,
+            1.0,
+            beta,
+            symmetric=symmetric,
+            records=[record],
         )
+        return tensors[-1]  # of which views know only the addresses
 
     return launch
 
 
-def sweep(op: str, dtype: torch.dtype, block_k: int, deadline: float) -> list[Any]:
-    """The records of a table row, and every time on the way printed."""
+def torch_seconds(op: str, side: int, dtype: torch.dtype) -> float:
+    """What torch takes for the same."""
+    X, B = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
+    return seconds_of(lambda: X @ X.mT if op == "symmetric" else torch.addmm(X, B, X))
+
+
+def torch_from(ours: dict[int, float], torchs: dict[int, float]) -> int | None:
+    """The smallest side from which on torch is faster, None if it is not at the largest."""
+    found = None
+    for side in sorted(ours, reverse=True):
+        if torchs[side] >= ours[side]:
+            break
+        found = side
+    return found
+
+
+def sweep(
+    op: str, dtype: torch.dtype, block_k: int, deadline: float
+) -> tuple[list[Any], int | None]:
+    """The records of a table row and where torch is faster; every time on the way printed."""
     configs = importlib.import_module("orthonorm.kernels.configs")
     launchers = {side: launcher(op, side, dtype) for side in SIDES}
     best: dict[tuple[int, int], tuple[Any, dict[int, float]]] = {}
@@ -84,7 +115,10 @@ def sweep(op: str, dtype: torch.dtype, block_k: int, deadline: float) -> list[An
             if shape not in best or sum(times.values()) < sum(best[shape][1].values()):
                 best[shape] = record, times
     winners = {min(best, key=lambda s: best[s][1][side]) for side in SIDES}
-    return [best[shape][0] for shape in SHAPES[op] if shape in winners]
+    ours = {side: min(times[side] for _, times in best.values()) for side in SIDES}
+    torchs = {side: torch_seconds(op, side, dtype) for side in SIDES}
+    print(op, dtype, "torch", {s: f"{t * 1e6:.1f} us" for s, t in torchs.items()}, flush=True)
+    return [best[s][0] for s in SHAPES[op] if s in winners], torch_from(ours, torchs)
 
 
 # ---- CPU: rates of the forms ---------------------------------------------------------------------
@@ -151,9 +185,15 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.monotonic()
     for i, op in enumerate(SHAPES, 1):
         deadline = start + options.seconds * i / len(SHAPES)
-        records = sweep(op, getattr(torch, options.dtype), 64 if int(arch) >= 90 else 32, deadline)
+        block_k = 64 if int(arch) >= 90 else 32
+        records, limit = sweep(op, getattr(torch, options.dtype), block_k, deadline)
         table = json.loads((configs.FOLDER / f"{op}.json").read_text())
-        table.setdefault(arch, {})[options.dtype] = [asdict(r) for r in records]
+        row = table.get(arch, {})
+        row = dict(table[row] if isinstance(row, str) else row)
+        row[options.dtype] = [asdict(r) for r in records]
+        limits = {**row.get("torch_from", {}), options.dtype: limit}
+        row["torch_from"] = {d: side for d, side in limits.items() if side is not None}
+        table[arch] = row
         (options.out / f"{op}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -7,13 +7,13 @@ from orthonorm import ops
 from torch import Tensor
 
 from . import tables
-from .product import Factors, product, served
+from .product import plain, product, served
 
 
 def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
-    if not served("product", X.device, X.dtype):
+    if not served("product", X.dtype, X):
         return ops.apply.definition(X, B, a, b)
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
-    products = [Factors(left, x, x, o) for x, left, o in tables.views(X, B, out)]
+    products = [plain(left, x, x, o) for x, left, o in tables.views(X, B, out)]
     product("product", products, X.device, X.dtype, b, a)
     return out

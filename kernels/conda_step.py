@@ -1,21 +1,17 @@
-"""Conda's step on a list: three launches for all matrices of one dtype, not three for each."""
+"""Conda's step on a list in two launches: G' = Q^T G, at whose end the moments are updated and N is
+written, and Q N, at whose end the weights are."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from itertools import chain
-from typing import Any
 
 import torch
 from orthonorm import ops
 from orthonorm.ops.steps import ACCELERATOR_WORK
 from torch import Tensor
 
-from . import tables
-from .product import Factors, product, served
+from . import ends, tables
+from .product import product, served
 from .rotate import rotation
 from .rotate_back import rotation_back
-from .rotated_adam import rotated_adam_
 
 
 def conda_step_(
@@ -31,35 +27,29 @@ def conda_step_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    arguments = (params, grads, exp_avg, exp_avg_sq, bases, scales, lr, beta1, beta2, eps)
-    dtypes = {t.dtype for tensors in (params, grads, bases) for t in tensors}
-    if not params or not served("product", params[0].device, *dtypes):
-        return ops.conda_step_.definition(*arguments, weight_decay)
-    decay = 1 - lr.to(torch.float64) * weight_decay
-    steps = scales * decay
-    sizes = [m.numel() for m in exp_avg]
-    for part in stretches(sizes, max(*sizes, ACCELERATOR_WORK)):
-        moments = exp_avg[part]
-        work = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in moments]
-        _products(map(rotation, work, grads[part], bases[part]), bases[part])
-        rotated_adam_(moments, exp_avg_sq[part], work, beta1, beta2, eps, steps[part])
-        back = map(rotation_back, params[part], work, bases[part])
-        _products(back, bases[part], -1.0, 1.0, decay)
-
-
-def stretches(sizes: list[int], limit: int) -> list[slice]:
-    """Neighbours whose sizes add up to at most `limit`, one at least."""
-    found, begin, total = [], 0, 0
-    for i, size in enumerate(sizes):
-        if i > begin and total + size > limit:
-            found.append(slice(begin, i))
-            begin, total = i, 0
-        total += size
-    return [*found, slice(begin, len(sizes))]
-
-
-def _products(products: Iterable[list[Factors]], bases: list[Tensor], *scalars: Any) -> None:
-    """One launch for the bases of each dtype."""
-    keys = (q.dtype for q in bases)
-    for dtype, found in tables.grouped(zip(keys, products, strict=True)).items():
-        product("product", list(chain(*found)), bases[0].device, dtype, *scalars)
+    if not params:
+        return
+    lr, scales = (t.to(params[0].device) for t in (lr, scales))
+    lists = (params, grads, exp_avg, exp_avg_sq, bases)
+    mine: list[int] = []
+    rest: list[int] = []
+    for i, matrices in enumerate(zip(*lists, strict=True)):
+        (mine if served("product", bases[i].dtype, *matrices) else rest).append(i)
+    if rest:
+        some = ([tensors[i] for i in rest] for tensors in lists)
+        numbers = (lr, beta1, beta2, eps, weight_decay)
+        ops.conda_step_.definition(*some, torch.cat([scales[i : i + 1] for i in rest]), *numbers)
+    first = ends.moments(beta1, beta2, eps)
+    last = ends.conda(lr, weight_decay, scales.contiguous())
+    sizes = [exp_avg[i].numel() for i in mine]
+    for part in tables.stretches(sizes, max((*sizes, ACCELERATOR_WORK))) if mine else ():
+        there, back, work = [], [], []
+        for i in mine[part]:
+            W, G, M, V, Q = (tensors[i] for tensors in lists)
+            N = torch.empty_like(M, memory_format=torch.contiguous_format)
+            there += [(Q.dtype, p) for p in rotation(N, G, Q, M, V)]
+            back += [(Q.dtype, p) for p in rotation_back(W, N, Q, (ends.PLAIN[0], i))]
+            work.append(N)  # a table knows only where it is
+        for products, end in ((there, first), (back, last)):
+            for dtype, group in tables.grouped(products).items():
+                product("product", group, W.device, dtype, end=end)

@@ -1,20 +1,24 @@
 """Launch configurations: frozen records from `configs/<op>.json`, picked by data at each launch.
 
-A file maps an architecture ("80", "90", "100"; "cpu" is the interpreter) and a dtype to a list of
-records, large tiles first. `pick` takes the first whose tiles fill the device, the last if none
-does; an architecture without an entry uses the nearest older one, a dtype without one is left to
-torch. All records of a dtype share `block_k`, so the choice of tiles changes no sum's order and
-results do not depend on company. None of the shipped records has been measured on a GPU.
+A file maps an architecture ("80", "90", "100", "120", "gfx942"; "cpu" is the interpreter; a name
+stands for another's row) and a dtype to a list of records, large tiles first. `pick` takes the
+first whose tiles fill the device, the one with the most if none does; an architecture without an
+entry uses the nearest older one, a dtype without one is left to torch. So are matrices whose
+shorter side is `torch_from` or more, where torch's products are the better choice: float32 without
+tensor cores, which Triton multiplies less well than cuBLAS (an estimate; half the work makes up for
+that in symmetric products). All records of a dtype share `block_k`, so the choice of tiles changes
+no sum's order and results do not depend on company. None of the records has been measured on a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,14 +48,23 @@ class Config:
 FUSION = {"enable_fp_fusion": True}  # Triton's default changes in 3.10
 
 
+class Row(NamedTuple):
+    """A table's entry for an architecture."""
+
+    records: dict[str, tuple[Config, ...]]
+    torch_from: dict[str, int]
+
+
 @lru_cache
-def load(op: str) -> dict[str, dict[str, tuple[Config, ...]]]:
+def load(op: str) -> dict[str, Row]:
     """The table of an op: architecture, dtype, records."""
     stored = json.loads((FOLDER / f"{op}.json").read_text())
-    return {
-        arch: {dtype: tuple(Config(**r) for r in records) for dtype, records in rows.items()}
-        for arch, rows in stored.items()
-    }
+    table = {}
+    for arch, row in stored.items():
+        row = dict(stored[row] if isinstance(row, str) else row)
+        limits = row.pop("torch_from", {})
+        table[arch] = Row({d: tuple(Config(**r) for r in some) for d, some in row.items()}, limits)
+    return table
 
 
 @lru_cache
@@ -63,12 +76,33 @@ def device_of(device: torch.device) -> tuple[str, int]:
     return f"{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def records(op: str, dtype: torch.dtype, arch: str) -> tuple[Config, ...]:
-    """The records for a dtype on an architecture, () where the op is left to torch."""
+def precision(dtype: torch.dtype) -> str:
+    """How products of this dtype multiply: float32 as torch does, which is to say by tensor cores
+    only where `torch.backends.cuda.matmul.fp32_precision` says so, which
+    `torch.set_float32_matmul_precision` sets."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def label(dtype: torch.dtype) -> str:
+    """A dtype's name in the tables."""
+    return "tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch.")
+
+
+def row(op: str, arch: str) -> Row:
+    """What a table has for an architecture, its own or the nearest older one's; or nothing."""
     rows = load(op)
-    known = [a for a in rows if a != "cpu" and arch != "cpu" and int(a) <= int(arch)]
-    row = rows["cpu"] if arch == "cpu" else rows[max(known, key=int)] if known else {}
-    return row.get(str(dtype).removeprefix("torch."), ())
+    if arch in rows:
+        return rows[arch]
+    known = [a for a in rows if a.isdigit() and arch.isdigit() and int(a) <= int(arch)]
+    return rows[max(known, key=int)] if known else Row({}, {})
+
+
+def records(op: str, dtype: torch.dtype, arch: str, side: int = 0) -> tuple[Config, ...]:
+    """The records for a dtype on an architecture, () where the op is left to torch: `side` is the
+    least of the sides of its products."""
+    name, (known, torch_from) = label(dtype), row(op, arch)
+    return known.get(name, ()) if side < torch_from.get(name, math.inf) else ()
 
 
 def pick(choices: Sequence[Config], device: torch.device, tiles: Callable[[Config], int]) -> Config:

@@ -80,6 +80,25 @@ def root(x):
         return tl.sqrt_rn(x)
 
 
+@triton.jit
+def adam(out_at, m_at, v_at, x, mask, numbers, WIDE: tl.constexpr, scale=None):
+    """out <- scale m / (sqrt(v) + eps), m and v the averages of x and x^2, updated.
+
+    Numbers: beta1, 1 - beta1, beta2, 1 - beta2, eps.
+    """
+    m = tl.load(m_at, mask=mask, other=0.0).to(WIDE)
+    m = tiles.number(numbers, 0).to(WIDE) * m + tiles.number(numbers, 1).to(WIDE) * x
+    tl.store(m_at, m.to(m_at.dtype.element_ty), mask=mask)
+    v = tl.load(v_at, mask=mask, other=0.0).to(WIDE)
+    v = tiles.number(numbers, 2).to(WIDE) * v + tiles.number(numbers, 3).to(WIDE) * x * x
+    tl.store(v_at, v.to(v_at.dtype.element_ty), mask=mask)
+    denominator = root(v) + tiles.number(numbers, 4).to(WIDE)
+    out = tl.where(denominator == 0, 0.0, divide(m, denominator))
+    if scale is not None:
+        out = out * scale
+    tl.store(out_at, out.to(out_at.dtype.element_ty), mask=mask)
+
+
 class Group(NamedTuple):
     """Entries of one launch."""
 

@@ -1,7 +1,6 @@
-"""Adafactor's rank-one moment: rows, then columns, then matrices divided by its root.
-
-X is read for the row sums, for the column sums, for the norm of the result if that is kept, and to
-be divided: eps keeps the factors of rows and columns from separating.
+"""Adafactor's rank-one moment: sums of rows and columns in one pass, then matrices divided by its
+root in another; one more between them for the norm of the result, if that is kept: eps keeps the
+factors of rows and columns from separating, so no sums of theirs give it.
 """
 
 from __future__ import annotations
@@ -12,9 +11,30 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise as each
-from . import lines, tiles
+from . import lines, tables, tiles
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def columns_kernel(
+    table, count, blocks, parts, moments, V_TYPE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """c <- beta2 c + (1 - beta2) mean of every column, from the sums of all programs."""
+    entries = table + 3
+    entry = tl.program_id(1)
+    batch, block, real = lines.lane_block(entries, count, entry, blocks)
+    length = tiles.field(entries, count, entry, 3)
+    if real & (block * lines.LANES < length):
+        lane = block * lines.LANES + tl.arange(0, lines.LANES)
+        total = lines.sum_of_parts(entries, count, entry, batch, length, parts, lane)
+        v, _, step = tiles.matrix(entries, count, entry, batch, lines.HEAD + 8, V_TYPE, 2, False)
+        old = tl.load(v + lane * step, mask=lane < length, other=0.0).to(tl.float64)
+        mean = total / tiles.field(entries, count, entry, 2)
+        new = tiles.number(table, 0) * old + tiles.number(table, 1) * mean
+        tl.store(v + lane * step, new.to(WIDE).to(V_TYPE), mask=lane < length)
+        at = tiles.field(entries, count, entry, 5) + batch * length + lane
+        tl.store(moments + at, new, mask=lane < length)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -77,12 +97,25 @@ def factored_moment_(
 ) -> None:
     if not X:
         return
-    numbers = (beta2, 1 - beta2, eps)
-    rows, launched = lines.updated(row_moments, X, False, numbers, lines.RAW.value)
-    columns, _ = lines.updated(column_moments, X, True, numbers, lines.RAW.value)
-    for table, sums, steps in launched:
+    device, numbers = X[0].device, (beta2, 1 - beta2, eps)
+    launches, sizes = lines.groups(
+        X, row_moments, column_moments, columns=False, whole=False, parts=True
+    )
+    rows, columns, parts = (torch.empty(n, dtype=torch.float64, device=device) for n in sizes)
+    for group in launches:
+        table = tables.table(group.entries, numbers, device)
+        sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
+        common, steps = (table.data, table.count), (table.steps, *group.constants(0, 1))
+        lines.moments_kernel[(table.tiles,)](
+            *common, rows, sums, parts, *steps, lines.RAW.value, **lines.WIDER
+        )
+        blocks = triton.cdiv(max(entry[3] for entry in group.entries), lines.LANES.value)
+        most = max(entry[7] for entry in group.entries)
+        columns_kernel[(most * blocks, table.count)](
+            *common, blocks, parts, columns, group.types[2], group.wide, **lines.OPTIONS
+        )
         for write in (False, True) if keep_norm else (True,):
             factored_kernel[(table.tiles,)](
-                table.data, table.count, rows, columns, sums, *steps, lines.EPS_AT[eps_at],
-                keep_norm, write, **lines.OPTIONS,
+                *common, rows, columns, sums, *steps, lines.EPS_AT[eps_at], keep_norm, write,
+                **lines.WIDER,
             )  # fmt: skip

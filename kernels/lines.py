@@ -2,7 +2,8 @@
 
 A program owns some lines of one matrix and walks along them, so sums need no atomics and do not
 depend on company. An entry's fields: first program, programs of a matrix, lines, their length,
-first line in the list; then X and the moments (`tables.View`).
+first line and first place across in the list, first part (a program may leave a sum for every place
+across), matrices; then X and the moments (`tables.View`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from . import elementwise as each
 from . import tables, tiles
 from .configs import FUSION
 
-HEAD = tl.constexpr(6)
+HEAD = tl.constexpr(8)
+PARTS, MATRICES = tl.constexpr(6), tl.constexpr(7)
+LANES = tl.constexpr(128)
 SUMS = tl.constexpr(3)  # per program: squares before, squares after, moments
 INSIDE, CLAMP = tl.constexpr(1), tl.constexpr(2)
 RAW = tl.constexpr(3)  # the moment itself instead of a factor
 EPS_AT = {"outside": 0, "inside": 1, "clamp": 2}
 OPTIONS = dict(num_warps=4, **FUSION)
+WIDER = dict(num_warps=8, **FUSION)  # for twice as many elements at a time
 
 
 @triton.jit
@@ -40,8 +44,35 @@ def place(entries, count, STEPS: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.
 
 
 @triton.jit
-def squares(x, across, along, lines, length, LINES: tl.constexpr, ALONG: tl.constexpr):
-    """Sums of squares of the lines from address x on, double."""
+def part(entries, count, entry, length, parts):
+    """This program's place among the sums across."""
+    program = tl.program_id(0) - tiles.field(entries, count, entry, 0)
+    return parts + tiles.field(entries, count, entry, PARTS) + program * length
+
+
+@triton.jit
+def lane_block(entries, count, entry, blocks):
+    """Matrix and first lane of a program of a grid of (matrices x blocks, entries)."""
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // blocks
+    return batch, program % blocks, batch < tiles.field(entries, count, entry, MATRICES)
+
+
+@triton.jit
+def sum_of_parts(entries, count, entry, batch, length, parts, lane):
+    """Sums across of a matrix at these lanes, double, program by program."""
+    size = tiles.field(entries, count, entry, 1)
+    at = parts + tiles.field(entries, count, entry, PARTS) + batch * size * length + lane
+    total = tl.zeros((LANES,), dtype=tl.float64)
+    for _ in tl.range(0, size):
+        total += tl.load(at, mask=lane < length, other=0.0).to(tl.float64)
+        at += length
+    return total
+
+
+@triton.jit
+def squares(x, across, along, lines, length, parts, LINES: tl.constexpr, ALONG: tl.constexpr):
+    """Sums of squares of the lines from address x on, double; those across to `parts`, if any."""
     line = tl.arange(0, LINES)
     step = tl.arange(0, ALONG)
     at = tiles.square(line, step, across, along)
@@ -49,7 +80,10 @@ def squares(x, across, along, lines, length, LINES: tl.constexpr, ALONG: tl.cons
     for start in tl.range(0, length, ALONG):
         mask = (line < lines)[:, None] & (step < length - start)[None, :]
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float64)
-        total += value * value
+        value *= value
+        if parts is not None:
+            tl.store(parts + start + step, tl.sum(value, axis=0), mask=step < length - start)
+        total += value
         x += ALONG * along
     return tl.sum(total, axis=1)
 
@@ -96,7 +130,7 @@ def scale(
 
 @triton.jit(do_not_specialize=["count"])
 def moments_kernel(
-    table, count, factors, sums, STEPS: tl.constexpr,
+    table, count, factors, sums, parts, STEPS: tl.constexpr,
     X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +142,9 @@ def moments_kernel(
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
     x = tiles.corner(x, across, along, first, 0, ALIGNED)
-    total = squares(x, across, along, lines, length, LINES, ALONG)
+    if parts is not None:
+        parts = part(entries, count, entry, length, parts)
+    total = squares(x, across, along, lines, length, parts, LINES, ALONG)
     v, step, _ = tiles.matrix(entries, count, entry, batch, HEAD + 4, V_TYPE, 2, False)
     line = tl.arange(0, LINES)
     v_at = v + (first + line) * step
@@ -175,7 +211,7 @@ def normalize_kernel(
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
     x = tiles.corner(x, across, along, first, 0, ALIGNED)
-    total = squares(x, across, along, lines, length, LINES, ALONG)
+    total = squares(x, across, along, lines, length, None, LINES, ALONG)
     factor = tiles.number(table, 0)
     factor = inverse(total * factor * factor, tiles.number(table, 1), EPS_AT)
     out, down, over = tiles.matrix(
@@ -190,77 +226,74 @@ def normalize_kernel(
 class Group(NamedTuple):
     """Entries of one launch."""
 
-    types: tuple[Any, Any]
+    types: tuple[Any, ...]
     wide: Any
     order: int
     aligned: bool
     blocks: tuple[int, int]
     entries: list[tables.Entry]
 
-    @property
-    def constants(self) -> tuple[Any, ...]:
-        """What every kernel takes after the steps of the search."""
-        return (*self.types, self.wide, self.order, self.aligned, *self.blocks)
+    def constants(self, *which: int) -> tuple[Any, ...]:
+        """What every kernel takes after the steps of the search; `which` types of them."""
+        types = (self.types[i] for i in which)
+        return (*types, self.wide, self.order, self.aligned, *self.blocks)
 
 
-def blocks_of(device: torch.device, order: int) -> tuple[int, int]:
-    """Lines of a program and elements at a time: the contiguous direction is the wider one."""
+def blocks_of(device: torch.device, order: int, parts: bool = False) -> tuple[int, int]:
+    """Lines of a program and elements at a time: the contiguous direction is the wider one.
+
+    With `parts` more lines, for fewer sums across, but such that stay in the second-level cache.
+    """
     if device.type == "cpu":
-        return (8, 16) if order else (16, 8)
-    return (8, 256) if order == 1 else (64, 32)
+        return (16, 32) if parts else ((8, 16) if order else (16, 8))
+    if order == 1:
+        return (32, 128) if parts else (8, 256)
+    return (64, 32)
+
+
+class Sizes(NamedTuple):
+    """How much of everything the entries of a list have."""
+
+    lines: int = 0
+    across: int = 0
+    parts: int = 0
+
+    def and_of(self, batch: int, rows: int, columns: int, programs: int) -> Sizes:
+        more = (rows, columns, programs * columns)
+        return Sizes(*(size + batch * n for size, n in zip(self, more, strict=True)))
 
 
 def groups(
-    X: Sequence[Tensor], others: Sequence[Tensor], columns: bool, whole: bool
-) -> tuple[list[Group], int]:
-    """Pairs of tensors as lines, by dtypes, order and alignment; and the number of all lines.
+    X: Sequence[Tensor], *others: Sequence[Tensor], columns: bool, whole: bool, parts: bool = False
+) -> tuple[list[Group], Sizes]:
+    """Tuples of tensors as lines, by dtypes, order and alignment; and the sizes of all.
 
-    `columns` makes columns the lines. `whole`: the others are of the shape of X, not one number
-    per line.
+    `columns` makes columns the lines. `whole`: the first others are of the shape of X, not one
+    number per line.
     """
     rows: list[tuple[Any, tables.Entry]] = []
-    lines = across = 0
-    for pair in zip(X, others, strict=True):
-        for x, other in tables.views(*pair):
+    sizes = Sizes()
+    for tensors in zip(X, *others, strict=True):
+        for found in tables.views(*tensors):
             if columns:
-                x, other = x.mT, other.mT
+                found = tuple(v.mT for v in found)
+            x, other, *_ = found
             if x.batch == 0:
                 continue
             order = x.order if not whole or x.order == other.order else 2
             aligned = x.aligned and order < 2 and (not whole or other.aligned)
-            blocks = blocks_of(X[0].device, order)
+            blocks = blocks_of(X[0].device, order, parts)
             size = triton.cdiv(x.rows, blocks[0])
-            head = (x.batch * size, size, x.rows, x.columns, lines, across)
-            entry = (*head, *x.fields, *other.fields)
-            rows.append(((x.dtype, other.dtype, order, aligned, blocks), entry))
-            lines += x.batch * x.rows
-            across += x.batch * x.columns
-    found = []
-    for (kind, other_kind, order, aligned, blocks), entries in tables.grouped(rows).items():
-        wide = tl.float64 if torch.float64 in (kind, other_kind) else tl.float32
-        types = (tables.TYPES[kind], tables.TYPES[other_kind])
-        found.append(Group(types, wide, order, aligned, blocks, entries))
-    return found, lines
-
-
-def updated(
-    moments: Sequence[Tensor], X: Sequence[Tensor], columns: bool, numbers: tuple[float, ...],
-    eps_at: int,
-) -> tuple[Tensor, list[tuple[tables.Table, Tensor, tuple[Any, ...]]]]:  # fmt: skip
-    """Moments updated: every line's factor, and for each group its table, sums and constants."""
-    device = X[0].device
-    found, lines = groups(X, moments, columns, whole=False)
-    factors = torch.empty(lines, dtype=torch.float64, device=device)
-    launched = []
-    for group in found:
-        table = tables.table(group.entries, numbers, device)
-        sums = torch.empty(table.tiles, SUMS.value, dtype=torch.float64, device=device)
-        steps = (table.steps, *group.constants)
-        moments_kernel[(table.tiles,)](
-            table.data, table.count, factors, sums, *steps, eps_at, **OPTIONS
-        )
-        launched.append((table, sums, steps))
-    return factors, launched
+            head = (x.batch * size, size, x.rows, x.columns, *sizes, x.batch)
+            entry = (*head, *(f for v in found for f in v.fields))
+            rows.append(((tuple(v.dtype for v in found), order, aligned, blocks), entry))
+            sizes = sizes.and_of(x.batch, x.rows, x.columns, size)
+    launches = []
+    for (dtypes, order, aligned, blocks), entries in tables.grouped(rows).items():
+        wide = tl.float64 if torch.float64 in dtypes else tl.float32
+        types = tuple(tables.TYPES[d] for d in dtypes)
+        launches.append(Group(types, wide, order, aligned, blocks, entries))
+    return launches, sizes
 
 
 def moment(
@@ -270,8 +303,16 @@ def moment(
     """`row_moment_`, or `column_moment_`: two launches, two passes over X."""
     if not X:
         return
-    factors, launched = updated(moments, X, columns, numbers, EPS_AT[eps_at])
-    for table, sums, steps in launched:
+    device = X[0].device
+    launches, sizes = groups(X, moments, columns=columns, whole=False)
+    factors = torch.empty(sizes.lines, dtype=torch.float64, device=device)
+    for group in launches:
+        table = tables.table(group.entries, numbers, device)
+        sums = torch.empty(table.tiles, SUMS.value, dtype=torch.float64, device=device)
+        steps = (table.steps, *group.constants(0, 1))
+        moments_kernel[(table.tiles,)](
+            table.data, table.count, factors, sums, None, *steps, EPS_AT[eps_at], **OPTIONS
+        )
         rescale_kernel[(table.tiles,)](
             table.data, table.count, factors, sums, *steps, keep_norm, **OPTIONS
         )
@@ -280,9 +321,9 @@ def moment(
 def normalize(X: Tensor, columns: bool, scale: float, eps: float, eps_at: str) -> Tensor:
     """`row_normalize`, or `column_normalize`: one launch."""
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
-    for group in groups([X], [out], columns, whole=True)[0]:
+    for group in groups([X], [out], columns=columns, whole=True)[0]:
         table = tables.table(group.entries, (scale, eps), X.device)
         normalize_kernel[(table.tiles,)](
-            table.data, table.count, table.steps, *group.constants, EPS_AT[eps_at], **OPTIONS
+            table.data, table.count, table.steps, *group.constants(0, 1), EPS_AT[eps_at], **OPTIONS
         )
     return out

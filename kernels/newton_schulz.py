@@ -7,7 +7,7 @@ launch; either way a launch is shared by every matrix that has its short side, d
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from orthonorm import ops
@@ -16,17 +16,32 @@ from orthonorm.ops.newton_schulz import split_norms
 from orthonorm.ops.words import Triples, segments, triples_of, wide
 from torch import Tensor
 
-from . import tables
+from . import ends, tables
 from .divide_each import divide_list
+from .ends import End, Extra
+from .gram import grams
 from .magnitude import magnitude
-from .product import Factors, product, served
+from .product import plain, product, served
+from .small_newton_schulz import HALF, small_iterations
 from .symmetric_update import symmetric_update
+
+
+class Target(NamedTuple):
+    """Where results go: tensors, and how the last product ends there, by the extras of each."""
+
+    out: list[Tensor]
+    end: End
+    extras: list[Extra]
+
+    def part(self, rows: list[int]) -> Target:
+        """Of these matrices of the list."""
+        return Target([self.out[i] for i in rows], self.end, [self.extras[i] for i in rows])
 
 
 class Stack(NamedTuple):
     """The words on a list of wide matrices; their Gram matrices are one stack."""
 
-    out: list[Tensor]  # results, wide
+    target: Target
 
     def parts(self, A: Tensor, X: list[Tensor]) -> list[Tensor]:
         """The stack cut like the list."""
@@ -37,22 +52,25 @@ class Stack(NamedTuple):
     def gram(self, X: list[Tensor]) -> Tensor:
         n = X[0].shape[-2]
         out = X[0].new_empty(sum(math.prod(x.shape[:-2]) for x in X), n, n)
-        pairs = zip(X, self.parts(out, X), strict=True)
-        views = [v for x, o in pairs for v in tables.views(x, o)]
-        products = [Factors(x, x.mT, o, o) for x, o in views]
-        product("symmetric", products, out.device, out.dtype, symmetric=True)
+        grams(X, self.parts(out, X))
         return out
 
     def apply(
         self, X: list[Tensor], B: Tensor, a: float, b: float = 1.0, last: bool = False
     ) -> list[Tensor]:
-        """a X + b B X; the last one into the results, in their layout and dtype."""
-        contiguous = torch.contiguous_format
-        out = self.out if last else [torch.empty_like(x, memory_format=contiguous) for x in X]
-        triples = zip(X, self.parts(B, X), out, strict=True)
-        views = [v for x, left, o in triples for v in tables.views(x, left, o)]
-        products = [Factors(left, x, x, o) for x, left, o in views]
-        product("product", products, B.device, B.dtype, b, a)
+        """a X + b B X; the last one to the target."""
+        if last:
+            out, end, extras = self.target
+            out = [wide(o) for o in out]
+        else:
+            out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]
+            end, extras = ends.STORE, [ends.PLAIN] * len(X)
+        products = [
+            plain(left, x, x, o, extra)
+            for *tensors, extra in zip(X, self.parts(B, X), out, extras, strict=True)
+            for x, left, o in tables.views(*tensors)
+        ]
+        product("product", products, B.device, B.dtype, b, a, end)
         return out
 
     def direct(self, X: list[Tensor], triples: Triples) -> None:
@@ -71,6 +89,67 @@ class Stack(NamedTuple):
             X = self.apply(X, Q, 0.0, 1.0, i + 1 == len(parts))
 
 
+class Iteration(NamedTuple):
+    """What `newton_schulz` is asked for; its arguments in their order."""
+
+    coefficients: list[float]
+    restarts: list[int]
+    form: str = "auto"
+    precision: str = "auto"
+    scale: str = "frobenius"
+    eps: float = 0.0
+    safety: float = 1.0
+
+    def key(self, x: Tensor) -> tuple[Any, ...] | None:
+        """What the matrices of one launch have in common; None leaves x to the definition."""
+        how = k1.choose(x, triples_of(self.coefficients), self.restarts, self.form, self.precision)
+        if self.scale != "frobenius" or x.numel() == 0 or x.dtype == torch.float64:
+            return None
+        if how.small:
+            return (0, how.dtype, "small") if how.dtype in HALF else None
+        if how.form == "gram" and how.dtype == torch.bfloat16:  # its chain is in float32
+            return None
+        if not served("product", how.dtype, x):
+            return None
+        return (min(x.shape[-2:]), how.dtype, how.form)
+
+    def run(self, X: list[Tensor], target: Target, norms: Tensor | None) -> list[int]:
+        """Results to the target, a launch of each word for every key; returns whom that left."""
+        parts = split_norms(X, norms)
+        rest: list[int] = []
+        for key, rows in tables.grouped((self.key(x), i) for i, x in enumerate(X)).items():
+            if key is None:
+                rest = rows
+                continue
+            some, goal = [X[i] for i in rows], target.part(rows)
+            sizes = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])
+            _, dtype, form = key
+            if form == "small":
+                scaling = (True, self.eps, self.safety, sizes)
+                small_iterations(some, *goal, self.coefficients, dtype, *scaling)
+            else:
+                self.words(some, Stack(goal), dtype, form, sizes)
+        return rest
+
+    def words(
+        self, X: list[Tensor], stack: Stack, dtype: torch.dtype, form: str, norms: Tensor | None
+    ) -> None:
+        norms = magnitude(X) if norms is None else norms.to(torch.float64)
+        scaled = divide_list(X, self.safety * norms.clamp(min=self.eps), dtype)
+        Y = [wide(y) for y in scaled]
+        triples = triples_of(self.coefficients)
+        if form == "gram":
+            stack.gram_form(Y, segments(triples, self.restarts))
+        else:
+            stack.direct(Y, triples)
+
+    def rest(self, X: list[Tensor], rows: list[int], norms: Tensor | None) -> list[Tensor]:
+        """The definition, for some matrices of the list."""
+        parts = split_norms(X, norms)
+        sizes = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])
+        return ops.newton_schulz.definition([X[i] for i in rows], *self, sizes)
+
+
 def newton_schulz(
     X: list[Tensor],
     coefficients: list[float],
@@ -83,32 +162,10 @@ def newton_schulz(
     norms: Tensor | None = None,
 ) -> list[Tensor]:
     """Matrices the words serve together, all others by the definition."""
-    triples = triples_of(coefficients)
-    keys = []
-    for x in X:
-        choice = k1.choose(x, triples, restarts, form, precision)
-        mine = scale == "frobenius" and x.numel() > 0 and not choice.small
-        mine = mine and served("product", x.device, x.dtype, choice.dtype)
-        keys.append((min(x.shape[-2:]), choice.dtype, choice.form) if mine else None)
-    out: list[Tensor] = list(X)
-    parts = split_norms(X, norms)
-    for key, rows in tables.grouped(zip(keys, range(len(X)), strict=True)).items():
-        some = [X[i] for i in rows]
-        sizes = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])
-        if key is None:
-            arguments = (some, coefficients, restarts, form, precision, scale, eps, safety, sizes)
-            done = ops.newton_schulz.definition(*arguments)
-        else:
-            _, dtype, shape = key
-            sizes = magnitude(some) if sizes is None else sizes.to(torch.float64)
-            scaled = divide_list(some, safety * sizes.clamp(min=eps), dtype)
-            done = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in some]
-            stack = Stack([wide(y) for y in done])
-            Y = [wide(y) for y in scaled]
-            if shape == "gram":
-                stack.gram_form(Y, segments(triples, restarts))
-            else:
-                stack.direct(Y, triples)
-        for i, y in zip(rows, done, strict=True):
+    iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]
+    rows = iteration.run(X, Target(out, ends.STORE, [ends.PLAIN] * len(X)), norms)
+    if rows:
+        for i, y in zip(rows, iteration.rest(X, rows, norms), strict=True):
             out[i] = y
     return out

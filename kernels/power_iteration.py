@@ -18,10 +18,10 @@ from torch import Tensor
 from . import lines, tables, tiles
 from .magnitude import magnitude
 
-# fields behind those of `lines`: W, then u and v as columns, then these
+# fields behind those of `lines`: W, then u and v as columns, then the number of the first matrix
 U, V = tl.constexpr(lines.HEAD.value + 4), tl.constexpr(lines.HEAD.value + 8)
-FIRST, MATRICES, PARTS = (tl.constexpr(lines.HEAD.value + 12 + i) for i in range(3))
-LANES = tl.constexpr(128)
+FIRST = tl.constexpr(lines.HEAD.value + 12)
+LANES = lines.LANES
 
 
 @triton.jit
@@ -35,14 +35,6 @@ def unit(entries, count, entry, batch, sizes):
 def clamped(norm, eps, inverse):
     """max(norm, eps / |W|_F); NaN stays."""
     return tl.where(norm < eps * inverse, eps * inverse, norm)
-
-
-@triton.jit
-def lane_block(entries, count, entry, blocks):
-    """Matrix and first lane of a program of a grid of (matrices x blocks, entries)."""
-    program = tl.program_id(0).to(tl.int64)
-    batch = program // blocks
-    return batch, program % blocks, batch < tiles.field(entries, count, entry, MATRICES)
 
 
 @triton.jit
@@ -95,8 +87,7 @@ def step_kernel(
     squares = result.to(tl.float64) * result.to(tl.float64)
     tl.store(y_squares + tl.program_id(0), tl.sum(squares, axis=0))
     if SECOND:
-        program = tl.program_id(0) - tiles.field(entries, count, entry, 0)
-        parts += tiles.field(entries, count, entry, PARTS) + program * length
+        parts = lines.part(entries, count, entry, length, parts)
         for start in tl.range(0, length, ALONG):
             inside = step < length - start
             mask = (line < left)[:, None] & inside[None, :]
@@ -114,7 +105,7 @@ def back_kernel(
     """z = A^T u and its squares: the parts by |y|, or where y is zero a product with the old u."""
     entries = table + 1
     entry = tl.program_id(1)
-    batch, block, real = lane_block(entries, count, entry, blocks)
+    batch, block, real = lines.lane_block(entries, count, entry, blocks)
     length = tiles.field(entries, count, entry, 3)
     if real & (block * LANES < length):
         inverse = unit(entries, count, entry, batch, sizes)
@@ -122,11 +113,7 @@ def back_kernel(
         norm = y_norm(entries, count, entry, batch, y_squares)
         total = tl.zeros((LANES,), dtype=tl.float64)
         if norm != 0:
-            size = tiles.field(entries, count, entry, 1)
-            at = parts + tiles.field(entries, count, entry, PARTS) + batch * size * length + lane
-            for _ in tl.range(0, size):
-                total += tl.load(at, mask=lane < length, other=0.0).to(tl.float64)
-                at += length
+            total = lines.sum_of_parts(entries, count, entry, batch, length, parts, lane)
             total = total / clamped(norm, tiles.number(table, 0), inverse)
         else:
             w, across, along = tiles.matrix(
@@ -161,7 +148,7 @@ def vectors_kernel(
     """u <- y / max(|y|, eps), v <- z / max(|z|, eps), in scratch; what is zero is kept."""
     entries = table + 1
     entry = tl.program_id(1)
-    batch, block, real = lane_block(entries, count, entry, blocks)
+    batch, block, real = lines.lane_block(entries, count, entry, blocks)
     if real:
         inverse = unit(entries, count, entry, batch, sizes)
         eps = tiles.number(table, 0)
@@ -191,7 +178,7 @@ def start_kernel(
     """u and v into scratch."""
     entries = table + 1
     entry = tl.program_id(1)
-    batch, block, real = lane_block(entries, count, entry, blocks)
+    batch, block, real = lines.lane_block(entries, count, entry, blocks)
     if real:
         rows = tiles.field(entries, count, entry, 2)
         length = tiles.field(entries, count, entry, 3)
@@ -214,7 +201,7 @@ def end_kernel(
     """sigma, and u and v from scratch where a step replaced them and sigma is finite."""
     entries = table + 1
     entry = tl.program_id(1)
-    batch, block, real = lane_block(entries, count, entry, blocks)
+    batch, block, real = lines.lane_block(entries, count, entry, blocks)
     if real:
         rows = tiles.field(entries, count, entry, 2)
         length = tiles.field(entries, count, entry, 3)
@@ -252,13 +239,6 @@ def end_kernel(
             tl.store(v + lane * step, x.to(V_TYPE), mask=lane < some)
 
 
-def blocks_of(device: torch.device, order: int) -> tuple[int, int]:
-    """Lines of a program and elements at a time: lines that stay in the second-level cache."""
-    if device.type == "cpu":
-        return (16, 32)
-    return (32, 128) if order == 1 else (64, 32)
-
-
 def rows(
     W: list[Tensor], u: list[Tensor], v: list[Tensor], transposed: bool
 ) -> Iterator[tuple[tuple[Any, ...], tables.Entry]]:
@@ -282,16 +262,19 @@ class Group:
 
     def __init__(self, key: tuple[Any, ...], plain: list[tables.Entry], eps: float, sizes: Tensor):
         *self.types, order, aligned = key
-        self.constants = (self.types[0], order, aligned, *blocks_of(sizes.device, order))
-        lines_before = lanes_before = parts = 0
+        self.constants = (
+            self.types[0],
+            order,
+            aligned,
+            *lines.blocks_of(sizes.device, order, True),
+        )
+        before = lines.Sizes()
         entries = []
         for batch, height, width, *fields, matrices in plain:
             size = triton.cdiv(height, self.constants[3])
-            head = (batch * size, size, height, width, lines_before, lanes_before)
-            entries.append((*head, *fields, matrices, batch, parts))
-            lines_before += batch * height
-            lanes_before += batch * width
-            parts += batch * size * width
+            head = (batch * size, size, height, width, *before, batch)
+            entries.append((*head, *fields, matrices))
+            before = before.and_of(batch, height, width, size)
         self.sizes = sizes
         self.table = tables.table(entries, (eps,), sizes.device)
         self.blocks = triton.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
@@ -300,9 +283,9 @@ class Group:
         def scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=sizes.device)
 
-        self.left, self.y = scratch(lines_before), scratch(lines_before)
-        self.right, self.z = scratch(lanes_before), scratch(lanes_before)
-        self.parts = scratch(parts)
+        self.left, self.y = scratch(before.lines), scratch(before.lines)
+        self.right, self.z = scratch(before.across), scratch(before.across)
+        self.parts = scratch(before.parts)
         self.y_squares = scratch(self.table.tiles, torch.float64)
         self.z_squares = scratch(sizes.numel() * self.blocks, torch.float64)
         self.replaced = scratch(2 * sizes.numel(), torch.int32)

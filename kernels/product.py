@@ -1,8 +1,14 @@
 """Products of matrices in lists, beta C + alpha A B in one launch: the kernel of all K1 words.
 
+What becomes of a tile is its end's to say (`ends.py`): stored, or a step of an optimizer.
 Persistent: each program walks tiles of the whole list. A symmetric product computes the lower
 triangle of tiles and stores each twice, so that the result is symmetric bit for bit. Sums run in
 float32 along K in one order whatever the tile shape, so results are the same alone or in company.
+
+Loads are by pointers, on sm_90 too. Descriptors made on the device of addresses from a table
+compile to the same warpgroup products in fewer registers (93 of 184 at 128 x 128), but every tile
+then writes three of them (33 tensormap.replace, three fences) into scratch of 768 bytes a program,
+which takes a process-wide allocator, and they serve one layout, aligned (Triton 3.9, 2026-11).
 """
 
 from __future__ import annotations
@@ -15,11 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, tables, tiles
+from . import configs, ends, tables, tiles
 from .configs import Config
+from .ends import End, Extra
 from .tables import View
 
-SIZES = tl.constexpr(5)  # fields: first tile, tiles of a matrix, M, N, K; then A, B, C and out
+EXTRA = tl.constexpr(5)  # fields: first tile, tiles of a matrix, M, N, K; two of the end
+SIZES = tl.constexpr(7)  # then A, B, C, D and out
 VIEW = tl.constexpr(4)  # fields of a tensor
 
 
@@ -27,7 +35,7 @@ VIEW = tl.constexpr(4)  # fields of a tensor
 def multiply(
     entries, count, entry, batch, i, j, M, N, K,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The tile of A B whose corner is (i, j), float32, of factors rounded to DOT_TYPE.
@@ -51,26 +59,39 @@ def multiply(
     for k in tl.range(0, K, BLOCK_K):
         x = tl.load(a + a_at, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
         y = tl.load(b + b_at, mask=(inner < K - k)[:, None] & (columns < N)[None, :], other=0.0)
-        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision="ieee")
+        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision=PRECISION)
         a += BLOCK_K * a_column
         b += BLOCK_K * b_row
     return acc
 
 
+@triton.jit
+def elements(
+    entries, count, entry, batch, which: tl.constexpr, i, j, rows, columns,
+    TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Addresses of the tile at (i, j) of tensor `which`."""
+    address, down, across = tiles.matrix(
+        entries, count, entry, batch, SIZES + which * VIEW, TYPE, ORDER, ALIGNED
+    )
+    address = tiles.corner(address, down, across, i, j, ALIGNED)
+    return address + tiles.square(rows, columns, down, across)
+
+
 @triton.jit(do_not_specialize=["count", "total"])
 def product_kernel(
-    table, count, total, decay, STEPS: tl.constexpr,
-    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, C_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
-    A_ORDER: tl.constexpr, B_ORDER: tl.constexpr, C_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    table, count, total, first, second, STEPS: tl.constexpr,
+    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, C_TYPE: tl.constexpr, D_TYPE: tl.constexpr,
+    OUT_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr, C_ORDER: tl.constexpr,
+    D_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr, ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr, END: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = beta C + alpha A B, beta from the table, or from `decay` if that is given."""
+    """END of beta C + alpha A B. Numbers: alpha, beta, those of the end."""
     alpha = tiles.number(table, 0).to(tl.float32)
     beta = tiles.number(table, 1).to(tl.float32)
-    if decay is not None:
-        beta = tl.load(decay).to(tl.float32)
-    entries = table + 2
+    numbers = table + 2
+    entries = numbers + ends.NUMBERS
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
         entry = tiles.locate(entries, count, tile, STEPS)
         size = tiles.field(entries, count, entry, 1)
@@ -90,62 +111,87 @@ def product_kernel(
         N -= j.to(tl.int32)
         acc = alpha * multiply(
             entries, count, entry, batch, i, j, M, N, K,
-            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, DOT_TYPE, BLOCK_M, BLOCK_N, BLOCK_K,
+            A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, DOT_TYPE, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rows = tl.arange(0, BLOCK_M)
         columns = tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (columns < N)[None, :]
-        if ADDED:
-            c, down, across = tiles.matrix(
-                entries, count, entry, batch, SIZES + 2 * VIEW, C_TYPE, C_ORDER, ALIGNED
-            )
-            c = tiles.corner(c, down, across, i, j, ALIGNED)
-            old = tl.load(c + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
-            acc += beta * old.to(tl.float32)
-        out, down, across = tiles.matrix(
-            entries, count, entry, batch, SIZES + 3 * VIEW, OUT_TYPE, OUT_ORDER, ALIGNED
+        c_at = elements(
+            entries, count, entry, batch, 2, i, j, rows, columns, C_TYPE, C_ORDER, ALIGNED
         )
-        tile_at = tiles.corner(out, down, across, i, j, ALIGNED)
+        d_at = elements(
+            entries, count, entry, batch, 3, i, j, rows, columns, D_TYPE, D_ORDER, ALIGNED
+        )
+        out_at = elements(
+            entries, count, entry, batch, 4, i, j, rows, columns, OUT_TYPE, OUT_ORDER, ALIGNED
+        )
+        if ADDED:
+            acc += beta * tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
         if SYMMETRIC:
             mirror = tl.trans(acc)
             if row == column:
                 acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
             else:
-                mirror_at = tiles.corner(out, down, across, j, i, ALIGNED)
-                mask_mirror = (columns < N)[:, None] & (rows < M)[None, :]
-                tl.store(
-                    mirror_at + tiles.square(columns, rows, down, across),
-                    mirror.to(OUT_TYPE), mask=mask_mirror,
+                mirror_at = elements(
+                    entries, count, entry, batch, 4, j, i, columns, rows,
+                    OUT_TYPE, OUT_ORDER, ALIGNED,
                 )  # fmt: skip
-        tl.store(tile_at + tiles.square(rows, columns, down, across), acc.to(OUT_TYPE), mask=mask)
+                mask_mirror = (columns < N)[:, None] & (rows < M)[None, :]
+                tl.store(mirror_at, mirror.to(OUT_TYPE), mask=mask_mirror)
+        END(out_at, acc, mask, c_at, d_at, numbers, entries, count, entry, EXTRA, first, second)
 
 
-def served(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
-    """Whether `configs/<op>.json` has records for these dtypes on the device."""
-    arch, _ = configs.device_of(device)
-    return all(configs.records(op, dtype, arch) for dtype in dtypes)
+def served(op: str, dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether this kernel takes products in `dtype` of matrices shaped like the first tensor."""
+    arch, _ = configs.device_of(tensors[0].device)
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return not wide and bool(configs.records(op, dtype, arch, min(tensors[0].shape[-2:])))
 
 
-def fitting(choices: Sequence[Config], c_order: int, out_order: int, aligned: bool) -> list[Config]:
-    """Records whose tiles fit the registers: C read across and out written along takes twice, and
-    64-bit offsets of every element more."""
-    limit = 64 * 64 if not aligned else 128 * (256 if c_order == out_order else 128)
+def fitting(
+    choices: Sequence[Config],
+    c_order: int,
+    d_order: int,
+    out_order: int,
+    aligned: bool,
+    end: End = ends.STORE,
+) -> list[Config]:
+    """Records whose tiles fit the registers: C read across and out written along takes twice, an
+    end that reads as well, one of three tensors more, and so do 64-bit offsets of every element."""
+    limit = 128 * 256
+    if c_order != out_order or d_order != out_order or end.function is not ends.store:
+        limit = 128 * 128
+    if end.function is ends.adam:
+        limit = 128 * 64
+    if not aligned:
+        limit = 64 * 64
     return [c for c in choices if c.block_m * c.block_n <= limit]
 
 
 class Factors(NamedTuple):
-    """One product: out = beta C + alpha A B (C may be out, or A, or B; beta = 0 leaves it out)."""
+    """One product: the end of beta C + alpha A B (beta = 0 leaves C out) goes to out.
+
+    C may be out, or A, or B; C and D may be of an end that wants more than out.
+    """
 
     A: View
     B: View
     C: View
+    D: View
     out: View
+    extra: Extra = ends.PLAIN
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return self[:5]
 
     @property
     def key(self) -> tuple[object, ...]:
         """What one launch has in common."""
-        aligned = all(v.aligned for v in self)
-        return (*(tables.TYPES[v.dtype] for v in self), *(v.order for v in self), aligned)
+        aligned = all(v.aligned for v in self.views)
+        types = (tables.TYPES[v.dtype] for v in self.views)
+        return (*types, *(v.order for v in self.views), aligned)
 
     def tiles(self, config: Config, symmetric: bool) -> int:
         """Tiles of one matrix."""
@@ -155,8 +201,13 @@ class Factors(NamedTuple):
 
     def entry(self, config: Config, symmetric: bool) -> tables.Entry:
         size = self.tiles(config, symmetric)
-        sizes = (size, self.out.rows, self.out.columns, self.A.columns)
-        return (self.out.batch * size, *sizes, *(f for v in self for f in v.fields))
+        sizes = (size, self.out.rows, self.out.columns, self.A.columns, *self.extra)
+        return (self.out.batch * size, *sizes, *(f for v in self.views for f in v.fields))
+
+
+def plain(A: View, B: View, C: View, out: View, extra: Extra = ends.PLAIN) -> Factors:
+    """A product whose end wants nothing more than out."""
+    return Factors(A, B, C, out, out, extra)
 
 
 def product(
@@ -166,7 +217,7 @@ def product(
     dtype: torch.dtype,
     alpha: float = 1.0,
     beta: float = 0.0,
-    decay: Tensor | None = None,
+    end: End = ends.STORE,
     symmetric: bool = False,
     records: Sequence[Config] | None = None,
 ) -> None:
@@ -174,18 +225,18 @@ def product(
 
     `records` to choose from instead of the table's, for tuning.
     """
-    added = beta != 0 or decay is not None
     arch, _ = configs.device_of(device)
     for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
 
         def count(config: Config, group: list[Factors] = group) -> int:
             return sum(p.out.batch * p.tiles(config, symmetric) for p in group)
 
-        *_, c_order, out_order, aligned = key
-        choices = fitting(records or configs.records(op, dtype, arch), c_order, out_order, aligned)
+        choices = fitting(records or configs.records(op, dtype, arch), *key[-4:], end)
         config = configs.pick(choices, device, count)
-        table = tables.table([p.entry(config, symmetric) for p in group], (alpha, beta), device)
+        numbers = (alpha, beta, *end.padded)
+        table = tables.table([p.entry(config, symmetric) for p in group], numbers, device)
         product_kernel[(configs.programs(device, table.tiles),)](
-            table.data, table.count, table.tiles, decay, table.steps, *key, tables.TYPES[dtype],
-            added, symmetric, **config.blocks, **config.options,
+            table.data, table.count, table.tiles, end.first, end.second, table.steps, *key,
+            tables.TYPES[dtype], configs.precision(dtype), beta != 0, symmetric, end.function,
+            **config.blocks, **config.options,
         )  # fmt: skip

@@ -9,15 +9,17 @@ from . import tables
 from .product import Factors, product, served
 
 
-def rotation(out: Tensor, X: Tensor, Q: Tensor) -> list[Factors]:
-    """out <- X Q, or Q^T X if X is wide."""
-    views = tables.views(X, Q, out)
-    if X.shape[-2] >= X.shape[-1]:
-        return [Factors(x, q, o, o) for x, q, o in views]
-    return [Factors(q.mT, x, o, o) for x, q, o in views]
+def rotation(out: Tensor, X: Tensor, Q: Tensor, *moments: Tensor) -> list[Factors]:
+    """X Q, or Q^T X if X is wide, for an end that writes out, and the moments if there are any."""
+    products = []
+    for o, x, q, *others in tables.views(out, X, Q, *moments):
+        A, B = (x, q) if X.shape[-2] >= X.shape[-1] else (q.mT, x)
+        C, D = others or (o, o)
+        products.append(Factors(A, B, C, D, o))
+    return products
 
 
 def rotate_(out: Tensor, X: Tensor, Q: Tensor) -> None:
-    if not served("product", Q.device, Q.dtype, X.dtype, out.dtype):
+    if not served("product", Q.dtype, X, Q, out):
         return ops.rotate_.definition(out, X, Q)
     product("product", rotation(out, X, Q), X.device, Q.dtype)

@@ -6,20 +6,20 @@ import torch
 from orthonorm import ops
 from torch import Tensor
 
-from . import tables
-from .product import Factors, product, served
+from . import ends, tables
+from .product import Factors, plain, product, served
 
 
-def rotation_back(W: Tensor, N: Tensor, Q: Tensor) -> list[Factors]:
-    """N Q^T, or Q N if N is wide, to be taken from W."""
+def rotation_back(W: Tensor, N: Tensor, Q: Tensor, extra: ends.Extra = ends.PLAIN) -> list[Factors]:
+    """N Q^T, or Q N if N is wide, for an end that updates W."""
     views = tables.views(W, N, Q)
     if W.shape[-2] >= W.shape[-1]:
-        return [Factors(n, q.mT, w, w) for w, n, q in views]
-    return [Factors(q, n, w, w) for w, n, q in views]
+        return [plain(n, q.mT, w, w, extra) for w, n, q in views]
+    return [plain(q, n, w, w, extra) for w, n, q in views]
 
 
 def rotate_back_(W: Tensor, N: Tensor, Q: Tensor, decay: Tensor | None = None) -> None:
-    if not served("product", Q.device, Q.dtype, N.dtype, W.dtype):
-        return ops.rotate_back_.definition(W, N, Q, decay)
     dtype = Q.dtype if N.dtype == Q.dtype else torch.float32
-    product("product", rotation_back(W, N, Q), W.device, dtype, -1.0, 1.0, decay)
+    if not served("product", dtype, W, N, Q):
+        return ops.rotate_back_.definition(W, N, Q, decay)
+    product("product", rotation_back(W, N, Q), W.device, dtype, end=ends.decayed(decay))

@@ -16,24 +16,17 @@ def rotated_adam_kernel(
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, X_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers: beta1, 1 - beta1, beta2, 1 - beta2, eps."""
+    """`elementwise.adam` on every element."""
     entries = table + 5
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     m_at = each.elements(entries, count, entry, batch, start, local, 0, M_TYPE, FLAT)
     v_at = each.elements(entries, count, entry, batch, start, local, 1, V_TYPE, FLAT)
     x_at = each.elements(entries, count, entry, batch, start, local, 2, X_TYPE, FLAT)
     x = tl.load(x_at, mask=mask, other=0.0).to(WIDE)
-    m = tl.load(m_at, mask=mask, other=0.0).to(WIDE)
-    v = tl.load(v_at, mask=mask, other=0.0).to(WIDE)
-    m = tiles.number(table, 0).to(WIDE) * m + tiles.number(table, 1).to(WIDE) * x
-    v = tiles.number(table, 2).to(WIDE) * v + tiles.number(table, 3).to(WIDE) * x * x
-    denominator = each.root(v) + tiles.number(table, 4).to(WIDE)
-    x = tl.where(denominator == 0, 0.0, each.divide(m, denominator))
+    scale = None
     if scales is not None:
-        x = x * tl.load(scales + tiles.field(entries, count, entry, 5)).to(WIDE)
-    tl.store(m_at, m.to(M_TYPE), mask=mask)
-    tl.store(v_at, v.to(V_TYPE), mask=mask)
-    tl.store(x_at, x.to(X_TYPE), mask=mask)
+        scale = tl.load(scales + tiles.field(entries, count, entry, 5)).to(WIDE)
+    each.adam(x_at, m_at, v_at, x, mask, table, WIDE, scale)
 
 
 def rotated_adam_(

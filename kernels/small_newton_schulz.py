@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -10,11 +10,15 @@ import triton.language as tl
 from orthonorm import ops
 from torch import Tensor
 
-from . import tables, tiles
+from . import ends, tables, tiles
 from .configs import FUSION
+from .ends import End, Extra
 
-HEAD = tl.constexpr(4)  # fields: first program, short side, long side, first matrix; X, out
-NUMBERS = tl.constexpr(2)  # eps, safety; the coefficients stand behind the entries
+EXTRA = tl.constexpr(4)  # fields: first program, short side, long side, first matrix; of the end
+HEAD = tl.constexpr(6)  # then X and out
+NUMBERS = tl.constexpr(
+    2
+)  # eps, safety, those of the end; the coefficients stand behind the entries
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -33,12 +37,14 @@ def norm_of(x, down, across, n, columns, within, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "iterations"])
 def iterate_kernel(
-    table, count, iterations, norms, STEPS: tl.constexpr, X_TYPE: tl.constexpr,
-    X_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DOT_TYPE: tl.constexpr, SCALE: tl.constexpr,
+    table, count, iterations, norms, first, second, STEPS: tl.constexpr,
+    X_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, X_ORDER: tl.constexpr, OUT_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    DOT_TYPE: tl.constexpr, SCALE: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """X / (safety max(|X|_F, eps)), then X <- a X + (b A + c A^2) X with A = X X^T; X is wide."""
-    entries = table + NUMBERS
+    numbers = table + NUMBERS
+    entries = numbers + ends.NUMBERS
     program = tl.program_id(0).to(tl.int64)
     entry = tiles.locate(entries, count, program, STEPS)
     batch = program - tiles.field(entries, count, entry, 0)
@@ -71,31 +77,35 @@ def iterate_kernel(
             B += c * tl.dot(half, half)
         y = (a * y.to(tl.float32) + tl.dot(B.to(DOT_TYPE), y)).to(DOT_TYPE)
     out, down, across = tiles.matrix(
-        entries, count, entry, batch, HEAD + 4, X_TYPE, OUT_ORDER, ALIGNED
+        entries, count, entry, batch, HEAD + 4, OUT_TYPE, OUT_ORDER, ALIGNED
     )
-    tl.store(out + tiles.square(rows, columns, down, across), y.to(X_TYPE), mask=mask)
+    out += tiles.square(rows, columns, down, across)
+    END(out, y.to(tl.float32), mask, out, out, numbers, entries, count, entry, EXTRA, first, second)
 
 
 def block(side: int) -> int:
     return max(16, triton.next_power_of_2(side))
 
 
-def rows(X: list[Tensor], out: list[Tensor]) -> Iterator[tuple[object, tables.Entry]]:
+def rows(
+    X: list[Tensor], out: list[Tensor], extras: Sequence[Extra]
+) -> Iterator[tuple[object, tables.Entry]]:
     """What each launch has in common, and the entries: wide, whatever the tensor is."""
     first = 0
-    for pair in zip(X, out, strict=True):
+    for *pair, extra in zip(X, out, extras, strict=True):
         for x, y in tables.views(*pair):
             if x.rows > x.columns:
                 x, y = x.mT, y.mT
             if x.batch:
-                entry = (x.batch, x.rows, x.columns, first, *x.fields, *y.fields)
+                entry = (x.batch, x.rows, x.columns, first, *extra, *x.fields, *y.fields)
                 yield key(x, y), entry
             first += x.batch
 
 
 def key(x: tables.View, y: tables.View) -> tuple[object, ...]:
+    types = (tables.TYPES[x.dtype], tables.TYPES[y.dtype])
     aligned = x.aligned and y.aligned
-    return (tables.TYPES[x.dtype], x.order, y.order, aligned, block(x.rows), block(x.columns))
+    return (*types, x.order, y.order, aligned, block(x.rows), block(x.columns))
 
 
 def warps(short: int, long: int) -> int:
@@ -116,12 +126,29 @@ def small_newton_schulz(
         arguments = (X, coefficients, dtype, scale, eps, safety, norms)
         return ops.small_newton_schulz.definition(*arguments)
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]
+    target = (out, ends.STORE, [ends.PLAIN] * len(X))
+    small_iterations(X, *target, coefficients, dtype, scale, eps, safety, norms)
+    return out
+
+
+def small_iterations(
+    X: list[Tensor],
+    out: list[Tensor],
+    end: End,
+    extras: Sequence[Extra],
+    coefficients: list[float],
+    dtype: torch.dtype,
+    scale: bool,
+    eps: float,
+    safety: float,
+    norms: Tensor | None,
+) -> None:
+    """`small_newton_schulz` with an end of its products."""
     norms = None if norms is None else norms.to(torch.float64).contiguous()
-    for launch, entries in tables.grouped(rows(X, out)).items():
-        table = tables.table(entries, (eps, safety), X[0].device, coefficients)
+    for launch, entries in tables.grouped(rows(X, out, extras)).items():
+        table = tables.table(entries, (eps, safety, *end.padded), X[0].device, coefficients)
         iterate_kernel[(table.tiles,)](
-            table.data, table.count, len(coefficients) // 3, norms, table.steps,
-            *launch, tables.TYPES[dtype], scale,
+            table.data, table.count, len(coefficients) // 3, norms, end.first, end.second,
+            table.steps, *launch, tables.TYPES[dtype], scale, end.function,
             num_warps=warps(*launch[-2:]), num_stages=1, **FUSION,
         )  # fmt: skip
-    return out

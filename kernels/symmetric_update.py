@@ -7,15 +7,15 @@ from orthonorm import ops
 from torch import Tensor
 
 from . import tables
-from .product import Factors, product, served
+from .product import plain, product, served
 
 
 def symmetric_update(
     C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
-    if not served("symmetric", A.device, A.dtype):
+    if not served("symmetric", A.dtype, A):
         return ops.symmetric_update.definition(C, A, B, alpha, beta)
     out = torch.empty_like(C, memory_format=torch.contiguous_format)
-    products = [Factors(a, b, c, o) for a, b, c, o in tables.views(A, B, C, out)]
+    products = [plain(a, b, c, o) for a, b, c, o in tables.views(A, B, C, out)]
     product("symmetric", products, C.device, C.dtype, alpha, beta, symmetric=True)
     return out

@@ -163,3 +163,14 @@ def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list[Any]]:
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups
+
+
+def stretches(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Neighbours whose sizes add up to at most `limit`, one at least."""
+    found, begin, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > begin and total + size > limit:
+            found.append(slice(begin, i))
+            begin, total = i, 0
+        total += size
+    return [*found, slice(begin, len(sizes))]

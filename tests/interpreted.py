@@ -8,6 +8,8 @@ have tails, corners and several tiles.
 
 from __future__ import annotations
 
+from typing import Any
+
 import orthonorm
 import pytest
 import test_ops
@@ -17,12 +19,14 @@ import triton.language as tl
 from orthonorm._library import LOADED, OPS
 from orthonorm.bench.cases import CASES, Case
 from orthonorm.bench.inputs import Arguments, Inputs, copied
+from orthonorm.bench.makers import KELLER
 from test_ops import Shapes, check_numbers, first_member, made, run
 
 # `test_triton.py` runs this file in a process of its own; elsewhere it would test other kernels.
 assert LOADED.backend == "triton", "run tests/test_triton.py instead"
 
-SERVED = tuple(CASES[name] for name, _ in LOADED.served)
+# gram_polynomial has a test of its own: in float32 it is other words, tested as such, and slow here
+SERVED = tuple(CASES[name] for name, _ in LOADED.served if name != "gram_polynomial")
 EACH = pytest.mark.parametrize("case", SERVED, ids=lambda c: c.name)
 # ones, primes, tails, a batch, tall and wide, more than one tile in both directions
 LIST = ((1, 1), (1, 7), (2, 13, 29), (41, 70))
@@ -138,17 +142,32 @@ def test_company(case: Case) -> None:
 LONG = ((20, 150), (150, 20), (2, 20, 140), (17, 129))  # too long for one program a matrix
 
 
-@pytest.mark.parametrize("form", ["direct", "gram"])
-def test_long_sides_share_launches(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right, the same alone as in company, and as many launches for two matrices as for one."""
-    from orthonorm.kernels import newton_schulz as kernel
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ends of the products launched from here on."""
+    from orthonorm.kernels import product
 
+    kernel, found = product.product_kernel, []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*arguments: Any, **options: Any) -> None:
+                found.extend(a.__name__ for a in arguments if hasattr(a, "__name__"))
+                kernel[grid](*arguments, **options)
+
+            return run
+
+    monkeypatch.setattr(product, "product_kernel", Counted())
+    return found
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_long_sides_share_launches(form: str, launches: list[str]) -> None:
+    """Right, the same alone as in company, and as many launches for two matrices as for one."""
     case = CASES["newton_schulz"]
     settings = {"form": form, "precision": "float32", "restarts": [3] if form == "gram" else []}
     check_numbers(case, LONG, Inputs(), **settings)
-    launches = []
-    launch = kernel.product
-    monkeypatch.setattr(kernel, "product", lambda *a, **k: launches.append(a[0]) or launch(*a, **k))
+    launches.clear()
     together = run(case, case.op, made(case, LONG[::2], Inputs(), **settings))["result"]
     count = len(launches)
     for i, result in enumerate(together):
@@ -157,6 +176,73 @@ def test_long_sides_share_launches(form: str, monkeypatch: pytest.MonkeyPatch) -
         (alone,) = run(case, case.op, {**arguments, "X": arguments["X"][i : i + 1]})["result"]
         assert torch.equal(alone, result)
         assert len(launches) == count
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_muon_writes_weights_where_products_end(
+    form: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long, tall, batched and small ones; by no pass of its own over the weights."""
+    from orthonorm.kernels import muon_step
+
+    monkeypatch.setattr(muon_step, "decayed_update_", None)
+    case = CASES["muon_step_"]
+    settings = {"form": form, "precision": "float16", "restarts": [1] if form == "gram" else []}
+    settings |= {"factors": [0.5, 2.0, 3.0], "coefficients": KELLER[:6]}
+    shapes = ((20, 140), (2, 150, 20), (9, 30) if form == "direct" else (20, 129))
+    layout = "contiguous" if form == "direct" else "transposed"
+    check_numbers(case, shapes, Inputs.named("float32", layout=layout), **settings)
+    assert "update" in launches
+
+
+def test_conda_takes_two_launches(launches: list[str]) -> None:
+    case = CASES["conda_step_"]
+    run(case, case.op, made(case, ((40, 70), (70, 40), (2, 9, 33)), Inputs.named("bfloat16")))
+    assert launches == ["adam"] * 2 + ["update"] * 2  # a tall one is multiplied from the other side
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gram_polynomial_of_small_matrices(dtype: str) -> None:
+    """On chip, a program each: right, symmetric, the same alone as in a batch; beyond, words."""
+    case = CASES["gram_polynomial"]
+    for variant in ({}, *case.variants):
+        check_numbers(case, ((2, 19, 33),), Inputs.named(dtype), **variant)
+    check_numbers(case, ((64, 70),), Inputs.named(dtype, layout="strided"))
+    arguments = made(case, ((3, 37, 40),), Inputs.named(dtype))
+    Q = case.op(**arguments)
+    assert torch.equal(Q, Q.mT)
+    assert torch.equal(case.op(arguments["R"][1], arguments["coefficients"]), Q[1])
+    assert case.op(arguments["R"][:0], arguments["coefficients"]).shape == (0, 37, 37)
+    check_numbers(
+        case, ((70, 80),), Inputs.named(dtype), coefficients=case.variants[0]["coefficients"]
+    )
+
+
+@pytest.mark.parametrize("op", ["symmetric", "product"])
+def test_tuning_launches_what_it_is_given(op: str) -> None:
+    from orthonorm.bench.tune import launcher
+    from orthonorm.kernels import configs
+
+    record = configs.Config(32, 32, 32, 4, 1)
+    first, second = (launcher(op, 40, torch.float32, "cpu")(record) for _ in range(2))
+    assert first.isfinite().all() and not torch.equal(first, second)
+    assert op == "product" or torch.equal(first, first.mT)
+
+
+def test_long_rows_in_pieces() -> None:
+    """Of Gram matrices with few tiles; the same alone as beside others."""
+    from orthonorm.kernels.gram import grams, pieces
+
+    assert pieces(5, 8200) == 4 and pieces(512, 8192) == 2 and pieces(513, 10**6) == 1
+    X = [torch.randn(2, 5, 8200), torch.randn(8195, 3).mT, torch.randn(4, 30)]
+    out = [x.new_empty(*x.shape[:-1], x.shape[-2]) for x in X]
+    grams(X, out)
+    for x, y in zip(X, out, strict=True):
+        want = x.double() @ x.double().mT
+        plain = (x @ x.mT - want).square().mean().sqrt()
+        assert (y - want).square().mean().sqrt() <= 2 * plain + 4e-7 * want.square().mean().sqrt()
+        assert torch.equal(y, y.mT)
+        assert torch.equal(orthonorm.ops.gram(x), y)
 
 
 def test_tables_are_written_exactly() -> None:

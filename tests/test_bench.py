@@ -13,7 +13,7 @@ import pytest
 import torch
 from orthonorm import ops
 from orthonorm._library import LOADED
-from orthonorm.bench import candidates, claims, records, report, shapes, timing
+from orthonorm.bench import candidates, claims, records, report, shapes, timing, tune
 from orthonorm.bench.__main__ import main
 from orthonorm.bench.cases import CASES, NAMES, STEPS, Case
 from orthonorm.bench.environment import environment, peak_extra_memory
@@ -332,6 +332,15 @@ def test_claims_say_whether_they_held() -> None:
     rows = measure(request)
     found = claims.compare(rows, rows[1].backend, "gram", ">=", 0.0)
     assert found.held and found.ours and found.other
+
+
+@pytest.mark.parametrize(
+    ("torchs", "side"), [((2, 2, 2), None), ((2, 1, 0.5), 20), ((0.5, 2, 0.5), 30)]
+)
+def test_where_torch_is_faster(torchs: tuple[float, ...], side: int | None) -> None:
+    sides = (10, 20, 30)
+    ours = dict(zip(sides, (1, 1.5, 1), strict=True))
+    assert tune.torch_from(ours, dict(zip(sides, torchs, strict=True))) == side
 
 
 def test_served_by_names_the_backend() -> None:

@@ -29,7 +29,9 @@ def test_kernels_in_the_interpreter() -> None:
     assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2_000:]
 
 
-SHARED = {"__init__", "tables", "tiles", "configs", "product", "elementwise", "lines", "probe"}
+SHARED = {
+    "__init__", "tables", "tiles", "configs", "product", "ends", "elementwise", "lines", "probe",
+}  # fmt: skip
 
 
 def test_kernels_are_named_after_ops() -> None:

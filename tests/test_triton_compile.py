@@ -23,16 +23,32 @@ ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in json.loads(PATH.r
 BUILDS = [build for arch in report.ARCHES for build in report.builds(arch)]
 # Registers that do not suffice by a little; ptxas, Triton 3.9, 2026-11.
 SPILLS = {
+    "symmetric_update-float16-128x128x32-sm_80": 2,
+    "symmetric_update-bfloat16-128x128x32-sm_80": 2,
     "small_newton_schulz-bfloat16-128x128-sm_80": 4,
+    "small_muon-bfloat16-128x128-sm_80": 4,
     "apply-tall-float32-64x64x16-sm_90": 4,
+    "muon-tall-float32-128x64x16-sm_90": 6,
+    "rotate_back-float32-128x64x16-sm_90": 10,
+    "rotate_back-float32-64x64x16-sm_90": 2,
+    "factored_moment_across-bfloat16-64x32-sm_90": 2,
+    "gram-tall-tf32-64x64x32-sm_100": 2,
+    "conda-there-tf32-128x64x32-sm_100": 16,
+    "small_newton_schulz-float16-128x128-gfx942": 72,  # with 256 registers of 512
+    "small_newton_schulz-bfloat16-128x128-gfx942": 40,
+    "small_muon-float16-128x128-gfx942": 92,
+    "small_muon-bfloat16-128x128-gfx942": 62,
 }
 
 
 def check(build: report.Build, row: dict[str, Any]) -> None:
-    """No spills but for tensors of any strides, tensor cores in products, memory within limits."""
+    """No spills but for tensors of any strides, whose offsets are of 64 bits; tensor cores in
+    products, memory within limits."""
     assert not build.wide or row["spills"] <= SPILLS.get(build.name, 0), row
     assert row["shared"] <= report.SHARED[build.arch], row
     assert row["vectorized"] or not build.wide, row
+    if "-anyhow" in build.op:  # where strides are bounded, offsets within a tile may be 32 bits
+        assert row["narrow_offsets"] == 0, row
     if build.tensor_cores:
         assert row["tensor_core_instructions"] > 0, row
         if not build.op.startswith("small"):  # tiles of 16 have only the older instructions
@@ -63,12 +79,43 @@ def test_table_rules() -> None:
     from orthonorm.kernels import configs
 
     for path in configs.FOLDER.glob("*.json"):
-        for arch, dtypes in configs.load(path.stem).items():
-            for dtype, records in dtypes.items():
+        for arch, row in configs.load(path.stem).items():
+            for dtype, records in row.records.items():
                 assert len({r.block_k for r in records}) == 1, (path.stem, arch, dtype)
                 for r in records:
                     assert max(r.block_m, r.block_n) <= 512 and r.warps in (4, 8)
                     assert path.stem != "symmetric" or r.block_m == r.block_n
+
+
+def test_torch_where_it_is_the_better_choice() -> None:
+    """Large products in float32 without tensor cores; with them, and of halves, ours."""
+    import torch
+    from orthonorm.kernels import configs
+
+    limit = configs.row("product", "90").torch_from["float32"]
+    assert configs.records("product", torch.float32, "90", limit - 1)
+    assert not configs.records("product", torch.float32, "90", limit)
+    assert configs.records("product", torch.float16, "90", limit)
+    assert configs.records("symmetric", torch.float32, "90", limit)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert configs.precision(torch.float32) == "tf32"
+        assert configs.precision(torch.float16) == "ieee"
+        assert configs.records("product", torch.float32, "90", limit)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_architectures_without_a_row() -> None:
+    """The nearest older one's, another's by name, or torch."""
+    import torch
+    from orthonorm.kernels import configs
+
+    rows = [configs.row("product", arch) for arch in ("80", "86", "103", "120", "121")]
+    eighty, ninety = (configs.row("product", arch) for arch in ("80", "90"))
+    assert rows == [eighty, eighty, ninety, eighty, eighty]
+    assert not configs.records("product", torch.float16, "75")
+    assert not configs.records("product", torch.float16, "gfx90a")
 
 
 @pytest.mark.parametrize(
