@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from oracle_muon import adamuon, normuon
+from oracle_norms import scion, signum, trust_region
+from oracle_whitening import shampoo, soap
+from oracles import oracle
 from orthonorm import optim
 from torch import Tensor, nn
 from trusted import TrustedConda, TrustedMuon
@@ -19,30 +24,148 @@ class Row(NamedTuple):
     name: str
     kwargs: dict[str, Any]
     trusted: Callable[[list[Tensor]], Any]
-    bad: dict[str, Any]  # argument -> a value it must refuse
+    bad: dict[str, list[Any]]  # argument -> values it must refuse, beside those of NUMBERS
+    no_decay: dict[str, Any] = {"weight_decay": 0.0}  # noqa: RUF012
+    writes_gradients: bool = False
+    state: Callable[[int, int], int] = lambda m, n: m * n  # elements per m x n matrix
+    per_matrix: bool = False  # its op calls grow with matrices (factorizations of each)
 
+
+NUMBERS: dict[str, list[Any]] = {  # every optimizer; a row's `bad` says more of its own
+    "lr": [-1, math.nan, math.inf, "x", None, True, (1e-3,), torch.ones(2), torch.tensor(1),
+           torch.tensor(1j), torch.ones((), device="meta")],
+    "nonfinite": ["ignore", None, True, ["skip"]],
+    "maximize": ["yes", None, 2],
+}  # fmt: skip
+NUMBER: list[Any] = [-1, math.nan, math.inf, "x", None, (0.1,), torch.tensor(0.1)]
+FLAG: list[Any] = ["yes", None, 2]
+MATRIX: dict[str, list[Any]] = {  # every optimizer with a matrix rule
+    "heavy_ball": FLAG,
+    "decay": ["l2", None],
+    "constraint": ["clip", 1],
+    "bound": NUMBER,
+}
+BETAS: list[Any] = [
+    (0.9,), (0.9,) * 3, 0.9, None, "ab", (1.0, 0.9), (-0.1, 0.9), (math.nan, 0.9), ("a", "b"),
+    (torch.tensor(0.9), 0.99), (True, False),
+]  # fmt: skip
+WHOLE: list[Any] = [0, -1, 1.5, None, "a", True]
+BETA: list[Any] = [-0.1, 1.0, math.nan, "x", None]
+MOMENTUM: list[Any] = [
+    -0.1,
+    1.5,
+    math.nan,
+    "x",
+    None,
+    (0.9, 0.99),
+    torch.ones(2),
+    torch.ones((), device="meta"),
+]
+ADAM: dict[str, list[Any]] = {"betas": BETAS, "eps": NUMBER, "weight_decay": NUMBER}
+NEWTON_SCHULZ: dict[str, list[Any]] = {
+    "eps": NUMBER,
+    "ns_steps": [0, -1, 100, 2**70, 1.5, "5", True],
+    "ns_coefficients": ["kelller", None, 5, (1, 2), (1, 2, 3, 4), [], [(1, 2)], (math.nan, 0, 0),
+                        ("a", "b", "c"), torch.ones(3), {}, [(3.4445, -4.775, 2.0315)] * 4,
+                        "aol_flipping"],
+    "method": ["grams", None, ["gram"]],
+    "precision": ["fp8", None, torch.float32, "exact"],
+    "restarts": [None, 2, "no", [0], [9], [2.0], [3, 2]],
+    **MATRIX,
+}  # fmt: skip
+POLAR: dict[str, list[Any]] = {
+    "momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **NEWTON_SCHULZ,
+}  # fmt: skip
+SCION: dict[str, list[Any]] = {
+    "momentum": MOMENTUM, "norm": ["l2", None], "scale": NUMBER, "norm_eps": NUMBER,
+    "normalized": ["x", 3], "transpose": FLAG, "largest": FLAG, "unconstrained": FLAG,
+    **NEWTON_SCHULZ,
+}  # fmt: skip
 
 ROWS = [
     Row(
         "Muon",
         dict(lr=0.02, precision="full"),
         lambda ps: TrustedMuon(ps, lr=0.02),
-        dict(lr=-1.0, momentum=1.5, weight_decay=-0.1, ns_steps=0, adjust_lr_fn="rms",
-             ns_coefficients="kelller", eps=-1.0, method="grams", precision="fp8", restarts=[7],
-             nonfinite="ignore"),
+        {**POLAR, "adjust_lr_fn": ["rms", 1, ["original"]]},
     ),
     Row(
         "Conda",
         dict(lr=0.01, betas=(0.9, 0.99), update_proj_gap=3, weight_decay=0.1),
         lambda ps: TrustedConda(ps, 0.01, (0.9, 0.99), update_proj_gap=3, weight_decay=0.1),
-        dict(lr=-1.0, betas=(0.9, 1.0), eps=-1.0, weight_decay=-0.1, update_proj_gap=0,
-             scale=-1.0, nonfinite="ignore"),
+        {**ADAM, "update_proj_gap": WHOLE, "scale": NUMBER,
+         **MATRIX, "decay": ["cautious", "l2"]},
+        state=lambda m, n: 2 * m * n + min(m, n) ** 2,
+        per_matrix=True,
     ),
     Row(
         "AdamW",
         dict(lr=0.01, weight_decay=0.1),
         lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.1, foreach=False),
-        dict(lr=-1.0, betas=(0.9,), eps=-1.0, weight_decay=-0.1, nonfinite="ignore"),
+        ADAM,
+        state=lambda m, n: 2 * m * n + 1,
+    ),
+    Row(
+        "NorMuon",
+        dict(lr=0.02, weight_decay=0.1, precision="full"),
+        oracle(normuon, lr=0.02, weight_decay=0.1),
+        {**POLAR, "adjust_lr_fn": ["rms"], "beta2": BETA, "norm_eps": NUMBER,
+         "axis": ["column", None], "rescale": ["x", None]},
+        state=lambda m, n: m * n + m,
+    ),
+    Row(
+        "AdaMuon",
+        dict(lr=0.02, precision="full"),
+        oracle(adamuon, lr=0.02),
+        {**POLAR, "beta2": BETA, "norm_eps": NUMBER, "sign": FLAG, "rescale": ["norm"]},
+        state=lambda m, n: 2 * m * n,
+    ),
+    Row(
+        "Signum",
+        dict(lr=0.01, weight_decay=0.1),
+        oracle(signum, lr=0.01, weight_decay=0.1),
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **MATRIX},
+    ),
+    Row(
+        "TrustRegion",
+        dict(lr=0.1, norm="frobenius"),
+        oracle(trust_region, lr=0.1, weight_decay=0.1, norm="frobenius", composite=False),
+        {**POLAR, "norm": ["nuclear", None]},
+    ),
+    Row(
+        "Scion",
+        dict(lr=0.1, momentum=0.1, precision="full"),
+        oracle(scion, lr=0.1, alpha=0.1),
+        SCION,
+        no_decay=dict(unconstrained=True),
+    ),
+    Row(
+        "Shampoo",
+        dict(lr=0.1, weight_decay=0.1, precondition_frequency=2, eps=0.01, max_precond_dim=64),
+        oracle(shampoo, lr=0.1, weight_decay=0.1, frequency=2, eps=0.01, longest=64),
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, "eps": NUMBER,
+         "beta2": [-0.1, 1.1, math.nan, "x", None], "precondition_frequency": WHOLE,
+         "max_precond_dim": [-1, 1.5, None, "a", True], "variant": ["x", None], **MATRIX},
+        state=lambda m, n: m * n + 2 * (m * m + n * n),
+        per_matrix=True,
+    ),
+    Row(
+        "SOAP",
+        dict(lr=0.01, weight_decay=0.1, precondition_frequency=3, max_precond_dim=0),
+        oracle(soap, lr=0.01, weight_decay=0.1, frequency=3, longest=0),
+        {**ADAM, "shampoo_beta": BETA[:-1], "precondition_frequency": WHOLE,
+         "max_precond_dim": [-1, 1.5, None, "a", True], "variant": ["x", None], **MATRIX},
+        state=lambda m, n: 2 * m * n,
+        per_matrix=True,
+    ),
+    Row(
+        "ScionLight",
+        dict(lr=0.1, momentum=0.1, precision="full"),
+        oracle(scion, lr=0.1, alpha=1.0, light=True),  # the tests set each gradient anew
+        SCION,
+        no_decay=dict(unconstrained=True),
+        writes_gradients=True,
+        state=lambda m, n: 0,
     ),
 ]  # fmt: skip
 

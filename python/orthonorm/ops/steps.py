@@ -214,15 +214,10 @@ def muon_step_(
     shapes are iterated as batches, as many at a time as fit one work buffer, of the size of the
     largest matrix or WORK.
     """
-    if not params:
-        return
-    sizes = [b.numel() for b in momentum_buffers]
-    limit = WORK if momentum_buffers[0].device.type == "cpu" else ACCELERATOR_WORK
-    for part in parts(momentum_buffers, max(*sizes, limit)):
+    for part in work_parts(momentum_buffers):
         rows = [i for batch in part for i in batch]
         states = [momentum_buffers[i] for i in rows]
-        firsts = [momentum_buffers[batch[0]] for batch in part]
-        batches = [b.new_empty((len(k), *b.shape)) for b, k in zip(firsts, part, strict=True)]
+        batches = stacks_of(momentum_buffers, part)
         updates = [u for batch in batches for u in batch.unbind()]
         norms = muon_prologue_([grads[i] for i in rows], states, updates, momentum, nesterov)
         polars = newton_schulz(
@@ -239,6 +234,19 @@ def muon_step_(
 
 WORK = 5 * 2**20  # elements: enough small matrices at a time to keep every thread busy
 ACCELERATOR_WORK = 2**27  # all of GPT-2 small in one launch per word; 512 MiB of float32
+
+
+def work_parts(tensors: list[Tensor]) -> list[list[list[int]]]:
+    """`parts` of a list for one work buffer, of the size of the largest tensor or WORK."""
+    if not tensors:
+        return []
+    limit = WORK if tensors[0].device.type == "cpu" else ACCELERATOR_WORK
+    return parts(tensors, max(*(t.numel() for t in tensors), limit))
+
+
+def stacks_of(tensors: list[Tensor], part: list[list[int]]) -> list[Tensor]:
+    """Work buffers (k, *shape) for the batches of equal shapes of a part."""
+    return [tensors[k[0]].new_empty((len(k), *tensors[k[0]].shape)) for k in part]
 
 
 def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:

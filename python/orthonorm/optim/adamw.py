@@ -16,6 +16,9 @@ class AdamW(MatrixOptimizer):
         betas, eps, weight_decay: as torch.optim.AdamW.
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
+        maximize: step along the gradient instead of against it.
+
+    State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32.
 
     Source: arXiv:1711.05101.
     """
@@ -29,6 +32,8 @@ class AdamW(MatrixOptimizer):
         weight_decay: float = 1e-2,
         *,
         nonfinite: str = "propagate",
+        maximize: bool = False,
     ) -> None:
-        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite)
-        super().__init__(params, {"rule": "adamw", **settings}, adamw=settings)
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        settings |= dict(nonfinite=nonfinite, maximize=maximize)
+        super().__init__(params, {"rule": "adamw", **settings}, {}, settings)

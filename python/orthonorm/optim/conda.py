@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import _checks as check
 from ..ops import conda_step_
 from ..ops.newton_schulz import divide, frobenius
 from ..ops.rotations import rotated, rotated_back
-from .base import Batch, MatrixOptimizer, check_betas
+from .base import MatrixOptimizer
+from .settings import Common, Rule, at_least, whole
+from .state import Batch
 
 
 class Conda(MatrixOptimizer):
@@ -31,17 +33,20 @@ class Conda(MatrixOptimizer):
         weight_decay: decoupled, applied to the updated weight with the raw lr.
         update_proj_gap: steps between refreshes of Q (at steps 1, 1 + gap, ...).
         scale: factor s on matrix updates (the authors' runs use 0.25).
-        nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
-            "error" (raise before anything is written).
-        adamw: settings of groups with rule="adamw"; by default this optimizer's own.
+        **common: what every optimizer takes, see `settings.Common`; `adamw` has lr, betas, eps,
+            weight_decay and nonfinite of this optimizer unless it is told otherwise.
 
-    State of a matrix: `exp_avg` (rotated), `exp_avg_sq`, `basis`, and `step`, an int.
+    State of a matrix: `exp_avg` (rotated), `exp_avg_sq`, `basis`, and `step`, an int; 8 bytes per
+    parameter in float32, and 4 per entry of the basis.
 
     Source: arXiv:2509.24218 and its code, github.com/jie040109/Conda.
     """
 
-    elementwise_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    state_names = ("exp_avg", "exp_avg_sq")
+    counts_steps = True
     companion: ClassVar[dict[str, Any]] = {"decay_first": False, "correct_eps": False}
+    decays = ("decoupled",)
+    rules: ClassVar[dict[str, Rule]] = {"update_proj_gap": whole(1), "scale": at_least(0.0)}
 
     def __init__(
         self,
@@ -53,42 +58,34 @@ class Conda(MatrixOptimizer):
         *,
         update_proj_gap: int = 2000,
         scale: float = 0.25,
-        nonfinite: str = "propagate",
-        adamw: Mapping[str, Any] | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        shared = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nonfinite=nonfinite)
-        defaults = dict(shared, update_proj_gap=update_proj_gap, scale=scale)
-        super().__init__(params, defaults, adamw, shared)
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        check_betas("Conda", group)
-        check.integer("Conda", "update_proj_gap", group["update_proj_gap"], 1)
-        check.number("Conda", "scale", group["scale"], 0.0)
+        shared = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        settings = dict(shared, update_proj_gap=update_proj_gap, scale=scale)
+        super().__init__(params, settings, common, [*shared, "nonfinite"])
 
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         k = min(x.shape[-2:])
         return {"basis": (*x.shape[:-2], k, k)}
 
-    def prepare(self, batch: Batch, group: dict[str, Any]) -> tuple[list[int], dict[int, Tensor]]:
-        """The step each matrix is at, and the new bases of those that are due."""
-        steps = [self.state[p].get("step", 0) + 1 for p in batch.owners]
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> dict[int, Tensor]:
+        """The new bases of the matrices that are due."""
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
         for m, q in zip(momenta, bases, strict=True):
             check.same_dtype("Conda", exp_avg=m, basis=q)
-        due = [i for i, t in enumerate(steps) if (t - 1) % group["update_proj_gap"] == 0]
+        due = [i for i, t in enumerate(batch.steps) if (t - 1) % group["update_proj_gap"] == 0]
         beta1 = group["betas"][0]
-        return steps, {i: refreshed(bases[i], momenta[i], batch.grads[i], beta1) for i in due}
+        return {i: refreshed(bases[i], momenta[i], batch.grads[i], beta1) for i in due}
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        steps, renewed = batch.prepared
-        for p, t in zip(batch.owners, steps, strict=True):
-            self.state[p]["step"] = t
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
-        for i, basis in renewed.items():
+        for i, basis in batch.prepared.items():
             turn_(momenta[i], bases[i], basis)
         lr = self.scalar(group, "lr", batch.params[0].device)
-        corrections = [math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in steps]
+        corrections = [
+            math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
+        ]
         scales = lr * torch.tensor(corrections, dtype=torch.float64, device=lr.device)
         conda_step_.overload(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,

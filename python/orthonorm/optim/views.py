@@ -31,9 +31,11 @@ def _flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
     return len(shape) > 3 if flatten is None else bool(flatten) and len(shape) > 2
 
 
-def check_views(name: str, shape: Sequence[int], group: Mapping[str, Any]) -> None:
+def check_views(
+    name: str, shape: Sequence[int], group: Mapping[str, Any], min_dim: int = 2
+) -> None:
     """Raise ValueError unless a parameter of this shape can be seen as the group's keys say."""
-    if len(shape) < 2:
+    if len(shape) < min_dim:
         raise ValueError(
             f"{name} must have at least two dimensions to be a matrix, got shape {tuple(shape)}; "
             "put it in a group with rule='adamw' (orthonorm.optim.split_params does)"
@@ -42,7 +44,7 @@ def check_views(name: str, shape: Sequence[int], group: Mapping[str, Any]) -> No
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:
         return
-    if len(shape) > 2 and not _flattens(shape, group):
+    if len(shape) < 2 or (len(shape) > 2 and not _flattens(shape, group)):
         raise ValueError(f"{name}: split and heads need a 2-D weight, got shape {tuple(shape)}")
     pieces = (shape[0],) if split is None else check_counts(name, "split", split)
     if sum(pieces) != shape[0]:
@@ -74,7 +76,10 @@ def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
 
     A flattened weight's columns are in the memory order of `like`, the parameter, so that the
     result is a view; polar factors and one-sided rotations do not depend on the order of columns.
+    A vector, for rules that take one, is a column.
     """
+    if like.dim() < 2:
+        return [t.reshape(-1, 1)]
     if _flattens(like.shape, group):
         t = t.permute(memory_order(like)).reshape(t.shape[0], -1)
     split, heads = group.get("split"), group.get("heads")

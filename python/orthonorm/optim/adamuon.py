@@ -1,0 +1,84 @@
+"""AdaMuon: W <- (1 - lr wd) W - lr 0.2 sqrt(mn) N / |N|_F, N = O / (sqrt(V / (1-beta2^t)) + eps).
+
+O = polar(mu B + (1-mu) G), V <- beta2 V + (1-beta2) O^2, elementwise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import Unpack
+
+from .norms import to_rms, to_signs
+from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
+from .settings import FLAG, Rule, at_least, one_of
+from .state import Batch, Updates, by_step
+
+
+class AdaMuon(Orthogonalizing):
+    """Muon with Adam's second moment of the orthogonalized momentum, at an update RMS of 0.2.
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov: as Muon.
+        beta2, norm_eps: decay rate of V; added to its root, and to |N|_F.
+        sign: orthogonalize the sign of the momentum (the paper) instead of itself (the code).
+        rescale: "rms", as published; "none": W <- W - lr N, the matrix-whitening study's AdaMuon,
+            which has neither the rescaling nor a shape factor.
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+
+    The paper has no bias correction; the rescaling cancels it but for eps.
+    State: `momentum_buffer`, `second_moment`, `step`; 8 bytes per parameter in float32.
+
+    Source: github.com/Chongjie-Si/AdaMuon at 3b84e031, arXiv:2507.11005; the study is
+    arXiv:2510.25000.
+    """
+
+    state_names = ("momentum_buffer", "second_moment")
+    counts_steps = True
+    rules: ClassVar[dict[str, Rule]] = {"sign": FLAG, "norm_eps": at_least(0.0),
+             "rescale": one_of("rms", "none")}  # fmt: skip
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.02,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        beta2: float = 0.999,
+        *,
+        nesterov: bool = True,
+        norm_eps: float = 1e-8,
+        sign: bool = False,
+        rescale: str = "rms",
+        **common: Unpack[NewtonSchulz],
+    ) -> None:
+        settings = dict(
+            NEWTON_SCHULZ, lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2,
+            nesterov=nesterov, norm_eps=norm_eps, sign=sign, rescale=rescale,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        if group["sign"]:
+            updates = to_signs(updates)
+        factors = self.polar(updates, group)
+        beta2, eps = group["beta2"], group["norm_eps"]
+        lists = (factors.matrices, batch.state["second_moment"])
+        torch._foreach_mul_(lists[1], beta2)
+        torch._foreach_addcmul_(lists[1], lists[0], lists[0], 1 - beta2)
+        for t, rows in by_step(batch.steps):
+            matrices, moments = ([values[i] for i in rows] for values in lists)
+            root = math.sqrt(1 - beta2**t)  # N = O root / (sqrt(V) + eps root)
+            shift, scale = torch.tensor(
+                [eps * root + TINY, root], dtype=torch.float64, device=matrices[0].device
+            )
+            roots = torch._foreach_sqrt(moments)
+            torch._foreach_add_(roots, shift)
+            torch._foreach_div_(matrices, roots)
+            torch._foreach_mul_(matrices, scale)
+        return to_rms(factors, 0.2, eps) if group["rescale"] == "rms" else factors
+
+
+TINY = 1e-30  # zero over zero is zero

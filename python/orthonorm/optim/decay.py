@@ -1,0 +1,41 @@
+"""W <- W - lr (factor U + weight_decay D(W)): what weight decay does to which entries.
+
+decoupled: D(W) = W (arXiv:1711.05101).
+cautious: D(W) = W where U W >= 0, else 0: decay never works against the update (arXiv:2510.12402).
+clipped: D(W) = W - hard_cap(W): only the part of the singular values above the group's `bound` sqrt(m/n)
+    (leloykun.github.io/ponder/spectral-clipping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn.lipschitz import hard_cap
+from ..ops import decayed_update_
+from .constraints import size
+
+
+def decayed_update(
+    params: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+    weight_decay: float,
+    factors: Sequence[float],
+    group: Mapping[str, Any],
+) -> None:
+    """Write the step; the updates may be written too."""
+    kind = group["decay"]
+    if weight_decay == 0 or kind == "decoupled":
+        decayed_update_.overload(params, updates, lr, weight_decay, list(factors))
+        return
+    for w, u, factor in zip(params, updates, factors, strict=True):
+        if kind == "cautious":
+            kept = torch.where(u * w >= 0, w, 0.0)
+        else:
+            kept = w - hard_cap(w, size(w, group["bound"]))
+        u.mul_(factor).add_(kept, alpha=weight_decay)
+    decayed_update_.overload(params, updates, lr, 0.0, [1.0] * len(updates))

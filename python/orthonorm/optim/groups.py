@@ -1,0 +1,140 @@
+"""Param groups: which rule each takes, what its keys may say, and which parameters it may have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from .. import _checks as check
+from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, Rule, inherited
+from .views import VIEW_DEFAULTS, check_views
+
+FOREIGN = ("params", "param_names", "initial_lr", "name")  # torch's own keys
+
+
+class Groups(torch.optim.Optimizer):
+    """A torch.optim.Optimizer whose groups are checked: rule="matrix" or rule="adamw"."""
+
+    companion: ClassVar[dict[str, Any]] = {}
+    rules: ClassVar[dict[str, Rule]] = {}
+    decays: ClassVar[tuple[str, ...]] = DECAYS
+    min_dim: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        params: Any,
+        settings: dict[str, Any],
+        common: Mapping[str, Any],
+        shared: Iterable[str] = (),
+    ) -> None:
+        """`settings` are the rule's own, `common` those of every optimizer (settings.Common).
+
+        Groups with rule="adamw" take the settings named in `shared` from the rule.
+        """
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"{self.name}: params must be parameters, named parameters or param groups, "
+                f"got {type(params).__name__}"
+            )
+        if unknown := set(common) - set(COMMON) - set(settings) - {"adamw"}:
+            raise TypeError(f"{self.name}: got unexpected keyword arguments {sorted(unknown)}")
+        adamw = common.get("adamw")
+        if not isinstance(adamw, (Mapping, type(None))):
+            raise TypeError(f"{self.name}: adamw must be a dict, got {type(adamw).__name__}")
+        settings = {"rule": "matrix", **COMMON, **settings, **common}
+        settings.pop("adamw", None)
+        taken = {key: settings[key] for key in shared}
+        self._adamw = {**ADAMW_DEFAULTS, **self.companion, **inherited(settings), **taken}
+        self._adamw.update(adamw or {})
+        if unknown := set(self._adamw) - set(ADAMW_DEFAULTS):
+            raise ValueError(
+                f"{self.name}: adamw must only have the keys {sorted(ADAMW_DEFAULTS)}, "
+                f"got {sorted(unknown)}"
+            )
+        self._check_settings({"rule": "adamw", **self._adamw})
+        super().__init__(params, settings)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError or TypeError for what `rules` cannot say of one key alone."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it may name its `rule`, and any hyperparameter of that rule."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{self.name}: a param group must be a dict, got {type(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{self.name}: a group must have params, got {sorted(param_group)}")
+        group = dict(param_group)
+        known = self.group_defaults(group)
+        if unknown := set(group) - set(known) - set(FOREIGN):
+            raise ValueError(
+                f"{self.name}: a group with rule={group.get('rule', 'matrix')!r} takes the keys "
+                f"{sorted(known)}, got {sorted(unknown)}"
+            )
+        for key, value in known.items():
+            group.setdefault(key, value)
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        try:
+            for key in set(self.defaults) - set(known):
+                added.pop(key, None)
+            self._check_settings(added)
+            self._check_params(added)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        rule = group.get("rule", self.defaults["rule"])
+        check.choice(self.name, "rule", rule, ("matrix", "adamw"))
+        if rule == "adamw":
+            return {"rule": "adamw", **self._adamw}
+        return self.defaults
+
+    def _check_settings(self, group: Mapping[str, Any]) -> None:
+        """The hyperparameters: at construction and, as schedules change them, before every step."""
+        check.choice(self.name, "rule", group["rule"], ("matrix", "adamw"))
+        for key, value in group.items():
+            if rule := self.rules.get(key) or RULES.get(key):
+                rule(self.name, key, value)
+        if group["rule"] == "matrix":
+            check.choice(self.name, "decay", group["decay"], self.decays)
+            self.check_group(group)
+            if any(group[key] is not None for key in VIEW_DEFAULTS):
+                self._check_views(group)
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        params = group["params"]
+        check.same_device(self.name, params=params)
+        if len({id(p) for p in params}) < len(params):
+            raise ValueError(f"{self.name}: a group must have each parameter once, got one twice")
+        for i, p in enumerate(params):
+            label = f"{self.name}: parameter {self.label(group, i)}"
+            if p.dtype not in check.FLOATS or p.layout != torch.strided:
+                raise ValueError(
+                    f"{label} must be dense float32, float64, bfloat16 or float16, "
+                    f"got {p.dtype}, {p.layout}"
+                )
+            if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+                raise ValueError(f"{label} must not be expanded, got strides {p.stride()}")
+        if group["rule"] == "matrix":
+            self._check_views(group)
+
+    def _check_views(self, group: Mapping[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            label = f"{self.name}: parameter {self.label(group, i)}"
+            check_views(label, p.shape, group, self.min_dim)
+
+    def label(self, group: Mapping[str, Any], index: int) -> str:
+        """A parameter's name, or its place and shape, for messages."""
+        names = group.get("param_names")
+        return (
+            repr(names[index])
+            if names
+            else f"{index} of shape {tuple(group['params'][index].shape)}"
+        )

@@ -1,0 +1,86 @@
+"""NorMuon: W <- (1 - lr wd) W - lr s(m, n) N, N = O / (sqrt(v) + eps) at the norm of O.
+
+O = polar(mu B + (1-mu) G), v_i <- beta2 v_i + (1-beta2) mean_j O_ij^2, one number per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import column_moment_, row_moment_
+from .norms import to_rms
+from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
+from .settings import Rule, at_least, one_of
+from .state import Batch, Updates
+
+
+class NorMuon(Orthogonalizing):
+    """Muon whose rows (output neurons) are normalized by their running mean square.
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov, adjust_lr_fn: as Muon.
+        beta2, norm_eps: decay rate of v; added to sqrt(v).
+        axis: "row", as published, or "long": rows of tall and square matrices, columns of wide
+            ones (NVIDIA Emerging-Optimizers).
+        rescale: "norm" keeps |O|_F and applies `adjust_lr_fn` (the authors' code); "rms" makes the
+            RMS of the update 0.2 (the paper's 0.2 sqrt(mn) / |N|_F) and leaves adjust_lr_fn unused.
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+
+    State: `momentum_buffer`, `row_moment` (one number per row, or per column of wide matrices with
+    axis="long"); 4 bytes per parameter and 4 per row in float32. v is not bias-corrected: the
+    rescaling cancels it. Convolutions are out x rest, where the authors' rows are the last kernel
+    axis.
+
+    Source: github.com/zichongli5/NorMuon at d45c9a42; arXiv:2510.05491.
+    """
+
+    state_names = ("momentum_buffer",)
+    rules: ClassVar[dict[str, Rule]] = {"axis": one_of("row", "long"),
+             "rescale": one_of("norm", "rms"), "norm_eps": at_least(0.0)}  # fmt: skip
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.02,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        *,
+        nesterov: bool = True,
+        norm_eps: float = 1e-10,
+        axis: str = "row",
+        rescale: str = "norm",
+        adjust_lr_fn: str | None = None,
+        **common: Unpack[NewtonSchulz],
+    ) -> None:
+        settings = dict(
+            NEWTON_SCHULZ, lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2,
+            nesterov=nesterov, norm_eps=norm_eps, axis=axis, rescale=rescale,
+            adjust_lr_fn=adjust_lr_fn,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"row_moment": (*x.shape[:-2], 1, x.shape[-1]) if self.columns(x, group)
+                else (*x.shape[:-1], 1)}  # fmt: skip
+
+    def columns(self, x: Tensor, group: dict[str, Any]) -> bool:
+        return group["axis"] == "long" and x.shape[-2] < x.shape[-1]
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        factors = self.polar(updates, group)
+        sides: tuple[list[Any], list[Any]] = ([], [])
+        for pair in zip(batch.state["row_moment"], factors.matrices, strict=True):
+            sides[self.columns(pair[1], group)].append(pair)
+        keep = group["rescale"] == "norm"
+        for op, pairs in zip((row_moment_, column_moment_), sides, strict=True):
+            if pairs:
+                moments, matrices = map(list, zip(*pairs, strict=True))
+                op.overload(moments, matrices, group["beta2"], group["norm_eps"], "outside", keep)
+        return factors if keep else to_rms(factors, 0.2)
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        return super().factor(x, owner, group) if group["rescale"] == "norm" else 1.0

@@ -1,0 +1,65 @@
+"""Rules that orthogonalize: the Newton-Schulz settings of a group, and the polar factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ..ops import newton_schulz
+from ..ops.newton_schulz import FORMS, PRECISIONS
+from ..polar import Polynomial, polynomial
+from .base import MatrixOptimizer
+from .settings import Common, Rule, one_of
+from .state import Updates
+
+
+class NewtonSchulz(Common, total=False):
+    """Keyword arguments, and group keys, of rules that orthogonalize.
+
+    ns_coefficients: a name of `orthonorm.coefficients.COEFFICIENTS`, one (a, b, c) or a list.
+    ns_steps: iterations (None: as many as the coefficients' source runs).
+    eps: lower clamp of the Frobenius norm; 0 makes the factor independent of the scale of G.
+    method, precision, restarts: see `orthonorm.polar`.
+    """
+
+    ns_coefficients: Any
+    ns_steps: int | None
+    eps: float
+    method: str
+    precision: str
+    restarts: Any
+
+
+NEWTON_SCHULZ: dict[str, Any] = {
+    "ns_coefficients": (3.4445, -4.7750, 2.0315),  # kellerjordan.github.io/posts/muon
+    "ns_steps": 5,
+    "eps": 0.0,
+    "method": "auto",
+    "precision": "auto",
+    "restarts": "auto",
+}
+
+
+class Orthogonalizing(MatrixOptimizer, abstract=True):
+    """Base of the rules whose direction comes from polar factors (NewtonSchulz says how)."""
+
+    rules: ClassVar[dict[str, Rule]] = {"method": one_of(*FORMS), "precision": one_of(*PRECISIONS)}
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        self.polynomial(group)
+
+    def polynomial(self, group: Mapping[str, Any]) -> Polynomial:
+        device = group["params"][0].device if group["params"] else None
+        return polynomial(
+            group["ns_coefficients"], group["ns_steps"], method=group["method"],
+            restarts=group["restarts"], precision=group["precision"], device=device,
+        )  # fmt: skip
+
+    def polar(self, updates: Updates, group: Mapping[str, Any]) -> Updates:
+        """The polar factors of the updates, in new stacks."""
+        p = self.polynomial(group)
+        factors = newton_schulz.overload(
+            updates.stacks, p.coefficients, p.restarts, group["method"], p.precision, p.scale,
+            group["eps"], p.safety, updates.norms,
+        )  # fmt: skip
+        return Updates(factors)

@@ -1,0 +1,163 @@
+"""Scion: W <- (1 - lr) W - lr scale LMO(D), D <- (1-alpha) D + alpha G.
+
+LMO(D) is the unit vector of a norm for which <D, LMO(D)> is largest; each group names its norm.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import column_normalize, row_normalize
+from .norms import to_signs
+from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
+from .settings import FLAG, Rule, at_least, one_of, scheduled
+from .state import Batch, Updates
+
+NORMS = ("auto", "spectral", "spectral_conv", "column", "row", "sign", "bias_rms")
+NORMALIZED = {"spectral": True, "spectral_conv": True, "column": False, "row": True, "sign": True}
+
+
+class Scion(Orthogonalizing):
+    """Linear minimization over norm balls, a norm per group; for parameters of any shape.
+
+    Args:
+        params: parameters, named parameters or param groups with their `norm` and `scale`.
+        lr: learning rate, a number or a one-element tensor; also the shrinking of W.
+        momentum: alpha, one minus the usual factor; 1 keeps no average.
+        norm: the LMO of an m x n matrix D, here normalized / not:
+            "spectral": polar(D) sqrt(m/n) / sqrt(m);
+            "spectral_conv": of out x in x k... weights, the same by channels, over prod(k);
+            "column": D_:j / (n r_j + norm_eps) / D_:j / (r_j + norm_eps), r_j the column's RMS;
+            "row": D_i / (sqrt(n) |D_i| + norm_eps) / D_i / (|D_i| + norm_eps);
+            "sign": sign(D) / n / sign(D);
+            "bias_rms": D / (RMS over rows + norm_eps), for vectors D / (RMS + norm_eps);
+            "auto": "spectral_conv" for convolutions, "spectral" for matrices, else "bias_rms".
+        scale: radius of the ball.
+        normalized: the first of the two forms (None: the authors' default, for "column" not).
+        transpose: the LMO of D^T ("column" and "row"), for embeddings stored vocabulary x width.
+        largest: spectral factors no smaller than 1.
+        unconstrained: do not shrink W.
+        norm_eps: as above.
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+
+    The authors initialize every weight on its ball; that is the model's affair.
+    State: `momentum_buffer`, 4 bytes per parameter in float32; none while alpha is 1.
+
+    Source: github.com/LIONS-EPFL/scion at f58a393e; arXiv:2502.07529.
+    """
+
+    state_names = ("momentum_buffer",)
+    min_dim = 0
+    rules: ClassVar[dict[str, Rule]] = {
+        "momentum": scheduled(0.0, 1.0), "norm": one_of(*NORMS),
+        "scale": at_least(0.0), "normalized": one_of(None, True, False), "transpose": FLAG,
+        "largest": FLAG, "unconstrained": FLAG, "norm_eps": at_least(0.0),
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        momentum: Any = 1.0,
+        norm: str = "auto",
+        scale: float = 1.0,
+        unconstrained: bool = False,
+        *,
+        normalized: bool | None = None,
+        transpose: bool = False,
+        largest: bool = False,
+        norm_eps: float = 1e-8,
+        **common: Unpack[NewtonSchulz],
+    ) -> None:
+        settings = dict(
+            NEWTON_SCHULZ, lr=lr, momentum=momentum, norm=norm, scale=scale,
+            unconstrained=unconstrained, normalized=normalized, transpose=transpose,
+            largest=largest, norm_eps=norm_eps,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
+        alpha = group["momentum"]
+        return () if not isinstance(alpha, Tensor) and alpha == 1 else self.state_names
+
+    def momentum(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        return 1.0 - self.scalar(group, "momentum", device)
+
+    def weight_decay(self, group: dict[str, Any]) -> float:
+        return 0.0 if group["unconstrained"] else 1.0
+
+    def update(self, batch: Batch, group: dict[str, Any]) -> None:
+        """Vectors and matrices apart: "auto" means another norm for each."""
+        for vectors in (False, True):
+            rows = [i for i, p in enumerate(batch.owners) if (p.dim() < 2) is vectors]
+            if rows:
+                super().update(batch.part(rows), group)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        norm = norm_of(batch.owners[0], group)
+        if norm.startswith("spectral"):
+            return self.polar(updates, group)
+        if norm == "sign":
+            return to_signs(updates)
+        return Updates([lines(u, norm, group) for u in updates.stacks])
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        norm, (m, n) = norm_of(owner, group), x.shape[-2:]
+        size = 1.0
+        if norm == "sign":
+            size = 1.0 / n if normalized(norm, group) else 1.0
+        elif norm.startswith("spectral"):
+            taps = math.prod(owner.shape[2:]) if norm == "spectral_conv" else 1
+            size = math.sqrt(m / (n / taps)) if normalized(norm, group) else math.sqrt(m)
+            size = (max(1.0, size) if group["largest"] else size) / taps
+        return group["scale"] * size
+
+
+def norm_of(owner: Tensor, group: dict[str, Any]) -> str:
+    if group["norm"] != "auto":
+        return group["norm"]
+    if owner.dim() < 2:
+        return "bias_rms"
+    return "spectral_conv" if owner.dim() > 3 or group["flatten"] else "spectral"
+
+
+def normalized(norm: str, group: dict[str, Any]) -> bool:
+    return NORMALIZED[norm] if group["normalized"] is None else group["normalized"]
+
+
+def lines(D: Tensor, norm: str, group: dict[str, Any]) -> Tensor:
+    """The LMOs that normalize columns or rows."""
+    X = D.mT if group["transpose"] else D
+    m, n = X.shape[-2:]
+    eps = group["norm_eps"]
+    if norm == "row":
+        Y = row_normalize.overload(X, math.sqrt(n) if normalized(norm, group) else 1.0, eps)
+    else:
+        full = norm == "column" and normalized(norm, group)
+        Y = column_normalize.overload(X, (n if full else 1.0) / math.sqrt(m), eps)
+    return Y.mT if group["transpose"] else Y
+
+
+class ScionLight(Scion):
+    """Scion whose average is the gradient itself: D = G, then G <- (1-alpha) G. No state at all.
+
+    Do not call `zero_grad`: `backward` adds to what the step leaves. It is the only optimizer here
+    that writes gradients. D is then sum (1-alpha)^k G_{t-k}, 1/alpha times Scion's average: the
+    same step but for eps. A gradient that `nonfinite` skips stays in `.grad` until it is set to
+    None. Arguments as Scion's.
+
+    Source: as Scion's.
+    """
+
+    def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def update(self, batch: Batch, group: dict[str, Any]) -> None:
+        super().update(batch, group)
+        grads: list[Any] = [p.grad for p in dict.fromkeys(batch.owners)]
+        torch._foreach_mul_(grads, self.momentum(group, grads[0].device))

@@ -1,0 +1,129 @@
+"""What a param group may say: keys every optimizer takes, and the rule each value must keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+from .. import _checks as check
+from .constraints import CONSTRAINTS
+from .views import VIEW_DEFAULTS
+
+NONFINITE = ("propagate", "skip", "error")
+DECAYS = ("decoupled", "cautious", "clipped")
+
+
+class Common(TypedDict, total=False):
+    """Keyword arguments of every optimizer here, and keys of its groups with rule="matrix".
+
+    nonfinite: what a non-finite gradient does: "propagate" into its own matrix, "skip" (parameter
+        and state stay, group["skipped"] counts) or "error" (raise before anything is written).
+    maximize: step along the gradient instead of against it.
+    heavy_ball: momentum B <- mu B + G instead of B <- mu B + (1-mu) G (optimizers with momentum).
+    decay: how weight_decay acts (decay.py): "decoupled", "cautious" or "clipped".
+    constraint: what W is mapped to after the step, a name of constraints.CONSTRAINTS or None.
+    bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
+    adamw: settings of groups with rule="adamw" (ADAMW_DEFAULTS says which).
+    """
+
+    nonfinite: str
+    maximize: bool
+    heavy_ball: bool
+    decay: str
+    constraint: str | None
+    bound: float
+    adamw: Mapping[str, Any] | None
+
+
+COMMON: dict[str, Any] = {
+    "nonfinite": "propagate",
+    "maximize": False,
+    "heavy_ball": False,
+    "decay": "decoupled",
+    "constraint": None,
+    "bound": 1.0,
+    **VIEW_DEFAULTS,
+}
+ADAMW_DEFAULTS: dict[str, Any] = {
+    "lr": 3e-4,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decay_first": True,  # decay the old weight (torch), not the updated one (Conda)
+    "correct_eps": True,  # eps meets the bias-corrected root (torch), not the raw one (Conda)
+    "nonfinite": "propagate",
+    "maximize": False,
+}
+
+ADJUST: dict[str, Callable[[int, int], float]] = {  # factor on the polar factor of an m x n matrix
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),  # kellerjordan.github.io/posts/muon
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # arXiv:2502.16982
+    "spectral": lambda m, n: math.sqrt(m / n),  # arXiv:2310.17813, Dion, Scion normalized
+    "spectral_max": lambda m, n: math.sqrt(max(m, n)),  # NVIDIA Emerging-Optimizers, "spectral"
+    "rows": lambda m, n: math.sqrt(m),  # Scion, normalized=False
+    "none": lambda m, n: 1.0,
+}
+ADJUST["shape_scaling"] = ADJUST["original"]  # NVIDIA's name
+ADJUST["rms_norm"] = ADJUST["match_rms_adamw"]  # microsoft/dion's
+ADJUST["unit_rms_norm"] = ADJUST["spectral_norm"] = ADJUST["spectral"]  # NVIDIA's, microsoft/dion's
+
+Rule = Callable[[str, str, Any], None]  # optimizer, key, value: raises ValueError or TypeError
+
+
+def one_of(*options: Any) -> Rule:
+    return lambda name, key, value: check.choice(name, key, value, options)
+
+
+def at_least(low: float) -> Rule:
+    return lambda name, key, value: check.number(name, key, value, low)
+
+
+def positive(name: str, key: str, value: Any) -> None:
+    check.number(name, key, value)
+    if value <= 0:
+        raise ValueError(f"{name}: {key} must be above 0, got {value}")
+
+
+def whole(low: int) -> Rule:
+    return lambda name, key, value: check.integer(name, key, value, low)
+
+
+def scheduled(low: float, high: float) -> Rule:
+    return lambda name, key, value: check.scheduled(name, key, value, low, high)
+
+
+def optional(rule: Rule) -> Rule:
+    return lambda name, key, value: None if value is None else rule(name, key, value)
+
+
+def betas(name: str, key: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name}: {key} must be two numbers, got {value!r}")
+    for i, beta in enumerate(value):
+        check.fraction(name, f"{key}[{i}]", beta)
+
+
+FLAG = one_of(True, False)
+RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has it
+    "lr": scheduled(0.0, 1e30),
+    "weight_decay": lambda name, key, value: check.number(name, key, value, 0.0, 1e30),
+    "nonfinite": one_of(*NONFINITE),
+    "maximize": FLAG,
+    "heavy_ball": FLAG,
+    "bound": positive,
+    "constraint": lambda name, key, value: check.choice(name, key, value, (None, *CONSTRAINTS)),
+    "momentum": scheduled(0.0, 1.0),
+    "nesterov": FLAG,
+    "adjust_lr_fn": one_of(None, *ADJUST),
+    "betas": betas,
+    "beta2": check.fraction,
+    "eps": at_least(0.0),
+    "decay_first": FLAG,
+    "correct_eps": FLAG,
+}
+
+
+def inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the AdamW companion takes over from the matrix rule, if it is not told otherwise."""
+    return {"maximize": settings.get("maximize", False)}

@@ -1,0 +1,59 @@
+"""Two-sided preconditioners: the averages of G G^T and G^T G, and what is made of them.
+
+Each matrix has a left (m x m) and a right (n x n) tensor of every kind; a side longer than
+`max_precond_dim` has none, and its tensors are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIDES = ("left", "right")
+
+
+def side_shapes(x: Tensor, group: dict[str, Any], *kinds: str) -> dict[str, tuple[int, ...]]:
+    """State shapes: {side}_{kind} for both sides of one matrix."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for side, d in zip(SIDES, x.shape[-2:], strict=True):
+        k = d if d <= group["max_precond_dim"] else 0
+        shapes |= {f"{side}_{kind}": (*x.shape[:-2], k, k) for kind in kinds}
+    return shapes
+
+
+def averaged(
+    state: dict[str, Tensor], G: Tensor, beta: float, weights: Sequence[float]
+) -> list[Tensor]:
+    """beta L + weight G G^T, beta R + weight G^T G; a side that is not there stays empty."""
+    products = (lambda: G @ G.mT, lambda: G.mT @ G)
+    grams = (state["left_gram"], state["right_gram"])
+    return [
+        beta * A + weight * product() if A.numel() else A
+        for A, weight, product in zip(grams, weights, products, strict=True)
+    ]
+
+
+def between(left: Tensor, X: Tensor, right: Tensor) -> Tensor:
+    """left X right, by the sides there are."""
+    X = left @ X if left.numel() else X
+    return X @ right if right.numel() else X
+
+
+def eigenvectors(A: Tensor) -> Tensor:
+    """Of a symmetric matrix, by descending eigenvalue, in float64; NaN where A is not finite."""
+    finite = A.isfinite().all(-1).all(-1)[..., None, None]
+    identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
+    Q = torch.linalg.eigh(torch.where(finite, A.double(), identity)).eigenvectors.flip(-1)
+    return torch.where(finite, Q, torch.nan)
+
+
+def inverse_root(A: Tensor, power: float, eps: float, ridge: float) -> Tensor:
+    """Q diag(1 / (|lambda|^power + eps)) Q^T of A + ridge I = Q diag(lambda) Q^T, in float64."""
+    finite = A.isfinite().all(-1).all(-1)[..., None, None]
+    identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
+    values, Q = torch.linalg.eigh(torch.where(finite, A.double() + ridge * identity, identity))
+    root = (Q / (values.abs() ** power + eps)[..., None, :]) @ Q.mT
+    return torch.where(finite, root, torch.nan)

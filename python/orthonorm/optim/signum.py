@@ -1,0 +1,45 @@
+"""Signum: W <- (1 - lr wd) W - lr sign(B), B <- mu B + (1-mu) G."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import Unpack
+
+from .base import MatrixOptimizer
+from .norms import to_signs
+from .settings import Common
+from .state import Batch, Updates
+
+
+class Signum(MatrixOptimizer):
+    """Sign descent with momentum, for parameters of any shape.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr, weight_decay, momentum, nesterov: as Muon; the defaults are the study's.
+        **common: what every optimizer takes, see `settings.Common`.
+
+    State: `momentum_buffer`; 4 bytes per parameter in float32.
+
+    Source: arXiv:1802.04434; settings of arXiv:2510.25000.
+    """
+
+    state_names = ("momentum_buffer",)
+    min_dim = 0
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1.77e-4,
+        weight_decay: float = 3.162,
+        momentum: float = 0.9,
+        *,
+        nesterov: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        settings = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
+        super().__init__(params, settings, common)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        return to_signs(updates)

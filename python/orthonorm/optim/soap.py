@@ -1,0 +1,155 @@
+"""SOAP: W <- (1 - lr wd) W - lr c_t Q_L N Q_R^T, N = M / (sqrt(V) + eps), Adam's averages of G'.
+
+G' = Q_L^T G Q_R; Q_L, Q_R are eigenvectors of L <- beta L + (1-beta) G G^T and of R likewise for
+G^T G; c_t = sqrt(1-beta2^t) / (1-beta1^t).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import _checks as check
+from ..ops import rotated_adam_
+from .base import MatrixOptimizer
+from .settings import Common, Rule, one_of, optional, whole
+from .sides import SIDES, averaged, between, eigenvectors, side_shapes
+from .state import Batch, Updates, by_step
+
+
+class Side(NamedTuple):
+    """What a step leaves of one side of a matrix."""
+
+    gram: Tensor
+    basis: Tensor | None = None
+    order: Tensor | None = None  # of the old basis in the new one
+
+
+class SOAP(MatrixOptimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioner.
+
+    Args:
+        params: parameters, named parameters or param groups (`split_params(model)` makes them).
+        lr, betas, eps, weight_decay: as AdamW; decay is of the old weight (the authors': of the
+            updated one).
+        shampoo_beta: of L and R; None is betas[1].
+        precondition_frequency: steps between refreshes of the bases.
+        max_precond_dim: longer sides are not rotated.
+        variant: "soap" (the authors' code): a refresh is one product with L and a QR, with V
+            sorted by the new order; eps is added to the uncorrected root. "study"
+            (arXiv:2510.25000): a refresh is a new eigendecomposition, V keeps its index; eps is
+            added to the corrected root; bias correction counts the first step.
+        **common: what every optimizer takes, see `settings.Common`.
+
+    The first step only measures L, R and their bases; L and R take in a gradient after it was
+    used. The momentum is stored rotated, and turned at a refresh, which is exact.
+    State: `exp_avg` (rotated), `exp_avg_sq`, `left_gram`, `right_gram`, `left_basis`,
+    `right_basis`, `step`; 8 bytes per parameter in float32 and 8 (m^2 + n^2) per matrix.
+
+    Source: arXiv:2409.11321, github.com/nikhilvyas/SOAP.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+    counts_steps = True
+    rules: ClassVar[dict[str, Rule]] = {
+        "shampoo_beta": optional(check.fraction),
+        "precondition_frequency": whole(1),
+        "max_precond_dim": whole(0),
+        "variant": one_of("soap", "study"),
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        *,
+        variant: str = "soap",
+        **common: Unpack[Common],
+    ) -> None:
+        settings = dict(
+            lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
+            precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim,
+            variant=variant,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        return side_shapes(x, group, "gram", "basis")
+
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[list[Side]]:
+        """What follows a step: the new averages of every matrix, and new bases where these are
+        due."""
+        beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
+        found = []
+        for i, (g, t) in enumerate(zip(batch.grads, batch.steps, strict=True)):
+            state = {key: values[i] for key, values in batch.state.items()}
+            grams = averaged(state, g, beta, (1 - beta, 1 - beta))
+            due = (t - 1) % group["precondition_frequency"] == 0
+            qr = t > 1 and group["variant"] == "soap"
+            found.append(
+                [
+                    rebased(A, state[f"{side}_basis"], qr) if due and A.numel() else Side(A)
+                    for side, A in zip(SIDES, grams, strict=True)
+                ]
+            )
+        return found
+
+    def update(self, batch: Batch, group: dict[str, Any]) -> None:
+        """Matrices at their first step only start their averages and bases."""
+        later = [i for i, t in enumerate(batch.steps) if t > 1]
+        if later:
+            super().update(batch.part(later), group)
+        for i, sides in enumerate(batch.prepared):
+            renew_({key: values[i] for key, values in batch.state.items()}, sides)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        beta1, beta2 = group["betas"]
+        study = group["variant"] == "study"
+        bases = list(zip(batch.state["left_basis"], batch.state["right_basis"], strict=True))
+        for u, (left, right) in zip(updates.matrices, bases, strict=True):
+            u.copy_(between(left.mT, u, right))
+        lists = (batch.state["exp_avg"], batch.state["exp_avg_sq"], updates.matrices)
+        for t, rows in by_step(batch.steps):
+            s = t if study else t - 1
+            root = math.sqrt(1 - beta2**s)
+            M, V, X = ([values[i] for i in rows] for values in lists)
+            size = torch.tensor([root / (1 - beta1**s)], dtype=torch.float64, device=X[0].device)
+            eps = group["eps"] * (root if study else 1.0)
+            rotated_adam_.overload(M, V, X, beta1, beta2, eps, size.expand(len(rows)))
+        for u, (left, right) in zip(updates.matrices, bases, strict=True):
+            u.copy_(between(left, u, right.mT))
+        return updates
+
+
+def rebased(A: Tensor, old: Tensor, qr: bool) -> Side:
+    """A new basis of an average: its eigenvectors, or one power step from the old basis."""
+    if not qr:
+        return Side(A, eigenvectors(A).to(old.dtype))
+    A64, Q = A.double(), old.double()
+    order = (Q * (A64 @ Q)).sum(-2).argsort(-1, descending=True)
+    Q = Q.gather(-1, order.unsqueeze(-2).expand_as(Q))
+    return Side(A, torch.linalg.qr(A64 @ Q).Q.to(old.dtype), order)
+
+
+def renew_(state: dict[str, Tensor], sides: list[Side]) -> None:
+    """Write averages and bases; the momentum is turned into the new basis, V sorted as it is."""
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    for name, side, dim in zip(SIDES, sides, (-2, -1), strict=True):
+        state[f"{name}_gram"].copy_(side.gram)
+        if side.basis is None:
+            continue
+        turn = side.basis.double().mT @ state[f"{name}_basis"].double()
+        state[f"{name}_basis"].copy_(side.basis)
+        m.copy_(turn @ m.double() if dim == -2 else m.double() @ turn.mT)
+        if side.order is not None:
+            v.copy_(v.gather(dim, side.order.unsqueeze(-3 - dim).expand_as(v)))

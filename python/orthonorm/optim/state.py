@@ -1,0 +1,150 @@
+"""State tensors of a parameter, and the lists of matrices that rules see."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .views import matrices
+
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer
+
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+
+
+class Batch(NamedTuple):
+    """What a rule sees: parallel lists over the matrices of a group."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: dict[str, list[Tensor]]
+    owners: list[Tensor]  # the parameter each matrix is a view of
+    steps: list[int]  # of each matrix, this one included; 0 for rules that do not count
+    prepared: Any = None  # what `prepare` returned
+
+    def part(self, rows: list[int]) -> Batch:
+        return Batch(
+            [self.params[i] for i in rows],
+            [self.grads[i] for i in rows],
+            {key: [values[i] for i in rows] for key, values in self.state.items()},
+            [self.owners[i] for i in rows],
+            [self.steps[i] for i in rows],
+        )
+
+
+def by_step(steps: list[int]) -> list[tuple[int, list[int]]]:
+    """The steps there are, each with its indices: usually one, for all.
+
+    By comparisons, not hashing, which would have torch.compile make a graph for every step.
+    """
+    found: list[tuple[int, list[int]]] = []
+    rest = list(range(len(steps)))
+    while rest:
+        t = steps[rest[0]]
+        found.append((t, [i for i in rest if steps[i] == t]))
+        rest = [i for i in rest if steps[i] != t]
+    return found
+
+
+class Updates(NamedTuple):
+    """The update of every matrix of a batch, in work buffers: a rule may write them.
+
+    Equal shapes are stacked, (k, ..., m, n), so that products are batched.
+    """
+
+    stacks: list[Tensor]
+    norms: Tensor | None = None  # |U|_F of every matrix, float64, where momentum measured it
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The entries of the stacks, in the order of the batch."""
+        return [u for stack in self.stacks for u in stack.unbind()]
+
+
+def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state tensors of one parameter."""
+    if group["rule"] == "adamw":
+        return dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
+    found = dict.fromkeys(opt.elementwise_state(group), check.shape(p))
+    pieces = matrices(p, p, group)
+    for i, piece in enumerate(pieces):
+        suffix = "" if len(pieces) == 1 else f".{i}"
+        found |= {k + suffix: v for k, v in opt.matrix_state(piece, group).items()}
+    return found
+
+
+def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None:
+    """State, where there is one, is complete, dense and of the shapes it was made with."""
+    p = group["params"][index]
+    state, wanted = opt.state.get(p, {}), shapes(opt, p, group)
+    label = f"{opt.name}: parameter {opt.label(group, index)}"
+    missing = wanted.keys() - state.keys()
+    if 0 < len(missing) < len(wanted):
+        raise ValueError(f"{label}: state must have {sorted(wanted)}, got {sorted(state)}")
+    for key in wanted.keys() & state.keys():
+        check.tensor(label, f"state {key!r}", state[key])
+        check.equal_shape(label, f"state {key!r}", state[key], wanted[key])
+        check.same_device(label, parameter=[p], state=[state[key]])
+
+
+def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
+    """Parameters that have none; that of the others is checked if a tensor was replaced.
+
+    `check_state` at every step would cost more than some steps (148 parameters: 1.0 ms, so 0.08 ms;
+    2026-11). A traced step is checked by its ops, before any of them runs.
+    """
+    found: list[Tensor] = []
+    for i in () if torch.compiler.is_compiling() else indices:
+        p = group["params"][i]
+        state, seen = opt.state.get(p), opt._seen.get(p)
+        if not state:
+            found.append(p)
+        elif not seen or any(state.get(k) is not ref() for k, ref in seen.items()):
+            check_state(opt, group, i)
+            held = {k: t for k, t in state.items() if isinstance(t, Tensor)}
+            opt._seen[p] = {k: weakref.ref(t) for k, t in held.items()}
+    return found
+
+
+def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
+    """Matrix views of parameters, gradients and state, with the state made where it is new."""
+    batch = Batch([], [], {}, [], [])
+    elementwise = opt.elementwise_state(group)
+    for p in params:
+        state = opt.state[p]
+        for key in elementwise:
+            if key not in state:
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        step = state.get("step", 0) + 1 if opt.counts_steps else 0
+        pieces = matrices(p, p, group)
+        batch.params.extend(pieces)
+        batch.grads.extend(matrices(p.grad, p, group))  # type: ignore[arg-type]
+        batch.owners.extend([p] * len(pieces))
+        batch.steps.extend([step] * len(pieces))
+        for key in elementwise:
+            batch.state.setdefault(key, []).extend(matrices(state[key], p, group))
+        for i, piece in enumerate(pieces):
+            suffix = "" if len(pieces) == 1 else f".{i}"
+            for key, shape in opt.matrix_state(piece, group).items():
+                if key + suffix not in state:
+                    state[key + suffix] = piece.new_zeros(shape)
+                batch.state.setdefault(key, []).append(state[key + suffix])
+    if group["maximize"]:
+        batch = batch._replace(grads=list(torch._foreach_neg(batch.grads)))
+    return batch
+
+
+def adamw_state(opt: MatrixOptimizer, params: list[Tensor]) -> list[dict[str, Tensor]]:
+    """The AdamW companion's state of each parameter, made where it is new."""
+    for p in params:
+        state = opt.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for key in ADAMW_STATE:
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return [opt.state[p] for p in params]
