@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from oracle_muon import adamuon, normuon
 from oracle_norms import scion, signum, trust_region
+from oracle_relatives import adago, auon, hybrid_auon, muoneq, polargrad, scale, swan
 from oracle_whitening import shampoo, soap
 from oracles import oracle
 from orthonorm import optim
@@ -81,6 +82,7 @@ SCION: dict[str, list[Any]] = {
     "normalized": ["x", 3], "transpose": FLAG, "largest": FLAG, "unconstrained": FLAG,
     **NEWTON_SCHULZ,
 }  # fmt: skip
+AUON: dict[str, list[Any]] = {"variant": ["x", None], "gamma": NUMBER, "norm_eps": NUMBER}
 
 ROWS = [
     Row(
@@ -165,6 +167,52 @@ ROWS = [
         SCION,
         no_decay=dict(unconstrained=True),
         writes_gradients=True,
+        state=lambda m, n: 0,
+    ),
+    Row(
+        "AuON",
+        dict(lr=0.1, weight_decay=0.1),
+        oracle(auon, lr=0.1, weight_decay=0.1),
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **MATRIX, **AUON},
+    ),
+    Row(
+        "HybridAuON",
+        dict(lr=0.1, weight_decay=0.1, precision="full"),
+        oracle(hybrid_auon, lr=0.1, weight_decay=0.1),
+        {**POLAR, **AUON},
+    ),
+    Row(
+        "AdaGO",
+        dict(lr=0.05, precision="full"),
+        oracle(adago, lr=0.05),
+        {**POLAR, "gamma": [0, *NUMBER], "floor": NUMBER, "v0": [0.0, *NUMBER]},
+        state=lambda m, n: m * n + 2,
+    ),
+    Row(
+        "PolarGrad",
+        dict(lr=1e-3, precision="full"),
+        oracle(polargrad, lr=1e-3),
+        {**POLAR, "polar_first": FLAG},
+    ),
+    Row(
+        "MuonEq",
+        dict(lr=0.02, precision="full"),
+        oracle(muoneq, lr=0.02),
+        {**POLAR, "adjust_lr_fn": ["rms"], "norm_eps": NUMBER, "equilibrate": ["rows", None]},
+    ),
+    Row(
+        "SWAN",
+        dict(lr=0.02, precision="full"),
+        oracle(swan, lr=0.02),
+        {"weight_decay": NUMBER, **NEWTON_SCHULZ, "norm_eps": NUMBER, "rescale": FLAG,
+         "adjust_lr_fn": ["rms"]},
+        state=lambda m, n: 0,
+    ),
+    Row(
+        "SCALE",
+        dict(lr=0.02),
+        oracle(scale, lr=0.02),
+        {"momentum": MOMENTUM, "weight_decay": NUMBER, **MATRIX, "norm_eps": NUMBER},
         state=lambda m, n: 0,
     ),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from optimizer_rows import make, set_grads
 from oracle_muon import adamuon, muon, normuon
 from oracle_norms import scion, signum, trust_region
+from oracle_relatives import RELATIVES
 from oracle_whitening import shampoo, soap
 from oracles import Oracle
 from orthonorm import optim
@@ -82,6 +83,7 @@ CASES = [
     scions("Scion", lr=0.1, norm="sign", normalized=True, momentum=0.2),
     scions("ScionLight", lr=0.1, momentum=0.1),
     scions("ScionLight", lr=0.1, momentum=0.3, norm="sign", normalized=True),
+    *RELATIVES,
 ]  # fmt: skip
 
 
