@@ -1,11 +1,12 @@
-"""AuON, AdaGO, PolarGrad, MuonEq, SWAN and SCALE in NumPy, and how the package must match them."""
+"""AuON, AdaGO, PolarGrad, MuonEq, SWAN, SCALE, steepest descent and Dion in NumPy, and cases."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from oracle_muon import shape_factor
+import torch
+from oracle_muon import adamuon, shape_factor
 from oracles import KELLER, Array, State, momentum, newton_schulz
 from orthonorm.coefficients import COEFFICIENTS
 
@@ -91,6 +92,36 @@ def scale(
     return (1 - lr * weight_decay) * W - lr * U / (np.linalg.norm(U, axis=0, keepdims=True) + 1e-8)
 
 
+def steepest(
+    W: Array, G: Array, s: State, t: int, *, lr: float, weight_decay: float = 0.0,
+    mu: float = 0.0, norm: str = "linear", dual: bool = True,
+) -> Array:  # fmt: skip
+    U = momentum(G, s, mu, False)
+    m, n = U.shape
+    rows = U / np.linalg.norm(U, axis=1, keepdims=True)
+    T = {"linear": (m / n) ** 0.5 * newton_schulz(U), "embedding": n**0.5 * rows,
+         "head": rows / n**0.5, "max": np.sign(U)}[norm]  # fmt: skip
+    return (1 - lr * weight_decay) * W - lr * ((U * T).sum() if dual else 1.0) * T
+
+
+def dion(
+    W: Array, G: Array, s: State, t: int, *, lr: float, weight_decay: float = 0.01,
+    rank_fraction: float = 1.0, mu: float = 0.95,
+) -> Array:  # fmt: skip
+    m, n = W.shape
+    k = int(np.ceil(rank_fraction * min(m, n)))
+    if t == 1:  # the same start, which is not the algorithm's affair
+        generator = torch.Generator().manual_seed(0)
+        s["Q"] = torch.randn(n, k, generator=generator, dtype=torch.float64).numpy()
+        s["M"] = np.zeros_like(W)
+    B = s["M"] + G
+    P = np.linalg.qr(B @ s["Q"])[0]
+    R = B.T @ P
+    s["M"] = B - (1 - mu) * P @ R.T
+    s["Q"] = R / np.sqrt((R * R).sum(axis=0))
+    return (1 - lr * weight_decay) * W - lr * (m / n) ** 0.5 * P @ s["Q"].T
+
+
 def both(name: str, rule: Any, same: dict[str, Any], **ours: Any) -> Any:
     """A case whose arguments are named alike on both sides, but for `ours`."""
     return name, {**same, **ours}, rule, same
@@ -112,4 +143,12 @@ RELATIVES = [
     both("SWAN", swan, dict(lr=0.02, rescale=True), **FULL),
     both("SCALE", scale, dict(lr=0.02, weight_decay=0.1)),
     ("SCALE", dict(lr=0.02, momentum=0.9), scale, dict(lr=0.02, mu=0.9)),
+    *(both("SteepestDescent", steepest, dict(lr=1e-3, norm=norm, dual=d), **FULL)
+      for norm in ("linear", "embedding", "head", "max") for d in (True, False)),
+    ("SteepestDescent", dict(FULL, lr=1e-3, momentum=0.9), steepest, dict(lr=1e-3, mu=0.9)),
+    both("Dion", dion, dict(lr=0.02, weight_decay=0.1)),
+    both("Dion", dion, dict(lr=0.02, rank_fraction=0.3)),
+    *(("AdaMuon", dict(FULL, lr=1e-3, rescale=r, moment=m), adamuon,
+       dict(lr=1e-3, rescale=r, moment=m)) for r, m in
+      (("none", "factored"), ("none", "study"), ("rms", "factored"))),
 ]  # fmt: skip

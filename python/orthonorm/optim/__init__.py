@@ -6,6 +6,7 @@ from .adamw import AdamW
 from .auon import AuON, HybridAuON
 from .base import REGISTRY, MatrixOptimizer
 from .conda import Conda
+from .dion import Dion
 from .muon import Muon
 from .muoneq import MuonEq
 from .normuon import NorMuon
@@ -16,7 +17,9 @@ from .shampoo import Shampoo
 from .signum import Signum
 from .soap import SOAP
 from .split import split_params
+from .splus import SPlus
 from .state import Batch, Updates
+from .steepest import SteepestDescent
 from .swan import SWAN
 from .trust_region import TrustRegion
 
@@ -31,16 +34,19 @@ __all__ = [
     "AuON",
     "Batch",
     "Conda",
+    "Dion",
     "HybridAuON",
     "MatrixOptimizer",
     "Muon",
     "MuonEq",
     "NorMuon",
     "PolarGrad",
+    "SPlus",
     "Scion",
     "ScionLight",
     "Shampoo",
     "Signum",
+    "SteepestDescent",
     "TrustRegion",
     "Updates",
     "split_params",
