@@ -81,6 +81,7 @@ CASES = [
     *(scions("Scion", lr=0.1, momentum=0.3, norm=norm, normalized=n, transpose=t)
       for norm in ("column", "row") for n in (True, False) for t in (True, False)),
     scions("Scion", lr=0.1, norm="sign", normalized=True, momentum=0.2),
+    scions("Scion", lr=0.1, norm="embed_sqrt", transpose=True),
     *(scions("Scion", lr=0.1, norm=norm, unconstrained=True)
       for norm in ("embed_linear", "embed_sqrt", "unembed_linear", "unembed_sqrt")),
     scions("ScionLight", lr=0.1, momentum=0.1),
@@ -162,3 +163,13 @@ def test_eigenbases(name: str, rule: Any, kwargs: dict[str, Any], same: dict[str
                     s[key] = Q.copy()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
+
+
+def test_adago_adds_on_in_half_types() -> None:
+    """600 norms of one size: in bfloat16 alone their sum would stop at 256 of them."""
+    p = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    opt = optim.AdaGO([p], lr=0.0)
+    p.grad = torch.full_like(p, 0.5)
+    for _ in range(600):
+        opt.step()
+    assert opt.state[p]["norm_sum"].double().sum() == 600.0

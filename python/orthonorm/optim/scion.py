@@ -43,7 +43,8 @@ class Scion(Orthogonalizing):
             "auto": "spectral_conv" for convolutions, "spectral" for matrices, else "bias_rms".
         scale: radius of the ball.
         normalized: the first of the two forms (None: the authors' default, for "column" not).
-        transpose: the LMO of D^T ("column" and "row"), for embeddings stored vocabulary x width.
+        transpose: the LMO of D^T (norms of rows and columns), as "column" wants it for embeddings
+            stored vocabulary x width.
         largest: spectral factors no smaller than 1.
         unconstrained: do not shrink W.
         norm_eps: as above.
@@ -122,7 +123,9 @@ class Scion(Orthogonalizing):
             taps = math.prod(owner.shape[2:]) if norm == "spectral_conv" else 1
             size = math.sqrt(m / (n / taps)) if normalized(norm, group) else math.sqrt(m)
             size = (max(1.0, size) if group["largest"] else size) / taps
-        return group["scale"] * size * n ** ROWS.get(norm, 0.0)
+        elif norm in ROWS:
+            size = (m if group["transpose"] else n) ** ROWS[norm]
+        return group["scale"] * size
 
 
 def norm_of(owner: Tensor, group: dict[str, Any]) -> str:
