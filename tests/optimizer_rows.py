@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from oracle_muon import adamuon, normuon
 from oracle_norms import scion, signum, trust_region
-from oracle_whitening import shampoo, soap
+from oracle_relatives import (
+    adago,
+    auon,
+    dion,
+    hybrid_auon,
+    muoneq,
+    polargrad,
+    scale,
+    steepest,
+    swan,
+)
+from oracle_whitening import shampoo, soap, splus
 from oracles import oracle
 from orthonorm import optim
 from torch import Tensor, nn
@@ -73,6 +84,9 @@ NEWTON_SCHULZ: dict[str, list[Any]] = {
     "restarts": [None, 2, "no", [0], [9], [2.0], [3, 2]],
     **MATRIX,
 }  # fmt: skip
+EXPRESS = {
+    "ns_coefficients": NEWTON_SCHULZ["ns_coefficients"][:10]
+}  # four steps are as many as any
 POLAR: dict[str, list[Any]] = {
     "momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **NEWTON_SCHULZ,
 }  # fmt: skip
@@ -81,6 +95,7 @@ SCION: dict[str, list[Any]] = {
     "normalized": ["x", 3], "transpose": FLAG, "largest": FLAG, "unconstrained": FLAG,
     **NEWTON_SCHULZ,
 }  # fmt: skip
+AUON: dict[str, list[Any]] = {"variant": ["x", None], "gamma": NUMBER, "norm_eps": NUMBER}
 
 ROWS = [
     Row(
@@ -117,7 +132,8 @@ ROWS = [
         "AdaMuon",
         dict(lr=0.02, precision="full"),
         oracle(adamuon, lr=0.02),
-        {**POLAR, "beta2": BETA, "norm_eps": NUMBER, "sign": FLAG, "rescale": ["norm"]},
+        {**POLAR, "beta2": BETA, "norm_eps": NUMBER, "sign": FLAG, "rescale": ["norm"],
+         "moment": ["x", None]},
         state=lambda m, n: 2 * m * n,
     ),
     Row(
@@ -165,6 +181,76 @@ ROWS = [
         SCION,
         no_decay=dict(unconstrained=True),
         writes_gradients=True,
+        state=lambda m, n: 0,
+    ),
+    Row(
+        "AuON",
+        dict(lr=0.1, weight_decay=0.1),
+        oracle(auon, lr=0.1, weight_decay=0.1),
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **MATRIX, **AUON},
+    ),
+    Row(
+        "HybridAuON",
+        dict(lr=0.1, weight_decay=0.1, precision="full"),
+        oracle(hybrid_auon, lr=0.1, weight_decay=0.1),
+        {**POLAR, **AUON},
+    ),
+    Row(
+        "AdaGO",
+        dict(lr=0.05, precision="full"),
+        oracle(adago, lr=0.05),
+        {**POLAR, "gamma": [0, *NUMBER], "floor": NUMBER, "v0": [0.0, *NUMBER]},
+        state=lambda m, n: m * n + 2,
+    ),
+    Row(
+        "PolarGrad",
+        dict(lr=1e-3, precision="full"),
+        oracle(polargrad, lr=1e-3),
+        {**POLAR, **EXPRESS, "polar_first": FLAG},
+    ),
+    Row(
+        "MuonEq",
+        dict(lr=0.02, precision="full"),
+        oracle(muoneq, lr=0.02),
+        {**POLAR, "adjust_lr_fn": ["rms"], "norm_eps": NUMBER, "equilibrate": ["rows", None]},
+    ),
+    Row(
+        "SWAN",
+        dict(lr=0.02, precision="full"),
+        oracle(swan, lr=0.02),
+        {"weight_decay": NUMBER, **NEWTON_SCHULZ, **EXPRESS, "norm_eps": NUMBER, "rescale": FLAG,
+         "adjust_lr_fn": ["rms"]},
+        state=lambda m, n: 0,
+    ),
+    Row(
+        "SPlus",
+        dict(lr=0.1, precondition_frequency=3, max_precond_dim=0),
+        oracle(splus, lr=0.1, frequency=3, longest=0),
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, "beta2": BETA,
+         "precondition_frequency": WHOLE, "max_precond_dim": [-1, 1.5, None, "a", True], **MATRIX},
+        per_matrix=True,
+    ),
+    Row(
+        "SteepestDescent",
+        dict(lr=1e-3, norm="head"),
+        oracle(steepest, lr=1e-3, norm="head"),
+        {"momentum": MOMENTUM, "weight_decay": NUMBER, **NEWTON_SCHULZ, "norm": ["rows", None],
+         "dual": FLAG},
+        state=lambda m, n: 0,
+    ),
+    Row(
+        "Dion",
+        dict(lr=0.02, rank_fraction=0.3),
+        oracle(dion, lr=0.02, rank_fraction=0.3),
+        {"momentum": MOMENTUM, "weight_decay": NUMBER, "rank_fraction": [0, *NUMBER], **MATRIX},
+        state=lambda m, n: m * n + n * math.ceil(0.3 * min(m, n)),
+        per_matrix=True,
+    ),
+    Row(
+        "SCALE",
+        dict(lr=0.02),
+        oracle(scale, lr=0.02),
+        {"momentum": MOMENTUM, "weight_decay": NUMBER, **MATRIX, "norm_eps": NUMBER},
         state=lambda m, n: 0,
     ),
 ]  # fmt: skip

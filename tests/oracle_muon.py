@@ -60,13 +60,20 @@ def normuon(
 def adamuon(
     W: Array, G: Array, s: State, t: int, *, lr: float, weight_decay: float = 0.01,
     mu: float = 0.95, beta2: float = 0.999, eps: float = 1e-8, sign: bool = False,
-    rescale: str = "rms",
+    rescale: str = "rms", moment: str = "elementwise",
 ) -> Array:  # fmt: skip
     m, n = W.shape
     U = momentum(G, s, mu, True)
     X = newton_schulz(np.sign(U) if sign else U)
-    s["V"] = beta2 * s.get("V", 0.0) + (1 - beta2) * X * X
-    N = X / (np.sqrt(s["V"] / (1 - beta2**t)) + eps)
+    if moment == "elementwise":
+        V = s["V"] = beta2 * s.get("V", 0.0) + (1 - beta2) * X * X
+    else:
+        r = s["r"] = beta2 * s.get("r", 0.0) + (1 - beta2) * (X * X).mean(axis=1)
+        c = s["c"] = beta2 * s.get("c", 0.0) + (1 - beta2) * (X * X).mean(axis=0)
+        V = np.outer(r, c) / r.mean()
+    N = X / (np.sqrt(V / (1 - beta2**t)) + eps)
+    if moment == "study":
+        N *= (n / m) ** 0.5
     if rescale == "rms":
         N *= min(m, n) ** 0.5 / (np.linalg.norm(N) + eps) * 0.2 * max(m, n) ** 0.5
     return (1 - lr * weight_decay) * W - lr * N

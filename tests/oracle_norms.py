@@ -62,4 +62,8 @@ def lmo(d: Array, norm: str, normalized: bool, largest: bool, eps: float) -> Arr
     if norm == "row":
         length = np.sqrt((d * d).sum(axis=1, keepdims=True))
         return d / (length * (n**0.5 if normalized else 1) + eps)
+    if "embed" in norm:
+        rows = d / (np.sqrt((d * d).sum(axis=1, keepdims=True)) + eps)
+        power = n if norm.endswith("linear") else n**0.5
+        return rows / power if norm.startswith("un") else rows * power
     return np.sign(d) / (n if normalized else 1)

@@ -49,6 +49,23 @@ def soap(
     return W
 
 
+def splus(
+    W: Array, G: Array, s: State, t: int, *, lr: float, weight_decay: float = 0.01,
+    mu: float = 0.9, beta2: float = 0.999, frequency: int = 100, longest: int = 10000,
+) -> Array:  # fmt: skip
+    m, n = W.shape
+    if t == 1:
+        s.update(L=np.zeros((m, m)), R=np.zeros((n, n)), QL=np.eye(m), QR=np.eye(n))
+    B = momentum(G, s, mu, False)
+    u = s["QL"] @ np.sign(s["QL"].T @ B @ s["QR"]) @ s["QR"].T
+    s["L"] = beta2 * s["L"] + (1 - beta2) * G @ G.T
+    s["R"] = beta2 * s["R"] + (1 - beta2) * G.T @ G
+    if t == 1 or t % frequency == 0:
+        s["QL"] = eigenbasis(s["L"]) if m <= longest else s["QL"]
+        s["QR"] = eigenbasis(s["R"]) if n <= longest else s["QR"]
+    return (1 - lr * weight_decay) * W - lr * 2 / (m + n) * u
+
+
 def power(A: Array, ridge: float, eps: float) -> Array:
     values, Q = np.linalg.eigh(A + ridge * np.eye(len(A)))
     return Q @ np.diag(1 / (np.abs(values) ** 0.25 + eps)) @ Q.T

@@ -10,7 +10,8 @@ import torch
 from optimizer_rows import make, set_grads
 from oracle_muon import adamuon, muon, normuon
 from oracle_norms import scion, signum, trust_region
-from oracle_whitening import shampoo, soap
+from oracle_relatives import RELATIVES
+from oracle_whitening import shampoo, soap, splus
 from oracles import Oracle
 from orthonorm import optim
 from orthonorm.coefficients import COEFFICIENTS
@@ -80,8 +81,12 @@ CASES = [
     *(scions("Scion", lr=0.1, momentum=0.3, norm=norm, normalized=n, transpose=t)
       for norm in ("column", "row") for n in (True, False) for t in (True, False)),
     scions("Scion", lr=0.1, norm="sign", normalized=True, momentum=0.2),
+    scions("Scion", lr=0.1, norm="embed_sqrt", transpose=True),
+    *(scions("Scion", lr=0.1, norm=norm, unconstrained=True)
+      for norm in ("embed_linear", "embed_sqrt", "unembed_linear", "unembed_sqrt")),
     scions("ScionLight", lr=0.1, momentum=0.1),
     scions("ScionLight", lr=0.1, momentum=0.3, norm="sign", normalized=True),
+    *RELATIVES,
 ]  # fmt: skip
 
 
@@ -124,13 +129,25 @@ SOAPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kwargs", "same"), SOAPS, ids=["soap", "study", "short side"])
-def test_soap(kwargs: dict[str, Any], same: dict[str, Any]) -> None:
+SPLUS: Any = (dict(precondition_frequency=3, weight_decay=0.1), dict(frequency=3, weight_decay=0.1))
+EIGENBASES = [
+    *(("SOAP", soap, *pair) for pair in SOAPS),
+    ("SPlus", splus, *SPLUS),
+    ("SPlus", splus, dict(SPLUS[0], max_precond_dim=8), dict(SPLUS[1], longest=8)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "kwargs", "same"), EIGENBASES,
+    ids=["soap", "study", "short side", "splus", "splus, short side"],
+)  # fmt: skip
+def test_eigenbases(name: str, rule: Any, kwargs: dict[str, Any], same: dict[str, Any]) -> None:
     """The first averages of tall and wide matrices are singular, so their eigenvectors are not
     unique: the transcription checks ours and goes on from them."""
     shapes = ((12, 7), (7, 12), (9, 9))
     ours, theirs = make(torch.float64, shapes), make(torch.float64, shapes)
-    a, b = optim.SOAP(ours, lr=0.01, **kwargs), Oracle(theirs, soap, lr=0.01, **same)
+    a = optim.REGISTRY[name](ours, lr=0.01, **kwargs)
+    b = Oracle(theirs, rule, lr=0.01, **same)
     for step in range(20):
         set_grads(step, ours, theirs)
         a.step()
@@ -146,3 +163,13 @@ def test_soap(kwargs: dict[str, Any], same: dict[str, Any]) -> None:
                     s[key] = Q.copy()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
+
+
+def test_adago_adds_on_in_half_types() -> None:
+    """600 norms of one size: in bfloat16 alone their sum would stop at 256 of them."""
+    p = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    opt = optim.AdaGO([p], lr=0.0)
+    p.grad = torch.full_like(p, 0.5)
+    for _ in range(600):
+        opt.step()
+    assert opt.state[p]["norm_sum"].double().sum() == 600.0

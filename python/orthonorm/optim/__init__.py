@@ -1,33 +1,52 @@
 """Drop-in optimizers: matrix rules and their AdamW companion in one torch.optim.Optimizer."""
 
+from .adago import AdaGO
 from .adamuon import AdaMuon
 from .adamw import AdamW
+from .auon import AuON, HybridAuON
 from .base import REGISTRY, MatrixOptimizer
 from .conda import Conda
+from .dion import Dion
 from .muon import Muon
+from .muoneq import MuonEq
 from .normuon import NorMuon
+from .polargrad import PolarGrad
+from .scale import SCALE
 from .scion import Scion, ScionLight
 from .shampoo import Shampoo
 from .signum import Signum
 from .soap import SOAP
 from .split import split_params
+from .splus import SPlus
 from .state import Batch, Updates
+from .steepest import SteepestDescent
+from .swan import SWAN
 from .trust_region import TrustRegion
 
 __all__ = [
     "REGISTRY",
+    "SCALE",
     "SOAP",
+    "SWAN",
+    "AdaGO",
     "AdaMuon",
     "AdamW",
+    "AuON",
     "Batch",
     "Conda",
+    "Dion",
+    "HybridAuON",
     "MatrixOptimizer",
     "Muon",
+    "MuonEq",
     "NorMuon",
+    "PolarGrad",
+    "SPlus",
     "Scion",
     "ScionLight",
     "Shampoo",
     "Signum",
+    "SteepestDescent",
     "TrustRegion",
     "Updates",
     "split_params",

@@ -9,8 +9,10 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
+from . import factored
 from .norms import to_rms, to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least, one_of
@@ -26,10 +28,14 @@ class AdaMuon(Orthogonalizing):
         sign: orthogonalize the sign of the momentum (the paper) instead of itself (the code).
         rescale: "rms", as published; "none": W <- W - lr N, the matrix-whitening study's AdaMuon,
             which has neither the rescaling nor a shape factor.
+        moment: V is "elementwise"; "factored": from decayed means of O^2 over rows and columns;
+            "study": the same V times m / n, as that study's code has it (it divides by the wrong
+            length; its step is sqrt(n/m) times that of "factored", but for norm_eps).
         **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
 
     The paper has no bias correction; the rescaling cancels it but for eps.
     State: `momentum_buffer`, `second_moment`, `step`; 8 bytes per parameter in float32.
+    Factored: `row_moment`, `column_moment` for `second_moment`; 4 bytes per parameter, row, column.
 
     Source: github.com/Chongjie-Si/AdaMuon at 3b84e031, arXiv:2507.11005; the study is
     arXiv:2510.25000.
@@ -38,7 +44,8 @@ class AdaMuon(Orthogonalizing):
     state_names = ("momentum_buffer", "second_moment")
     counts_steps = True
     rules: ClassVar[dict[str, Rule]] = {"sign": FLAG, "norm_eps": at_least(0.0),
-             "rescale": one_of("rms", "none")}  # fmt: skip
+             "rescale": one_of("rms", "none"),
+             "moment": one_of("elementwise", "factored", "study")}  # fmt: skip
 
     def __init__(
         self,
@@ -52,18 +59,32 @@ class AdaMuon(Orthogonalizing):
         norm_eps: float = 1e-8,
         sign: bool = False,
         rescale: str = "rms",
+        moment: str = "elementwise",
         **common: Unpack[NewtonSchulz],
     ) -> None:
         settings = dict(
             NEWTON_SCHULZ, lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2,
-            nesterov=nesterov, norm_eps=norm_eps, sign=sign, rescale=rescale,
+            nesterov=nesterov, norm_eps=norm_eps, sign=sign, rescale=rescale, moment=moment,
         )  # fmt: skip
         super().__init__(params, settings, common)
+
+    def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names if group["moment"] == "elementwise" else self.state_names[:1]
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {} if group["moment"] == "elementwise" else factored.shapes(x)
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        study = group["moment"] == "study" and group["rescale"] == "none"
+        return math.sqrt(x.shape[-1] / x.shape[-2]) if study else 1.0
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         if group["sign"]:
             updates = to_signs(updates)
         factors = self.polar(updates, group)
+        if group["moment"] != "elementwise":
+            factors = factored.adapt_(factors, batch, group)
+            return to_rms(factors, 0.2, group["norm_eps"]) if group["rescale"] == "rms" else factors
         beta2, eps = group["beta2"], group["norm_eps"]
         lists = (factors.matrices, batch.state["second_moment"])
         torch._foreach_mul_(lists[1], beta2)

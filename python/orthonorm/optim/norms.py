@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from ..ops import divide_each, magnitude
 from .state import Updates
 
@@ -27,3 +30,17 @@ def to_unit(updates: Updates) -> Updates:
 def to_signs(updates: Updates) -> Updates:
     """X <- sign(X), and NaN where X is not finite: torch.sign(nan) is 0, which would hide it."""
     return Updates([x.copy_(x.sign() + (x - x)) for x in updates.stacks])
+
+
+def inner(left: Updates, right: Updates) -> Tensor:
+    """<X, Y> of every matrix, 1-D float64."""
+    pairs = zip(left.stacks, right.stacks, strict=True)
+    return torch.cat([(x * y).sum((-2, -1), dtype=torch.float64).reshape(-1) for x, y in pairs])
+
+
+def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:
+    """X <- number X, a number per matrix, 1-D; X is written."""
+    counts = [math.prod(x.shape[:-2]) for x in updates.stacks]
+    for x, c in zip(updates.stacks, numbers.split(counts), strict=True):
+        x.mul_(c.view(*x.shape[:-2], 1, 1))
+    return updates

@@ -18,7 +18,9 @@ from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least, one_of, scheduled
 from .state import Batch, Updates
 
-NORMS = ("auto", "spectral", "spectral_conv", "column", "row", "sign", "bias_rms")
+# Disco's norms by rows: D_i / (|D_i| + norm_eps) times this power of n
+ROWS = {"embed_linear": 1.0, "embed_sqrt": 0.5, "unembed_linear": -1.0, "unembed_sqrt": -0.5}
+NORMS = ("auto", "spectral", "spectral_conv", "column", "row", "sign", "bias_rms", *ROWS)
 NORMALIZED = {"spectral": True, "spectral_conv": True, "column": False, "row": True, "sign": True}
 
 
@@ -36,19 +38,25 @@ class Scion(Orthogonalizing):
             "row": D_i / (sqrt(n) |D_i| + norm_eps) / D_i / (|D_i| + norm_eps);
             "sign": sign(D) / n / sign(D);
             "bias_rms": D / (RMS over rows + norm_eps), for vectors D / (RMS + norm_eps);
+            "embed_linear", "embed_sqrt", "unembed_linear", "unembed_sqrt" (Disco):
+            D_i / (|D_i| + norm_eps) times n, sqrt(n), 1/n, 1/sqrt(n);
             "auto": "spectral_conv" for convolutions, "spectral" for matrices, else "bias_rms".
         scale: radius of the ball.
         normalized: the first of the two forms (None: the authors' default, for "column" not).
-        transpose: the LMO of D^T ("column" and "row"), for embeddings stored vocabulary x width.
+        transpose: the LMO of D^T (norms of rows and columns), as "column" wants it for embeddings
+            stored vocabulary x width.
         largest: spectral factors no smaller than 1.
         unconstrained: do not shrink W.
         norm_eps: as above.
         **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
 
+    Disco's "image_spectral" is "spectral" with largest=True, its "conv_spectral" "spectral_conv",
+    its default norm_eps 1e-20; vectors, which it lifts to diagonal matrices, are "bias_rms" here.
     The authors initialize every weight on its ball; that is the model's affair.
     State: `momentum_buffer`, 4 bytes per parameter in float32; none while alpha is 1.
 
-    Source: github.com/LIONS-EPFL/scion at f58a393e; arXiv:2502.07529.
+    Source: github.com/LIONS-EPFL/scion at f58a393e, arXiv:2502.07529; github.com/rakkit/disco at
+    d18ea040.
     """
 
     state_names = ("momentum_buffer",)
@@ -115,6 +123,8 @@ class Scion(Orthogonalizing):
             taps = math.prod(owner.shape[2:]) if norm == "spectral_conv" else 1
             size = math.sqrt(m / (n / taps)) if normalized(norm, group) else math.sqrt(m)
             size = (max(1.0, size) if group["largest"] else size) / taps
+        elif norm in ROWS:
+            size = (m if group["transpose"] else n) ** ROWS[norm]
         return group["scale"] * size
 
 
@@ -135,8 +145,9 @@ def lines(D: Tensor, norm: str, group: dict[str, Any]) -> Tensor:
     X = D.mT if group["transpose"] else D
     m, n = X.shape[-2:]
     eps = group["norm_eps"]
-    if norm == "row":
-        Y = row_normalize.overload(X, math.sqrt(n) if normalized(norm, group) else 1.0, eps)
+    if norm == "row" or norm in ROWS:
+        full = norm == "row" and normalized(norm, group)
+        Y = row_normalize.overload(X, math.sqrt(n) if full else 1.0, eps)
     else:
         full = norm == "column" and normalized(norm, group)
         Y = column_normalize.overload(X, (n if full else 1.0) / math.sqrt(m), eps)

@@ -1,0 +1,131 @@
+"""AuON: W <- (1 - lr wd) W - lr U / (rho + 1e-8), rho = sqrt(mean cosh(gamma U / |U|_F)^2).
+
+U = mu B + (1-mu) G, or its Newton-Schulz polynomial (HybridAuON).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import divide_each, magnitude
+from .base import MatrixOptimizer
+from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
+from .settings import Common, Rule, at_least, one_of
+from .state import Batch, Updates
+
+AFTER = 1e-8  # added to rho
+RULES: dict[str, Rule] = {
+    "variant": one_of("code", "paper"), "gamma": at_least(0.0), "norm_eps": at_least(0.0),
+}  # fmt: skip
+
+
+def mean_cosh_square(X: Tensor) -> Tensor:
+    """mean_ij cosh(X_ij)^2 of every matrix, float64, 1-D."""
+    m, n = X.shape[-2:]
+    return magnitude.overload([X.cosh()]).square() / max(m * n, 1)
+
+
+class AuON(MatrixOptimizer):
+    """Momentum over the root mean square of the cosh of its entries, for parameters of any shape.
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov: as Muon.
+        variant: "code": U / (rho + 1e-8) as above; "paper": X / (rho + 1e-8) with X = U / |U|_F and
+            gamma 1 in rho.
+        gamma: factor in rho ("code").
+        norm_eps: added to |U|_F.
+        **common: what every optimizer takes, see `settings.Common`.
+
+    The entries of U / |U|_F are about 1 / sqrt(N) of N, so rho = 1 + gamma^2 / (2N): to that,
+    "code" is SGD with momentum and "paper" is normalized SGD with momentum.
+    State: `momentum_buffer`; 4 bytes per parameter in float32.
+
+    Source: arXiv:2509.24320, github.com/ryyzn9/AuON at bba2e822.
+    """
+
+    state_names = ("momentum_buffer",)
+    min_dim = 0
+    rules: ClassVar[dict[str, Rule]] = RULES
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.24,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        *,
+        nesterov: bool = True,
+        variant: str = "code",
+        gamma: float = 1.5,
+        norm_eps: float = 1e-7,
+        **common: Unpack[Common],
+    ) -> None:
+        settings = dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+            variant=variant, gamma=gamma, norm_eps=norm_eps,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        paper = group["variant"] == "paper"
+        return braked(updates, 1.0 if paper else group["gamma"], group["norm_eps"], unit=paper)
+
+
+class HybridAuON(Orthogonalizing):
+    """Muon without a shape factor over the root mean square of the cosh of its entries.
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov: as Muon.
+        variant: "code": five Newton-Schulz steps, then O / (rho + 1e-8) with rho of O; "paper": one
+            step, then O / (rho + 1e-8), rho = mean cosh(O)^2 without a root, as printed.
+        gamma, norm_eps: as AuON ("code").
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+
+    State: `momentum_buffer`; 4 bytes per parameter in float32.
+
+    Source: as AuON's.
+    """
+
+    state_names = ("momentum_buffer",)
+    rules: ClassVar[dict[str, Rule]] = RULES
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.24,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        *,
+        nesterov: bool = True,
+        variant: str = "code",
+        gamma: float = 1.5,
+        norm_eps: float = 1e-7,
+        **common: Unpack[NewtonSchulz],
+    ) -> None:
+        settings = dict(
+            NEWTON_SCHULZ, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+            variant=variant, gamma=gamma, norm_eps=norm_eps,
+        )  # fmt: skip
+        settings["ns_steps"] = 1 if variant == "paper" else 5
+        super().__init__(params, settings, common)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        factors = self.polar(updates, group)
+        if group["variant"] == "code":
+            return braked(factors, group["gamma"], group["norm_eps"])
+        stacks = factors.stacks
+        return Updates([divide_each.overload(x, mean_cosh_square(x) + AFTER, x.dtype)
+                        for x in stacks])  # fmt: skip
+
+
+def braked(updates: Updates, gamma: float, norm_eps: float, unit: bool = False) -> Updates:
+    """U / (rho + AFTER), or U / |U|_F for U."""
+    out = []
+    for x in updates.stacks:
+        units = divide_each.overload(x, magnitude.overload([x]) + norm_eps, x.dtype)
+        rho = mean_cosh_square(gamma * units).sqrt() + AFTER
+        out.append(divide_each.overload(units if unit else x, rho, x.dtype))
+    return Updates(out)

@@ -1,0 +1,89 @@
+"""Dion: W <- (1 - lr wd) W - lr sqrt(m/n) P Q^T, P = QR(B Q), R = B^T P, Q <- R by unit columns.
+
+B = M + G; P Q^T is of rank k, M <- B - (1-mu) P R^T keeps what the step leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import column_normalize
+from ..ops.normalize import accumulator
+from .base import MatrixOptimizer
+from .settings import Common, Rule, positive, scheduled
+from .state import Batch, Updates
+
+
+class Dion(MatrixOptimizer):
+    """Orthonormal updates of low rank by one power step, with error feedback.
+
+    Args:
+        params, lr, weight_decay: as Muon.
+        momentum: mu: 1 - mu of the step's part leaves M.
+        rank_fraction: k over the short side of the matrix, rounded up.
+        **common: what every optimizer takes, see `settings.Common`. `heavy_ball` has no meaning.
+
+    Q starts as a normal matrix from a fixed seed. A zero B moves nothing and keeps Q.
+    State: `residual_buffer` (M), `right_basis` (Q, n x k), `step`; 4 bytes per parameter and
+    4 n k per matrix in float32.
+
+    Source: arXiv:2504.05295, github.com/microsoft/dion at 0a059a45.
+    """
+
+    state_names = ("residual_buffer",)
+    counts_steps = True
+    rules: ClassVar[dict[str, Rule]] = {
+        "momentum": scheduled(0.0, 1.0), "rank_fraction": positive,
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.01,
+        weight_decay: float = 0.01,
+        momentum: Any = 0.95,
+        rank_fraction: float = 1.0,
+        **common: Unpack[Common],
+    ) -> None:
+        settings = dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, rank_fraction=rank_fraction
+        )
+        super().__init__(params, settings, common)
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        *batch, m, n = x.shape
+        return {
+            "right_basis": (*batch, n, min(m, n, math.ceil(group["rank_fraction"] * min(m, n))))
+        }
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        mu = self.momentum(group, batch.params[0].device)
+        lists = (batch.state["residual_buffer"], batch.state["right_basis"], batch.steps)
+        for u, m, q, t in zip(updates.matrices, *lists, strict=True):
+            dtype = accumulator(u)
+            B = m.to(dtype) + u.to(dtype)
+            Q = start(q) if t == 1 else q
+            live = (B != 0).flatten(-2).any(-1)[..., None, None]
+            P = torch.where(live, torch.linalg.qr(B @ Q.to(dtype)).Q, 0.0)
+            R = B.mT @ P
+            new = column_normalize.overload(R)
+            q.copy_(torch.where(live, new, Q.to(dtype)))
+            m.copy_(B - (1 - mu.to(dtype)) * P @ R.mT)
+            u.copy_(P @ new.mT)
+        return updates
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        m, n = x.shape[-2:]
+        return math.sqrt(m / n)
+
+
+def start(q: Tensor) -> Tensor:
+    """The first Q: normal numbers, the same for every matrix of a batch and on every device."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(q.shape[-2:], generator=generator, dtype=torch.float64)
+    return normal.to(q).expand(q.shape)

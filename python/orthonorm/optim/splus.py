@@ -1,0 +1,103 @@
+"""SPlus: W <- (1 - lr wd) W - lr 2/(m+n) Q_L sign(Q_L^T B Q_R) Q_R^T, B <- mu B + (1-mu) G.
+
+Q_L, Q_R are eigenvectors of L <- beta2 L + (1-beta2) G G^T and of R likewise for G^T G.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .base import MatrixOptimizer
+from .norms import to_signs
+from .settings import Common, Rule, whole
+from .sides import SIDES, averaged, between, eigenvectors, side_shapes
+from .state import Batch, Updates
+
+
+class SPlus(MatrixOptimizer):
+    """Sign of the momentum in the eigenbasis of Shampoo's preconditioner.
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov (False): as Muon.
+        beta2: of L and R.
+        precondition_frequency: steps between refreshes of the bases; there is one at the first.
+        max_precond_dim: longer sides are not rotated.
+        **common: what every optimizer takes, see `settings.Common`.
+
+    A basis serves from the step after its refresh; the first step is of sign(B). The authors decay
+    by lr 2/(m+n), the matrix-whitening study by lr, as here; the authors' average of the weights
+    is torch.optim.swa_utils's affair, their other rate for matrices that are too long a group's.
+    State: `momentum_buffer`, `left_gram`, `right_gram`, `left_basis`, `right_basis`, `step`; in
+    float32 4 bytes per parameter and 8 (m^2 + n^2) per matrix.
+
+    Source: arXiv:2506.07254, github.com/kvfrans/splus; the study is arXiv:2510.25000.
+    """
+
+    state_names = ("momentum_buffer",)
+    counts_steps = True
+    rules: ClassVar[dict[str, Rule]] = {
+        "precondition_frequency": whole(1),
+        "max_precond_dim": whole(0),
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.1,
+        weight_decay: float = 0.01,
+        momentum: float = 0.9,
+        beta2: float = 0.999,
+        precondition_frequency: int = 100,
+        max_precond_dim: int = 10000,
+        *,
+        nesterov: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        settings = dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2, nesterov=nesterov,
+            precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        return side_shapes(x, group, "gram", "basis")
+
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[dict[str, Tensor]]:
+        """What every matrix keeps after the step: new averages, and bases where these are due."""
+        found = []
+        beta2, frequency = group["beta2"], group["precondition_frequency"]
+        for i, (g, t) in enumerate(zip(batch.grads, batch.steps, strict=True)):
+            state = {key: values[i] for key, values in batch.state.items()}
+            grams = averaged(state, g, beta2, (1 - beta2, 1 - beta2))
+            new = {f"{side}_gram": A for side, A in zip(SIDES, grams, strict=True)}
+            if t == 1 or t % frequency == 0:
+                new |= {f"{side}_basis": eigenvectors(A)
+                        for side, A in zip(SIDES, grams, strict=True) if A.numel()}  # fmt: skip
+            found.append(new)
+        return found
+
+    def update(self, batch: Batch, group: dict[str, Any]) -> None:
+        super().update(batch, group)
+        for i, new in enumerate(batch.prepared):
+            for key, value in new.items():
+                batch.state[key][i].copy_(value)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        bases = zip(batch.state["left_basis"], batch.state["right_basis"], strict=True)
+        turned = [
+            (u, left, right)
+            for u, (left, right), t in zip(updates.matrices, bases, batch.steps, strict=True)
+            if t > 1
+        ]
+        for u, left, right in turned:
+            u.copy_(between(left.mT, u, right))
+        to_signs(updates)
+        for u, left, right in turned:
+            u.copy_(between(left, u, right.mT))
+        return updates
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        return 2.0 / sum(x.shape[-2:])

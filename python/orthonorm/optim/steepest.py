@@ -1,0 +1,88 @@
+"""Steepest descent: W <- (1 - lr wd) W - lr <U, T> T, T of norm 1 with <U, T> largest.
+
+U = G, or its momentum. <U, T> is the dual norm of U: this minimizes <U, D> + |D|^2 / (2 lr) over
+steps D, in the norm of the group's role.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import row_normalize
+from .norms import inner, multiply_each_, to_signs
+from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
+from .settings import FLAG, Rule, one_of
+from .state import Batch, Updates
+
+SIZES = {  # |T| = 1 in the role's norm, over what `direction` makes
+    "linear": lambda m, n: math.sqrt(m / n),
+    "embedding": lambda m, n: math.sqrt(n),
+    "head": lambda m, n: 1 / math.sqrt(n),
+    "max": lambda m, n: 1.0,
+}
+
+
+class SteepestDescent(Orthogonalizing):
+    """Each group goes down steepest in the norm of its role, at the length that the norm says.
+
+    Args:
+        params: parameters, named parameters or param groups with their `norm`.
+        lr, weight_decay: as Muon; lr is one over the sharpness in that norm.
+        momentum: 0, or mu of B <- mu B + (1-mu) G, U = B.
+        norm: of an m x n weight, with its T:
+            "linear": RMS -> RMS operator norm, sqrt(m/n) polar(U);
+            "embedding": l1 -> RMS of tables stored vocabulary x width, rows sqrt(n) U_i / |U_i|;
+            "head": RMS -> max, rows U_i / (sqrt(n) |U_i|);
+            "max": the largest entry, sign(U).
+        dual: False leaves <U, T> out: W - lr T, Modula's dualization; lr is then also the sum of
+            dual norms in a norm that is the largest over layers.
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+
+    State: none while momentum is 0, else `momentum_buffer`, 4 bytes per parameter in float32.
+
+    Source: arXiv:2409.20325, github.com/modula-systems/modula at ede2ba72; lr is a choice.
+    """
+
+    state_names = ("momentum_buffer",)
+    rules: ClassVar[dict[str, Rule]] = {"norm": one_of(*SIZES), "dual": FLAG}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.01,
+        weight_decay: float = 0.0,
+        momentum: Any = 0.0,
+        norm: str = "linear",
+        *,
+        dual: bool = True,
+        **common: Unpack[NewtonSchulz],
+    ) -> None:
+        settings = dict(
+            NEWTON_SCHULZ, lr=lr, weight_decay=weight_decay, momentum=momentum, norm=norm,
+            dual=dual,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
+        mu = group["momentum"]
+        return () if not isinstance(mu, Tensor) and mu == 0 else self.state_names
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        T = self.largest(updates, group)
+        return multiply_each_(T, inner(updates, T)) if group["dual"] else T
+
+    def largest(self, updates: Updates, group: dict[str, Any]) -> Updates:
+        """T over its SIZES, in new stacks."""
+        if group["norm"] == "linear":
+            return self.polar(updates, group)
+        if group["norm"] == "max":
+            return to_signs(Updates([u.clone() for u in updates.stacks]))
+        return Updates([row_normalize.overload(u) for u in updates.stacks])
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        size = SIZES[group["norm"]](*x.shape[-2:])
+        return size * size if group["dual"] else size

@@ -1,0 +1,72 @@
+"""SWAN: W <- (1 - lr wd) W - lr s(m, n) polar(Z), Z_i = (G_i - mean G_i) / (std G_i + eps).
+
+Rows are centred and standardized, then the matrix is orthogonalized; no state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import magnitude
+from ..ops.normalize import accumulator, inverse
+from .norms import multiply_each_
+from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
+from .settings import FLAG, Rule, at_least
+from .state import Batch, Updates
+
+
+class SWAN(Orthogonalizing):
+    """Gradients normalized by row, then whitened: an optimizer without any state.
+
+    Args:
+        params, lr, weight_decay: as Muon.
+        rescale: give the factor the Frobenius norm of Z, as the paper offers.
+        norm_eps: added to the standard deviation (over n, not n - 1) of a row.
+        adjust_lr_fn: as Muon ("none").
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz, here
+            with ns_coefficients="polar_express": the paper whitens until it is exact.
+
+    A matrix of one column has only rows that are their own mean: it does not move.
+    State: none.
+
+    Source: arXiv:2412.13148; the defaults of lr and eps are a choice.
+    """
+
+    rules: ClassVar[dict[str, Rule]] = {"rescale": FLAG, "norm_eps": at_least(0.0)}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        rescale: bool = False,
+        norm_eps: float = 1e-8,
+        adjust_lr_fn: str | None = "none",
+        **common: Unpack[NewtonSchulz],
+    ) -> None:
+        settings = dict(
+            NEWTON_SCHULZ, ns_coefficients="polar_express", ns_steps=None, lr=lr,
+            weight_decay=weight_decay, rescale=rescale, norm_eps=norm_eps,
+            adjust_lr_fn=adjust_lr_fn,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        Z = Updates([standardized(u, group["norm_eps"]) for u in updates.stacks])
+        factors = self.polar(Z, group)
+        if not group["rescale"]:
+            return factors
+        wanted, has = magnitude.overload(Z.stacks), magnitude.overload(factors.stacks)
+        return multiply_each_(factors, torch.where(has == 0, 0.0, wanted / has))
+
+
+def standardized(G: Tensor, eps: float) -> Tensor:
+    """Z of a stack, in the dtype of G."""
+    X = G.to(accumulator(G))
+    X = X - X.mean(-1, keepdim=True)
+    return (X * inverse(X.square().mean(-1, keepdim=True), eps, "outside")).to(G.dtype)
