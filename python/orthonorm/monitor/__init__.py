@@ -1,7 +1,8 @@
-"""Spectral monitors: metrics on tensors, matrix-free power iteration, and a Monitor for training."""
+"""Spectral monitors: metrics, matrix-free power iteration, a Monitor for training."""
 
 from .alignment import Alignment, AlignmentAlarm, spectral_alignment
 from .caches import cache_norms, kv_bits
+from .guard import MonitorWarning
 from .hessian import (
     Eigen,
     hessian_alignment,
@@ -35,7 +36,7 @@ from .ranks import (
 from .records import Row
 from .scaling import WidthMatch, match_widths
 from .tensors import SymmetricRankOnes, subspace_power_method
-from .watch import Monitor, MonitorWarning
+from .watch import Monitor
 
 __all__ = [
     "METRICS",

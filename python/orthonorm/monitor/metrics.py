@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from . import norms, ranks
 from .norms import SPECTRUM_LIMIT, singular_values
 
@@ -50,6 +51,18 @@ METRICS: dict[str, Metric] = {
 }
 
 
+NORMS = ("sigma_1", "frobenius", "stable_rank")
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "weights": (*NORMS, "hard_rank", "rms_to_rms", "one_to_rms", "rms_to_inf"),
+    "gradients": (*NORMS, "hard_rank"),
+    "updates": (*NORMS, "rms_to_rms"),
+    "activations": ("stable_rank", "hard_rank", "matrix_nuclear_norm"),
+    "caches": NORMS,
+}
+
+Named = list[tuple[str, Tensor]]
+
+
 def known(matrices: list[Tensor], tops: list[Tensor], names: Sequence[str]) -> Known:
     """What metrics of these names need of matrices of one shape."""
     X = together(matrices)
@@ -76,3 +89,22 @@ def batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
 def together(tensors: list[Tensor]) -> Tensor:
     """A batch; of one tensor a view."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def choose(given: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
+    """{kind: names of METRICS}, checked."""
+    if given is None or isinstance(given, Mapping):
+        chosen: dict[str, Sequence[str]] = {**DEFAULTS, **(given or {})}
+    else:
+        chosen = dict.fromkeys(DEFAULTS, given)
+    for kind, names in chosen.items():
+        for name in names:
+            check.choice("monitor", f"metrics of {kind}", name, METRICS)
+    return chosen
+
+
+def stack(name: str, t: Tensor, flatten: bool) -> Named:
+    """A tensor of two or more dimensions as named matrices."""
+    if flatten or t.dim() == 2:
+        return [(name, t.flatten(1))]
+    return [(f"{name}[{i}]", X) for i, X in enumerate(t.flatten(0, -3))]

@@ -100,7 +100,7 @@ def rms_to_rms(X: Tensor, top: Tensor | None = None) -> Tensor:
 
 
 def one_to_rms(X: Tensor) -> Tensor:
-    """max RMS(X v) / |v|_1 = max_j |X_:j|_2 / sqrt(m): the largest column, for embeddings y = X e_j.
+    """max RMS(X v) / |v|_1 = max_j |X_:j|_2 / sqrt(m): the largest column, for embeddings.
 
     Args:
         X: (..., m, n); pass the transpose of a torch embedding, whose rows are the vectors.

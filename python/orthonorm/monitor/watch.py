@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -25,25 +22,12 @@ from .. import _checks as check
 from .. import ops
 from ..ops.spectral import start_vector
 from .alignment import AlignmentAlarm, spectral_alignment
-from .metrics import METRICS, batches, known, serves
+from .guard import Guard, warn
+from .metrics import METRICS, NORMS, Named, batches, choose, known, serves, stack
 from .records import Records, Row, plot, write_csv, write_json
 
 KINDS = ("weights", "gradients", "updates", "activations")
-NORMS = ("sigma_1", "frobenius", "stable_rank")
-DEFAULTS: dict[str, tuple[str, ...]] = {
-    "weights": (*NORMS, "hard_rank", "rms_to_rms", "one_to_rms", "rms_to_inf"),
-    "gradients": (*NORMS, "hard_rank"),
-    "updates": (*NORMS, "rms_to_rms"),
-    "activations": ("stable_rank", "hard_rank", "matrix_nuclear_norm"),
-    "caches": NORMS,
-}
 POWER_STEPS = 16  # from the vectors of the last measurement
-
-Named = list[tuple[str, Tensor]]
-
-
-class MonitorWarning(UserWarning):
-    """An alarm, or something that failed inside a Monitor."""
 
 
 class Monitor:
@@ -115,13 +99,13 @@ class Monitor:
         for kind in kinds:
             check.choice("monitor", "kinds", kind, KINDS)
         self.model, self.every, self.kinds, self.tokens = model, every, tuple(kinds), tokens
-        self.metrics, self.budget = _metrics(metrics), budget
+        self.metrics, self.budget = choose(metrics), budget
         self.alarm = alarm or AlignmentAlarm()
         self.on_alarm = on_alarm or _warn_of
         self._find(include, exclude)
         self.alarms: list[Row] = []
-        self.failures: Counter[str] = Counter()
-        self._reported: set[str] = set()
+        self._guard = Guard()
+        self.failures = self._guard.failures
         self.steps = self.put_off = 0
         self.seconds = self._last_cost = 0.0
         self._started: float | None = None
@@ -132,7 +116,7 @@ class Monitor:
         self._measuring = self._armed = False
         self._leader: Callable[[], Optimizer | None] = lambda: None
         self.records = Records(keep, out, None)
-        with self._guarded("tensorboard"):
+        with self._guard("tensorboard"):
             self.records = Records(keep, out, tensorboard)
         self._hooks = [
             register_optimizer_step_pre_hook(self._pre_step),
@@ -174,7 +158,7 @@ class Monitor:
 
     def step(self) -> None:
         """Counts one step, and measures it if it is due: for loops without a torch optimizer."""
-        with self._guarded("step"):
+        with self._guard("step"):
             self._begin()
             if self._measuring:
                 self._measure_before(self._parameters)
@@ -183,7 +167,7 @@ class Monitor:
     def _pre_step(self, optimizer: Optimizer, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        with self._guarded("step"):
+        with self._guard("step"):
             if self._leader() is None and self._held(optimizer):
                 self._leader = weakref.ref(optimizer)
             if self._leader() is optimizer:
@@ -197,7 +181,7 @@ class Monitor:
     def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        with self._guarded("step"):
+        with self._guard("step"):
             if self._measuring:
                 held = [n for n in self._held(optimizer) if n in self._before]
                 with self._timed():
@@ -226,12 +210,14 @@ class Monitor:
         if (self.steps + 1) % self.every:
             return
         elapsed = time.perf_counter() - (self._started or time.perf_counter())
-        if self.budget is not None and self._last_cost:
-            if self.seconds + self._last_cost > self.budget * elapsed:
-                self.put_off += 1
-                self._report("budget", f"a measurement takes {self._last_cost:.3g} s, more than "
-                             f"budget={self.budget:g} allows by now: put off")  # fmt: skip
-                return
+        allowed = float("inf") if self.budget is None else self.budget * elapsed
+        if self._last_cost and self.seconds + self._last_cost > allowed:
+            self.put_off += 1
+            self._guard.report(
+                "budget", f"put off: {self._last_cost:.3g} s are more than budget={self.budget:g} "
+                f"allows after {elapsed:.3g} s",
+            )  # fmt: skip
+            return
         self._armed = True
         if "activations" in self.kinds:
             for name, module in self._layers.items():
@@ -250,7 +236,7 @@ class Monitor:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if name in self._inputs or torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return
-            with self._guarded(f"activations of {name}"):
+            with self._guard(f"activations of {name}"):
                 x = args[0].detach().reshape(-1, args[0].shape[-1])
                 self._inputs[name] = x[:: -(-len(x) // self.tokens)].clone()
 
@@ -273,8 +259,8 @@ class Monitor:
         """
         if not self._armed:
             return
-        with self._guarded(f"{kind} of {name}"), self._timed():
-            self._measure(kind, _stack(name, X.detach(), False), self.steps + 1)
+        with self._guard(f"{kind} of {name}"), self._timed():
+            self._measure(kind, stack(name, X.detach(), False), self.steps + 1)
 
     def _measure_before(self, parameters: Mapping[str, Tensor]) -> None:
         """What can be measured before the weights change."""
@@ -292,8 +278,8 @@ class Monitor:
     def _matrices(self, tensors: Mapping[str, Tensor]) -> Named:
         out: Named = []
         for name, t in tensors.items():
-            with self._guarded(f"shape of {name}"):
-                out += _stack(name, t.detach(), id(self._parameters[name]) in self._flat)
+            with self._guard(f"shape of {name}"):
+                out += stack(name, t.detach(), id(self._parameters[name]) in self._flat)
         return out
 
     def _measure(self, kind: str, matrices: Named, step: int | None = None) -> None:
@@ -305,12 +291,12 @@ class Monitor:
         tensors = [X for _, X in matrices]
         tops = self._tops(kind, matrices)
         for members in batches(tensors):
-            with self._guarded(f"{kind} of {matrices[members[0]][0]}"):
+            with self._guard(f"{kind} of {matrices[members[0]][0]}"):
                 batch = known([tensors[i] for i in members], [tops[i] for i in members], names)
                 for metric in names:
                     if not serves(metric, batch.X):
                         continue
-                    with self._guarded(f"{metric} of {kind}"):
+                    with self._guard(f"{metric} of {kind}"):
                         values = METRICS[metric].compute(batch).tolist()
                         rows += [
                             Row(step, kind, matrices[i][0], metric, value)
@@ -319,7 +305,7 @@ class Monitor:
         self._record(rows)
 
     def _record(self, rows: list[Row]) -> None:
-        with self._guarded("records"):
+        with self._guard("records"):
             self.records.add(rows)
 
     def _tops(self, kind: str, matrices: Named) -> list[Tensor]:
@@ -341,7 +327,7 @@ class Monitor:
             W = self._layers[name]._parameters.get("weight")
             if W is None:  # computed by a parametrization
                 continue
-            with self._guarded(f"alignment of {name}"):
+            with self._guard(f"alignment of {name}"):
                 pair = self._vectors.get(("weights", f"{name}.weight".lstrip(".")))
                 found = spectral_alignment(W, X, None if pair is None else pair[1])
                 diversity = found.diversity.item()
@@ -405,50 +391,9 @@ class Monitor:
             self.seconds += spent
             self._last_cost += spent
 
-    @contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
-        """Reports the first failure of `what`, counts all, and goes on."""
-        try:
-            yield
-        except Exception as error:
-            self.failures[what] += 1
-            self._report(what, f"{type(error).__name__}: {error}")
-
-    def _report(self, what: str, text: str) -> None:
-        if what not in self._reported:
-            self._reported.add(what)
-            _warn(f"monitor: {what}: {text}")
-
-
-def _warn(text: str) -> None:
-    """A MonitorWarning, printed where warnings are errors: a monitor raises nothing."""
-    try:
-        warnings.warn(text, MonitorWarning, stacklevel=3)
-    except MonitorWarning:
-        logging.getLogger("orthonorm.monitor").warning(text)
-
 
 def _warn_of(row: Row) -> None:
-    _warn(
+    warn(
         f"monitor: Spectral Alignment alarm at step {row.step}: the inputs of {row.name} lie on "
         f"one side of its top singular vector (sign diversity {row.value:.3f})"
     )
-
-
-def _metrics(given: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
-    """{kind: names of METRICS}, checked."""
-    if given is None or isinstance(given, Mapping):
-        chosen: dict[str, Sequence[str]] = {**DEFAULTS, **(given or {})}
-    else:
-        chosen = dict.fromkeys(DEFAULTS, given)
-    for kind, names in chosen.items():
-        for name in names:
-            check.choice("monitor", f"metrics of {kind}", name, METRICS)
-    return chosen
-
-
-def _stack(name: str, t: Tensor, flatten: bool) -> Named:
-    """A tensor of two or more dimensions as named matrices."""
-    if flatten or t.dim() == 2:
-        return [(name, t.flatten(1))]
-    return [(f"{name}[{i}]", X) for i, X in enumerate(t.flatten(0, -3))]
