@@ -133,7 +133,7 @@ def _inner(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(u, v, strict=True)]).sum().detach()
 
 
-def _unit(v: Sequence[Tensor]) -> Vectors:
+def _unit(v: Vectors) -> Vectors:
     size = _inner(v, v).sqrt()
     return list(torch._foreach_div(v, torch.where(size == 0, torch.ones_like(size), size)))
 

@@ -50,7 +50,7 @@ class Records:
                 if self.path.suffix == ".jsonl":
                     file.writelines(json.dumps(as_json(row)) + "\n" for row in rows)
                 else:
-                    csv.writer(file).writerows([Row._fields] * new + rows)  # type: ignore[list-item]
+                    csv.writer(file).writerows([*([Row._fields] if new else []), *rows])
         if self.writer is not None:
             for row in rows:
                 self.writer.add_scalar(f"{row.metric}/{row.kind}/{row.name}", row.value, row.step)
