@@ -50,7 +50,7 @@ class Outcome:
 
     losses: list[float]
     alarms: list[Row]
-    exploded: int | None  # the step at which the loss was ten times its best, or not finite
+    exploded: int | None  # the step at which the loss was 100 times its best, or not finite
     seconds: float
     monitor: Monitor
 
@@ -74,7 +74,7 @@ def train(steps: int, drift: float, every: int, batch: int) -> Outcome:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            if not losses[-1] <= 10 * min(losses):
+            if not losses[-1] <= 100 * min(losses):
                 exploded = step
                 break
         seconds = time.perf_counter() - started
