@@ -1,13 +1,13 @@
 """Watches a training run whose loss is made to explode, and shows that the alarm comes first.
 
-    python -m orthonorm.examples.watch_spectra                 # about half a minute on a CPU
-    python -m orthonorm.examples.watch_spectra --out runs/spectra    # also rows.csv and a plot per metric
+    python -m orthonorm.examples.watch_spectra                      # about a minute on a CPU
+    python -m orthonorm.examples.watch_spectra --out runs/spectra   # also rows.csv and plots
 
 The same residual network learns the same function twice. In the second run a bug in the data
 pipeline adds an offset to the inputs that grows a little every step. The network follows it, and
-the loss stays where it was; but the inputs of the first layer move to one side of its top singular
-vector (Spectral Alignment, arXiv:2510.04202) and the curvature of the loss grows with the square
-of the offset, until it is too steep for the learning rate.
+the loss stays where it was; but inside, the inputs of layer after layer move to one side of its top
+singular vector (Spectral Alignment, arXiv:2510.04202), while the curvature of the loss grows with
+the square of the offset, until it is too steep for the learning rate.
 """
 
 from __future__ import annotations
@@ -81,13 +81,11 @@ def train(steps: int, drift: float, every: int, batch: int) -> Outcome:
     return Outcome(losses, alarms, exploded, seconds, monitor)
 
 
-def report(name: str, outcome: Outcome, every: int) -> None:
-    """Prints the loss and the first layer's alignment over the run, the alarms and the cost."""
-    print(
-        f"\n{name}\n{'step':>6} {'loss':>9} {'sign diversity':>15} {'sigma_1':>9}   (first layer)"
-    )
-    steps, diversity = outcome.monitor.series("sign_diversity", "activations", "0")
-    _, sigma = outcome.monitor.series("sigma_1", "weights", "0.weight")
+def report(name: str, outcome: Outcome, layer: str, every: int) -> None:
+    """Prints the loss, one layer's alignment and norm over the run, the alarms and the cost."""
+    print(f"\n{name}\n{'step':>6} {'loss':>9} {'sign diversity':>15} {'sigma_1':>9}   of {layer}")
+    steps, diversity = outcome.monitor.series("sign_diversity", "activations", layer)
+    _, sigma = outcome.monitor.series("sigma_1", "weights", f"{layer}.weight")
     for step, d, s in zip(steps, diversity, sigma, strict=True):
         print(f"{step:6} {outcome.losses[step - 1]:9.4f} {d:15.2f} {s:9.3f}")
     for alarm in outcome.alarms:
@@ -96,8 +94,8 @@ def report(name: str, outcome: Outcome, every: int) -> None:
         print("no alarm")
     if outcome.exploded:
         print(f"LOSS EXPLODED at step {outcome.exploded}: {outcome.losses[-1]:.4g}")
-    share = outcome.monitor.seconds / outcome.seconds
-    print(f"monitor: {outcome.monitor.seconds:.3f} s of {outcome.seconds:.1f} s, {share:.2%} of the "
+    spent = outcome.monitor.seconds
+    print(f"monitor: {spent:.3f} s of {outcome.seconds:.1f} s, {spent / outcome.seconds:.2%} of the "
           f"training time at every={every}")  # fmt: skip
 
 
@@ -109,14 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=2000, help="steps of each run (2000)")
     parser.add_argument("--every", type=int, default=100, help="steps between measurements (100)")
-    parser.add_argument("--batch", type=int, default=256, help="inputs in a step (256)")
+    parser.add_argument("--batch", type=int, default=1024, help="inputs in a step (1024)")
     parser.add_argument("--drift", type=float, default=0.004, help="offset added a step (0.004)")
     parser.add_argument("--out", type=Path, help="folder for rows.csv and plots")
     args = parser.parse_args(argv)
     healthy = train(args.steps // 2, 0.0, args.every, args.batch)
-    report("Healthy run", healthy, args.every)
     sick = train(args.steps, args.drift, args.every, args.batch)
-    report("The same with drifting inputs", sick, args.every)
+    layer = sick.alarms[0].name if sick.alarms else "0"
+    report("Healthy run", healthy, layer, args.every)
+    report("The same with drifting inputs", sick, layer, args.every)
     first = sick.alarms[0].step if sick.alarms else None
     early = first is not None and sick.exploded is not None and first < sick.exploded
     if early and sick.exploded and first:

@@ -150,7 +150,9 @@ def test_spectral_alignment() -> None:
     share = (want > 0).double().mean()
     assert found.diversity == 2 * min(share, 1 - share)
     assert monitor.spectral_alignment(W, X + 100 * v).diversity == 0
-    torch.testing.assert_close(monitor.spectral_alignment(W, v * 3).mean, torch.tensor(1.0).double())
+    torch.testing.assert_close(
+        monitor.spectral_alignment(W, v * 3).mean, torch.tensor(1.0).double()
+    )
     assert monitor.spectral_alignment(W, torch.zeros(5, 16)).mean == 0
     with pytest.raises(ValueError, match="spectral_alignment: W must be"):
         monitor.spectral_alignment(W, X[:, :9])

@@ -16,10 +16,11 @@ STACKED = 1 << 22  # entries up to which matrices of one shape are copied into o
 
 
 class Known(NamedTuple):
-    """Of a batch of matrices X (b, m, n): sigma_1 (b,), and the spectrum where it was wanted."""
+    """Of matrices X (b, m, n): sigma_1 and |X|_F (b,), and the spectrum where it was wanted."""
 
     X: Tensor
     top: Tensor
+    size: Tensor
     sigma: Tensor | None
 
 
@@ -32,9 +33,9 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "sigma_1": Metric(lambda k: k.top),
-    "frobenius": Metric(lambda k: norms.frobenius(k.X)),
-    "stable_rank": Metric(lambda k: ranks.stable_rank(k.X, k.top)),
-    "hard_rank": Metric(lambda k: ranks.hard_rank(k.X)),
+    "frobenius": Metric(lambda k: k.size),
+    "stable_rank": Metric(lambda k: ranks.stable_rank(k.X, k.top, k.size)),
+    "hard_rank": Metric(lambda k: ranks.hard_rank(k.X, k.size)),
     "rms_to_rms": Metric(lambda k: norms.rms_to_rms(k.X, k.top)),
     "one_to_rms": Metric(lambda k: norms.one_to_rms(k.X)),
     "rms_to_inf": Metric(lambda k: norms.rms_to_inf(k.X)),
@@ -68,7 +69,7 @@ def known(matrices: list[Tensor], tops: list[Tensor], names: Sequence[str]) -> K
     X = together(matrices)
     reads = any(METRICS[name].spectrum or name == "nuclear_norm" for name in names)
     sigma = singular_values(X) if reads and serves("rankme", X) else None
-    return Known(X, together(tops), sigma)
+    return Known(X, together(tops), norms.frobenius(X), sigma)
 
 
 def serves(name: str, X: Tensor) -> bool:

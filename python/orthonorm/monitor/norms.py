@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..exact import polar_exact
-from ..ops.newton_schulz import divide
 from ..ops.newton_schulz import frobenius as frobenius_of
 from ..ops.normalize import accumulator
 from ..spectral import spectral_norm
@@ -126,12 +125,7 @@ def rms_to_inf(X: Tensor) -> Tensor:
 
 def _longest(X: Tensor, dim: int) -> Tensor:
     """The largest length of the vectors along `dim`; 0 where there is none."""
-    lengths = torch.linalg.vector_norm(X.detach(), dim=dim, dtype=torch.float64)
+    lengths = torch.linalg.vector_norm(X.detach(), dim=dim, dtype=accumulator(X))
     if lengths.shape[-1] == 0:
-        return lengths.new_zeros(lengths.shape[:-1], dtype=accumulator(X))
-    return lengths.amax(-1).to(accumulator(X))
-
-
-def unit(X: Tensor) -> Tensor:
-    """X / |X|_F, 0 for 0, in the dtype arithmetic runs in."""
-    return divide(X.detach(), frobenius_of(X.detach()), accumulator(X))
+        return lengths.new_zeros(lengths.shape[:-1])
+    return lengths.amax(-1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops.normalize import accumulator
 from ..ops.words import gram
-from .norms import flat, frobenius, sigma_1, singular_values, unit
+from .norms import frobenius, sigma_1, singular_values
 
 
 def _spectrum(name: str, X: Tensor, sigma: Tensor | None) -> Tensor:
@@ -35,35 +35,38 @@ def _exp_entropy(p: Tensor) -> Tensor:
     return torch.where((p == 0).all(-1), 0.0, h)
 
 
-def stable_rank(X: Tensor, top: Tensor | None = None) -> Tensor:
+def stable_rank(X: Tensor, top: Tensor | None = None, size: Tensor | None = None) -> Tensor:
     """|X|_F^2 / sigma_1^2, from 1 to min(m, n).
 
     Args:
         X: (..., m, n).
         top: its sigma_1 (...), if it is known; from a lower bound comes an upper bound.
+        size: its |X|_F (...), if it is known.
 
     Returns: (...), float64 if X is, else float32. Cost: one pass, and what sigma_1 costs.
     """
     check.tensor("stable_rank", "X", X, min_dim=2)
     top = sigma_1(X) if top is None else top
-    return torch.where(top == 0, 0.0, (frobenius(X) / top).square())
+    size = frobenius(X) if size is None else size
+    return torch.where(top == 0, 0.0, (size / top).square())
 
 
-def hard_rank(X: Tensor) -> Tensor:
+def hard_rank(X: Tensor, size: Tensor | None = None) -> Tensor:
     """(sum lambda)^2 / sum lambda^2 = |X|_F^4 / |X X^T|_F^2: participation ratio, without an SVD.
 
     Args:
         X: (..., m, n).
+        size: its |X|_F (...), if it is known.
 
     Returns: (...), float64 if X is, else float32. Cost: one Gram product on the short side.
     Source: "Spectral Scaling Laws in Language Models" (feed-forward utilization).
     """
     check.tensor("hard_rank", "X", X, min_dim=2)
-    A = unit(X)
-    size = flat(torch.linalg.vector_norm(
-        gram(A if A.shape[-2] <= A.shape[-1] else A.mT), dim=(-2, -1), keepdim=True,
-        dtype=torch.float64))  # fmt: skip
-    return torch.where(size == 0, 0.0, size.pow(-2)).to(accumulator(X))
+    size = (frobenius(X) if size is None else size)[..., None, None]
+    A = X.detach().to(size.dtype) / torch.where(size == 0, 1.0, size)
+    G = gram(A if A.shape[-2] <= A.shape[-1] else A.mT)
+    squares = torch.linalg.vector_norm(G, dim=(-2, -1)).square()
+    return torch.where(squares == 0, 0.0, 1 / squares)
 
 
 def soft_rank(X: Tensor, sigma: Tensor | None = None) -> Tensor:
