@@ -1,0 +1,111 @@
+"""The metrics a Monitor knows by name, and one pass that computes several on a list of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from . import norms, ranks
+from .norms import SPECTRUM_LIMIT, singular_values
+
+STACKED = 1 << 22  # entries up to which matrices of one shape are copied into one batch
+
+
+class Known(NamedTuple):
+    """Of matrices X (b, m, n): sigma_1 and |X|_F (b,), and the spectrum where it was wanted."""
+
+    X: Tensor
+    top: Tensor
+    size: Tensor
+    sigma: Tensor | None
+
+
+class Metric(NamedTuple):
+    """A function of Known; whether it reads the whole spectrum, and so serves small matrices."""
+
+    compute: Callable[[Known], Tensor]
+    spectrum: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "sigma_1": Metric(lambda k: k.top),
+    "frobenius": Metric(lambda k: k.size),
+    "stable_rank": Metric(lambda k: ranks.stable_rank(k.X, k.top, k.size)),
+    "hard_rank": Metric(lambda k: ranks.hard_rank(k.X, k.size)),
+    "rms_to_rms": Metric(lambda k: norms.rms_to_rms(k.X, k.top)),
+    "one_to_rms": Metric(lambda k: norms.one_to_rms(k.X)),
+    "rms_to_inf": Metric(lambda k: norms.rms_to_inf(k.X)),
+    "matrix_nuclear_norm": Metric(lambda k: ranks.matrix_nuclear_norm(k.X)),
+    "nuclear_norm": Metric(lambda k: norms.nuclear_norm(k.X, k.sigma)),
+    "farms_alpha": Metric(lambda k: ranks.farms_alpha(k.X)),
+    "soft_rank": Metric(lambda k: ranks.soft_rank(k.X, k.sigma), spectrum=True),
+    "effective_rank": Metric(lambda k: ranks.effective_rank(k.X, k.sigma), spectrum=True),
+    "rankme": Metric(lambda k: ranks.rankme(k.X, k.sigma), spectrum=True),
+    "alpha_req": Metric(lambda k: ranks.alpha_req(k.X, k.sigma), spectrum=True),
+    "spectral_concentration": Metric(
+        lambda k: ranks.spectral_concentration(k.X, 1, k.sigma), spectrum=True
+    ),
+}
+
+
+NORMS = ("sigma_1", "frobenius", "stable_rank")
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "weights": (*NORMS, "hard_rank", "rms_to_rms", "one_to_rms", "rms_to_inf"),
+    "gradients": (*NORMS, "hard_rank"),
+    "updates": (*NORMS, "rms_to_rms"),
+    "activations": ("stable_rank", "hard_rank", "matrix_nuclear_norm"),
+    "caches": NORMS,
+}
+
+Named = list[tuple[str, Tensor]]
+
+
+def known(matrices: list[Tensor], tops: list[Tensor], names: Sequence[str]) -> Known:
+    """What metrics of these names need of matrices of one shape."""
+    X = together(matrices)
+    reads = any(METRICS[name].spectrum or name == "nuclear_norm" for name in names)
+    sigma = singular_values(X) if reads and serves("rankme", X) else None
+    return Known(X, together(tops), norms.frobenius(X), sigma)
+
+
+def serves(name: str, X: Tensor) -> bool:
+    """False for metrics of the whole spectrum where the short side is above SPECTRUM_LIMIT."""
+    return not METRICS[name].spectrum or min(X.shape[-2:]) <= SPECTRUM_LIMIT
+
+
+def batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of matrices of one shape, dtype and device; alone where copies would be large."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, X in enumerate(matrices):
+        groups.setdefault((tuple(X.shape), X.dtype, X.device), []).append(i)
+    for members in groups.values():
+        size = max(1, STACKED // max(1, matrices[members[0]].numel()))
+        yield from (members[i : i + size] for i in range(0, len(members), size))
+
+
+def together(tensors: list[Tensor]) -> Tensor:
+    """A batch; of one tensor a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def choose(given: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
+    """{kind: names of METRICS}, checked."""
+    if given is None or isinstance(given, Mapping):
+        chosen: dict[str, Sequence[str]] = {**DEFAULTS, **(given or {})}
+    else:
+        chosen = dict.fromkeys(DEFAULTS, given)
+    for kind, names in chosen.items():
+        for name in names:
+            check.choice("monitor", f"metrics of {kind}", name, METRICS)
+    return chosen
+
+
+def stack(name: str, t: Tensor, flatten: bool) -> Named:
+    """A tensor of two or more dimensions as named matrices."""
+    if flatten or t.dim() == 2:
+        return [(name, t.flatten(1))]
+    return [(f"{name}[{i}]", X) for i, X in enumerate(t.flatten(0, -3))]

@@ -1,0 +1,131 @@
+"""Norms of a (batch of) matrices: sigma_1, Frobenius, nuclear, and three operator norms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..exact import polar_exact
+from ..ops.newton_schulz import frobenius as frobenius_of
+from ..ops.normalize import accumulator
+from ..spectral import spectral_norm
+
+SPECTRUM_LIMIT = 256  # short sides up to which an SVD beats iterations of products on a CPU
+
+
+def flat(X: Tensor) -> Tensor:
+    """The shape (..., 1, 1) as (...)."""
+    return X.squeeze(-1).squeeze(-1)
+
+
+def singular_values(X: Tensor) -> Tensor:
+    """sigma_1 >= sigma_2 >= ... of every matrix: an SVD without vectors.
+
+    Args:
+        X: (..., m, n).
+
+    Returns: (..., min(m, n)), float64 if X is, else float32; NaN for a matrix that is not finite,
+    whose neighbours in the batch it leaves alone. Cost: 8/3 n^3 and more, for small matrices.
+    """
+    check.tensor("singular_values", "X", X, min_dim=2)
+    A = X.detach().to(accumulator(X))
+    finite = A.isfinite().flatten(-2).all(-1)
+    sigma = torch.linalg.svdvals(torch.where(finite[..., None, None], A, 0.0))
+    return torch.where(finite.unsqueeze(-1), sigma, torch.nan)
+
+
+def sigma_1(X: Tensor, steps: int = 32, limit: int = SPECTRUM_LIMIT) -> Tensor:
+    """max |X v| / |v|: the SVD's where the short side is at most `limit`, else power iteration.
+
+    Args:
+        X: (..., m, n).
+        steps: power steps, one pass over X each; the result is then a lower bound of sigma_1 with
+            relative error (sigma_2 / sigma_1)^(4 steps).
+        limit: 0 iterates whatever the size.
+
+    Returns: (...), float64 if X is, else float32.
+    """
+    check.tensor("sigma_1", "X", X, min_dim=2)
+    if min(X.shape[-2:]) <= limit:
+        return singular_values(X)[..., :1].sum(-1)  # 0 for a matrix without entries
+    return spectral_norm(X.detach(), steps)
+
+
+def frobenius(X: Tensor) -> Tensor:
+    """(sum_ij X_ij^2)^(1/2), without overflow.
+
+    Args:
+        X: (..., m, n).
+
+    Returns: (...), float64 if X is, else float32. Cost: one pass.
+    """
+    check.tensor("frobenius", "X", X, min_dim=2)
+    return flat(frobenius_of(X.detach())).to(accumulator(X))
+
+
+def nuclear_norm(X: Tensor, sigma: Tensor | None = None, limit: int = SPECTRUM_LIMIT) -> Tensor:
+    """sum_i sigma_i = <X, U V^T>: by the SVD where small, else by the polar factor.
+
+    Args:
+        X: (..., m, n).
+        sigma: its singular values (..., min(m, n)), if they are known.
+        limit: longest short side that the SVD gets; above it `orthonorm.polar_exact` computes
+            U V^T by products alone (60 of them: fast where products are).
+
+    Returns: (...), float64 if X is, else float32.
+    """
+    check.tensor("nuclear_norm", "X", X, min_dim=2)
+    if sigma is None and min(X.shape[-2:]) > limit:
+        A = X.detach().to(accumulator(X))
+        return (A.double() * polar_exact(A).factor).sum((-2, -1)).to(A.dtype)
+    return (singular_values(X) if sigma is None else sigma).sum(-1)
+
+
+def rms_to_rms(X: Tensor, top: Tensor | None = None) -> Tensor:
+    """max RMS(X v) / RMS(v) = sigma_1 sqrt(n / m), for a layer y = X v.
+
+    Args:
+        X: (..., m, n) = (fan_out, fan_in).
+        top: its sigma_1 (...), if it is known.
+
+    Returns: (...). Source: arXiv:2409.20325; logged by github.com/SDLAML/disco.
+    """
+    check.tensor("rms_to_rms", "X", X, min_dim=2)
+    m, n = X.shape[-2:]
+    return (sigma_1(X) if top is None else top) * math.sqrt(n / max(m, 1))
+
+
+def one_to_rms(X: Tensor) -> Tensor:
+    """max RMS(X v) / |v|_1 = max_j |X_:j|_2 / sqrt(m): the largest column, for embeddings.
+
+    Args:
+        X: (..., m, n); pass the transpose of a torch embedding, whose rows are the vectors.
+
+    Returns: (...). Cost: one pass. Source: arXiv:2409.20325.
+    """
+    check.tensor("one_to_rms", "X", X, min_dim=2)
+    return _longest(X, -2) / math.sqrt(max(X.shape[-2], 1))
+
+
+def rms_to_inf(X: Tensor) -> Tensor:
+    """max |X v|_inf / RMS(v) = max_i |X_i:|_2 sqrt(n): the largest row, for output layers.
+
+    Args:
+        X: (..., m, n).
+
+    Returns: (...). Cost: one pass. Source: arXiv:2409.20325; its optimum for output layers under
+    Scion is about 2^7, whatever model and data (arXiv:2510.03871).
+    """
+    check.tensor("rms_to_inf", "X", X, min_dim=2)
+    return _longest(X, -1) * math.sqrt(X.shape[-1])
+
+
+def _longest(X: Tensor, dim: int) -> Tensor:
+    """The largest length of the vectors along `dim`; 0 where there is none."""
+    lengths = torch.linalg.vector_norm(X.detach(), dim=dim, dtype=accumulator(X))
+    if lengths.shape[-1] == 0:
+        return lengths.new_zeros(lengths.shape[:-1])
+    return lengths.amax(-1)

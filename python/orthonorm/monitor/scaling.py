@@ -1,0 +1,68 @@
+"""Are the top singular values of every layer the same across widths?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import _checks as check
+from .norms import sigma_1
+
+
+class WidthMatch(NamedTuple):
+    """Per layer: sigma_1 of each width, their largest over their smallest, and the exponent."""
+
+    sigma: dict[int, float]
+    spread: float
+    exponent: float
+
+
+def match_widths(
+    weights: Mapping[int, Mapping[str, Tensor]], steps: int = 32
+) -> dict[str, WidthMatch]:
+    """sigma_1(W_l) for every layer l and width d, and p of the fit sigma_1 ~ d^p.
+
+    Hyperparameters that transfer keep the top singular value of each layer where it is as the
+    width grows (p = 0); with lambda and eta fixed it grows as sqrt(eta / lambda) d^0.75, so the
+    rule is eta ~ 1 / d and weight decay lambda ~ sqrt(d).
+
+    Args:
+        weights: {width: {layer: matrix (m, n)}} of models trained alike, such as
+            `{d: dict(model.named_parameters()) ...}`; tensors of fewer than two dimensions and
+            layers that some width lacks are left out.
+        steps: power steps for matrices too large for an SVD.
+
+    Returns: {layer: (sigma by width, max / min, p by least squares of the logarithms)}.
+    Source: arXiv:2510.15262.
+    """
+    name = "match_widths"
+    if not isinstance(weights, Mapping) or len(weights) < 2:
+        raise ValueError(f"{name}: weights must map two or more widths to layers, got {weights!r}")
+    for width in weights:
+        check.integer(name, "width", width, 1)
+    widths = sorted(weights)
+    shared = [
+        layer
+        for layer, W in weights[widths[0]].items()
+        if W.dim() == 2 and all(layer in weights[d] for d in widths)
+    ]
+    out = {}
+    for layer in shared:
+        sigma = {d: float(sigma_1(weights[d][layer], steps)) for d in widths}
+        smallest = min(sigma.values())
+        spread = max(sigma.values()) / smallest if smallest > 0 else math.inf
+        out[layer] = WidthMatch(sigma, spread, _exponent(sigma))
+    return out
+
+
+def _exponent(sigma: Mapping[int, float]) -> float:
+    """Slope of log sigma over log width; NaN where a sigma is zero."""
+    if min(sigma.values()) <= 0:
+        return math.nan
+    x, y = [math.log(d) for d in sigma], [math.log(s) for s in sigma.values()]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    across = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return across / sum((a - mean_x) ** 2 for a in x)

@@ -1,0 +1,399 @@
+"""Monitor: spectral metrics of a model while it trains, through hooks, within a budget of time."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from .. import _checks as check
+from .. import ops
+from ..ops.spectral import start_vector
+from .alignment import AlignmentAlarm, spectral_alignment
+from .guard import Guard, warn
+from .metrics import METRICS, NORMS, Named, batches, choose, known, serves, stack
+from .records import Records, Row, plot, write_csv, write_json
+
+KINDS = ("weights", "gradients", "updates", "activations")
+POWER_STEPS = 16  # from the vectors of the last measurement
+
+
+class Monitor:
+    """Every `every` steps, rows (step, kind, name, metric, value) of a model's matrices.
+
+        monitor = Monitor(model, every=100)   # before training; the loop stays as it is
+        ...
+        monitor.to_csv("spectra.csv"); monitor.plot("plots"); monitor.close()
+
+    It watches through hooks: on torch.optim.Optimizer.step, whichever optimizer holds the model's
+    parameters, and, for the forward pass of a measured step only, on its nn.Linear layers. Weights,
+    gradients and activations are those of the step; an update is what step() then added. Loops
+    without an optimizer, or with a compiled step, call `monitor.step()` after backward instead
+    (then there are no updates, and in compiled models no activations).
+
+    Matrices are the parameters of two and more dimensions: convolutions flattened to out x rest,
+    other leading dimensions as stacks called name[i]. sigma_1 is a lower bound by 16 power steps
+    that start where the last measurement ended. Activations are the inputs of nn.Linear layers, at
+    most `tokens` of them; with them come "sign_diversity" and "mean_alignment" of
+    `spectral_alignment` and its alarm. Metrics that need the whole spectrum serve matrices whose
+    short side is at most 256.
+
+    It never stops training: what fails is reported once by a MonitorWarning and counted in
+    `failures`. A measurement that would take `seconds` beyond `budget` of the time since the first
+    step is put off to the next multiple of `every`, and counted in `put_off`. Memory: the rows
+    kept, two vectors per matrix, `tokens` inputs per layer, and during a measured step() a copy of
+    the weights for their updates.
+
+    Args:
+        model: its parameters are watched.
+        every: steps between measurements; the first is at step `every`.
+        kinds: of "weights", "gradients", "updates", "activations".
+        include, exclude: shell patterns for parameter names ("*.attn.*").
+        metrics: names of METRICS for all kinds, or {kind: names}; None: those without an SVD.
+        tokens: inputs of a layer that are looked at, evenly spread.
+        budget: share of the training time, or None for no limit.
+        alarm: called with a layer's name and sign diversity; True is an alarm.
+        on_alarm: called with the Row of an alarm; None warns.
+        keep: rows kept in memory.
+        out: a .csv or .jsonl file that gets every row as it is measured.
+        tensorboard: a folder for TensorBoard (where it is installed), or a SummaryWriter.
+
+    Attributes: rows, alarms, failures (a Counter), put_off, steps, seconds (spent measuring).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 100,
+        *,
+        kinds: Sequence[str] = KINDS,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        metrics: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        tokens: int = 256,
+        budget: float | None = 0.01,
+        alarm: Callable[[str, float], bool] | None = None,
+        on_alarm: Callable[[Row], Any] | None = None,
+        keep: int = 100_000,
+        out: str | Path | None = None,
+        tensorboard: Any = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"monitor: model must be an nn.Module, got {type(model).__name__}")
+        for label, value in (("every", every), ("tokens", tokens), ("keep", keep)):
+            check.integer("monitor", label, value, 1)
+        if budget is not None:
+            check.number("monitor", "budget", budget, 0.0, 1.0)
+        for kind in kinds:
+            check.choice("monitor", "kinds", kind, KINDS)
+        self.model, self.every, self.kinds, self.tokens = model, every, tuple(kinds), tokens
+        self.metrics, self.budget = choose(metrics), budget
+        self.alarm = alarm or AlignmentAlarm()
+        self.on_alarm = on_alarm or _warn_of
+        self._find(include, exclude)
+        self.alarms: list[Row] = []
+        self._guard = Guard()
+        self.failures = self._guard.failures
+        self.steps = self.put_off = 0
+        self.seconds = self._last_cost = 0.0
+        self._started: float | None = None
+        self._vectors: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._layer_hooks: list[Any] = []
+        self._measuring = self._armed = False
+        self._leader: Callable[[], Optimizer | None] = lambda: None
+        self.records = Records(keep, out, None)
+        with self._guard("tensorboard"):
+            self.records = Records(keep, out, tensorboard)
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._pre_step),
+            register_optimizer_step_post_hook(self._post_step),
+        ]
+        self._arm()
+
+    def _find(self, include: Sequence[str], exclude: Sequence[str]) -> None:
+        """Which parameters and layers are watched, by name."""
+
+        def wanted(name: str) -> bool:
+            return any(fnmatchcase(name, p) for p in include) and not any(
+                fnmatchcase(name, p) for p in exclude
+            )
+
+        self._parameters = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if wanted(name) and not nn.parameter.is_lazy(p) and p.dim() >= 2 and p.numel() > 0
+        }
+        self._layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and wanted(f"{name}.weight".lstrip("."))
+        }
+        convolutions = (nn.modules.conv._ConvNd,)
+        self._flat = {
+            id(p)
+            for m in self.model.modules()
+            if isinstance(m, convolutions)
+            for p in m.parameters(recurse=False)
+        }
+        if not self._parameters:
+            raise ValueError(
+                f"monitor: include must match a parameter of two or more dimensions, got {include}"
+            )
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Counts one step, and measures it if it is due: for loops without a torch optimizer."""
+        with self._guard("step"):
+            self._begin()
+            if self._measuring:
+                self._measure_before(self._parameters)
+            self._end()
+
+    def _pre_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with self._guard("step"):
+            if self._leader() is None and self._held(optimizer):
+                self._leader = weakref.ref(optimizer)
+            if self._leader() is optimizer:
+                self._begin()
+            if self._measuring:
+                held = self._held(optimizer)
+                self._measure_before(held)
+                if "updates" in self.kinds:
+                    self._before.update({n: p.detach().clone() for n, p in held.items()})
+
+    def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with self._guard("step"):
+            if self._measuring:
+                held = [n for n in self._held(optimizer) if n in self._before]
+                with self._timed():
+                    changes = {n: self._parameters[n].detach() - self._before.pop(n) for n in held}
+                    self._measure("updates", self._matrices(changes))
+            if self._leader() is optimizer:
+                self._end()
+
+    def _held(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The watched parameters that this optimizer updates."""
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in self._parameters.items() if id(p) in ids}
+
+    def _begin(self) -> None:
+        self._started = self._started or time.perf_counter()
+        self.steps += 1
+        self._measuring = self._armed
+        self._last_cost = 0.0 if self._measuring else self._last_cost
+
+    def _end(self) -> None:
+        self._disarm()
+        self._arm()
+
+    def _arm(self) -> None:
+        """Prepares the next step, if it is to be measured."""
+        if (self.steps + 1) % self.every:
+            return
+        elapsed = time.perf_counter() - (self._started or time.perf_counter())
+        allowed = float("inf") if self.budget is None else self.budget * elapsed
+        if self._last_cost and self.seconds + self._last_cost > allowed:
+            self.put_off += 1
+            self._guard.report(
+                "budget", f"put off: {self._last_cost:.3g} s are more than budget={self.budget:g} "
+                f"allows after {elapsed:.3g} s",
+            )  # fmt: skip
+            return
+        self._armed = True
+        if "activations" in self.kinds:
+            for name, module in self._layers.items():
+                self._layer_hooks.append(module.register_forward_pre_hook(self._capture(name)))
+
+    def _disarm(self) -> None:
+        self._armed = False
+        for hook in self._layer_hooks:
+            hook.remove()
+        self._layer_hooks.clear()
+        self._inputs.clear()
+
+    def _capture(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A hook that keeps a sample of the layer's first input of the step."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in self._inputs or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return
+            with self._guard(f"activations of {name}"):
+                x = args[0].detach().reshape(-1, args[0].shape[-1])
+                self._inputs[name] = x[:: -(-len(x) // self.tokens)].clone()
+
+        return hook
+
+    # Measurements -------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        """Whether the step being made is measured."""
+        return self._armed
+
+    def observe(self, name: str, X: Tensor, kind: str = "caches") -> None:
+        """Measures a tensor of the caller's, such as a KV cache, if this step is due.
+
+        Args:
+            name: what the rows call it.
+            X: (..., m, n); leading dimensions are a stack called name[i].
+            kind: what the rows call its kind; "caches" has default metrics.
+        """
+        if not self._armed:
+            return
+        with self._guard(f"{kind} of {name}"), self._timed():
+            self._measure(kind, stack(name, X.detach(), False), self.steps + 1)
+
+    def _measure_before(self, parameters: Mapping[str, Tensor]) -> None:
+        """What can be measured before the weights change."""
+        with self._timed():
+            if "weights" in self.kinds:
+                self._measure("weights", self._matrices(parameters))
+            if "gradients" in self.kinds:
+                grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+                self._measure("gradients", self._matrices(grads))
+            if self._inputs:
+                self._measure("activations", list(self._inputs.items()))
+                self._align()
+                self._inputs.clear()
+
+    def _matrices(self, tensors: Mapping[str, Tensor]) -> Named:
+        out: Named = []
+        for name, t in tensors.items():
+            with self._guard(f"shape of {name}"):
+                out += stack(name, t.detach(), id(self._parameters[name]) in self._flat)
+        return out
+
+    def _measure(self, kind: str, matrices: Named, step: int | None = None) -> None:
+        """Adds the rows of the kind's metrics for these matrices."""
+        names = self.metrics.get(kind, NORMS)
+        if not names or not matrices:
+            return
+        step, rows = step or self.steps, []
+        tensors = [X for _, X in matrices]
+        tops = self._tops(kind, matrices)
+        for members in batches(tensors):
+            with self._guard(f"{kind} of {matrices[members[0]][0]}"):
+                batch = known([tensors[i] for i in members], [tops[i] for i in members], names)
+                for metric in names:
+                    if not serves(metric, batch.X):
+                        continue
+                    with self._guard(f"{metric} of {kind}"):
+                        values = METRICS[metric].compute(batch).tolist()
+                        rows += [
+                            Row(step, kind, matrices[i][0], metric, value)
+                            for i, value in zip(members, values, strict=True)
+                        ]
+        self._record(rows)
+
+    def _record(self, rows: list[Row]) -> None:
+        with self._guard("records"):
+            self.records.add(rows)
+
+    def _tops(self, kind: str, matrices: Named) -> list[Tensor]:
+        """sigma_1 of all matrices by power steps in one call, from where they ended last time."""
+        pairs = []
+        for name, X in matrices:
+            pair = self._vectors.get((kind, name))
+            if pair is None or (len(pair[0]), len(pair[1])) != tuple(X.shape):
+                pair = (start_vector(X.mT), start_vector(X))
+            pairs.append(pair)
+            self._vectors[kind, name] = pair
+        u, v = ([pair[side] for pair in pairs] for side in (0, 1))
+        return list(ops.power_iteration_([X for _, X in matrices], u, v, POWER_STEPS).unbind())
+
+    def _align(self) -> None:
+        """Spectral Alignment of the inputs with v_1 of their layer's weight, and its alarm."""
+        rows: list[Row] = []
+        for name, X in self._inputs.items():
+            W = self._layers[name]._parameters.get("weight")
+            if W is None:  # computed by a parametrization
+                continue
+            with self._guard(f"alignment of {name}"):
+                pair = self._vectors.get(("weights", f"{name}.weight".lstrip(".")))
+                found = spectral_alignment(W, X, None if pair is None else pair[1])
+                diversity = found.diversity.item()
+                row = Row(self.steps, "activations", name, "sign_diversity", diversity)
+                rows += [row, row._replace(metric="mean_alignment", value=found.mean.item())]
+                if self.alarm(name, diversity):
+                    self.alarms.append(row)
+                    self.on_alarm(row)
+        self._record(rows)
+
+    # Results ------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> list[Row]:
+        """The last `keep` rows."""
+        return list(self.records.rows)
+
+    def series(self, metric: str, kind: str, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one metric of one matrix."""
+        return self.records.series(metric, kind, name)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the rows kept as step,kind,name,metric,value."""
+        write_csv(self.records.rows, path)
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes the rows kept as a list of objects; null where a value is not finite."""
+        write_json(self.records.rows, path)
+
+    def plot(self, folder: str | Path) -> list[Path]:
+        """Writes a PNG per kind and metric, alarms marked; needs matplotlib."""
+        return plot(self.records.rows, folder, self.alarms)
+
+    def close(self) -> None:
+        """Removes every hook; the rows stay."""
+        self._disarm()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What keeps it out of the way ---------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Adds the time inside to `seconds`, without what the device had still to do before."""
+        device = next(iter(self._parameters.values())).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds += spent
+            self._last_cost += spent
+
+
+def _warn_of(row: Row) -> None:
+    warn(
+        f"monitor: Spectral Alignment alarm at step {row.step}: the inputs of {row.name} lie on "
+        f"one side of its top singular vector (sign diversity {row.value:.3f})"
+    )
