@@ -2,8 +2,8 @@
 
 decoupled: D(W) = W (arXiv:1711.05101).
 cautious: D(W) = W where U W >= 0, else 0: decay never works against the update (arXiv:2510.12402).
-clipped: D(W) = W - hard_cap(W): only the part of the singular values above the group's `bound` sqrt(m/n)
-    (leloykun.github.io/ponder/spectral-clipping).
+clipped: D(W) = W - hard_cap(W): only the part of the singular values above the group's
+    `bound` sqrt(m/n) (leloykun.github.io/ponder/spectral-clipping).
 """
 
 from __future__ import annotations
