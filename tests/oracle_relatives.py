@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from oracle_muon import adamuon, shape_factor
 from oracles import KELLER, Array, State, momentum, newton_schulz
 from orthonorm.coefficients import COEFFICIENTS
@@ -110,9 +109,8 @@ def dion(
 ) -> Array:  # fmt: skip
     m, n = W.shape
     k = int(np.ceil(rank_fraction * min(m, n)))
-    if t == 1:  # the same start, which is not the algorithm's affair
-        generator = torch.Generator().manual_seed(0)
-        s["Q"] = torch.randn(n, k, generator=generator, dtype=torch.float64).numpy()
+    if t == 1:
+        s["Q"] = np.cos(np.pi * np.outer(np.arange(n) + 0.5, np.arange(k)) / n)
         s["M"] = np.zeros_like(W)
     B = s["M"] + G
     P = np.linalg.qr(B @ s["Q"])[0]

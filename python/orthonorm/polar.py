@@ -63,7 +63,7 @@ def _polynomial(
 _polynomial._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # True is no number of steps
 def _resolved(
     coefficients: Any, steps: int | None, method: str, restarts: Any, precision: str, on_gpu: bool
 ) -> Polynomial:

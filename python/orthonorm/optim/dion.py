@@ -28,7 +28,7 @@ class Dion(MatrixOptimizer):
         rank_fraction: k over the short side of the matrix, rounded up.
         **common: what every optimizer takes, see `settings.Common`. `heavy_ball` has no meaning.
 
-    Q starts as a normal matrix from a fixed seed. A zero B moves nothing and keeps Q.
+    Q starts as columns of the cosine transform (the authors: normal numbers). A zero B moves nothing and keeps Q.
     State: `residual_buffer` (M), `right_basis` (Q, n x k), `step`; 4 bytes per parameter and
     4 n k per matrix in float32.
 
@@ -83,7 +83,8 @@ class Dion(MatrixOptimizer):
 
 
 def start(q: Tensor) -> Tensor:
-    """The first Q: normal numbers, the same for every matrix of a batch and on every device."""
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(q.shape[-2:], generator=generator, dtype=torch.float64)
-    return normal.to(q).expand(q.shape)
+    """The first Q, columns of the cosine transform: Q_ij = cos(pi (i + 1/2) j / n)."""
+    n, k = q.shape[-2:]
+    i = torch.arange(n, dtype=torch.float64, device=q.device) + 0.5
+    j = torch.arange(k, dtype=torch.float64, device=q.device)
+    return (torch.outer(i, j) * (math.pi / max(n, 1))).cos().to(q.dtype).expand(q.shape)
