@@ -267,7 +267,7 @@ def test_replaced_state_is_refused_before_anything_is_written(
 ) -> None:
     """By hand, after steps that went well, in the last parameter of the second group."""
     opt, params = two_groups(row, 2)
-    state = opt.state[params[3]]
+    state, before = opt.state[params[3]], copy.deepcopy(params)
     for key in [k for k, v in state.items() if torch.is_tensor(v) and v.dim()]:
         good, state[key] = state[key], change(state[key])
         watched = [*params, *(v for p in params[:3] for v in opt.state[p].values())]
