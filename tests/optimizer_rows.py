@@ -135,6 +135,7 @@ ROWS = [
         {**POLAR, "beta2": BETA, "norm_eps": NUMBER, "sign": FLAG, "rescale": ["norm"],
          "moment": ["x", None]},
         state=lambda m, n: 2 * m * n,
+        per_matrix=True,
     ),
     Row(
         "Signum",

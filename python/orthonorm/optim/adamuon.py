@@ -5,7 +5,6 @@ O = polar(mu B + (1-mu) G), V <- beta2 V + (1-beta2) O^2, elementwise.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from . import factored
 from .norms import to_rms, to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least, one_of
-from .state import Batch, Updates, by_step
+from .state import Batch, Updates
 
 
 class AdaMuon(Orthogonalizing):
@@ -86,20 +85,11 @@ class AdaMuon(Orthogonalizing):
             factors = factored.adapt_(factors, batch, group)
             return to_rms(factors, 0.2, group["norm_eps"]) if group["rescale"] == "rms" else factors
         beta2, eps = group["beta2"], group["norm_eps"]
-        lists = (factors.matrices, batch.state["second_moment"])
-        torch._foreach_mul_(lists[1], beta2)
-        torch._foreach_addcmul_(lists[1], lists[0], lists[0], 1 - beta2)
-        for t, rows in by_step(batch.steps):
-            matrices, moments = ([values[i] for i in rows] for values in lists)
-            root = math.sqrt(1 - beta2**t)  # N = O root / (sqrt(V) + eps root)
-            shift, scale = torch.tensor(
-                [eps * root + TINY, root], dtype=torch.float64, device=matrices[0].device
-            )
-            roots = torch._foreach_sqrt(moments)
-            torch._foreach_add_(roots, shift)
-            torch._foreach_div_(matrices, roots)
-            torch._foreach_mul_(matrices, scale)
+        moments = batch.state["second_moment"]
+        for x, v, t in zip(factors.matrices, moments, batch.steps, strict=True):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            new = beta2 * v.to(dtype) + (1 - beta2) * x.to(dtype).square()
+            v.copy_(new)
+            root = new.sqrt_().mul_((1 - beta2**t) ** -0.5).add_(eps)
+            x.copy_(torch.where(root == 0, 0.0, x / root))
         return to_rms(factors, 0.2, eps) if group["rescale"] == "rms" else factors
-
-
-TINY = 1e-30  # zero over zero is zero
