@@ -5,6 +5,7 @@ O = polar(mu B + (1-mu) G), V <- beta2 V + (1-beta2) O^2, elementwise.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
