@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +30,20 @@ def communicates(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool
 def scope(p: Any) -> dist.ProcessGroup:
     """Who must agree on `p`: everyone, where its mesh has everyone; else its shards' holders."""
     if p.device_mesh.size() == dist.get_world_size():
-        return dist.group.WORLD
+        return dist.distributed_c10d._get_default_group()
     return p.device_mesh.get_group(sharded_dims(p)[0])
+
+
+@contextlib.contextmanager
+def reporting(group: dist.ProcessGroup) -> Iterator[None]:
+    """What a backend raises when a peer is gone, as one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} could not exchange with ranks "
+            f"{dist.get_process_group_ranks(group)}: one of them has ended or failed ({error})"
+        ) from error
 
 
 def check(opt: MatrixOptimizer, work: Work) -> None:
@@ -64,7 +78,8 @@ def compare(name: str, who: dist.ProcessGroup, listed: list[str], device: torch.
     digest = hashlib.sha256("\n".join(listed).encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(who))]
-    dist.all_gather(everyone, mine, group=who)
+    with reporting(who):
+        dist.all_gather(everyone, mine, group=who)
     if all(int(other) == int(mine) for other in everyone):  # and so for every rank
         return
     lists: list[list[str]] = [[] for _ in range(dist.get_world_size(who))]
@@ -74,9 +89,7 @@ def compare(name: str, who: dist.ProcessGroup, listed: list[str], device: torch.
         (r, i) for r, other in enumerate(lists) for i in range(max(len(other), len(lists[0])))
         if other[i : i + 1] != lists[0][i : i + 1]
     )  # fmt: skip
-    first, other = (
-        (lists[r][place : place + 1] or ["no further parameter"])[0] for r in (0, rank)
-    )
+    first, other = ((lists[r][place : place + 1] or ["no further parameter"])[0] for r in (0, rank))
     raise ValueError(
         f"{name}: all ranks must update the same parameters in the same order, got at place "
         f"{place}: parameter {first} on rank {ranks[0]}, {other} on rank {ranks[rank]} "
@@ -93,6 +106,7 @@ def everywhere(params: list[Tensor], flags: Tensor) -> Tensor:
                 shared.setdefault(p.device_mesh.get_group(dim), []).append(i)  # type: ignore[attr-defined]
     for group, rows in shared.items():
         some = flags[rows].to(torch.int32)
-        dist.all_reduce(some, dist.ReduceOp.MIN, group=group)
+        with reporting(group):
+            dist.all_reduce(some, dist.ReduceOp.MIN, group=group)
         flags = flags.index_put((torch.tensor(rows, device=flags.device),), some.bool())
     return flags

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .plan import Bucket, Traveler
 from ..optim.tensors import Ranks
+from .agreement import reporting
+from .plan import Bucket, Traveler
 
 Tensors = list[list[Tensor]]  # of every item, of every traveler
 
@@ -80,12 +81,6 @@ def all_to_all(
     packed = torch.cat([empty, *map(as_bytes, tensors)])
     buffer = torch.empty(sum(received), dtype=torch.uint8, device=device)
     group = bucket.ranks.group
-    try:
+    with reporting(group):
         dist.all_to_all_single(buffer, packed, received, sent, group=group)
-    except RuntimeError as error:
-        ranks = dist.get_process_group_ranks(group)
-        raise RuntimeError(
-            f"rank {dist.get_rank()} could not exchange updates with ranks {ranks}: one of them "
-            f"has ended or failed ({error})"
-        ) from error
     return buffer

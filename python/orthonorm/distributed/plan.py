@@ -54,9 +54,7 @@ class Bucket(NamedTuple):
 
     def bytes(self, holder: int, owner: int) -> int:
         """What travels between the holder of blocks and an owner, in either direction."""
-        return sum(
-            t.bytes(self.ranks, holder) for x in self.owned(owner) for t in x.travelers
-        )
+        return sum(t.bytes(self.ranks, holder) for x in self.owned(owner) for t in x.travelers)
 
 
 def traveler(p: Any) -> Traveler:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
+from ..optim.tensors import is_distributed, meets_owner, sharded_dims
 from .agreement import communicates, scope
 from .shards import new_plan
-from ..optim.tensors import is_distributed, meets_owner, sharded_dims
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer

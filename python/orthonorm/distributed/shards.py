@@ -11,10 +11,10 @@ from ..ops.steps import work_parts
 from ..optim.decay import decayed_update
 from ..optim.momentum import updates_from
 from ..optim.state import Batch, Updates, matrix_shapes, matrix_state_of
+from ..optim.tensors import local, whole
 from ..optim.views import VIEW_DEFAULTS, matrices
 from .exchange import from_owners, to_owners
 from .plan import Bucket, Item, buckets, cost, state_traveler, traveler
-from ..optim.tensors import local, whole
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -128,8 +128,10 @@ def exchange(
     """Replace the updates in `blocks` by directions, which owners compute."""
     carried = []
     for item, state, block in zip(bucket.items, states, blocks, strict=True):
-        keys = [*traveling(opt, group),
-                *(key for _, named in matrix_shapes(opt, item.param, group) for _, key, _ in named)]
+        keys = [
+            *traveling(opt, group),
+            *(key for _, named in matrix_shapes(opt, item.param, group) for _, key, _ in named),
+        ]
         carried.append([block, *(local(state[key]) for key in keys)])
     owned = to_owners(bucket, carried)
     directions(opt, bucket, states, owned, group)

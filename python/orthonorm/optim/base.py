@@ -59,7 +59,6 @@ class MatrixOptimizer(Groups):
     state_names: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
-    self_contained: ClassVar[bool] = False
     momentum_key: ClassVar[str] = MOMENTUM
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:

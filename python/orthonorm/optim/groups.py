@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from .. import _checks as check
 from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, Rule, inherited
@@ -23,6 +22,7 @@ class Groups(torch.optim.Optimizer):
     rules: ClassVar[dict[str, Rule]] = {}
     decays: ClassVar[tuple[str, ...]] = DECAYS
     min_dim: ClassVar[int] = 2
+    self_contained: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Groups(torch.optim.Optimizer):
             if is_distributed(p):
                 self._check_sharding(f"{self.name}: parameter {self.label(group, i)}", p, group)
 
-    def _check_sharding(self, label: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    def _check_sharding(self, label: str, p: Any, group: Mapping[str, Any]) -> None:
         """Sharded matrices need a rule that owners can compute, and elementwise decay."""
         shared = group["rule"] == "matrix" and meets_owner(p, group)
         check_placements(label, p, shared)

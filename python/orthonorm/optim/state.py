@@ -80,7 +80,7 @@ def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, 
 def matrix_shapes(
     opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]
 ) -> list[tuple[Tensor, list[tuple[str, str, tuple[int, ...]]]]]:
-    """The matrices of a parameter (whole, not to be read), each with its state's (name, key, shape).
+    """The matrices of a parameter (whole, not to be read), each with its state: (name, key, shape).
 
     The key in the state dict is the name, numbered where a parameter has several matrices.
     """

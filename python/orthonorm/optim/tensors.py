@@ -15,15 +15,15 @@ from torch import Tensor
 
 from .views import flattens
 
-
 PLAIN = (Tensor, torch.nn.Parameter)  # the quick answer
 
 
 def is_distributed(t: Tensor) -> bool:
     """Whether `t` is a DTensor; compiled steps hold none."""
-    if type(t) in PLAIN or torch.compiler.is_compiling() or "torch.distributed.tensor" not in sys.modules:
+    if type(t) in PLAIN or torch.compiler.is_compiling():
         return False
-    return isinstance(t, sys.modules["torch.distributed.tensor"].DTensor)
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def local(t: Any) -> Any:
