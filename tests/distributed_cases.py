@@ -175,9 +175,7 @@ FUSED: dict[str, Any] = dict(split={"*qkv.weight": (32, 40)}, heads={"*qkv.weigh
 
 def optimizer_of(name: str, model: nn.Module) -> Any:
     cls, kwargs = OPTIMIZERS[name]
-    return cls(
-        optim.split_params(model, adamw=("experts_",), **FUSED), adamw=dict(lr=0.01), **kwargs
-    )
+    return cls(optim.split_params(model, **FUSED), adamw=dict(lr=0.01), **kwargs)
 
 
 def wrap(kind: str, model: nn.Module, world: int) -> nn.Module:
@@ -197,9 +195,9 @@ def train(model: nn.Module, steps: range, rank: int, opt: Any, twin: Any = None)
             model(torch.randn(5, 24)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         if twin is not None:
-            pairs = zip(opt.param_groups, twin.param_groups, strict=True)
-            for p, q in ((p, q) for a, b in pairs for p, q in zip(a["params"], b["params"])):
-                q.grad = whole(p.grad).clone()
+            for a, b in zip(opt.param_groups, twin.param_groups, strict=True):
+                for p, q in zip(a["params"], b["params"], strict=True):
+                    q.grad = whole(p.grad).clone()
             twin.step()
         opt.step()
 
@@ -246,7 +244,7 @@ def checkpoint_is_saved(context: Context) -> None:
 
 
 def resume(folder: Path, model: nn.Module, opt: Any, twin: Any) -> None:
-    """Load what four ranks saved, by the recipe of torch's tutorial, and into the twin as it was."""
+    """Load what four ranks saved, as torch's tutorial does, and the twin beside it."""
     before = [whole(p.detach()).clone() for p in model.parameters()]
     found = state_of(model, opt)  # makes the state by a step with zero gradients and lr
     assert all(whole(p).isfinite().all() for p in model.parameters())
@@ -464,7 +462,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             try:
                 body(Context(rank, world, folder))
                 results[name] = ""
-            except Exception:
+            except BaseException:  # as torch's CheckpointException is
                 results[name] = traceback.format_exc()
             (folder / f"{rank}.json").write_text(json.dumps(results))
 
