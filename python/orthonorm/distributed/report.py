@@ -18,7 +18,7 @@ class Communication(NamedTuple):
     """Of one rank and one step in which every parameter has a gradient.
 
     buckets: how many buckets of sharded matrices there are, with two all-to-alls each.
-    exchanged: bytes this rank sends to others in them.
+    exchanged: bytes this rank sends to others in them; it receives as many.
     local: parameters updated without communication.
     launches: collectives in all: all-to-alls, gathers of 8 bytes by which ranks agree, and, with
         nonfinite="skip" or "error", reductions of one flag a parameter.

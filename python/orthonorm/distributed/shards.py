@@ -81,6 +81,8 @@ def shard_rows(
     rows, factors = Batch([], [], {}, [], []), []
     for item, state, block in zip(bucket.items, states, blocks, strict=True):
         p, data = item.param, local(item.param)
+        if data.numel() == 0:
+            continue
         lists = {"param": data, "grad": local(p.grad), "update": block}
         if opt.momentum_key in opt.elementwise_state(group):
             lists["momentum"] = local(state[opt.momentum_key])
@@ -88,7 +90,7 @@ def shard_rows(
         if group["maximize"]:
             views["grad"] = -views["grad"]
         for x, start, length in cuts(bucket, item, group):
-            if data.numel() == 0 or length == 0:
+            if length == 0:
                 continue
             cut = {key: t.narrow(0, start, length) for key, t in views.items()}
             rows.params.append(cut["param"])
