@@ -16,6 +16,7 @@ from pathlib import Path
 import distributed_cases as cases
 import pytest
 import torch
+from orthonorm import optim
 
 TIMEOUT = 240  # seconds; the ranks of a world take about 20 on two cores
 
@@ -85,3 +86,8 @@ def test_checkpoint_of_four_ranks_resumes_on_one(root: Path) -> None:
 def test_a_process_without_ranks_imports_no_dtensor() -> None:
     code = "import sys, orthonorm.optim; sys.exit('torch.distributed.tensor' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_optimizer_that_owners_can_compute_is_followed() -> None:
+    ready = {name for name, cls in optim.REGISTRY.items() if cls.self_contained}
+    assert ready == {cls.__name__ for cls, _ in cases.OPTIMIZERS.values()}

@@ -29,7 +29,7 @@ def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> l
     if opt.plans.get(id(group), (None,))[0] != key:
         opt.plans[id(group)] = (key, new_plan(opt, params, group))
     for p in params:
-        matrix_state_of(opt, p, group)
+        matrix_state_of(opt, p, group, matrix_shapes(opt, p, group))
     return opt.plans[id(group)][1]
 
 

@@ -135,8 +135,10 @@ class MatrixOptimizer(Groups):
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
         kinds = [self.alike(p, group) for p in batch.owners]
-        for kind in dict.fromkeys(kinds):
-            self._update_alike(batch.part([i for i, k in enumerate(kinds) if k == kind]), group)
+        different = list(dict.fromkeys(kinds))
+        for kind in different:
+            rows = [i for i, k in enumerate(kinds) if k == kind]
+            self._update_alike(batch.part(rows) if len(different) > 1 else batch, group)
 
     def _update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
         device = batch.params[0].device
@@ -202,11 +204,12 @@ class MatrixOptimizer(Groups):
                     plans.append((None, []))
                     continue
                 batch, params = None, [group["params"][i] for i in indices]
-                if rows := [p for p in params if not meets_owner(p, group)]:
+                cut = [p for p in params if meets_owner(p, group)]
+                rows = [p for p in params if not meets_owner(p, group)] if cut else params
+                if rows:
                     batch = matrix_batch(self, rows, group)
                     batch = batch._replace(prepared=self.prepare(batch, group))
-                sharded = [p for p in params if meets_owner(p, group)]
-                plans.append((batch, shards.plan(self, sharded, group) if sharded else []))
+                plans.append((batch, shards.plan(self, cut, group) if cut else []))
         except Exception:
             for p in made:
                 self.state.pop(p, None)

@@ -43,7 +43,6 @@ NEWTON_SCHULZ: dict[str, Any] = {
 class Orthogonalizing(MatrixOptimizer, abstract=True):
     """Base of the rules whose direction comes from polar factors (NewtonSchulz says how)."""
 
-    self_contained = True
     rules: ClassVar[dict[str, Rule]] = {"method": one_of(*FORMS), "precision": one_of(*PRECISIONS)}
 
     def check_group(self, group: Mapping[str, Any]) -> None:

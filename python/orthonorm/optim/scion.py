@@ -62,6 +62,7 @@ class Scion(Orthogonalizing):
 
     state_names = ("momentum_buffer",)
     min_dim = 0
+    self_contained = True
     rules: ClassVar[dict[str, Rule]] = {
         "momentum": scheduled(0.0, 1.0), "norm": one_of(*NORMS),
         "scale": at_least(0.0), "normalized": one_of(None, True, False), "transpose": FLAG,

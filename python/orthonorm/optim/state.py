@@ -77,9 +77,10 @@ def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, 
     return found
 
 
-def matrix_shapes(
-    opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]
-) -> list[tuple[Tensor, list[tuple[str, str, tuple[int, ...]]]]]:
+Shapes = list[tuple[Tensor, list[tuple[str, str, tuple[int, ...]]]]]
+
+
+def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Shapes:
     """The matrices of a parameter (whole, not to be read), each with its state: (name, key, shape).
 
     The key in the state dict is the name, numbered where a parameter has several matrices.
@@ -125,13 +126,15 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
     return found
 
 
-def matrix_state_of(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+def matrix_state_of(
+    opt: MatrixOptimizer, p: Tensor, group: dict[str, Any], shapes: Shapes
+) -> dict[str, Any]:
     """The state of a parameter, made where it is new."""
     state = opt.state[p]
     for key in opt.elementwise_state(group):
         if key not in state:
             state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    for x, named in matrix_shapes(opt, p, group):
+    for x, named in shapes:
         for _, key, shape in named:
             if key not in state:
                 state[key] = state_zeros(p, shape, x.dim() - 2)
@@ -142,16 +145,17 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
     """Matrix views of parameters, gradients and state that are whole on this rank."""
     batch = Batch([], [], {}, [], [])
     for p in params:
-        state, data = matrix_state_of(opt, p, group), local(p)
+        shapes, data = matrix_shapes(opt, p, group), local(p)
+        state = matrix_state_of(opt, p, group, shapes)
         step = state.get("step", 0) + 1 if opt.counts_steps else 0
-        pieces = matrices(data, data, group)
+        pieces = [x for x, _ in shapes] if data is p else matrices(data, data, group)
         batch.params.extend(pieces)
         batch.grads.extend(matrices(local(p.grad), data, group))
         batch.owners.extend([p] * len(pieces))
         batch.steps.extend([step] * len(pieces))
         for key in opt.elementwise_state(group):
             batch.state.setdefault(key, []).extend(matrices(local(state[key]), data, group))
-        for _, named in matrix_shapes(opt, p, group):
+        for _, named in shapes:
             for name, key, _ in named:
                 batch.state.setdefault(name, []).append(local(state[key]))
     if group["maximize"]:
