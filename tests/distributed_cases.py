@@ -59,6 +59,14 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "Scion": (optim.Scion, dict(momentum=0.1)),
     "ScionLight": (optim.ScionLight, dict(momentum=0.1)),
     "Signum": (optim.Signum, dict()),
+    "AdaMuon, factored": (optim.AdaMuon, dict(moment="factored")),
+    "AuON": (optim.AuON, dict()),
+    "HybridAuON": (optim.HybridAuON, dict()),
+    "MuonEq": (optim.MuonEq, dict()),
+    "PolarGrad": (optim.PolarGrad, dict(polar_first=True)),
+    "SCALE": (optim.SCALE, dict()),
+    "SWAN": (optim.SWAN, dict()),
+    "SteepestDescent": (optim.SteepestDescent, dict()),
     "TrustRegion": (optim.TrustRegion, dict(maximize=True)),
 }
 
