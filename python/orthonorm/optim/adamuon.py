@@ -42,6 +42,7 @@ class AdaMuon(Orthogonalizing):
     """
 
     state_names = ("momentum_buffer", "second_moment")
+    self_contained = True
     counts_steps = True
     rules: ClassVar[dict[str, Rule]] = {"sign": FLAG, "norm_eps": at_least(0.0),
              "rescale": one_of("rms", "none"),

@@ -46,6 +46,7 @@ class AuON(MatrixOptimizer):
     Source: arXiv:2509.24320, github.com/ryyzn9/AuON at bba2e822.
     """
 
+    self_contained = True
     state_names = ("momentum_buffer",)
     min_dim = 0
     rules: ClassVar[dict[str, Rule]] = RULES
@@ -89,6 +90,7 @@ class HybridAuON(Orthogonalizing):
     Source: as AuON's.
     """
 
+    self_contained = True
     state_names = ("momentum_buffer",)
     rules: ClassVar[dict[str, Rule]] = RULES
 

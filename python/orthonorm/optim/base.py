@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..distributed import agreement, shards
+from ..distributed.plan import Bucket
 from ..ops import adamw_step_, magnitude
 from ..ops.steps import stacks_of, work_parts
 from .constraints import constrain_
@@ -23,6 +25,7 @@ from .groups import Groups
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
 from .state import Batch, Updates, adamw_state, check_state, matrix_batch, without_state
+from .tensors import is_distributed, local, meets_owner
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
 MOMENTUM = "momentum_buffer"
@@ -44,11 +47,19 @@ class MatrixOptimizer(Groups):
         what concerns several keys.
     `companion`: overrides of ADAMW_DEFAULTS for groups with rule="adamw".
 
+    `alike(p, group)`: parameters of different values meet in no call of `direction`.
+    `finish(params, group)`: what follows the update (default nothing).
+    `elementwise`: `direction` acts on every entry alone.
+    `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
+        nor batch.grads: an owner can compute it for a matrix that is sharded over ranks.
+
     A rule that is not of that form writes `update(batch, group)` instead.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
+    momentum_key: ClassVar[str] = MOMENTUM
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,6 +70,7 @@ class MatrixOptimizer(Groups):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ones: dict[torch.device, Tensor] = {}
         self._seen: dict[Tensor, dict[str, weakref.ref[Tensor]]] = {}
+        self.plans: dict[int, Any] = {}
         super().__init__(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,7 +81,7 @@ class MatrixOptimizer(Groups):
         before = dict(self.__dict__)
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
-        self._ones, self._seen = {}, {}
+        self._ones, self._seen, self.plans = {}, {}, {}
         try:
             for group in self.param_groups:
                 for key, value in self.group_defaults(group).items():
@@ -92,6 +104,10 @@ class MatrixOptimizer(Groups):
         """Names and shapes of further state tensors of one matrix (..., m, n)."""
         return {}
 
+    def alike(self, p: Tensor, group: dict[str, Any]) -> Any:
+        """What parameters must share to be in one call of `direction`."""
+        return None
+
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         """The step of every matrix, before lr and factor."""
         raise NotImplementedError(f"{self.name} has no matrix rule")
@@ -113,8 +129,18 @@ class MatrixOptimizer(Groups):
     def prepare(self, batch: Batch, group: dict[str, Any]) -> Any:
         """What `update` finds in `batch.prepared`. It may raise, and writes nothing."""
 
+    def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """What follows the update of a group's matrices."""
+
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
+        kinds = [self.alike(p, group) for p in batch.owners]
+        different = list(dict.fromkeys(kinds))
+        for kind in different:
+            rows = [i for i, k in enumerate(kinds) if k == kind]
+            self._update_alike(batch.part(rows) if len(different) > 1 else batch, group)
+
+    def _update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
         device = batch.params[0].device
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
@@ -147,42 +173,56 @@ class MatrixOptimizer(Groups):
         for group in self.param_groups:
             self._check_settings(group)
         work = [(group, self._with_gradients(group)) for group in self.param_groups]
+        agreement.check(self, work)
         kept = [self._finite(group, indices) for group, indices in work]
-        batches = self._batches(kept)
+        plans = self._plans(kept)
         updated: list[Tensor] = []
-        for (group, indices), finite, batch in zip(work, kept, batches, strict=True):
+        for (group, indices), finite, plan in zip(work, kept, plans, strict=True):
             if len(finite) < len(indices):
                 group["skipped"] = group.get("skipped", 0) + len(indices) - len(finite)
             params = [group["params"][i] for i in finite]
-            if batch is not None:
-                self._matrix_update(batch, group)
-            elif params:
+            if params and group["rule"] == "adamw":
                 self._adamw_update(params, group)
+            elif params:
+                self._matrix_update(*plan, group)
+                self.finish(params, group)
             updated += params
         if updated:
             torch.autograd.graph.increment_version(updated)
         return loss
 
-    def _batches(self, kept: list[list[int]]) -> list[Batch | None]:
-        """What the matrix groups update; where anything fails, no state has been made."""
+    def _plans(self, kept: list[list[int]]) -> list[tuple[Batch | None, list[Bucket]]]:
+        """What matrix groups update: matrices that are whole here, and buckets of those that are
+        sharded. Where anything fails, no state has been made.
+        """
         made: list[Tensor] = []
-        batches: list[Batch | None] = []
+        plans: list[tuple[Batch | None, list[Bucket]]] = []
         try:
             for group, indices in zip(self.param_groups, kept, strict=True):
                 made += without_state(self, group, indices)
-                params = [group["params"][i] for i in indices]
-                if not params or group["rule"] == "adamw":
-                    batches.append(None)
+                if group["rule"] == "adamw":
+                    plans.append((None, []))
                     continue
-                batch = matrix_batch(self, params, group)
-                batches.append(batch._replace(prepared=self.prepare(batch, group)))
+                batch, params = None, [group["params"][i] for i in indices]
+                cut = [p for p in params if meets_owner(p, group)]
+                rows = [p for p in params if not meets_owner(p, group)] if cut else params
+                if rows:
+                    batch = matrix_batch(self, rows, group)
+                    batch = batch._replace(prepared=self.prepare(batch, group))
+                plans.append((batch, shards.plan(self, cut, group) if cut else []))
         except Exception:
             for p in made:
                 self.state.pop(p, None)
             raise
-        return batches
+        return plans
 
-    def _matrix_update(self, batch: Batch, group: dict[str, Any]) -> None:
+    def _matrix_update(
+        self, batch: Batch | None, buckets: list[Bucket], group: dict[str, Any]
+    ) -> None:
+        for bucket in buckets:
+            shards.update(self, bucket, group)
+        if batch is None:
+            return
         if self.counts_steps:
             for p, t in zip(batch.owners, batch.steps, strict=True):
                 self.state[p]["step"] = t
@@ -195,6 +235,12 @@ class MatrixOptimizer(Groups):
         indices = [i for i, p in enumerate(params) if p.grad is not None and p.numel() > 0]
         for i in indices:
             g = params[i].grad
+            if is_distributed(g) and g.placements != params[i].placements:
+                raise ValueError(
+                    f"{self.name}: a gradient must be placed as its parameter, "
+                    f"{params[i].placements}, got {g.placements} for parameter "
+                    f"{self.label(group, i)}"
+                )
             if g.layout != torch.strided or g.dtype not in check.FLOATS:
                 raise ValueError(
                     f"{self.name}: gradients must be dense and real, got {g.layout}, {g.dtype} "
@@ -206,9 +252,9 @@ class MatrixOptimizer(Groups):
         """The parameters to update under the group's `nonfinite` rule."""
         if group["nonfinite"] == "propagate" or not indices:
             return indices
-        grads = [group["params"][i].grad for i in indices]
-        norms = magnitude.overload([g.reshape(1, 1, -1) for g in grads])
-        finite = norms.isfinite().tolist()
+        params = [group["params"][i] for i in indices]
+        norms = magnitude.overload([local(p.grad).reshape(1, 1, -1) for p in params])
+        finite = agreement.everywhere(params, norms.isfinite()).tolist()
         bad = [i for i, ok in zip(indices, finite, strict=True) if not ok]
         if bad and group["nonfinite"] == "error":
             raise ValueError(
@@ -220,12 +266,12 @@ class MatrixOptimizer(Groups):
 
     def _adamw_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         (beta1, beta2), states = group["betas"], adamw_state(self, params)
-        grads: list[Any] = [p.grad for p in params]
+        grads: list[Any] = [local(p.grad) for p in params]
         adamw_step_.overload(
-            params,
+            [local(p) for p in params],
             list(torch._foreach_neg(grads)) if group["maximize"] else grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [s["step"] for s in states],
             self.scalar(group, "lr", params[0].device),
             beta1,

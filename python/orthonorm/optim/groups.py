@@ -9,6 +9,7 @@ import torch
 
 from .. import _checks as check
 from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, Rule, inherited
+from .tensors import check_placements, is_distributed, meets_owner
 from .views import VIEW_DEFAULTS, check_views
 
 FOREIGN = ("params", "param_names", "initial_lr", "name")  # torch's own keys
@@ -21,6 +22,7 @@ class Groups(torch.optim.Optimizer):
     rules: ClassVar[dict[str, Rule]] = {}
     decays: ClassVar[tuple[str, ...]] = DECAYS
     min_dim: ClassVar[int] = 2
+    self_contained: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -124,6 +126,27 @@ class Groups(torch.optim.Optimizer):
                 raise ValueError(f"{label} must not be expanded, got strides {p.stride()}")
         if group["rule"] == "matrix":
             self._check_views(group)
+        for i, p in enumerate(params):
+            if is_distributed(p):
+                self._check_sharding(f"{self.name}: parameter {self.label(group, i)}", p, group)
+
+    def _check_sharding(self, label: str, p: Any, group: Mapping[str, Any]) -> None:
+        """Sharded matrices need a rule that owners can compute, and elementwise decay."""
+        shared = group["rule"] == "matrix" and meets_owner(p, group)
+        check_placements(label, p, shared)
+        if not shared:
+            return
+        if not self.self_contained:
+            raise ValueError(
+                f"{label} must be whole on each rank (replicated, or a stack sharded along its "
+                f"matrices) for {self.name}, got {p.placements}"
+            )
+        for key, options in (("decay", ("decoupled", "cautious")), ("constraint", (None,))):
+            if group[key] not in options:
+                raise ValueError(
+                    f"{label}, sharded as {p.placements}, must have {key} in {options}, "
+                    f"got {group[key]!r}"
+                )
 
     def _check_views(self, group: Mapping[str, Any]) -> None:
         for i, p in enumerate(group["params"]):

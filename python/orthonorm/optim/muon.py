@@ -38,6 +38,7 @@ class Muon(Orthogonalizing):
     """
 
     state_names = ("momentum_buffer",)
+    self_contained = True
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class MuonEq(Orthogonalizing):
     Source: arXiv:2603.28254; settings and eps could not be checked against it.
     """
 
+    self_contained = True
     state_names = ("momentum_buffer",)
     rules: ClassVar[dict[str, Rule]] = {"equilibrate": one_of(*SIDES), "norm_eps": at_least(0.0)}
 

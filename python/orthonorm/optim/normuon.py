@@ -38,6 +38,7 @@ class NorMuon(Orthogonalizing):
     """
 
     state_names = ("momentum_buffer",)
+    self_contained = True
     rules: ClassVar[dict[str, Rule]] = {"axis": one_of("row", "long"),
              "rescale": one_of("norm", "rms"), "norm_eps": at_least(0.0)}  # fmt: skip
 

@@ -32,6 +32,7 @@ class PolarGrad(Orthogonalizing):
     Source: arXiv:2505.21799, github.com/timlautk/polargrad at 79590d7f.
     """
 
+    self_contained = True
     state_names = ("momentum_buffer",)
     rules: ClassVar[dict[str, Rule]] = {"polar_first": FLAG}
 

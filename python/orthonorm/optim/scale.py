@@ -31,6 +31,7 @@ class SCALE(MatrixOptimizer):
     Source: arXiv:2506.16659; the defaults of lr and eps are a choice.
     """
 
+    self_contained = True
     state_names = ("momentum_buffer",)
     rules: ClassVar[dict[str, Rule]] = {"norm_eps": at_least(0.0)}
 

@@ -17,6 +17,7 @@ from .norms import to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least, one_of, scheduled
 from .state import Batch, Updates
+from .tensors import local
 
 # Disco's norms by rows: D_i / (|D_i| + norm_eps) times this power of n
 ROWS = {"embed_linear": 1.0, "embed_sqrt": 0.5, "unembed_linear": -1.0, "unembed_sqrt": -0.5}
@@ -61,6 +62,7 @@ class Scion(Orthogonalizing):
 
     state_names = ("momentum_buffer",)
     min_dim = 0
+    self_contained = True
     rules: ClassVar[dict[str, Rule]] = {
         "momentum": scheduled(0.0, 1.0), "norm": one_of(*NORMS),
         "scale": at_least(0.0), "normalized": one_of(None, True, False), "transpose": FLAG,
@@ -99,12 +101,8 @@ class Scion(Orthogonalizing):
     def weight_decay(self, group: dict[str, Any]) -> float:
         return 0.0 if group["unconstrained"] else 1.0
 
-    def update(self, batch: Batch, group: dict[str, Any]) -> None:
-        """Vectors and matrices apart: "auto" means another norm for each."""
-        for vectors in (False, True):
-            rows = [i for i, p in enumerate(batch.owners) if (p.dim() < 2) is vectors]
-            if rows:
-                super().update(batch.part(rows), group)
+    def alike(self, p: Tensor, group: dict[str, Any]) -> Any:
+        return norm_of(p, group)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         norm = norm_of(batch.owners[0], group)
@@ -168,7 +166,6 @@ class ScionLight(Scion):
     def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ()
 
-    def update(self, batch: Batch, group: dict[str, Any]) -> None:
-        super().update(batch, group)
-        grads: list[Any] = [p.grad for p in dict.fromkeys(batch.owners)]
+    def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [local(p.grad) for p in params]
         torch._foreach_mul_(grads, self.momentum(group, grads[0].device))

@@ -27,6 +27,7 @@ class Signum(MatrixOptimizer):
 
     state_names = ("momentum_buffer",)
     min_dim = 0
+    elementwise = self_contained = True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .tensors import local, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -71,11 +72,25 @@ def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, 
     if group["rule"] == "adamw":
         return dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
     found = dict.fromkeys(opt.elementwise_state(group), check.shape(p))
-    pieces = matrices(p, p, group)
-    for i, piece in enumerate(pieces):
-        suffix = "" if len(pieces) == 1 else f".{i}"
-        found |= {k + suffix: v for k, v in opt.matrix_state(piece, group).items()}
+    for _, named in matrix_shapes(opt, p, group):
+        found |= {key: shape for _, key, shape in named}
     return found
+
+
+Shapes = list[tuple[Tensor, list[tuple[str, str, tuple[int, ...]]]]]
+
+
+def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Shapes:
+    """The matrices of a parameter (whole, not to be read), each with its state: (name, key, shape).
+
+    The key in the state dict is the name, numbered where a parameter has several matrices.
+    """
+    pieces = matrices(whole(p), whole(p), group)
+    suffixes = [""] if len(pieces) == 1 else [f".{i}" for i in range(len(pieces))]
+    return [
+        (x, [(k, k + end, shape) for k, shape in opt.matrix_state(x, group).items()])
+        for x, end in zip(pieces, suffixes, strict=True)
+    ]
 
 
 def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None:
@@ -111,29 +126,38 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
     return found
 
 
-def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Matrix views of parameters, gradients and state, with the state made where it is new."""
-    batch = Batch([], [], {}, [], [])
-    elementwise = opt.elementwise_state(group)
-    for p in params:
-        state = opt.state[p]
-        for key in elementwise:
+def matrix_state_of(
+    opt: MatrixOptimizer, p: Tensor, group: dict[str, Any], shapes: Shapes
+) -> dict[str, Any]:
+    """The state of a parameter, made where it is new."""
+    state = opt.state[p]
+    for key in opt.elementwise_state(group):
+        if key not in state:
+            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    for x, named in shapes:
+        for _, key, shape in named:
             if key not in state:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state[key] = state_zeros(p, shape, x.dim() - 2)
+    return state
+
+
+def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
+    """Matrix views of parameters, gradients and state that are whole on this rank."""
+    batch = Batch([], [], {}, [], [])
+    for p in params:
+        shapes, data = matrix_shapes(opt, p, group), local(p)
+        state = matrix_state_of(opt, p, group, shapes)
         step = state.get("step", 0) + 1 if opt.counts_steps else 0
-        pieces = matrices(p, p, group)
+        pieces = [x for x, _ in shapes] if data is p else matrices(data, data, group)
         batch.params.extend(pieces)
-        batch.grads.extend(matrices(p.grad, p, group))  # type: ignore[arg-type]
+        batch.grads.extend(matrices(local(p.grad), data, group))
         batch.owners.extend([p] * len(pieces))
         batch.steps.extend([step] * len(pieces))
-        for key in elementwise:
-            batch.state.setdefault(key, []).extend(matrices(state[key], p, group))
-        for i, piece in enumerate(pieces):
-            suffix = "" if len(pieces) == 1 else f".{i}"
-            for key, shape in opt.matrix_state(piece, group).items():
-                if key + suffix not in state:
-                    state[key + suffix] = piece.new_zeros(shape)
-                batch.state.setdefault(key, []).append(state[key + suffix])
+        for key in opt.elementwise_state(group):
+            batch.state.setdefault(key, []).extend(matrices(local(state[key]), data, group))
+        for _, named in shapes:
+            for name, key, _ in named:
+                batch.state.setdefault(name, []).append(local(state[key]))
     if group["maximize"]:
         batch = batch._replace(grads=list(torch._foreach_neg(batch.grads)))
     return batch

@@ -47,6 +47,7 @@ class SteepestDescent(Orthogonalizing):
     Source: arXiv:2409.20325, github.com/modula-systems/modula at ede2ba72; lr is a choice.
     """
 
+    self_contained = True
     state_names = ("momentum_buffer",)
     rules: ClassVar[dict[str, Rule]] = {"norm": one_of(*SIZES), "dual": FLAG}
 

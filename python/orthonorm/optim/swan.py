@@ -36,6 +36,7 @@ class SWAN(Orthogonalizing):
     Source: arXiv:2412.13148; the defaults of lr and eps are a choice.
     """
 
+    self_contained = True
     rules: ClassVar[dict[str, Rule]] = {"rescale": FLAG, "norm_eps": at_least(0.0)}
 
     def __init__(

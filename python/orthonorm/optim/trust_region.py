@@ -39,6 +39,7 @@ class TrustRegion(Orthogonalizing):
     """
 
     state_names = ("momentum_buffer",)
+    self_contained = True
     decays = (*DECAYS, "composite")
     rules: ClassVar[dict[str, Rule]] = {"norm": one_of("spectral", "max", "frobenius")}
 

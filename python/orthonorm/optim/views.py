@@ -26,7 +26,7 @@ def _heads_of(group: Mapping[str, Any], pieces: Sequence[Any]) -> Sequence[int]:
     return (heads,) * len(pieces) if isinstance(heads, int) else heads
 
 
-def _flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+def flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
     flatten = group.get("flatten")
     return len(shape) > 3 if flatten is None else bool(flatten) and len(shape) > 2
 
@@ -44,7 +44,7 @@ def check_views(
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:
         return
-    if len(shape) < 2 or (len(shape) > 2 and not _flattens(shape, group)):
+    if len(shape) < 2 or (len(shape) > 2 and not flattens(shape, group)):
         raise ValueError(f"{name}: split and heads need a 2-D weight, got shape {tuple(shape)}")
     pieces = (shape[0],) if split is None else check_counts(name, "split", split)
     if sum(pieces) != shape[0]:
@@ -80,7 +80,7 @@ def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     """
     if like.dim() < 2:
         return [t.reshape(-1, 1)]
-    if _flattens(like.shape, group):
+    if flattens(like.shape, group):
         t = t.permute(memory_order(like)).reshape(t.shape[0], -1)
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:

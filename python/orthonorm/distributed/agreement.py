@@ -1,0 +1,112 @@
+"""Ranks that are about to exchange updates agree on what they exchange, or all raise."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..optim.tensors import is_distributed, meets_owner, sharded_dims
+
+if TYPE_CHECKING:
+    from ..optim.base import MatrixOptimizer
+
+Work = list[tuple[dict[str, Any], list[int]]]  # groups, with the indices that have gradients
+
+
+def communicates(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a step of `p` needs other ranks: for its direction, or to judge its gradient."""
+    if not is_distributed(p) or not sharded_dims(p):
+        return False
+    exchanged = group["rule"] == "matrix" and not opt.elementwise and meets_owner(p, group)
+    return exchanged or group["nonfinite"] != "propagate"
+
+
+def scope(p: Any) -> dist.ProcessGroup:
+    """Who must agree on `p`: everyone, where its mesh has everyone; else its shards' holders."""
+    if p.device_mesh.size() == dist.get_world_size():
+        return dist.distributed_c10d._get_default_group()
+    return p.device_mesh.get_group(sharded_dims(p)[0])
+
+
+@contextlib.contextmanager
+def reporting(group: dist.ProcessGroup) -> Iterator[None]:
+    """What a backend raises when a peer is gone, as one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} could not exchange with ranks "
+            f"{dist.get_process_group_ranks(group)}: one of them has ended or failed ({error})"
+        ) from error
+
+
+def check(opt: MatrixOptimizer, work: Work) -> None:
+    """Raise on every rank unless all are to update the same parameters in the same order.
+
+    One gather of eight bytes a rank and step; what differs is gathered where something does.
+    """
+    entries: dict[dist.ProcessGroup, list[str]] = {}
+    devices: dict[dist.ProcessGroup, torch.device] = {}
+    for group, indices in work:
+        present = set(indices)
+        for i, p in enumerate(group["params"]):
+            if communicates(opt, p, group):
+                listed = entries.setdefault(scope(p), [])
+                devices[scope(p)] = p.device
+                if i in present:
+                    listed.append(describe(opt, p, group, i))
+    for who, listed in entries.items():
+        compare(opt.name, who, listed, devices[who])
+
+
+def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
+    mesh = p.device_mesh
+    views = {k: group[k] for k in ("flatten", "split", "heads") if group.get(k) is not None}
+    return (
+        f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {tuple(p.placements)} on mesh "
+        f"{mesh.mesh.tolist()}, rule={group['rule']!r}" + (f", {views}" if views else "")
+    )
+
+
+def compare(name: str, who: dist.ProcessGroup, listed: list[str], device: torch.device) -> None:
+    digest = hashlib.sha256("\n".join(listed).encode()).digest()[:8]
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(who))]
+    with reporting(who):
+        dist.all_gather(everyone, mine, group=who)
+    if all(int(other) == int(mine) for other in everyone):  # and so for every rank
+        return
+    lists: list[list[str]] = [[] for _ in range(dist.get_world_size(who))]
+    dist.all_gather_object(lists, listed, group=who)
+    ranks = dist.get_process_group_ranks(who)
+    rank, place = next(
+        (r, i) for r, other in enumerate(lists) for i in range(max(len(other), len(lists[0])))
+        if other[i : i + 1] != lists[0][i : i + 1]
+    )  # fmt: skip
+    first, other = ((lists[r][place : place + 1] or ["no further parameter"])[0] for r in (0, rank))
+    raise ValueError(
+        f"{name}: all ranks must update the same parameters in the same order, got at place "
+        f"{place}: parameter {first} on rank {ranks[0]}, {other} on rank {ranks[rank]} "
+        f"(this is rank {dist.get_rank()})"
+    )
+
+
+def everywhere(params: list[Tensor], flags: Tensor) -> Tensor:
+    """`flags` of the parameters, and of their other shards."""
+    shared: dict[dist.ProcessGroup, list[int]] = {}
+    for i, p in enumerate(params):
+        if is_distributed(p):
+            for dim in sharded_dims(p):
+                shared.setdefault(p.device_mesh.get_group(dim), []).append(i)  # type: ignore[attr-defined]
+    for group, rows in shared.items():
+        some = flags[rows].to(torch.int32)
+        with reporting(group):
+            dist.all_reduce(some, dist.ReduceOp.MIN, group=group)
+        flags = flags.index_put((torch.tensor(rows, device=flags.device),), some.bool())
+    return flags

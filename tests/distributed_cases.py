@@ -1,0 +1,482 @@
+"""What each rank of tests/test_distributed.py runs: `distributed_cases.py RANK WORLD FOLDER`.
+
+Every case is a function of a Context; what it raises is written to FOLDER/RANK.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from orthonorm import optim
+from orthonorm.distributed import comm_report
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import init_device_mesh as device_mesh
+
+
+class Context(NamedTuple):
+    rank: int
+    world: int
+    folder: Path
+
+
+Case = Callable[[Context], None]
+CASES: dict[str, Case] = {}
+WORLDS: dict[str, tuple[int, ...]] = {}
+
+
+def case(*worlds: int) -> Callable[[Case], Case]:
+    def add(f: Case) -> Case:
+        CASES[f.__name__], WORLDS[f.__name__] = f, worlds
+        return f
+
+    return add
+
+
+# ---- parameters with chosen placements -----------------------------------------------------------
+
+SHAPES = ((37, 24), (24, 37), (3, 64), (1, 16), (64, 64), (4, 8, 12), (3, 12, 8), (8, 3, 3, 2))
+OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "Muon": (optim.Muon, dict(lr=0.02)),
+    "Muon, cautious": (optim.Muon, dict(lr=0.02, decay="cautious", nesterov=False)),
+    "NorMuon": (optim.NorMuon, dict(weight_decay=0.1)),
+    "NorMuon, long": (optim.NorMuon, dict(axis="long", rescale="rms", heavy_ball=True)),
+    "AdaMuon": (optim.AdaMuon, dict()),
+    "Scion": (optim.Scion, dict(momentum=0.1)),
+    "ScionLight": (optim.ScionLight, dict(momentum=0.1)),
+    "Signum": (optim.Signum, dict()),
+    "AdaMuon, factored": (optim.AdaMuon, dict(moment="factored")),
+    "AuON": (optim.AuON, dict()),
+    "HybridAuON": (optim.HybridAuON, dict()),
+    "MuonEq": (optim.MuonEq, dict()),
+    "PolarGrad": (optim.PolarGrad, dict(polar_first=True)),
+    "SCALE": (optim.SCALE, dict()),
+    "SWAN": (optim.SWAN, dict()),
+    "SteepestDescent": (optim.SteepestDescent, dict()),
+    "TrustRegion": (optim.TrustRegion, dict(maximize=True)),
+}
+
+
+def placements(world: int) -> dict[str, tuple[tuple[int, ...], list[Any]]]:
+    found: dict[str, tuple[tuple[int, ...], list[Any]]] = {
+        "rows": ((world,), [Shard(0)]),
+        "columns": ((world,), [Shard(1)]),
+        "last": ((world,), [Shard(-1)]),
+        "replicated": ((world,), [Replicate()]),
+    }
+    if world == 4:
+        found["hybrid"] = ((2, 2), [Replicate(), Shard(0)])
+        found["inner replicas"] = ((2, 2), [Shard(1), Replicate()])
+    return found
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def same(a: Any, b: Any) -> None:
+    """Parameters and state of two optimizers are equal bit for bit."""
+    for first, second in zip(a.param_groups, b.param_groups, strict=True):
+        for i, (p, q) in enumerate(zip(first["params"], second["params"], strict=True)):
+            assert torch.equal(whole(p.detach()), q), (i, tuple(q.shape))
+            assert a.state[p].keys() == b.state[q].keys()
+            for key, value in b.state[q].items():
+                other = a.state[p][key]
+                if isinstance(value, Tensor):
+                    assert torch.equal(whole(other), value), (i, tuple(q.shape), key)
+                else:
+                    assert other == value
+
+
+def pair(name: str, mesh: Any, places: list[Any], shapes: Any = SHAPES) -> tuple[Any, Any]:
+    """The same optimizer on distributed and on plain parameters, two matrices of them split."""
+    cls, kwargs = OPTIMIZERS[name]
+    torch.manual_seed(0)
+    plain = [nn.Parameter(torch.randn(s)) for s in shapes]
+    fused = nn.Parameter(torch.randn(30, 8))
+
+    def put(p: Tensor) -> nn.Parameter:
+        return nn.Parameter(distribute_tensor(p.detach(), mesh, places))
+
+    def groups(params: list[nn.Parameter], last: nn.Parameter) -> list[dict[str, Any]]:
+        return [{"params": params}, {"params": [last], "split": (16, 14), "heads": (2, 1)}]
+
+    ours = cls(groups([put(p) for p in plain], put(fused)), **kwargs)
+    return ours, cls(groups(plain, fused), **kwargs)
+
+
+def set_gradients(step: int, a: Any, b: Any) -> None:
+    torch.manual_seed(100 + step)
+    for first, second in zip(a.param_groups, b.param_groups, strict=True):
+        for p, q in zip(first["params"], second["params"], strict=True):
+            q.grad = torch.randn(q.shape)
+            p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+
+
+def follow(name: str, world: int) -> None:
+    for label, (shape, places) in placements(world).items():
+        mesh = device_mesh("cpu", shape)
+        a, b = pair(name, mesh, places)
+        for step in range(2):
+            set_gradients(step, a, b)
+            a.step()
+            b.step()
+        try:
+            same(a, b)
+        except AssertionError as error:
+            raise AssertionError(f"{label}: {error}") from error
+
+
+def add_optimizer(name: str) -> None:
+    def body(context: Context) -> None:
+        follow(name, context.world)
+
+    body.__name__ = f"equal_bits_{name}"
+    case(2, 4)(body)
+
+
+for _name in OPTIMIZERS:
+    add_optimizer(_name)
+
+
+# ---- models under FSDP2, hybrid sharding and DDP -------------------------------------------------
+
+
+class Net(nn.Module):
+    """Even, uneven, one-row and three-row weights, a fused one, convolutions, experts, vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 37)
+        self.second = nn.Linear(37, 64, bias=False)
+        self.few = nn.Linear(64, 3)
+        self.qkv = nn.Linear(64, 72, bias=False)
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.experts = nn.Parameter(torch.randn(4, 8, 72) / 8)
+        self.row = nn.Linear(8, 1, bias=False)
+        self.fused = nn.Parameter(torch.randn(1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
+        mixed = torch.einsum("eij,bj->bi", self.experts, self.qkv(hidden))
+        images = x[:, :12].reshape(-1, 3, 2, 2).repeat(1, 1, 2, 2)
+        parts = (self.few(hidden), self.row(mixed), self.conv(images))
+        return sum(part.square().mean() for part in parts) + (self.fused - 1).square().sum()
+
+
+FUSED: dict[str, Any] = dict(split={"*qkv.weight": (32, 40)}, heads={"*qkv.weight": (2, 1)})
+
+
+def optimizer_of(name: str, model: nn.Module) -> Any:
+    cls, kwargs = OPTIMIZERS[name]
+    return cls(optim.split_params(model, **FUSED), adamw=dict(lr=0.01), **kwargs)
+
+
+def wrap(kind: str, model: nn.Module, world: int) -> nn.Module:
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    shape, names = ((2, 2), ("replicate", "shard")) if kind == "hybrid" else ((world,), ("shard",))
+    mesh = device_mesh("cpu", shape, mesh_dim_names=names)
+    fully_shard(model.second, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(model: nn.Module, steps: range, rank: int, opt: Any, twin: Any = None) -> None:
+    """Two accumulated batches of each rank's own, clipped; the twin takes the same gradients."""
+    for step in steps:
+        opt.zero_grad()
+        for part in range(2):
+            torch.manual_seed(1000 * step + 10 * rank + part)
+            model(torch.randn(5, 24)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if twin is not None:
+            for a, b in zip(opt.param_groups, twin.param_groups, strict=True):
+                for p, q in zip(a["params"], b["params"], strict=True):
+                    q.grad = whole(p.grad).clone()
+            twin.step()
+        opt.step()
+
+
+def models(kind: str, name: str, world: int) -> tuple[nn.Module, Any, nn.Module, Any]:
+    torch.manual_seed(0)
+    plain = Net()
+    model = wrap(kind, copy.deepcopy(plain), world)
+    return model, optimizer_of(name, model), plain, optimizer_of(name, plain)
+
+
+def add_models(kind: str, name: str, *worlds: int) -> None:
+    def body(context: Context) -> None:
+        model, opt, _, twin = models(kind, name, context.world)
+        train(model, range(3), context.rank, opt, twin)
+        same(opt, twin)
+
+    body.__name__ = f"{kind}_{name}"
+    case(*worlds)(body)
+
+
+for _kind, _worlds in (("ddp", (2,)), ("fsdp2", (2, 4)), ("hybrid", (4,))):
+    for _name in ("Muon", "NorMuon"):
+        add_models(_kind, _name, *_worlds)
+
+
+# ---- checkpoints, predictions, bad input ---------------------------------------------------------
+
+
+def state_of(model: nn.Module, opt: Any) -> dict[str, Any]:
+    weights, state = get_state_dict(model, opt)
+    return {"model": weights, "optimizer": state}
+
+
+@case(4)
+def checkpoint_is_saved(context: Context) -> None:
+    model, opt, _, twin = models("fsdp2", "NorMuon", context.world)
+    train(model, range(2), context.rank, opt, twin)
+    checkpoint.save(state_of(model, opt), checkpoint_id=context.folder.parent / "checkpoint")
+    same(opt, twin)
+    torch.save([p.detach() for g in twin.param_groups for p in g["params"]],
+               context.folder.parent / f"weights{context.rank}.pt")  # fmt: skip
+    torch.save(twin.state_dict(), context.folder.parent / f"twin{context.rank}.pt")
+
+
+def resume(folder: Path, model: nn.Module, opt: Any, twin: Any) -> None:
+    """Load what four ranks saved, as torch's tutorial does, and the twin beside it."""
+    before = [whole(p.detach()).clone() for p in model.parameters()]
+    found = state_of(model, opt)  # makes the state by a step with zero gradients and lr
+    assert all(whole(p).isfinite().all() for p in model.parameters())
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(whole(p.detach()), q)
+    checkpoint.load(found, checkpoint_id=folder / "checkpoint")
+    set_state_dict(model, opt, model_state_dict=found["model"],
+                   optim_state_dict=found["optimizer"])  # fmt: skip
+    weights = torch.load(folder / "weights0.pt", weights_only=True)
+    with torch.no_grad():
+        for p, w in zip((p for g in twin.param_groups for p in g["params"]), weights, strict=True):
+            p.copy_(w)
+    twin.load_state_dict(torch.load(folder / "twin0.pt", weights_only=True))
+    same(opt, twin)
+
+
+@case(2)
+def checkpoint_of_four_ranks_resumes_on_two(context: Context) -> None:
+    model, opt, _, twin = models("fsdp2", "NorMuon", context.world)
+    resume(context.folder.parent, model, opt, twin)
+    train(model, range(2, 4), context.rank, opt, twin)
+    same(opt, twin)
+
+
+def counted(f: Callable[[], None]) -> tuple[int, int, int]:
+    """Bytes to and from other ranks in all-to-alls, and collectives, while `f` runs."""
+    seen = [0, 0, 0]
+    kept = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather", "all_reduce")}
+
+    def all_to_all_single(out: Tensor, inp: Tensor, received: Any, sent: Any, group: Any) -> Any:
+        assert (out.numel(), inp.numel()) == (sum(received), sum(sent))
+        mine = dist.get_rank(group)
+        seen[0] += (sum(sent) - sent[mine]) * inp.element_size()
+        seen[1] += (sum(received) - received[mine]) * out.element_size()
+        seen[2] += 1
+        return kept["all_to_all_single"](out, inp, received, sent, group=group)
+
+    def other(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen[2] += 1
+            return kept[name](*args, **kwargs)
+
+        return call
+
+    try:
+        dist.all_to_all_single = all_to_all_single
+        dist.all_gather, dist.all_reduce = other("all_gather"), other("all_reduce")
+        f()
+    finally:
+        for name, function in kept.items():
+            setattr(dist, name, function)
+    return seen[0], seen[1], seen[2]
+
+
+@case(2, 4)
+def predicted_bytes_are_the_counted_ones(context: Context) -> None:
+    for name in ("Muon", "AdaMuon", "NorMuon", "Signum"):
+        for shape, places in placements(context.world).values():
+            a, b = pair(name, device_mesh("cpu", shape), places)
+            for group in a.param_groups:
+                group["nonfinite"] = "skip" if name == "NorMuon" else "propagate"
+            set_gradients(0, a, b)
+            report = comm_report(a)
+            bytes_ = report.exchanged
+            assert counted(a.step) == (bytes_, bytes_, report.launches), (name, places, report)
+            sharded = sum(1 for x in places if x.is_shard())
+            assert (report.exchanged > 0) == bool(sharded and name != "Signum")
+            assert str(report.exchanged) in str(report)
+
+
+@case(2, 4)
+def work_is_balanced(context: Context) -> None:
+    mesh = device_mesh("cpu", (context.world,))
+    weights = [nn.Parameter(distribute_tensor(torch.randn(16, 16), mesh, [Shard(0)]))
+               for _ in range(8)]  # fmt: skip
+    assert comm_report(optim.Muon(weights)).work == 1 / context.world
+
+
+def raises(f: Callable[[], Any], *words: str) -> None:
+    try:
+        f()
+    except (ValueError, RuntimeError) as error:
+        missing = [word for word in words if word not in str(error)]
+        assert not missing, (missing, str(error))
+    else:
+        raise AssertionError(f"no error with {words}")
+
+
+def named(mesh: Any, places: list[Any], names: str, shape: Any = (8, 6)) -> list[Any]:
+    return [(n, nn.Parameter(distribute_tensor(torch.randn(shape), mesh, places))) for n in names]
+
+
+def give_gradients(opt: Any) -> list[Tensor]:
+    params = [p for g in opt.param_groups for p in g["params"]]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return [p.to_local().clone() for p in params]
+
+
+def unchanged(opt: Any, before: list[Tensor]) -> None:
+    params = [p for g in opt.param_groups for p in g["params"]]
+    assert all(torch.equal(p.to_local(), q) for p, q in zip(params, before, strict=True))
+
+
+@case(2, 4)
+def ranks_that_disagree_all_raise_before_anything_is_written(context: Context) -> None:
+    mesh, odd = device_mesh("cpu", (context.world,)), context.rank == 1
+    params = named(mesh, [Shard(0)], "abc")
+    swapped = [params[i] for i in ((0, 2, 1) if odd else (0, 1, 2))]
+    opt = optim.Muon(swapped)
+    before = give_gradients(opt)
+    raises(opt.step, "'b'", "'c'", "rank 0", "rank 1", f"this is rank {context.rank}")
+    unchanged(opt, before)
+
+    opt = optim.Muon(named(mesh, [Shard(0)], "a"))
+    give_gradients(opt)
+    opt.step()
+    late = named(mesh, [Shard(0)], "z")
+    if odd:
+        opt.add_param_group({"params": late})
+    before = give_gradients(opt)
+    raises(opt.step, "'z'", "rank 1", "no further parameter", f"this is rank {context.rank}")
+    unchanged(opt, before)
+
+    without = optim.Muon(params)
+    before = give_gradients(without)
+    if odd:
+        params[1][1].grad = None
+    raises(without.step, "'b'", "'c'", "rank 1")
+    unchanged(without, before)
+
+
+@case(4)
+def mismatched_meshes_raise(context: Context) -> None:
+    flat, square = device_mesh("cpu", (4,)), device_mesh("cpu", (2, 2))
+    first = named(flat, [Shard(0)], "a"), named(square, [Replicate(), Shard(0)], "a")
+    opt = optim.Muon(first[context.rank == 1])
+    before = give_gradients(opt)
+    raises(opt.step, "'a'", "[[0, 1], [2, 3]]", "rank 0", "rank 1")
+    unchanged(opt, before)
+    both = named(square, [Shard(0), Shard(1)], "w")
+    raises(lambda: optim.Muon(both), "'w'", "sharded along one mesh dimension")
+    optim.AdamW(both)
+
+
+@case(2)
+def what_an_owner_cannot_compute_is_refused(context: Context) -> None:
+    mesh = device_mesh("cpu", (2,))
+    rows = named(mesh, [Shard(0)], "w")
+    for cls in (optim.Conda, optim.SOAP, optim.Shampoo):
+        raises(lambda cls=cls: cls(rows), "'w'", "whole on each rank", cls.__name__)
+        cls(named(mesh, [Shard(0)], "e", (4, 6, 5)))
+    for key, value in (("decay", "clipped"), ("constraint", "cap")):
+        raises(lambda k=key, v=value: optim.Muon(rows, **{k: v}), "'w'", key, value)
+    opt = optim.Muon(rows)
+    rows[0][1].grad = distribute_tensor(torch.ones(8, 6), mesh, [Replicate()])
+    raises(opt.step, "'w'", "placed as its parameter")
+
+
+@case(2)
+def a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(context: Context) -> None:
+    mesh = device_mesh("cpu", (2,))
+    opt = optim.Muon(named(mesh, [Shard(0)], "ab"), nonfinite="skip")
+    before = give_gradients(opt)
+    first, second = opt.param_groups[0]["params"]
+    if context.rank == 1:
+        first.grad.to_local()[0, 0] = torch.nan
+    opt.step()
+    assert opt.param_groups[0]["skipped"] == 1
+    assert torch.equal(first.to_local(), before[0]) and not torch.equal(
+        second.to_local(), before[1]
+    )
+    opt.param_groups[0]["nonfinite"] = "error"
+    raises(opt.step, "'a'", "finite")
+
+
+@case(2)
+def experts_of_a_stack_stay_local(context: Context) -> None:
+    """Rules that no owner can compute run where whole matrices are local."""
+    mesh = device_mesh("cpu", (2,))
+    for cls in (optim.Conda, optim.SOAP, optim.Shampoo):
+        torch.manual_seed(0)
+        plain = nn.Parameter(torch.randn(3, 6, 5))
+        ours = nn.Parameter(distribute_tensor(plain.detach(), mesh, [Shard(0)]))
+        a, b = cls([ours]), cls([plain])
+        for step in range(3):
+            set_gradients(step, a, b)
+            assert counted(a.step) == (0, 0, 0)
+            b.step()
+        same(a, b)
+
+
+@case(2)
+def z_a_killed_rank_ends_the_others(context: Context) -> None:
+    """The last case: rank 1 is gone after it."""
+    opt = optim.Muon(named(device_mesh("cpu", (2,)), [Shard(0)], "a"))
+    give_gradients(opt)
+    opt.step()
+    if context.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raises(opt.step, "rank 0", "[0, 1]", "has ended or failed")
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+        timeout=timedelta(seconds=20),
+    )  # fmt: skip
+    results: dict[str, str] = {}
+    only = os.environ.get("CASE", "")
+    for name, body in CASES.items():
+        if world in WORLDS[name] and only in name:
+            try:
+                body(Context(rank, world, folder))
+                results[name] = ""
+            except BaseException:  # as torch's CheckpointException is
+                results[name] = traceback.format_exc()
+            (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,93 @@
+"""Optimizers on 2 and 4 gloo ranks against one process, bit for bit.
+
+Ranks start once per world size and run all cases (distributed_cases.py); a test reads a case's
+outcome on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_cases as cases
+import pytest
+import torch
+from orthonorm import optim
+
+TIMEOUT = 240  # seconds; the ranks of a world take about 20 on two cores
+
+
+def start(world: int, folder: Path) -> list[subprocess.Popen[bytes]]:
+    folder.mkdir()
+    command = [sys.executable, str(Path(cases.__file__))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = range(world)
+    return [
+        subprocess.Popen(
+            [*command, str(r), str(world), str(folder)],
+            env=env, stdout=(folder / f"{r}.log").open("wb"), stderr=subprocess.STDOUT,
+        ) for r in ranks
+    ]  # fmt: skip
+
+
+def finish(folder: Path, ranks: list[subprocess.Popen[bytes]]) -> list[dict[str, str]]:
+    try:
+        for process in ranks:
+            process.wait(TIMEOUT)
+    finally:
+        for process in ranks:
+            process.kill()
+    logs = [(folder / f"{r}.log").read_text() for r in range(len(ranks))]
+    files = [folder / f"{r}.json" for r in range(len(ranks))]
+    assert all(f.exists() for f in files), logs
+    return [json.loads(f.read_text()) for f in files]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def outcomes(root: Path) -> dict[int, list[dict[str, str]]]:
+    """Results of worlds 4 and 2, one after the other: two load what four have saved."""
+    found = {}
+    for world, codes in ((4, [0, 0, 0, 0]), (2, [0, -signal.SIGKILL])):
+        ranks = start(world, root / str(world))
+        found[world] = finish(root / str(world), ranks)
+        assert [p.returncode for p in ranks] == codes
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, world", [(name, w) for name, worlds in cases.WORLDS.items() for w in worlds]
+)
+def test_ranks(name: str, world: int, outcomes: dict[int, list[dict[str, str]]]) -> None:
+    results = outcomes[world]
+    if name.startswith("z_"):
+        results = results[:1]  # rank 1 is dead
+    assert [r.get(name, "did not end") for r in results] == [""] * len(results)
+
+
+@pytest.mark.usefixtures("outcomes")
+def test_checkpoint_of_four_ranks_resumes_on_one(root: Path) -> None:
+    torch.manual_seed(0)
+    model, plain = cases.Net(), cases.Net()
+    opt, twin = (cases.optimizer_of("NorMuon", m) for m in (model, plain))
+    cases.resume(root, model, opt, twin)
+    cases.train(model, range(2, 4), 0, opt, twin)
+    cases.same(opt, twin)
+
+
+def test_a_process_without_ranks_imports_no_dtensor() -> None:
+    code = "import sys, orthonorm.optim; sys.exit('torch.distributed.tensor' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_optimizer_that_owners_can_compute_is_followed() -> None:
+    ready = {name for name, cls in optim.REGISTRY.items() if cls.self_contained}
+    assert ready == {cls.__name__ for cls, _ in cases.OPTIMIZERS.values()}
