@@ -28,7 +28,8 @@ class Dion(MatrixOptimizer):
         rank_fraction: k over the short side of the matrix, rounded up.
         **common: what every optimizer takes, see `settings.Common`. `heavy_ball` has no meaning.
 
-    Q starts as columns of the cosine transform (the authors: normal numbers). A zero B moves nothing and keeps Q.
+    Q starts as columns of the cosine transform (the authors: normal numbers). A zero B moves
+    nothing and keeps Q.
     State: `residual_buffer` (M), `right_basis` (Q, n x k), `step`; 4 bytes per parameter and
     4 n k per matrix in float32.
 
