@@ -321,6 +321,19 @@ class Step:
     quick: str = ""  # its workload in the quick suite, the first of `shapes` if empty
 
 
+def _relative(optimizer: str, lr: float, states: int = 1, polynomial: bool = True) -> Step:
+    """A row of an optimizer that no peer has; `polynomial`: it takes a polar factor a step."""
+    flops: Callable[[Tensor], float] = (
+        (lambda w: polynomial_flops({"X": [w], "coefficients": KELLER}))
+        if polynomial
+        else (lambda _: 0.0)
+    )
+    return Step(
+        optimizer.lower(), optimizer, {"lr": lr}, flops=flops, states=states,
+        quick="16x128x128",
+    )  # fmt: skip
+
+
 STEPS: dict[str, Step] = {
     step.name: step
     for step in (
@@ -337,6 +350,24 @@ STEPS: dict[str, Step] = {
             "adamw", "AdamW",
             {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}, states=2,
         ),
+        _relative("NorMuon", 0.02),
+        _relative("AdaMuon", 0.02, states=2),
+        _relative("MuonEq", 1e-3),
+        _relative("PolarGrad", 0.02),
+        _relative("AdaGO", 0.05),
+        _relative("AuON", 0.24, polynomial=False),
+        _relative("HybridAuON", 0.24),
+        _relative("TrustRegion", 1e-3),
+        _relative("Scion", 1e-3),
+        _relative("ScionLight", 1e-3),
+        _relative("SteepestDescent", 0.01),
+        _relative("Signum", 1e-3, polynomial=False),
+        _relative("SWAN", 1e-3, states=0),
+        _relative("SCALE", 1e-3, polynomial=False),
+        _relative("SOAP", 3e-3, states=2, polynomial=False),
+        _relative("Shampoo", 1e-3, polynomial=False),
+        _relative("SPlus", 0.1, polynomial=False),
+        _relative("Dion", 0.01, polynomial=False),
     )
 }  # fmt: skip
 NAMES = (*CASES, *STEPS)

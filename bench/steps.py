@@ -1,6 +1,6 @@
 """Optimizer steps as candidates: ours from orthonorm.optim, torch's, and Conda's eager form.
 
-Every candidate owns a copy of the parameters and reads the same gradients; its output is the
+Every candidate owns a copy of the parameters and of the gradients; its output is the
 update W_after - W_before of one step from fresh state.
 """
 
@@ -35,7 +35,7 @@ class Model:
         leaves = []
         for w, g in zip(self.params, self.grads, strict=True):
             leaf = w.to(g.device, dtype or w.dtype, copy=True).requires_grad_()
-            leaf.grad = g.to(leaf.dtype)
+            leaf.grad = g.to(leaf.dtype, copy=True)  # ScionLight's step scales it
             leaves.append(leaf)
         return leaves
 

@@ -1,6 +1,6 @@
 """Watches a training run whose loss is made to explode, and shows that the alarm comes first.
 
-    python -m orthonorm.examples.watch_spectra                      # about a minute on a CPU
+    python -m orthonorm.examples.watch_spectra                      # half a minute on a CPU
     python -m orthonorm.examples.watch_spectra --out runs/spectra   # also rows.csv and plots
 
 The same residual network learns the same function twice. In the second run a bug in the data
@@ -106,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="orthonorm.examples.watch_spectra", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the second run (2000)")
+    parser.add_argument("--steps", type=int, default=1600, help="steps of the second run (1600)")
     parser.add_argument("--every", type=int, default=100, help="steps between measurements (100)")
     parser.add_argument("--batch", type=int, default=768, help="inputs in a step (768)")
-    parser.add_argument("--drift", type=float, default=0.004, help="offset added a step (0.004)")
+    parser.add_argument("--drift", type=float, default=0.006, help="offset added a step (0.006)")
     parser.add_argument("--out", type=Path, help="folder for rows.csv and plots")
     args = parser.parse_args(argv)
     healthy = train(args.steps // 4, 0.0, args.every, args.batch)
