@@ -111,7 +111,8 @@ def _odd_sizes(base: Request) -> Iterator[Found]:
             (a,) = case.calls(parse(shape), Inputs(device=base.device))
             calls[shape] = functools.partial(case.op, **a)
         samples = interleave(calls, base.plan, base.device)
-        mine, other = (f"{report.milliseconds(quantile(samples[s], 0.5))} ms" for s in (odd, even))
+        medians = (1e3 * quantile(samples[s], 0.5) for s in (odd, even))
+        mine, other = (f"{report.milliseconds(ms)} ms" for ms in medians)
         figure = median_ratio(samples[odd], samples[even])
         yield Claim(f"{odd} against {even}", figure, "<=", 1.15, "x", mine, other), []
 
