@@ -232,3 +232,9 @@ def test_a_cap_leaves_smaller_singular_values() -> None:
         U, S, V = torch.linalg.svd(W, full_matrices=False)
         want = (U * S.clamp(max=2.0 * (shape[0] / shape[1]) ** 0.5)) @ V
         torch.testing.assert_close(p.detach(), want, atol=1e-12, rtol=0)
+
+
+def test_adamw_has_no_matrix_rule() -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    with pytest.raises(ValueError, match="AdamW: rule must be 'adamw'"):
+        optim.AdamW([{"params": [p], "rule": "matrix"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .base import MatrixOptimizer
@@ -37,3 +38,6 @@ class AdamW(MatrixOptimizer):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         settings |= dict(nonfinite=nonfinite, maximize=maximize)
         super().__init__(params, {"rule": "adamw", **settings}, {}, settings)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        raise ValueError("AdamW: rule must be 'adamw', it has no other, got 'matrix'")

@@ -109,8 +109,8 @@ class MatrixOptimizer(Groups):
         return None
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        """The step of every matrix, before lr and factor."""
-        raise NotImplementedError(f"{self.name} has no matrix rule")
+        """The step of every matrix, before lr and factor: a subclass writes this, or `update`."""
+        raise NotImplementedError(f"{self.name} writes neither `direction` nor `update`")
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         """The number that multiplies the direction of matrix x, a view of `owner`."""
