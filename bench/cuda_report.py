@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import sass
+
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "cuda" / "CMakeFiles" / "_C_cuda.dir" / "csrc" / "cuda"
 RESULTS = Path(__file__).resolve().parent / "results" / "cuda_compile.json"
@@ -103,6 +105,7 @@ def rows(source: Path) -> list[dict[str, Any]]:
                     "stack": int(stack),
                     "shared": int(shared),
                     **counts,
+                    "mix": sass.mix(bodies_of[symbol]),
                 }
             )
     return sorted(found, key=lambda row: (row["op"], row["kernel"], ARCHES.index(row["arch"])))

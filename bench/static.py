@@ -1,7 +1,7 @@
 """What the GPU kernels compile to, and what that implies, on a machine without a GPU.
 
-Registers, spills, shared memory and instructions are the compiler's, from the committed reports
-(`bench/results/*_compile.json`; `--compile` makes Triton's anew). Occupancy, waves and tile
+Registers, spills, shared memory and instructions are the compilers', from the committed reports
+(compiled.py; `--compile` makes Triton's anew, `make cuda` nvcc's). Occupancy, waves and tile
 efficiency follow from them and from a case's shapes; a floor time is what the datasheet's rates
 allow work cut into those tiles. None of it is a measurement.
 """
@@ -10,94 +10,20 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import candidates, report, sass, shapes, triton_report
 from .cases import CASES
+from .compiled import DEVICES, FOLDER, Device, Kernel, kernels, triton_name
 from .inputs import DTYPES, Inputs
 from .makers import KELLER
 from .options import matches
 from .records import Run
-
-FOLDER = Path(__file__).parent / "results"
-WARP = 32
-
-
-class Device(NamedTuple):
-    """A datasheet: multiprocessors, dense FLOP/s by dtype, bytes per second; and what a
-    multiprocessor holds (CUDA C++ programming guide, table of compute capabilities)."""
-
-    name: str
-    processors: int
-    half: float
-    single: float
-    memory: float
-    shared: int
-    threads: int = 2048
-    blocks: int = 32
-    registers: int = 65536
-
-    def rate(self, dtype: str) -> float:
-        return self.single if dtype == "float32" else self.half
-
-
-DEVICES = {
-    "80": Device("A100 SXM 80 GB", 108, 312e12, 19.5e12, 2.039e12, 164 * 1024),
-    "90": Device("H100 SXM", 132, 989.4e12, 66.9e12, 3.35e12, 228 * 1024),
-    "100": Device("B200", 148, 2250e12, 75e12, 8.0e12, 228 * 1024),
-}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A compiled kernel as the reports have it."""
-
-    name: str
-    op: str
-    arch: str
-    dtype: str
-    blocks: tuple[int, ...]
-    warps: int
-    registers: int
-    shared: int
-    spills: int
-    mix: dict[str, int] = field(hash=False)
-
-    def resident(self, device: Device) -> int:
-        """Blocks a multiprocessor holds: registers come in units of 256 a warp, shared memory
-        with 1 KiB of the system's a block from sm_80 on."""
-        per_warp = 256 * math.ceil(max(self.registers, 1) * WARP / 256)
-        return min(
-            device.blocks,
-            device.threads // (WARP * self.warps),
-            device.registers // (per_warp * self.warps),
-            device.shared // (self.shared + 1024),
-        )
-
-    def occupancy(self, device: Device) -> float:
-        return self.resident(device) * self.warps * WARP / device.threads
-
-
-def kernel(row: dict[str, Any]) -> Kernel:
-    """A row of Triton's report, named op-dtype-blocks-sm_arch."""
-    head, _, arch = row["name"].rpartition("-sm_")
-    op, dtype, blocks = head.rsplit("-", 2)
-    sizes = tuple(int(b) for b in blocks.split("x")) if blocks else ()
-    return Kernel(row["name"], op, arch, dtype, sizes, row["warps"], row["registers"],
-                  row["shared"], row["spills"], row["mix"])  # fmt: skip
-
-
-def kernels(folder: Path = FOLDER) -> list[Kernel]:
-    rows = json.loads((folder / "triton_compile.json").read_text())
-    return [kernel(row) for row in rows if "-sm_" in row["name"]]
 
 
 class Launch(NamedTuple):
@@ -156,14 +82,6 @@ def _small(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
             batch * steps * (4.0 * short * short * long + 2.0 * short**3))  # fmt: skip
 
 
-# kernels of ops that go by another name in the reports
-KERNELS = {
-    "power_iteration_": "power-step",
-    "column_moment_": "column_moment_across",
-    "column_normalize": "column_normalize_across",
-}
-
-
 def tiling(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
     """Programs of a launch, FLOPs asked for, FLOPs of whole tiles (0: memory alone counts)."""
     if kernel.op == "gram":
@@ -205,15 +123,15 @@ def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]
     """The launch of a case on every device: as `kernels/configs.py` picks, the first record whose
     tiles fill the device, else the one with most tiles."""
     workload = shapes.parse(shape)
-    op = KERNELS.get(name, name.rstrip("_"))
+    op = triton_name(name)
     if not CASES[name].takes_list:
         shape = shapes.describe(workload.shapes[:1])  # one call of several
         workload = shapes.parse(shape)
-    by_device: dict[tuple[str, str], list[Kernel]] = {}
+    alike: dict[tuple[str, str, str], list[Kernel]] = {}
     for k in found:
         if k.op == op and k.blocks and all(fits(k, s) for s in workload.shapes):
-            by_device.setdefault((k.arch, k.dtype), []).append(k)
-    for (arch, dtype), choices in by_device.items():
+            alike.setdefault((k.arch, k.dtype, k.language), []).append(k)
+    for (arch, dtype, _), choices in alike.items():
         made = []
         for k in choices:
             parts = [tiling(s, k) for s in workload.shapes]
@@ -224,16 +142,16 @@ def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]
         yield next(filling, max(made, key=lambda m: m.tiles))
 
 
-HEAD = ("op", "shape", "GPU", "tile", "dtype", "regs", "spills", "KiB", "warps", "occup.", "waves",
-        "tile eff.", "floor us")  # fmt: skip
+HEAD = ("op", "shape", "by", "GPU", "tile", "dtype", "regs", "spills", "KiB", "warps", "occup.",
+        "waves", "tile eff.", "floor us")  # fmt: skip
 
 
 def cells(x: Launch) -> tuple[str, ...]:
     k = x.kernel
     return (
-        x.case, x.shape, "sm_" + k.arch, "x".join(map(str, k.blocks)), k.dtype, str(k.registers),
-        str(k.spills), f"{k.shared / 1024:.0f}", str(k.warps), f"{k.occupancy(x.device):.0%}",
-        f"{x.waves:.2f}", f"{x.efficiency:.0%}", f"{1e6 * x.floor:.1f}",
+        x.case, x.shape, k.language, "sm_" + k.arch, "x".join(map(str, k.blocks)), k.dtype,
+        str(k.registers), str(k.spills), f"{k.shared / 1024:.0f}", str(k.warps),
+        f"{k.occupancy(x.device):.0%}", f"{x.waves:.2f}", f"{x.efficiency:.0%}", f"{1e6 * x.floor:.1f}",
     )  # fmt: skip
 
 
@@ -258,19 +176,20 @@ def main(options: argparse.Namespace, run: Run) -> None:
         triton_report.main(["--out", str(path)])
     found = kernels()
     wanted = [k for k in found if k.dtype in (options.dtype or ("bfloat16", "float32"))]
-    lines, used = [], []
+    lines: list[tuple[str, ...]] = []
+    used: dict[str, Kernel] = {}
     for name, case in CASES.items():
         for shape in options.shape or case.shapes:
             for x in launches(wanted, name, shape):
                 row = cells(x)
                 if options.filter is None or matches(options.filter, "-".join(row)):
                     lines.append(row)
-                    used.append(x.kernel)
+                    used[x.kernel.name] = x.kernel
     if not lines:
         raise ValueError("bench: no compiled kernel matches; see bench static without -k")
     print("Not measured: compiled ahead of time; floors by datasheet rates of")
     for arch, d in DEVICES.items():
         rates = f"{d.half / 1e12:g} TFLOP/s half, {d.single / 1e12:g} float32"
         print(f"  sm_{arch}  {d.name}: {d.processors} SMs, {rates}, {d.memory / 1e12:g} TB/s")
-    print("", *report.align([HEAD, *lines], left=5), "", sep="\n")
-    print("\n".join(mixes(dict.fromkeys(used))))
+    print("", *report.align([HEAD, *lines], left=6), "", sep="\n")
+    print("\n".join(mixes(used.values())))

@@ -307,7 +307,9 @@ def test_cluster_model() -> None:
 
 def test_static_evidence(capsys: pytest.CaptureFixture[str]) -> None:
     """Occupancy and waves by the guide's arithmetic; the report covers every product's case."""
-    kernel = static.Kernel("k", "gram", "90", "bfloat16", (64, 64, 64), 4, 117, 80 * 1024, 0, {})
+    kernel = static.Kernel(
+        "Triton", "k", "gram", "90", "bfloat16", (64, 64, 64), 4, 117, 80 * 1024, 0, {}
+    )
     device = static.DEVICES["90"]
     assert kernel.resident(device) == 2  # 228 KiB over 81
     assert kernel.occupancy(device) == 2 * 128 / 2048
@@ -317,6 +319,9 @@ def test_static_evidence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["static", "-k", "gram and sm_90", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "H100 SXM" in printed and "gram-bfloat16-128x128x64-sm_90" in printed
+    assert main(["static", "-k", "column_moment_ and sm_90", "--dtype", "bfloat16"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {"CUDA", "Triton"} == {line[2] for line in lines if line[:1] == ["column_moment_"]}
     assert sass.mix("/*0010*/  @P0 HGMMA.64x64 R1 ;\n /*0020*/ LDG.E R2 ;\n /*0030*/ NOP ;") == {
         "tensor": 1, "global": 1
     }  # fmt: skip
