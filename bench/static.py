@@ -151,7 +151,8 @@ def cells(x: Launch) -> tuple[str, ...]:
     return (
         x.case, x.shape, k.language, "sm_" + k.arch, "x".join(map(str, k.blocks)), k.dtype,
         str(k.registers), str(k.spills), f"{k.shared / 1024:.0f}", str(k.warps),
-        f"{k.occupancy(x.device):.0%}", f"{x.waves:.2f}", f"{x.efficiency:.0%}", f"{1e6 * x.floor:.1f}",
+        f"{k.occupancy(x.device):.0%}", f"{x.waves:.2f}", f"{x.efficiency:.0%}",
+        f"{1e6 * x.floor:.1f}",
     )  # fmt: skip
 
 
