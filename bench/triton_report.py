@@ -137,7 +137,8 @@ def small(arch: str) -> Iterator[Build]:
                 X_ORDER=1, OUT_ORDER=1, ALIGNED=True, SCALE=True, BLOCK_N=short, BLOCK_M=long,
                 END=end, **({} if end is ends.update else {"first": None, "second": None}),
             )  # fmt: skip
-            options = dict(num_warps=kernels.warps(short, long), num_stages=1, **kernels.FUSION)
+            warps = kernels.warps(arch, short, long)
+            options = dict(num_warps=warps, num_stages=1, **kernels.FUSION)
             op = "small_newton_schulz" if end is ends.store else "small_muon"
             yield Build(op, kernels.iterate_kernel, constants, options, arch, label, True)
 

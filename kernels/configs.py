@@ -73,7 +73,16 @@ def device_of(device: torch.device) -> tuple[str, int]:
     if device.type == "cpu":
         return "cpu", 2
     properties = torch.cuda.get_device_properties(device)
-    return f"{properties.major}{properties.minor}", properties.multi_processor_count
+    if torch.version.hip:  # "gfx942:sramecc+:xnack-"
+        arch = properties.gcnArchName.partition(":")[0]
+    else:
+        arch = f"{properties.major}{properties.minor}"
+    return arch, properties.multi_processor_count
+
+
+def lanes(arch: str) -> int:
+    """Threads of a warp."""
+    return 64 if arch.startswith("gfx") else 32
 
 
 def precision(dtype: torch.dtype) -> str:

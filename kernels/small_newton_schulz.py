@@ -10,7 +10,7 @@ import triton.language as tl
 from orthonorm import ops
 from torch import Tensor
 
-from . import ends, tables, tiles
+from . import configs, ends, tables, tiles
 from .configs import FUSION
 from .ends import End, Extra
 
@@ -108,9 +108,10 @@ def key(x: tables.View, y: tables.View) -> tuple[object, ...]:
     return (*types, x.order, y.order, aligned, block(x.rows), block(x.columns))
 
 
-def warps(short: int, long: int) -> int:
-    """Warps of one program: those that leave its accumulators in registers."""
-    return max(1, min(8, short * long // 1024))
+def warps(arch: str, short: int, long: int) -> int:
+    """Warps of one program: those that leave its accumulators in registers (on gfx942 256 threads
+    have 512 each, and use 372; 512 have 256 and spill; Triton 3.9, 2026-11)."""
+    return max(1, min(256, short * long // 32) // configs.lanes(arch))
 
 
 def small_newton_schulz(
@@ -145,10 +146,11 @@ def small_iterations(
 ) -> None:
     """`small_newton_schulz` with an end of its products."""
     norms = None if norms is None else norms.to(torch.float64).contiguous()
+    arch, _ = configs.device_of(X[0].device)
     for launch, entries in tables.grouped(rows(X, out, extras)).items():
         table = tables.table(entries, (eps, safety, *end.padded), X[0].device, coefficients)
         iterate_kernel[(table.tiles,)](
             table.data, table.count, len(coefficients) // 3, norms, end.first, end.second,
             table.steps, *launch, tables.TYPES[dtype], scale, end.function,
-            num_warps=warps(*launch[-2:]), num_stages=1, **FUSION,
+            num_warps=warps(arch, *launch[-2:]), num_stages=1, **FUSION,
         )  # fmt: skip

@@ -27,17 +27,9 @@ SPILLS = {
     "symmetric_update-bfloat16-128x128x32-sm_80": 2,
     "small_newton_schulz-bfloat16-128x128-sm_80": 4,
     "small_muon-bfloat16-128x128-sm_80": 4,
-    "apply-tall-float32-64x64x16-sm_90": 4,
-    "muon-tall-float32-128x64x16-sm_90": 6,
-    "rotate_back-float32-128x64x16-sm_90": 10,
-    "rotate_back-float32-64x64x16-sm_90": 2,
     "factored_moment_across-bfloat16-64x32-sm_90": 2,
     "gram-tall-tf32-64x64x32-sm_100": 2,
     "conda-there-tf32-128x64x32-sm_100": 16,
-    "small_newton_schulz-float16-128x128-gfx942": 72,  # with 256 registers of 512
-    "small_newton_schulz-bfloat16-128x128-gfx942": 40,
-    "small_muon-float16-128x128-gfx942": 92,
-    "small_muon-bfloat16-128x128-gfx942": 62,
 }
 
 
