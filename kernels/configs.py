@@ -73,11 +73,7 @@ def device_of(device: torch.device) -> tuple[str, int]:
     if device.type == "cpu":
         return "cpu", 2
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:  # "gfx942:sramecc+:xnack-"
-        arch = properties.gcnArchName.partition(":")[0]
-    else:
-        arch = f"{properties.major}{properties.minor}"
-    return arch, properties.multi_processor_count
+    return f"{properties.major}{properties.minor}", properties.multi_processor_count
 
 
 def lanes(arch: str) -> int:
