@@ -7,6 +7,7 @@ from .auon import AuON, HybridAuON
 from .base import REGISTRY, MatrixOptimizer
 from .conda import Conda
 from .dion import Dion
+from .dion2 import Dion2
 from .muon import Muon
 from .muoneq import MuonEq
 from .normuon import NorMuon
@@ -18,8 +19,10 @@ from .signum import Signum
 from .soap import SOAP
 from .split import split_params
 from .splus import SPlus
+from .sso import SSO
 from .state import Batch, Updates
 from .steepest import SteepestDescent
+from .stiefel_adam import StiefelAdam
 from .swan import SWAN
 from .trust_region import TrustRegion
 
@@ -27,6 +30,7 @@ __all__ = [
     "REGISTRY",
     "SCALE",
     "SOAP",
+    "SSO",
     "SWAN",
     "AdaGO",
     "AdaMuon",
@@ -35,6 +39,7 @@ __all__ = [
     "Batch",
     "Conda",
     "Dion",
+    "Dion2",
     "HybridAuON",
     "MatrixOptimizer",
     "Muon",
@@ -47,6 +52,7 @@ __all__ = [
     "Shampoo",
     "Signum",
     "SteepestDescent",
+    "StiefelAdam",
     "TrustRegion",
     "Updates",
     "split_params",
