@@ -258,8 +258,8 @@ ROWS = [
     ),
     Row(
         "SSO",
-        dict(lr=0.02, precision="full"),
-        oracle(sso, lr=0.02),
+        dict(lr=0.02, bisections=6, precision="full"),
+        oracle(sso, lr=0.02, bisections=6),
         {**POLAR, **EXPRESS, "radius": [0, *NUMBER], "power_steps": WHOLE, "bisections": WHOLE,
          "retract": FLAG},
         no_decay=dict(retract=False),

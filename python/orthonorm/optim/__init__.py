@@ -6,12 +6,15 @@ from .adamw import AdamW
 from .auon import AuON, HybridAuON
 from .base import REGISTRY, MatrixOptimizer
 from .conda import Conda
+from .configure import configure
+from .convert import convert_state_dict
 from .dion import Dion
 from .dion2 import Dion2
 from .muon import Muon
 from .muoneq import MuonEq
 from .normuon import NorMuon
 from .polargrad import PolarGrad
+from .qk_clip import observe_logits_, qk_clip_, qk_clip_after_step
 from .scale import SCALE
 from .scion import Scion, ScionLight
 from .shampoo import Shampoo
@@ -55,5 +58,10 @@ __all__ = [
     "StiefelAdam",
     "TrustRegion",
     "Updates",
+    "configure",
+    "convert_state_dict",
+    "observe_logits_",
+    "qk_clip_",
+    "qk_clip_after_step",
     "split_params",
 ]

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..exact import polar_exact
+from ..ops import newton_schulz
 from ..ops.normalize import accumulator
 from ..ops.steps import work_parts
+from ..polar import polynomial
 from .base import MatrixOptimizer
 from .settings import Common, Rule, number_below
 from .state import Batch
 
 NAMES = ("skew", "skew_sq", "normal", "normal_sq")
+STEPS = 12  # of Newton-Schulz: to rounding for singular values above 3e-4 |X|_F
 
 
 class StiefelAdam(MatrixOptimizer):
@@ -40,8 +42,9 @@ class StiefelAdam(MatrixOptimizer):
         **common: what every optimizer takes, see `settings.Common`. There is no weight decay.
 
     Square X has no V. As in the authors' code V is not over 1-beta1^t, and xi acts by one Euler
-    step (their default of three). Their last polar factor is by ten iterations, ours exact; their
-    wide matrices are transposed along the batch. Zero gradients and averages move nothing.
+    step (their default of three). Their polar factor is by ten coupled iterations on X^T X, ours by
+    STEPS on X; their wide matrices are transposed along the batch. Where gradient and averages are
+    zero nothing moves.
     State: `skew`, `skew_sq` (k x k), `normal`, `normal_sq` (d x k), `step`; 8 (d k + k^2) bytes per
     matrix in float32, 8 k^2 if it is square.
 
@@ -96,7 +99,7 @@ def move_(batch: Batch, lr: Tensor, group: dict[str, Any]) -> None:
     slope = (1 - a / (a - 1)) / 2 * (A - A.mT)
     Y, p = beta1 * Y - (1 - beta1) * slope, beta2 * p + (1 - beta2) * slope.square()
     xi = lr * ratio(Y, (p / second).sqrt() + eps) / first
-    moved = (xi != 0).any(-1, True).any(-2, True)
+    moved = nonzero(G) | nonzero(xi)
     new = X + X @ xi
     if m != n:
         slope = G - X @ A
@@ -106,12 +109,24 @@ def move_(batch: Batch, lr: Tensor, group: dict[str, Any]) -> None:
         S = new.mT @ new
         D = D - new @ torch.linalg.solve_ex(S, new.mT @ D).result
         V = V - lr * new @ (D.mT @ V)
-        moved = moved | (D != 0).any(-1, True).any(-2, True)
+        moved = moved | nonzero(D)
         new = new + lr * D @ S
-    new = torch.where(moved, polar_exact(new).factor, X)
+    new = torch.where(moved, retracted(new), X)
     torch._foreach_copy_(batch.params, list((new if m >= n else new.mT).unbind()))
     for name, value in zip(NAMES, (Y, p, V, q), strict=True):
         torch._foreach_copy_(batch.state[name], list(value.unbind()))
+
+
+def retracted(X: Tensor) -> Tensor:
+    p = polynomial("polar_express", STEPS, precision="full")
+    factors = newton_schulz.overload(
+        [X], p.coefficients, p.restarts, "auto", p.precision, p.scale, 0.0, p.safety
+    )
+    return factors[0]
+
+
+def nonzero(x: Tensor) -> Tensor:
+    return (x != 0).any(-1, True).any(-2, True)
 
 
 def ratio(x: Tensor, y: Tensor) -> Tensor:
