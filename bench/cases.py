@@ -373,6 +373,9 @@ STEPS: dict[str, Step] = {
         _relative("Shampoo", 1e-3, polynomial=False),
         _relative("SPlus", 0.1, polynomial=False),
         _relative("Dion", 0.01, polynomial=False),
+        _relative("Dion2", 0.01, polynomial=False),  # of a quarter of the rows
+        _relative("SSO", 1e-3),
+        _relative("StiefelAdam", 1e-3, states=2, polynomial=False),
     )
 }  # fmt: skip
 NAMES = (*CASES, *STEPS)

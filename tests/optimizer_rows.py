@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from oracle_manifolds import sso, stiefel_adam
 from oracle_muon import adamuon, normuon
 from oracle_norms import scion, signum, trust_region
 from oracle_relatives import (
     adago,
     auon,
     dion,
+    dion2,
     hybrid_auon,
     muoneq,
     polargrad,
@@ -246,6 +248,31 @@ ROWS = [
         {"momentum": MOMENTUM, "weight_decay": NUMBER, "rank_fraction": [0, *NUMBER], **MATRIX},
         state=lambda m, n: m * n + n * math.ceil(0.3 * min(m, n)),
         per_matrix=True,
+    ),
+    Row(
+        "Dion2",
+        dict(lr=0.02, precision="full"),
+        oracle(dion2, lr=0.02),
+        {**POLAR, **EXPRESS, "adjust_lr_fn": ["rms"], "fraction": [0, 1.1, *NUMBER],
+         "beta2": BETA[:-1], "norm_eps": NUMBER},
+    ),
+    Row(
+        "SSO",
+        dict(lr=0.02, bisections=6, precision="full"),
+        oracle(sso, lr=0.02, bisections=6),
+        {**POLAR, **EXPRESS, "radius": [0, *NUMBER], "power_steps": WHOLE, "bisections": WHOLE,
+         "retract": FLAG},
+        no_decay=dict(retract=False),
+        state=lambda m, n: m * n + m + n,
+    ),
+    Row(
+        "StiefelAdam",
+        dict(lr=0.02),
+        oracle(stiefel_adam, lr=0.02),
+        {"betas": BETAS, "eps": NUMBER, "metric": [1, math.nan, "x", None, True], **MATRIX,
+         "decay": ["cautious", None]},
+        no_decay={},
+        state=lambda m, n: 2 * min(m, n) ** 2 + (2 * m * n if m != n else 0),
     ),
     Row(
         "SCALE",

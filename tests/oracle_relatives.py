@@ -1,4 +1,4 @@
-"""AuON, AdaGO, PolarGrad, MuonEq, SWAN, SCALE, steepest descent and Dion in NumPy, and cases."""
+"""AuON, AdaGO, PolarGrad, MuonEq, SWAN, SCALE, steepest descent and Dions in NumPy, and cases."""
 
 from __future__ import annotations
 
@@ -120,6 +120,28 @@ def dion(
     return (1 - lr * weight_decay) * W - lr * (m / n) ** 0.5 * P @ s["Q"].T
 
 
+def dion2(
+    W: Array, G: Array, s: State, t: int, *, lr: float, weight_decay: float = 0.01,
+    fraction: float = 0.25, mu: float = 0.95, beta2: float | None = None,
+) -> Array:  # fmt: skip
+    """Row by row, columns as the rows of the transpose."""
+    m, n = W.shape
+    B = s["M"] = s.get("M", 0.0) + G
+    turned = m > n and beta2 is None
+    V = (1 - lr * weight_decay) * W
+    rows, target = (B.T, V.T) if turned else (B, V)
+    K = np.argsort(-np.abs(rows).sum(axis=1))[: int(np.ceil(fraction * len(rows)))]
+    O = newton_schulz(rows[K], triples=EXPRESS["triples"][:5], safety=EXPRESS["safety"])  # noqa: E741
+    rows[K] *= mu
+    if beta2 is not None:
+        v = s.setdefault("v", np.zeros(m))
+        v[K] = beta2 * v[K] + (1 - beta2) * (O * O).mean(axis=1)
+        N = O / (np.sqrt(v[K])[:, None] + 1e-8)
+        O = N * np.linalg.norm(O) / np.linalg.norm(N)  # noqa: E741
+    target[K] -= lr * (m / n) ** 0.5 * O
+    return V
+
+
 def both(name: str, rule: Any, same: dict[str, Any], **ours: Any) -> Any:
     """A case whose arguments are named alike on both sides, but for `ours`."""
     return name, {**same, **ours}, rule, same
@@ -146,6 +168,8 @@ RELATIVES = [
     ("SteepestDescent", dict(FULL, lr=1e-3, momentum=0.9), steepest, dict(lr=1e-3, mu=0.9)),
     both("Dion", dion, dict(lr=0.02, weight_decay=0.1)),
     both("Dion", dion, dict(lr=0.02, rank_fraction=0.3)),
+    both("Dion2", dion2, dict(lr=0.02, weight_decay=0.1), **FULL),
+    both("Dion2", dion2, dict(lr=0.02, fraction=0.6, beta2=0.9), **FULL),
     *(("AdaMuon", dict(FULL, lr=1e-3, rescale=r, moment=m), adamuon,
        dict(lr=1e-3, rescale=r, moment=m)) for r, m in
       (("none", "factored"), ("none", "study"), ("rms", "factored"))),

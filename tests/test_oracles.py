@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from optimizer_rows import make, set_grads
+from oracle_manifolds import MANIFOLDS
 from oracle_muon import adamuon, muon, normuon
 from oracle_norms import scion, signum, trust_region
 from oracle_relatives import RELATIVES
@@ -87,6 +88,7 @@ CASES = [
     scions("ScionLight", lr=0.1, momentum=0.1),
     scions("ScionLight", lr=0.1, momentum=0.3, norm="sign", normalized=True),
     *RELATIVES,
+    *MANIFOLDS,
 ]  # fmt: skip
 
 

@@ -6,11 +6,15 @@ from .adamw import AdamW
 from .auon import AuON, HybridAuON
 from .base import REGISTRY, MatrixOptimizer
 from .conda import Conda
+from .configure import configure
+from .convert import convert_state_dict
 from .dion import Dion
+from .dion2 import Dion2
 from .muon import Muon
 from .muoneq import MuonEq
 from .normuon import NorMuon
 from .polargrad import PolarGrad
+from .qk_clip import observe_logits_, qk_clip_, qk_clip_after_step
 from .scale import SCALE
 from .scion import Scion, ScionLight
 from .shampoo import Shampoo
@@ -18,8 +22,10 @@ from .signum import Signum
 from .soap import SOAP
 from .split import split_params
 from .splus import SPlus
+from .sso import SSO
 from .state import Batch, Updates
 from .steepest import SteepestDescent
+from .stiefel_adam import StiefelAdam
 from .swan import SWAN
 from .trust_region import TrustRegion
 
@@ -27,6 +33,7 @@ __all__ = [
     "REGISTRY",
     "SCALE",
     "SOAP",
+    "SSO",
     "SWAN",
     "AdaGO",
     "AdaMuon",
@@ -35,6 +42,7 @@ __all__ = [
     "Batch",
     "Conda",
     "Dion",
+    "Dion2",
     "HybridAuON",
     "MatrixOptimizer",
     "Muon",
@@ -47,7 +55,13 @@ __all__ = [
     "Shampoo",
     "Signum",
     "SteepestDescent",
+    "StiefelAdam",
     "TrustRegion",
     "Updates",
+    "configure",
+    "convert_state_dict",
+    "observe_logits_",
+    "qk_clip_",
+    "qk_clip_after_step",
     "split_params",
 ]

@@ -84,10 +84,24 @@ def at_least(low: float) -> Rule:
     return lambda name, key, value: check.number(name, key, value, low)
 
 
+def number_below(high: float) -> Rule:
+    def rule(name: str, key: str, value: Any) -> None:
+        check.number(name, key, value)
+        if value >= high:
+            raise ValueError(f"{name}: {key} must be below {high:g}, got {value}")
+
+    return rule
+
+
 def positive(name: str, key: str, value: Any) -> None:
     check.number(name, key, value)
     if value <= 0:
         raise ValueError(f"{name}: {key} must be above 0, got {value}")
+
+
+def part(name: str, key: str, value: Any) -> None:
+    check.number(name, key, value, 0.0, 1.0)
+    positive(name, key, value)
 
 
 def whole(low: int) -> Rule:

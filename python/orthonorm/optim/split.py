@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -45,24 +45,51 @@ def split_params(
 
     Returns: groups with `params` as (name, parameter) pairs; the rest comes from the optimizer.
     """
+    return grouped(assign(model, adamw=adamw, heads=heads, split=split))
+
+
+class Assigned(NamedTuple):
+    """A parameter, its module, the keys of its matrix group, or the reason why AdamW takes it."""
+
+    name: str
+    p: nn.Parameter
+    owner: nn.Module
+    keys: dict[str, Any]
+    reason: str
+
+
+def assign(
+    model: nn.Module,
+    *,
+    adamw: Sequence[str],
+    heads: Mapping[str, int | Sequence[int]] | None,
+    split: Mapping[str, Sequence[int]] | None,
+) -> list[Assigned]:
+    """What `split_params` says of every parameter, in the order of the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_params: model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(adamw, (list, tuple)) or not all(isinstance(x, str) for x in adamw):
         raise TypeError(f"split_params: adamw must be a list of patterns, got {adamw!r}")
     _check_patterns(model, heads=heads, split=split)
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found = []
     tied = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters()}
     owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        owner = owners[id(p)]
-        if id(p) in tied or not is_hidden(name, p, owner, adamw):
-            keys: dict[str, Any] = {"rule": "adamw"}
-        else:
-            keys = {"rule": "matrix", **_views(name, p, owner, heads or {}, split or {})}
+        if p.requires_grad:
+            owner = owners[id(p)]
+            reason = "embedding" if id(p) in tied else _not_hidden(name, p, owner, adamw)
+            keys = {} if reason else _views(name, p, owner, heads or {}, split or {})
+            found.append(Assigned(name, p, owner, keys, reason))
+    return found
+
+
+def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
+    """Param groups, those of matrices first."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for a in found:
+        keys = {"rule": "adamw" if a.reason else "matrix", **a.keys}
         slot = tuple(sorted((k, str(v)) for k, v in keys.items()))
-        groups.setdefault(slot, {"params": [], **keys})["params"].append((name, p))
+        groups.setdefault(slot, {"params": [], **keys})["params"].append((a.name, a.p))
     return sorted(groups.values(), key=lambda g: str(g["rule"]) == "adamw")
 
 
@@ -70,12 +97,23 @@ def is_hidden(
     name: str, p: Tensor, owner: nn.Module | None = None, adamw: Sequence[str] = NOT_HIDDEN
 ) -> bool:
     """Whether `split_params` gives a parameter of module `owner` to the matrix rule."""
-    if p.dim() < 2 or isinstance(owner, TRANSPOSED):
-        return False
+    return not _not_hidden(name, p, owner, adamw)
+
+
+def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[str]) -> str:
+    """Why a parameter is not a hidden matrix; "" if it is."""
+    if p.dim() < 2:
+        return "vector" if p.dim() else "scalar"
+    if isinstance(owner, TRANSPOSED):
+        return "transposed convolution"
     rows, cols = (p.shape[0], p[0].numel()) if isinstance(owner, CONVOLUTIONS) else p.shape[-2:]
     if min(rows, cols) < 2:
-        return False
-    return not any(fnmatchcase(part, pattern) for part in name.split(".") for pattern in adamw)
+        return "side of 1"
+    for part in name.split("."):
+        for pattern in adamw:
+            if fnmatchcase(part, pattern):
+                return f"named {pattern}"
+    return ""
 
 
 def _views(

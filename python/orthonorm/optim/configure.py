@@ -1,0 +1,115 @@
+"""From a model and a name to an optimizer: param groups, class, and a report of what went where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .adamw import AdamW
+from .base import REGISTRY, MatrixOptimizer
+from .split import CONVOLUTIONS, NOT_HIDDEN, Assigned, assign, grouped
+
+# Weights that fuse equal matrices along dim 0, by a component of their path: how many. Not
+# "query_key_value", whose rows are by heads in some libraries and by q, k and v in others.
+FUSED = {"qkv": 3, "Wqkv": 3, "c_attn": 3, "qkv_proj": 3, "kv_proj": 2, "gate_up_proj": 2, "w12": 2}
+
+
+def configure(
+    model: nn.Module,
+    optimizer: str = "Muon",
+    *,
+    names: Sequence[str] = NOT_HIDDEN,
+    heads: Mapping[str, int | Sequence[int]] | None = None,
+    split: Mapping[str, Sequence[int]] | None = None,
+    report: Callable[[str], Any] | None = print,
+    **settings: Any,
+) -> MatrixOptimizer:
+    """The optimizer of a model: `split_params`, and what is usual for its kind of model.
+
+    Transformers (dense, MoE, MLA), ConvNets and MLPs: hidden matrices, convolutions (out x rest),
+    expert stacks (batches), routers and low-rank projections are matrices; fused weights of FUSED
+    are split where their rows are as many times their columns (q, k, v) or even (gate, up).
+    Embeddings, vectors and heads go to AdamW. Where no weight is named as one of them, the last
+    Linear or convolution of the model is taken for the head, unless `names` are given.
+
+    Args:
+        model: its parameters that require gradients are all updated, each once.
+        optimizer: a class name of `orthonorm.optim`, in any case: "normuon", "SOAP".
+        names, heads, split: as split_params' adamw, heads and split; they come first.
+        report: what the report is handed to as a string, or None.
+        **settings: the class's own (`lr`, `adamw=dict(lr=...)`, ...).
+
+    Raises: ValueError or TypeError for an unknown class, patterns that match nothing, or settings
+    that the class does not take.
+    """
+    cls = by_name(optimizer)
+    found = assign(model, adamw=names, heads=heads, split=split)
+    outside = any(a.reason.startswith(("named", "embedding")) and a.p.dim() > 1 for a in found)
+    if names is NOT_HIDDEN and not outside:
+        found = without_last(found)
+    found = [pieces(a) for a in found]
+    groups = grouped(found)
+    if cls is AdamW:
+        groups = [{"params": [(a.name, a.p) for a in found]}]
+    made = cls(groups, **settings)
+    if report is not None:
+        report(describe(found, made))
+    return made
+
+
+def by_name(name: object) -> type[MatrixOptimizer]:
+    known = {key.lower(): cls for key, cls in REGISTRY.items()}
+    if not isinstance(name, str) or name.lower() not in known:
+        raise ValueError(f"configure: optimizer must be one of {sorted(REGISTRY)}, got {name!r}")
+    return known[name.lower()]
+
+
+def without_last(found: list[Assigned]) -> list[Assigned]:
+    """The last weight of a Linear or convolution, if it is not the only one, goes to AdamW."""
+    kinds = (nn.Linear, *CONVOLUTIONS)
+    weights = [i for i, a in enumerate(found) if not a.reason and isinstance(a.owner, kinds)]
+    for i in weights[1:][-1:]:
+        found[i] = found[i]._replace(reason="last layer", keys={})
+    return found
+
+
+def pieces(a: Assigned) -> Assigned:
+    """With the split of a fused weight, where its name and shape say one."""
+    count = next((FUSED[part] for part in a.name.split(".") if part in FUSED), 0)
+    rows = a.p.shape[0] if a.p.dim() == 2 else 0
+    even = rows % count == 0 if count == 2 else count == 3 and rows == 3 * a.p.shape[-1]
+    if a.reason or a.keys or not count or not even:
+        return a
+    return a._replace(keys={"split": (rows // count,) * count})
+
+
+def describe(found: list[Assigned], optimizer: MatrixOptimizer) -> str:
+    """One line per kind of weight: where it went and why, how often, its shape."""
+    lines: dict[tuple[Any, ...], int] = {}
+    totals = {"matrix": 0, "adamw": 0}
+    for a in found:
+        rule = "adamw" if a.reason or isinstance(optimizer, AdamW) else "matrix"
+        how = a.reason or ", ".join(f"{k}={v}" for k, v in a.keys.items()) or kind(a)
+        name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", a.name)
+        key = (rule, name, tuple(a.p.shape), how)
+        lines[key] = lines.get(key, 0) + 1
+        totals[rule] += a.p.numel()
+    text = []
+    for rule, title in (("matrix", optimizer.name), ("adamw", "AdamW")):
+        if totals[rule]:
+            text.append(f"{title}: {totals[rule]:,} parameters")
+        for (r, name, shape, how), count in lines.items():
+            if r == rule:
+                size = "x".join(map(str, shape)) or "scalar"
+                text.append(f"  {name:40} {count:4} of {size:16} {how}")
+    return "\n".join(text)
+
+
+def kind(a: Assigned) -> str:
+    """How a weight is seen without keys."""
+    if a.p.dim() > 3:
+        return "flattened"
+    return "batch" if a.p.dim() == 3 else "matrix"

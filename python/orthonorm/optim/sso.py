@@ -1,0 +1,123 @@
+"""SSO: W <- R W / sigma_1(W), W <- W - lr R polar(X + lambda u v^T), X = B / |B|_F.
+
+R = radius sqrt(m/n); u, v are W's leading singular vectors, and lambda leaves sigma_1 as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import divide_each, inner, magnitude, power_iteration_
+from ..ops.normalize import accumulator
+from ..ops.spectral import start_vector
+from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
+from .settings import FLAG, Rule, positive, whole
+from .state import Batch, Updates
+
+
+class SSO(Orthogonalizing):
+    """Spectral sphere: steepest descent in the spectral norm among matrices of one spectral norm.
+
+    Args:
+        params, lr, momentum, nesterov: as Muon; lr is relative to W's norm.
+        weight_decay: as Muon; the sphere leaves it little to do.
+        radius: R over sqrt(m/n).
+        power_steps: of the power iteration that follows u and v from step to step.
+        bisections: halvings of the interval for lambda, each of which takes a polar factor.
+        retract: False leaves W's norm as it is; only the direction stays tangent.
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz, here
+            with ns_coefficients="polar_express".
+
+    lambda solves <u v^T, polar(X + lambda u v^T)> = 0. The left side is the derivative of
+    the convex |X + lambda u v^T|_*, so it grows and |lambda| <= 2 |X|_*: bisection asks nothing of
+    the device. The authors look for a bracket from 0 and stop at a tolerance, each of which waits
+    for it, and add 1e-8 to sigma_1. Defaults are a choice.
+    State: `momentum_buffer`, `left_vector`, `right_vector`, `step`; 4 bytes per parameter and
+    4 (m + n) per matrix in float32.
+
+    Source: arXiv:2601.08393.
+    """
+
+    state_names = ("momentum_buffer",)
+    counts_steps = True
+    rules: ClassVar[dict[str, Rule]] = {"radius": positive, "power_steps": whole(1),
+             "bisections": whole(1), "retract": FLAG}  # fmt: skip
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        *,
+        nesterov: bool = True,
+        radius: float = 1.0,
+        power_steps: int = 10,
+        bisections: int = 20,
+        retract: bool = True,
+        **common: Unpack[NewtonSchulz],
+    ) -> None:
+        settings = dict(
+            NEWTON_SCHULZ, ns_coefficients="polar_express", lr=lr,
+            weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, radius=radius,
+            power_steps=power_steps, bisections=bisections, retract=retract,
+        )  # fmt: skip
+        super().__init__(params, settings, common)
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        *batch, m, n = x.shape
+        return {"left_vector": (*batch, m), "right_vector": (*batch, n)}
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        left, right = batch.state["left_vector"], batch.state["right_vector"]
+        for w, v, t in zip(batch.params, right, batch.steps, strict=True):
+            if t == 1:
+                v.copy_(start_vector(w))
+        sigma = power_iteration_.overload(
+            batch.params, left, right, group["power_steps"], "u_first", 0.0
+        )
+        if group["retract"]:
+            self.retract_(batch.params, sigma, group)
+        X, tops, first = [], [], 0
+        for u in updates.stacks:
+            rows = slice(first, first := first + len(u))
+            dtype = accumulator(u)
+            X.append(divide_each.overload(u, magnitude.overload([u]), dtype))
+            pair = (torch.stack(vectors[rows]).to(dtype) for vectors in (left, right))
+            tops.append(torch.einsum("...i,...j->...ij", *pair))
+        return self.tangent(Updates(X), Updates(tops), group)
+
+    def retract_(self, params: list[Tensor], sigma: Tensor, group: dict[str, Any]) -> None:
+        """W <- R W / sigma, where sigma is a number above 0."""
+        radii = [group["radius"] * math.sqrt(w.shape[-2] / w.shape[-1]) for w in params]
+        counts = [math.prod(w.shape[:-2]) for w in params]
+        pairs = zip(params, radii, sigma.double().split(counts), strict=True)
+        ratios = [torch.where(s > 0, R / s, 1.0).view(*w.shape[:-2], 1, 1) for w, R, s in pairs]
+        torch._foreach_mul_(params, ratios)
+
+    def tangent(self, X: Updates, tops: Updates, group: dict[str, Any]) -> Updates:
+        """polar(X + lambda u v^T), orthogonal to u v^T."""
+
+        def shifted(lam: Tensor) -> Updates:
+            counts = [math.prod(x.shape[:-2]) for x in X.stacks]
+            triples = zip(X.stacks, tops.stacks, lam.split(counts), strict=True)
+            return self.polar(
+                Updates([x + (s.view(*x.shape[:-2], 1, 1) * top).to(x.dtype)
+                         for x, top, s in triples]), group
+            )  # fmt: skip
+
+        high = 2 * inner.overload(X.stacks, self.polar(X, group).stacks)
+        low = -high
+        for _ in range(group["bisections"]):
+            middle = 0.5 * (low + high)
+            below = inner.overload(tops.stacks, shifted(middle).stacks) < 0
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return shifted(0.5 * (low + high))
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        return group["radius"] * math.sqrt(x.shape[-2] / x.shape[-1])

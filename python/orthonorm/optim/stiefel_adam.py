@@ -1,0 +1,134 @@
+"""StiefelAdam: X <- polar(X + X xi + lr P V (X^T X)), Adam within the span of X and beside it.
+
+X (d x k, d >= k, or its transpose) keeps orthonormal columns; xi = lr Y^ / (sqrt(p) + eps) is skew,
+P V what is left of V / (sqrt(q) + eps) beside the columns of X.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops import newton_schulz
+from ..ops.normalize import accumulator
+from ..ops.steps import work_parts
+from ..polar import polynomial
+from .base import MatrixOptimizer
+from .settings import Common, Rule, number_below
+from .state import Batch
+
+NAMES = ("skew", "skew_sq", "normal", "normal_sq")
+STEPS = 12  # of Newton-Schulz: to rounding for singular values above 3e-4 |X|_F
+
+
+class StiefelAdam(MatrixOptimizer):
+    """Adam on matrices with orthonormal columns (rows, where they are fewer).
+
+    With A = X^T G, gY = (1-b)/2 (A - A^T), gV = G - X A, b = a/(a-1):
+        Y <- beta1 Y - (1-beta1) gY, p <- beta2 p + (1-beta2) gY^2, Y^ = Y / (1-beta1^t),
+        X' = X + X xi, p and q over 1-beta2^t under the roots;
+        V <- beta1 V + (1 - 3a/2) lr V Y - (1-beta1) gV, q <- beta2 q + (1-beta2) gV^2,
+        D = V / (sqrt(q) + eps), P V = D - X' (X'^T X')^-1 X'^T D,
+        V <- V - lr X' (P V)^T V, X <- polar(X' + lr P V (X'^T X')).
+
+    Args:
+        params: matrices or batches of them; what is not orthonormal is made so by the first step.
+        lr: learning rate, a number or a one-element tensor.
+        betas, eps: of the averages; eps is added to the roots.
+        metric: a < 1, 1/2 the canonical metric, 0 the Euclidean one.
+        **common: what every optimizer takes, see `settings.Common`. There is no weight decay.
+
+    Square X has no V. As in the authors' code V is not over 1-beta1^t, and xi acts by one Euler
+    step (their default of three). Their polar factor is by ten coupled iterations on X^T X, ours by
+    STEPS on X; their wide matrices are transposed along the batch. Where gradient and averages are
+    zero nothing moves.
+    State: `skew`, `skew_sq` (k x k), `normal`, `normal_sq` (d x k), `step`; 8 (d k + k^2) bytes per
+    matrix in float32, 8 k^2 if it is square.
+
+    Source: arXiv:2205.14173, github.com/konglk1203/VariationalStiefelOptimizer at 7959831b.
+    """
+
+    counts_steps = True
+    decays = ("decoupled",)
+    rules: ClassVar[dict[str, Rule]] = {"metric": number_below(1.0)}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-5,
+        *,
+        metric: float = 0.5,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, metric=metric), common)
+
+    def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        *batch, m, n = x.shape
+        d, k = (0, 0) if m == n else (max(m, n), min(m, n))
+        square = (*batch, min(m, n), min(m, n))
+        return dict(zip(NAMES, (square, square, (*batch, d, k), (*batch, d, k)), strict=True))
+
+    def update(self, batch: Batch, group: dict[str, Any]) -> None:
+        lr = self.scalar(group, "lr", batch.params[0].device)
+        for part in work_parts(batch.params):
+            for rows in part:
+                move_(batch.part(rows), lr, group)
+
+
+def move_(batch: Batch, lr: Tensor, group: dict[str, Any]) -> None:
+    """The step of matrices of one shape."""
+    (beta1, beta2), eps, a = group["betas"], group["eps"], group["metric"]
+    m, n = batch.params[0].shape[-2:]
+    dtype, lr = accumulator(*batch.params), lr.to(accumulator(*batch.params))
+    W, G, Y, p, V, q = (
+        torch.stack(values).to(dtype)
+        for values in (batch.params, batch.grads, *(batch.state[name] for name in NAMES))
+    )
+    X, G = (W, G) if m >= n else (W.mT, G.mT)
+    first, second = (
+        torch.tensor([1 - beta**t for t in batch.steps], dtype=torch.float64, device=W.device)
+        .view(-1, *[1] * (W.dim() - 1)).to(dtype)
+        for beta in (beta1, beta2)
+    )  # fmt: skip
+    A = X.mT @ G
+    slope = (1 - a / (a - 1)) / 2 * (A - A.mT)
+    Y, p = beta1 * Y - (1 - beta1) * slope, beta2 * p + (1 - beta2) * slope.square()
+    xi = lr * ratio(Y, (p / second).sqrt() + eps) / first
+    moved = nonzero(G) | nonzero(xi)
+    new = X + X @ xi
+    if m != n:
+        slope = G - X @ A
+        turn = (1 - 1.5 * a) * lr * V @ Y if beta1 else 0.0
+        V, q = beta1 * V + turn - (1 - beta1) * slope, beta2 * q + (1 - beta2) * slope.square()
+        D = ratio(V, (q / second).sqrt() + eps)
+        S = new.mT @ new
+        D = D - new @ torch.linalg.solve_ex(S, new.mT @ D).result
+        V = V - lr * new @ (D.mT @ V)
+        moved = moved | nonzero(D)
+        new = new + lr * D @ S
+    new = torch.where(moved, retracted(new), X)
+    torch._foreach_copy_(batch.params, list((new if m >= n else new.mT).unbind()))
+    for name, value in zip(NAMES, (Y, p, V, q), strict=True):
+        torch._foreach_copy_(batch.state[name], list(value.unbind()))
+
+
+def retracted(X: Tensor) -> Tensor:
+    p = polynomial("polar_express", STEPS, precision="full")
+    factors = newton_schulz.overload(
+        [X], p.coefficients, p.restarts, "auto", p.precision, p.scale, 0.0, p.safety
+    )
+    return factors[0]
+
+
+def nonzero(x: Tensor) -> Tensor:
+    return (x != 0).any(-1, True).any(-2, True)
+
+
+def ratio(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and 0 where y is 0."""
+    return torch.where(y == 0, 0.0, x / y)
