@@ -41,7 +41,6 @@ class Row(NamedTuple):
     no_decay: dict[str, Any] = {"weight_decay": 0.0}  # noqa: RUF012
     writes_gradients: bool = False
     state: Callable[[int, int], int] = lambda m, n: m * n  # elements per m x n matrix
-    per_matrix: bool = False  # its op calls grow with matrices (factorizations of each)
 
 
 NUMBERS: dict[str, list[Any]] = {  # every optimizer; a row's `bad` says more of its own
@@ -113,7 +112,6 @@ ROWS = [
         {**ADAM, "update_proj_gap": WHOLE, "scale": NUMBER,
          **MATRIX, "decay": ["cautious", "l2"]},
         state=lambda m, n: 2 * m * n + min(m, n) ** 2,
-        per_matrix=True,
     ),
     Row(
         "AdamW",
@@ -137,7 +135,6 @@ ROWS = [
         {**POLAR, "beta2": BETA, "norm_eps": NUMBER, "sign": FLAG, "rescale": ["norm"],
          "moment": ["x", None]},
         state=lambda m, n: 2 * m * n,
-        per_matrix=True,
     ),
     Row(
         "Signum",
@@ -166,7 +163,6 @@ ROWS = [
          "beta2": [-0.1, 1.1, math.nan, "x", None], "precondition_frequency": WHOLE,
          "max_precond_dim": [-1, 1.5, None, "a", True], "variant": ["x", None], **MATRIX},
         state=lambda m, n: m * n + 2 * (m * m + n * n),
-        per_matrix=True,
     ),
     Row(
         "SOAP",
@@ -175,7 +171,6 @@ ROWS = [
         {**ADAM, "shampoo_beta": BETA[:-1], "precondition_frequency": WHOLE,
          "max_precond_dim": [-1, 1.5, None, "a", True], "variant": ["x", None], **MATRIX},
         state=lambda m, n: 2 * m * n,
-        per_matrix=True,
     ),
     Row(
         "ScionLight",
@@ -231,7 +226,6 @@ ROWS = [
         oracle(splus, lr=0.1, frequency=3, longest=0),
         {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, "beta2": BETA,
          "precondition_frequency": WHOLE, "max_precond_dim": [-1, 1.5, None, "a", True], **MATRIX},
-        per_matrix=True,
     ),
     Row(
         "SteepestDescent",
@@ -247,7 +241,6 @@ ROWS = [
         oracle(dion, lr=0.02, rank_fraction=0.3),
         {"momentum": MOMENTUM, "weight_decay": NUMBER, "rank_fraction": [0, *NUMBER], **MATRIX},
         state=lambda m, n: m * n + n * math.ceil(0.3 * min(m, n)),
-        per_matrix=True,
     ),
     Row(
         "Dion2",

@@ -15,6 +15,7 @@ from ..ops.newton_schulz import divide, frobenius
 from ..ops.rotations import rotated, rotated_back
 from .base import MatrixOptimizer
 from .settings import Common, Rule, at_least, whole
+from .stacks import alike, stacked, write_
 from .state import Batch
 
 
@@ -68,20 +69,26 @@ class Conda(MatrixOptimizer):
         k = min(x.shape[-2:])
         return {"basis": (*x.shape[:-2], k, k)}
 
-    def prepare(self, batch: Batch, group: dict[str, Any]) -> dict[int, Tensor]:
-        """The new bases of the matrices that are due."""
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], Tensor]]:
+        """The new bases of the matrices that are due, by shapes."""
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
         for m, q in zip(momenta, bases, strict=True):
             check.same_dtype("Conda", exp_avg=m, basis=q)
-        due = [i for i, t in enumerate(batch.steps) if (t - 1) % group["update_proj_gap"] == 0]
-        beta1 = group["betas"][0]
-        return {i: refreshed(bases[i], momenta[i], batch.grads[i], beta1) for i in due}
+        found = []
+        for rows, t in alike(batch):
+            if (t - 1) % group["update_proj_gap"] == 0:
+                Q, M, G = (stacked([values[i] for i in rows])
+                           for values in (bases, momenta, batch.grads))  # fmt: skip
+                found.append((rows, refreshed(Q, M, G, group["betas"][0])))
+        return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
-        for i, basis in batch.prepared.items():
-            turn_(momenta[i], bases[i], basis)
+        for rows, new in batch.prepared:
+            old, m = (stacked([values[i] for i in rows]) for values in (bases, momenta))
+            write_(momenta, rows, turned(m, old, new))
+            write_(bases, rows, new)
         lr = self.scalar(group, "lr", batch.params[0].device)
         corrections = [
             math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
@@ -109,8 +116,6 @@ def refreshed(basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float) -> Te
     return Q.to(basis.dtype)
 
 
-def turn_(momentum: Tensor, basis: Tensor, new: Tensor) -> None:
-    """M, stored in coordinates of `basis`, re-expressed in those of `new`; basis <- new."""
-    turn = basis.double().mT @ new.double()
-    momentum.copy_(rotated(momentum.double(), turn))
-    basis.copy_(new)
+def turned(momentum: Tensor, basis: Tensor, new: Tensor) -> Tensor:
+    """M, stored in coordinates of `basis`, in those of `new`, in float64."""
+    return rotated(momentum.double(), basis.double().mT @ new.double())

@@ -16,6 +16,7 @@ from ..ops import column_normalize
 from ..ops.normalize import accumulator
 from .base import MatrixOptimizer
 from .settings import Common, Rule, positive, scheduled
+from .stacks import beside, write_beside_
 from .state import Batch, Updates
 
 
@@ -64,18 +65,23 @@ class Dion(MatrixOptimizer):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         mu = self.momentum(group, batch.params[0].device)
-        lists = (batch.state["residual_buffer"], batch.state["right_basis"], batch.steps)
-        for u, m, q, t in zip(updates.matrices, *lists, strict=True):
+        residuals, bases = batch.state["residual_buffer"], batch.state["right_basis"]
+        Q = [start(q) if t == 1 else q for q, t in zip(bases, batch.steps, strict=True)]
+        kept, turned = [], []
+        for u, M, q in zip(
+            updates.stacks, beside(updates, residuals), beside(updates, Q), strict=True
+        ):
             dtype = accumulator(u)
-            B = m.to(dtype) + u.to(dtype)
-            Q = start(q) if t == 1 else q
+            B = M.to(dtype) + u.to(dtype)
             live = (B != 0).flatten(-2).any(-1)[..., None, None]
-            P = torch.where(live, torch.linalg.qr(B @ Q.to(dtype)).Q, 0.0)
+            P = torch.where(live, torch.linalg.qr(B @ q.to(dtype)).Q, 0.0)
             R = B.mT @ P
             new = column_normalize.overload(R)
-            q.copy_(torch.where(live, new, Q.to(dtype)))
-            m.copy_(B - (1 - mu.to(dtype)) * P @ R.mT)
+            kept.append(B - (1 - mu.to(dtype)) * P @ R.mT)
+            turned.append(torch.where(live, new, q.to(dtype)))
             u.copy_(P @ new.mT)
+        write_beside_(residuals, kept)
+        write_beside_(bases, turned)
         return updates
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:

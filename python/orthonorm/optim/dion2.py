@@ -16,6 +16,7 @@ from .. import _checks as check
 from ..ops import row_moment_
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import Rule, at_least, optional, part, scheduled
+from .stacks import beside, write_beside_
 from .state import Batch, Updates
 
 
@@ -98,14 +99,11 @@ def largest(B: Tensor, group: dict[str, Any]) -> tuple[int, Tensor]:
 
 def normalize_(factors: Updates, places: list[Tensor], batch: Batch, group: dict[str, Any]) -> None:
     """Rows over their running root mean squares, at the norms they had together."""
-    state, rows = batch.state["row_moment"], [K[..., :1] for K in places]
-    stacks, first = [], 0
-    for K in rows:
-        stacks.append(torch.stack(state[first : (first := first + len(K))]))
+    rows = [K[..., :1] for K in places]
+    stacks = beside(factors, batch.state["row_moment"])
     moments = [v.gather(-2, K) for v, K in zip(stacks, rows, strict=True)]
     row_moment_.overload(
         moments, factors.stacks, group["beta2"], group["norm_eps"], "outside", True
     )
-    for v, K, new in zip(stacks, rows, moments, strict=True):
-        v.scatter_(-2, K, new)
-    torch._foreach_copy_(state, [v for stack in stacks for v in stack.unbind()])
+    new = [v.scatter(-2, *pair) for v, *pair in zip(stacks, rows, moments, strict=True)]
+    write_beside_(batch.state["row_moment"], new)

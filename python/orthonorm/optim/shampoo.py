@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -14,6 +15,7 @@ from .. import _checks as check
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, whole
 from .sides import SIDES, averaged, between, inverse_root, side_shapes
+from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
 
 
@@ -88,48 +90,70 @@ class Shampoo(MatrixOptimizer):
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return side_shapes(x, group, "gram", "root")
 
-    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[list[Side]]:
-        """The averages with this gradient, and their roots where these are due."""
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], list[Side]]]:
+        """The averages of matrices of one shape and step with this gradient, and their roots where
+        these are due."""
         beta, study = group["beta2"], group["variant"] == "study"
         found = []
-        for i, (g, t) in enumerate(zip(batch.grads, batch.steps, strict=True)):
-            state, (m, n) = {key: values[i] for key, values in batch.state.items()}, g.shape[-2:]
+        for rows, t in alike(batch):
+            G, *old = (
+                stacked([values[i] for i in rows])
+                for values in (batch.grads, *(batch.state[f"{side}_gram"] for side in SIDES))
+            )
+            m, n = G.shape[-2:]
+            weights = (1 - beta, 1 - beta) if beta < 1 else (1.0, 1.0)
             if study:
-                V = beta * state["second_moment"] + (1 - beta) * g * g
-                g, weights = g / (V.sqrt() + group["eps"]), ((1 - beta) / n, (1 - beta) / m)
-            else:
-                weights = (1 - beta, 1 - beta) if beta < 1 else (1.0, 1.0)
-            grams = averaged(state, g, beta, weights)
+                V = stacked([batch.state["second_moment"][i] for i in rows])
+                V = beta * V + (1 - beta) * G * G
+                G, weights = G / (V.sqrt() + group["eps"]), ((1 - beta) / n, (1 - beta) / m)
+            grams = averaged(old, G, beta, weights)
             if (t - 1) % group["precondition_frequency"]:
-                found.append([Side(A) for A in grams])
+                sides = [Side(A) for A in grams]
             elif study:
                 grams = [A / (1 - beta**t) for A in grams]
-                found.append([Side(A, inverse_root(A, 0.25, 1e-8, 1e-30)) for A in grams])
+                sides = [Side(A, inverse_root(A, 0.25, 1e-8, 1e-30)) for A in grams]
             else:
-                found.append([Side(A, inverse_root(A, 0.25, 0.0, group["eps"])) for A in grams])
+                sides = [Side(A, inverse_root(A, 0.25, 0.0, group["eps"])) for A in grams]
+            found.append((rows, sides))
         return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """The study preconditions by what the step before left."""
         if group["variant"] == "study":
             super().update(batch, group)
-        for i, sides in enumerate(batch.prepared):
+        for rows, sides in batch.prepared:
             for name, side in zip(SIDES, sides, strict=True):
-                batch.state[f"{name}_gram"][i].copy_(side.gram)
+                write_(batch.state[f"{name}_gram"], rows, side.gram)
                 if side.root is not None:
-                    batch.state[f"{name}_root"][i].copy_(side.root)
+                    write_(batch.state[f"{name}_root"], rows, side.root)
         if group["variant"] == "textbook":
             super().update(batch, group)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        s = batch.state
-        for i, (u, t) in enumerate(zip(updates.matrices, batch.steps, strict=True)):
-            size: Tensor | float = 1.0
-            if group["variant"] == "study":
-                beta, g, V = group["beta2"], batch.grads[i], s["second_moment"][i]
-                V.mul_(beta).addcmul_(g, g, value=1 - beta)
-                u.div_((1 - group["momentum"] ** t) * (V.sqrt() + group["eps"]))
-                diagonal = s["right_gram"][i].diagonal(dim1=-2, dim2=-1)
-                size = diagonal.sqrt().mean(-1)[..., None, None]
-            u.copy_(between(s["left_root"][i], u, s["right_root"][i]) * size)
+        study = group["variant"] == "study"
+        if study:
+            self.normalize_(updates, batch, group)
+        roots = [beside(updates, batch.state[f"{side}_root"]) for side in SIDES]
+        for u, left, right in zip(updates.stacks, *roots, strict=True):
+            u.copy_(between(left, u, right))
+        if study:
+            for u, A in zip(
+                updates.stacks, beside(updates, batch.state["right_gram"]), strict=True
+            ):
+                diagonal = A.diagonal(dim1=-2, dim2=-1)
+                u.mul_(diagonal.sqrt().mean(-1)[..., None, None])
         return updates
+
+    def normalize_(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> None:
+        """U <- U / (1 - mu^t) / (sqrt(V) + eps), V with this gradient."""
+        beta, V, matrices = group["beta2"], batch.state["second_moment"], updates.matrices
+        torch._foreach_mul_(V, beta)
+        torch._foreach_addcmul_(V, batch.grads, batch.grads, value=1 - beta)
+        divisors = torch._foreach_sqrt(V)
+        torch._foreach_add_(divisors, group["eps"])
+        torch._foreach_div_(matrices, divisors)
+        corrections = torch.tensor(
+            [1 / (1 - group["momentum"] ** t) for t in batch.steps], dtype=torch.float64,
+            device=V[0].device,
+        )  # fmt: skip
+        torch._foreach_mul_(matrices, list(corrections.to(matrices[0].dtype).unbind()))

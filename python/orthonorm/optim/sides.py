@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import apply, gram
+
 SIDES = ("left", "right")
 
 
@@ -25,21 +27,19 @@ def side_shapes(x: Tensor, group: dict[str, Any], *kinds: str) -> dict[str, tupl
 
 
 def averaged(
-    state: dict[str, Tensor], G: Tensor, beta: float, weights: Sequence[float]
+    grams: Sequence[Tensor], G: Tensor, beta: float, weights: Sequence[float]
 ) -> list[Tensor]:
     """beta L + weight G G^T, beta R + weight G^T G; a side that is not there stays empty."""
-    products = (lambda: G @ G.mT, lambda: G.mT @ G)
-    grams = (state["left_gram"], state["right_gram"])
     return [
-        beta * A + weight * product() if A.numel() else A
-        for A, weight, product in zip(grams, weights, products, strict=True)
+        beta * A + weight * gram.overload(X) if A.numel() else A
+        for A, weight, X in zip(grams, weights, (G, G.mT), strict=True)
     ]
 
 
 def between(left: Tensor, X: Tensor, right: Tensor) -> Tensor:
     """left X right, by the sides there are."""
-    X = left @ X if left.numel() else X
-    return X @ right if right.numel() else X
+    X = apply.overload(X, left, 0.0) if left.numel() else X
+    return apply.overload(X.mT, right.mT, 0.0).mT if right.numel() else X
 
 
 def eigenvectors(A: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..ops import rotated_adam_
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, optional, whole
 from .sides import SIDES, averaged, between, eigenvectors, side_shapes
+from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates, by_step
 
 
@@ -86,22 +87,23 @@ class SOAP(MatrixOptimizer):
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return side_shapes(x, group, "gram", "basis")
 
-    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[list[Side]]:
-        """What follows a step: the new averages of every matrix, and new bases where these are
-        due."""
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], list[Side]]]:
+        """What follows a step: the new averages of matrices of one shape and step, and new bases
+        where these are due."""
         beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
         found = []
-        for i, (g, t) in enumerate(zip(batch.grads, batch.steps, strict=True)):
-            state = {key: values[i] for key, values in batch.state.items()}
-            grams = averaged(state, g, beta, (1 - beta, 1 - beta))
+        for rows, t in alike(batch):
+            state = {key: stacked([values[i] for i in rows])
+                     for key, values in batch.state.items() if key.startswith(SIDES)}  # fmt: skip
+            G = stacked([batch.grads[i] for i in rows])
+            grams = averaged([state[f"{s}_gram"] for s in SIDES], G, beta, (1 - beta, 1 - beta))
             due = (t - 1) % group["precondition_frequency"] == 0
             qr = t > 1 and group["variant"] == "soap"
-            found.append(
-                [
-                    rebased(A, state[f"{side}_basis"], qr) if due and A.numel() else Side(A)
-                    for side, A in zip(SIDES, grams, strict=True)
-                ]
-            )
+            sides = [
+                rebased(A, state[f"{side}_basis"], qr) if due and A.numel() else Side(A)
+                for side, A in zip(SIDES, grams, strict=True)
+            ]
+            found.append((rows, sides))
         return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
@@ -109,26 +111,46 @@ class SOAP(MatrixOptimizer):
         later = [i for i, t in enumerate(batch.steps) if t > 1]
         if later:
             super().update(batch.part(later), group)
-        for i, sides in enumerate(batch.prepared):
-            renew_({key: values[i] for key, values in batch.state.items()}, sides)
+        for rows, sides in batch.prepared:
+            renew_(batch.state, rows, sides)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        beta1, beta2 = group["betas"]
-        study = group["variant"] == "study"
-        bases = list(zip(batch.state["left_basis"], batch.state["right_basis"], strict=True))
-        for u, (left, right) in zip(updates.matrices, bases, strict=True):
+        bases = [beside(updates, batch.state[f"{side}_basis"]) for side in SIDES]
+        for u, left, right in zip(updates.stacks, *bases, strict=True):
             u.copy_(between(left.mT, u, right))
+        (beta1, beta2), study = group["betas"], group["variant"] == "study"
         lists = (batch.state["exp_avg"], batch.state["exp_avg_sq"], updates.matrices)
         for t, rows in by_step(batch.steps):
             s = t if study else t - 1
-            root = math.sqrt(1 - beta2**s)
             M, V, X = ([values[i] for i in rows] for values in lists)
-            size = torch.tensor([root / (1 - beta1**s)], dtype=torch.float64, device=X[0].device)
-            eps = group["eps"] * (root if study else 1.0)
-            rotated_adam_.overload(M, V, X, beta1, beta2, eps, size.expand(len(rows)))
-        for u, (left, right) in zip(updates.matrices, bases, strict=True):
+            root, size = torch.tensor(
+                [math.sqrt(1 - beta2**s), 1 / (1 - beta1**s)],
+                dtype=torch.float64,
+                device=X[0].device,
+            )
+            sizes = (root * size).expand(len(rows))
+            rotated_adam_.overload(M, V, X, beta1, beta2, group["eps"], sizes)
+            if study:
+                corrected_(X, M, V, root, size, group["eps"])
+        for u, left, right in zip(updates.stacks, *bases, strict=True):
             u.copy_(between(left, u, right.mT))
         return updates
+
+
+def corrected_(
+    X: list[Tensor], M: list[Tensor], V: list[Tensor], root: Tensor, size: Tensor, eps: float
+) -> None:
+    """X <- size M / (sqrt(V) / root + eps): eps at the corrected root."""
+    dtype = torch.promote_types(X[0].dtype, torch.float32)
+    wide = [m.to(dtype) for m in M]
+    roots = torch._foreach_sqrt([v.to(dtype) for v in V])
+    torch._foreach_div_(roots, root)
+    torch._foreach_add_(roots, eps)
+    new = list(torch._foreach_div(wide, roots))
+    if eps == 0:
+        new = [torch.where(r == 0, 0.0, x) for x, r in zip(new, roots, strict=True)]
+    torch._foreach_mul_(new, size)
+    torch._foreach_copy_(X, new)
 
 
 def rebased(A: Tensor, old: Tensor, qr: bool) -> Side:
@@ -141,15 +163,20 @@ def rebased(A: Tensor, old: Tensor, qr: bool) -> Side:
     return Side(A, torch.linalg.qr(A64 @ Q).Q.to(old.dtype), order)
 
 
-def renew_(state: dict[str, Tensor], sides: list[Side]) -> None:
+def renew_(batch_state: dict[str, list[Tensor]], rows: list[int], sides: list[Side]) -> None:
     """Write averages and bases; the momentum is turned into the new basis, V sorted as it is."""
-    m, v = state["exp_avg"], state["exp_avg_sq"]
     for name, side, dim in zip(SIDES, sides, (-2, -1), strict=True):
-        state[f"{name}_gram"].copy_(side.gram)
+        write_(batch_state[f"{name}_gram"], rows, side.gram)
         if side.basis is None:
             continue
-        turn = side.basis.double().mT @ state[f"{name}_basis"].double()
-        state[f"{name}_basis"].copy_(side.basis)
-        m.copy_(turn @ m.double() if dim == -2 else m.double() @ turn.mT)
+        old, m, v = (
+            stacked([batch_state[key][i] for i in rows])
+            for key in (f"{name}_basis", "exp_avg", "exp_avg_sq")
+        )
+        turn = side.basis.double().mT @ old.double()
+        m = turn @ m.double() if dim == -2 else m.double() @ turn.mT
+        write_(batch_state["exp_avg"], rows, m)
+        write_(batch_state[f"{name}_basis"], rows, side.basis)
         if side.order is not None:
-            v.copy_(v.gather(dim, side.order.unsqueeze(-3 - dim).expand_as(v)))
+            order = side.order.unsqueeze(-3 - dim).expand_as(v)
+            write_(batch_state["exp_avg_sq"], rows, v.gather(dim, order))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -14,6 +15,7 @@ from .base import MatrixOptimizer
 from .norms import to_signs
 from .settings import Common, Rule, whole
 from .sides import SIDES, averaged, between, eigenvectors, side_shapes
+from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
 
 
@@ -65,39 +67,44 @@ class SPlus(MatrixOptimizer):
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return side_shapes(x, group, "gram", "basis")
 
-    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[dict[str, Tensor]]:
-        """What every matrix keeps after the step: new averages, and bases where these are due."""
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], Any]]:
+        """What matrices of one shape and step keep after the step: new averages, and bases where
+        these are due."""
         found = []
         beta2, frequency = group["beta2"], group["precondition_frequency"]
-        for i, (g, t) in enumerate(zip(batch.grads, batch.steps, strict=True)):
-            state = {key: values[i] for key, values in batch.state.items()}
-            grams = averaged(state, g, beta2, (1 - beta2, 1 - beta2))
+        for rows, t in alike(batch):
+            old = [stacked([batch.state[f"{side}_gram"][i] for i in rows]) for side in SIDES]
+            G = stacked([batch.grads[i] for i in rows])
+            grams = averaged(old, G, beta2, (1 - beta2, 1 - beta2))
             new = {f"{side}_gram": A for side, A in zip(SIDES, grams, strict=True)}
             if t == 1 or t % frequency == 0:
                 new |= {f"{side}_basis": eigenvectors(A)
                         for side, A in zip(SIDES, grams, strict=True) if A.numel()}  # fmt: skip
-            found.append(new)
+            found.append((rows, new))
         return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         super().update(batch, group)
-        for i, new in enumerate(batch.prepared):
+        for rows, new in batch.prepared:
             for key, value in new.items():
-                batch.state[key][i].copy_(value)
+                write_(batch.state[key], rows, value)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        bases = zip(batch.state["left_basis"], batch.state["right_basis"], strict=True)
-        turned = [
-            (u, left, right)
-            for u, (left, right), t in zip(updates.matrices, bases, batch.steps, strict=True)
-            if t > 1
-        ]
-        for u, left, right in turned:
+        bases = [beside(updates, started(batch, f"{side}_basis")) for side in SIDES]
+        for u, left, right in zip(updates.stacks, *bases, strict=True):
             u.copy_(between(left.mT, u, right))
         to_signs(updates)
-        for u, left, right in turned:
+        for u, left, right in zip(updates.stacks, *bases, strict=True):
             u.copy_(between(left, u, right.mT))
         return updates
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         return 2.0 / sum(x.shape[-2:])
+
+
+def started(batch: Batch, key: str) -> list[Tensor]:
+    """The bases, the identity for matrices at their first step."""
+    return [
+        q if t > 1 else torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
+        for q, t in zip(batch.state[key], batch.steps, strict=True)
+    ]

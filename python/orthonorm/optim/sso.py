@@ -17,6 +17,7 @@ from ..ops.normalize import accumulator
 from ..ops.spectral import start_vector
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, positive, whole
+from .stacks import beside
 from .state import Batch, Updates
 
 
@@ -83,22 +84,29 @@ class SSO(Orthogonalizing):
         )
         if group["retract"]:
             self.retract_(batch.params, sigma, group)
-        X, tops, first = [], [], 0
-        for u in updates.stacks:
-            rows = slice(first, first := first + len(u))
+        X, tops = [], []
+        for u, a, b in zip(
+            updates.stacks, beside(updates, left), beside(updates, right), strict=True
+        ):
             dtype = accumulator(u)
             X.append(divide_each.overload(u, magnitude.overload([u]), dtype))
-            pair = (torch.stack(vectors[rows]).to(dtype) for vectors in (left, right))
-            tops.append(torch.einsum("...i,...j->...ij", *pair))
+            tops.append(a.to(dtype).unsqueeze(-1) * b.to(dtype).unsqueeze(-2))
         return self.tangent(Updates(X), Updates(tops), group)
 
     def retract_(self, params: list[Tensor], sigma: Tensor, group: dict[str, Any]) -> None:
         """W <- R W / sigma, where sigma is a number above 0."""
-        radii = [group["radius"] * math.sqrt(w.shape[-2] / w.shape[-1]) for w in params]
         counts = [math.prod(w.shape[:-2]) for w in params]
-        pairs = zip(params, radii, sigma.double().split(counts), strict=True)
-        ratios = [torch.where(s > 0, R / s, 1.0).view(*w.shape[:-2], 1, 1) for w, R, s in pairs]
-        torch._foreach_mul_(params, ratios)
+        radii = [
+            group["radius"] * math.sqrt(w.shape[-2] / w.shape[-1])
+            for w, count in zip(params, counts, strict=True)
+            for _ in range(count)
+        ]
+        size = sigma.double()
+        ratios = torch.where(
+            size > 0, torch.tensor(radii, dtype=size.dtype, device=size.device) / size, 1.0
+        )
+        pairs = zip(params, ratios.split(counts), strict=True)
+        torch._foreach_mul_(params, [r.view(*w.shape[:-2], 1, 1) for w, r in pairs])
 
     def tangent(self, X: Updates, tops: Updates, group: dict[str, Any]) -> Updates:
         """polar(X + lambda u v^T), orthogonal to u v^T."""

@@ -14,10 +14,10 @@ from typing_extensions import Unpack
 
 from ..ops import newton_schulz
 from ..ops.normalize import accumulator
-from ..ops.steps import work_parts
 from ..polar import polynomial
 from .base import MatrixOptimizer
 from .settings import Common, Rule, number_below
+from .stacks import alike, stacked
 from .state import Batch
 
 NAMES = ("skew", "skew_sq", "normal", "normal_sq")
@@ -75,26 +75,25 @@ class StiefelAdam(MatrixOptimizer):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         lr = self.scalar(group, "lr", batch.params[0].device)
-        for part in work_parts(batch.params):
-            for rows in part:
-                move_(batch.part(rows), lr, group)
+        for rows, t in alike(batch):
+            move_(batch.part(rows), t, lr, group)
 
 
-def move_(batch: Batch, lr: Tensor, group: dict[str, Any]) -> None:
-    """The step of matrices of one shape."""
+def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
+    """The step of matrices of one shape and step."""
     (beta1, beta2), eps, a = group["betas"], group["eps"], group["metric"]
     m, n = batch.params[0].shape[-2:]
     dtype, lr = accumulator(*batch.params), lr.to(accumulator(*batch.params))
     W, G, Y, p, V, q = (
-        torch.stack(values).to(dtype)
+        stacked(values).to(dtype)
         for values in (batch.params, batch.grads, *(batch.state[name] for name in NAMES))
     )
     X, G = (W, G) if m >= n else (W.mT, G.mT)
     first, second = (
-        torch.tensor([1 - beta**t for t in batch.steps], dtype=torch.float64, device=W.device)
-        .view(-1, *[1] * (W.dim() - 1)).to(dtype)
-        for beta in (beta1, beta2)
-    )  # fmt: skip
+        torch.tensor([1 - beta1**t, 1 - beta2**t], dtype=torch.float64, device=W.device)
+        .to(dtype)
+        .unbind()
+    )
     A = X.mT @ G
     slope = (1 - a / (a - 1)) / 2 * (A - A.mT)
     Y, p = beta1 * Y - (1 - beta1) * slope, beta2 * p + (1 - beta2) * slope.square()
