@@ -13,13 +13,10 @@ from typing_extensions import Unpack
 from ..ops import divide_each, magnitude
 from .base import MatrixOptimizer
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
-from .settings import Common, Rule, at_least, one_of
+from .settings import Rule, at_least, one_of
 from .state import Batch, Updates
 
 AFTER = 1e-8  # added to rho
-RULES: dict[str, Rule] = {
-    "variant": one_of("code", "paper"), "gamma": at_least(0.0), "norm_eps": at_least(0.0),
-}  # fmt: skip
 
 
 def mean_cosh_square(X: Tensor) -> Tensor:
@@ -49,50 +46,9 @@ class AuON(MatrixOptimizer):
     self_contained = True
     state_names = ("momentum_buffer",)
     min_dim = 0
-    rules: ClassVar[dict[str, Rule]] = RULES
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 0.24,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        *,
-        nesterov: bool = True,
-        variant: str = "code",
-        gamma: float = 1.5,
-        norm_eps: float = 1e-7,
-        **common: Unpack[Common],
-    ) -> None:
-        settings = dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
-            variant=variant, gamma=gamma, norm_eps=norm_eps,
-        )  # fmt: skip
-        super().__init__(params, settings, common)
-
-    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        paper = group["variant"] == "paper"
-        return braked(updates, 1.0 if paper else group["gamma"], group["norm_eps"], unit=paper)
-
-
-class HybridAuON(Orthogonalizing):
-    """Muon without a shape factor over the root mean square of the cosh of its entries.
-
-    Args:
-        params, lr, weight_decay, momentum, nesterov: as Muon.
-        variant: "code": five Newton-Schulz steps, then O / (rho + 1e-8) with rho of O; "paper": one
-            step, then O / (rho + 1e-8), rho = mean cosh(O)^2 without a root, as printed.
-        gamma, norm_eps: as AuON ("code").
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
-
-    State: `momentum_buffer`; 4 bytes per parameter in float32.
-
-    Source: as AuON's.
-    """
-
-    self_contained = True
-    state_names = ("momentum_buffer",)
-    rules: ClassVar[dict[str, Rule]] = RULES
+    rules: ClassVar[dict[str, Rule]] = {
+        "variant": one_of("code", "paper"), "gamma": at_least(0.0), "norm_eps": at_least(0.0),
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -108,11 +64,39 @@ class HybridAuON(Orthogonalizing):
         **common: Unpack[NewtonSchulz],
     ) -> None:
         settings = dict(
-            NEWTON_SCHULZ, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
-            variant=variant, gamma=gamma, norm_eps=norm_eps,
+            self.polynomial_settings(variant), lr=lr, weight_decay=weight_decay,
+            momentum=momentum, nesterov=nesterov, variant=variant, gamma=gamma, norm_eps=norm_eps,
         )  # fmt: skip
-        settings["ns_steps"] = 1 if variant == "paper" else 5
         super().__init__(params, settings, common)
+
+    def polynomial_settings(self, variant: str) -> dict[str, Any]:
+        """AuON has no polynomial."""
+        return {}
+
+    def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
+        paper = group["variant"] == "paper"
+        return braked(updates, 1.0 if paper else group["gamma"], group["norm_eps"], unit=paper)
+
+
+class HybridAuON(Orthogonalizing, AuON):
+    """Muon without a shape factor over the root mean square of the cosh of its entries.
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov, gamma, norm_eps: as AuON.
+        variant: "code": five Newton-Schulz steps, then O / (rho + 1e-8) with rho of O; "paper": one
+            step, then O / (rho + 1e-8), rho = mean cosh(O)^2 without a root, as printed.
+        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+
+    State: `momentum_buffer`; 4 bytes per parameter in float32.
+
+    Source: as AuON's.
+    """
+
+    min_dim = 2
+    rules: ClassVar[dict[str, Rule]] = AuON.rules
+
+    def polynomial_settings(self, variant: str) -> dict[str, Any]:
+        return {**NEWTON_SCHULZ, "ns_steps": 1 if variant == "paper" else 5}
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         factors = self.polar(updates, group)
