@@ -11,8 +11,9 @@ Of the last step that was measured, over all matrices of the group that took par
     update_rms     lr (sum |s D|_F^2 / entries)^(1/2): of what the rule subtracts, decay apart
     skipped        share of updates that nonfinite="skip" left out, over all steps with telemetry
 
-What a fused step does not show is absent: Conda has gradient_norm and skipped, AdamW momentum_norm
-too. Sharded matrices are not measured, and a compiled step measures nothing.
+What a step of its own form does not show is absent: Conda and StiefelAdam have gradient_norm and
+skipped, AdamW momentum_norm too. Sharded matrices are not measured, and a compiled step measures
+nothing.
 """
 
 from __future__ import annotations
