@@ -285,16 +285,17 @@ _ROWS = (
     ),
     Case(
         "decayed_update_", makers.decayed_update, dtypes=_STATES, shapes=_MODEL,
-        variants=({"weight_decay": 0.0, "factors": makers.factors},),
+        variants=({"weight_decay": 0.0, "factors": makers.factors}, {"rounding": makers.seed}),
     ),
     Case(
         "adamw_step_", makers.adamw_step, dtypes=_STATES,
-        variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0}),
+        variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0},
+                  {"rounding": makers.seed}),
     ),
     Case(
         "muon_step_", makers.muon_step, polynomial_flops, dtypes=_STATES,
         variants=({"nesterov": False, "precision": "full", "factors": makers.factors},
-                  {"form": "gram", "eps": 1e-7, "restarts": [3]}),
+                  {"form": "gram", "eps": 1e-7, "restarts": [3]}, {"rounding": makers.seed}),
         shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
     Case(

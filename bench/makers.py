@@ -158,6 +158,11 @@ def factors(arguments: Arguments) -> list[float]:
     return [0.5 + 0.25 * i for i in range(len(arguments["params"]))]
 
 
+def seed(arguments: Arguments) -> Tensor:
+    """Of stochastic rounding, with bits in both halves."""
+    return torch.tensor(-0x123456789ABCDEF, device=arguments["lr"].device)
+
+
 def decayed_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {
         "params": each(inputs.matrix, "params", shapes),

@@ -148,10 +148,11 @@ def small(arch: str) -> Iterator[Build]:
 # kernel of a pass over lists: its tensors, its own arguments, its own constants
 PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[str, Any]]] = {
     "rotated_adam": ("rotated_adam_kernel", ("M", "V", "X"), (), {"scales": None}),
-    "decayed_update": ("decayed_update_kernel", ("W", "U"), (), {}),
+    "decayed_update": ("decayed_update_kernel", ("W", "U"), (), {"seed": None}),
+    "decayed_update_rounded": ("decayed_update_kernel", ("W", "U"), (("seed", "*i64"),), {}),
     "adamw_step": (
         "adamw_kernel", ("W", "G", "M", "V", "T"), (),
-        {"DECAY_FIRST": True, "CORRECT_EPS": True},
+        {"seed": None, "DECAY_FIRST": True, "CORRECT_EPS": True},
     ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
     "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
@@ -172,8 +173,9 @@ def passes(arch: str) -> Iterator[Build]:
             constants = dict(
                 STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
             )  # fmt: skip
+            kernel = getattr(module(re.sub("_fold|_rounded", "", op)), name)
             yield Build(
-                op, getattr(module(op.split("_fold")[0]), name), constants, each.OPTIONS, arch,
+                op, kernel, constants, each.OPTIONS, arch,
                 str(dtype).removeprefix("torch."), False, arguments,
             )  # fmt: skip
 

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from . import elementwise as each
 from . import tables, tiles
+from .rounding import rounded
 
 
 @triton.jit(do_not_specialize=["count"])
 def adamw_kernel(
-    table, count, lr, STEPS: tl.constexpr,
+    table, count, lr, seed, STEPS: tl.constexpr,
     W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
     DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
 ):  # fmt: skip
-    """Numbers: beta1, 1 - beta1, log beta1, the same of beta2, eps, weight decay."""
+    """Numbers: beta1, 1 - beta1, log beta1, the same of beta2, eps, weight decay; extras: address
+    of the step count, where the weight begins."""
     entries = table + 8
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)
@@ -51,7 +53,8 @@ def adamw_kernel(
         w = decay * (w - update)
     tl.store(m_at, m.to(M_TYPE), mask=mask)
     tl.store(v_at, v.to(V_TYPE), mask=mask)
-    tl.store(w_at, w.to(W_TYPE), mask=mask)
+    base = tiles.field(entries, count, entry, each.HEAD + 17)
+    tl.store(w_at, rounded(w, w_at, base, seed, W_TYPE).to(W_TYPE), mask=mask)
 
 
 def adamw_step_(
@@ -67,6 +70,7 @@ def adamw_step_(
     weight_decay: float,
     decay_first: bool = True,
     correct_eps: bool = True,
+    rounding: Tensor | None = None,
 ) -> None:
     if not params:
         return
@@ -74,14 +78,16 @@ def adamw_step_(
     torch._foreach_add_(steps, 1)
     steps = [s.to(device) for s in steps]  # they may live on the CPU, as torch's do
     lr = lr.to(device)
+    seed = None if rounding is None else rounding.to(device)
     numbers = [n for b in (beta1, beta2) for n in (b, 1 - b, math.log(b) if b else -math.inf)]
     for dtype in {s.dtype for s in steps}:
         rows = [i for i, s in enumerate(steps) if s.dtype == dtype]
         lists = [[values[i] for i in rows] for values in (params, grads, exp_avg, exp_avg_sq)]
-        for group in each.groups(lists, [(steps[i].data_ptr(),) for i in rows]):
+        extras = [(steps[i].data_ptr(), params[i].data_ptr()) for i in rows]
+        for group in each.groups(lists, extras):
             table = group.table((*numbers, eps, weight_decay), device)
             *types, wide, flat, block = group.constants
             adamw_kernel[(table.tiles,)](
-                table.data, table.count, lr, table.steps, *types, tables.TYPES[dtype], wide, flat,
-                block, decay_first, correct_eps, **each.OPTIONS,
+                table.data, table.count, lr, seed, table.steps, *types, tables.TYPES[dtype], wide,
+                flat, block, decay_first, correct_eps, **each.OPTIONS,
             )  # fmt: skip

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from . import elementwise as each
 from . import tables, tiles
+from .rounding import rounded
 
 
 @triton.jit(do_not_specialize=["count"])
 def decayed_update_kernel(
-    table, count, lr, STEPS: tl.constexpr, W_TYPE: tl.constexpr, U_TYPE: tl.constexpr,
+    table, count, lr, seed, STEPS: tl.constexpr, W_TYPE: tl.constexpr, U_TYPE: tl.constexpr,
     WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers: weight decay; extras: the factor of each item."""
+    """Numbers: weight decay; extras: the factor of each item, where its weight begins."""
     entries = table + 1
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)
@@ -26,7 +27,9 @@ def decayed_update_kernel(
     step = (rate * factor).to(WIDE)
     w = tl.load(w_at, mask=mask, other=0.0).to(WIDE)
     u = tl.load(u_at, mask=mask, other=0.0).to(WIDE)
-    tl.store(w_at, (decay * w - step * u).to(W_TYPE), mask=mask)
+    base = tiles.field(entries, count, entry, each.HEAD + 9)
+    w = rounded(decay * w - step * u, w_at, base, seed, W_TYPE)
+    tl.store(w_at, w.to(W_TYPE), mask=mask)
 
 
 def decayed_update_(
@@ -35,13 +38,15 @@ def decayed_update_(
     lr: Tensor,
     weight_decay: float,
     factors: list[float],
+    rounding: Tensor | None = None,
 ) -> None:
     if not params:
         return
     lr = lr.to(params[0].device)
-    extras = [(tables.bits(f),) for f in factors]
+    seed = None if rounding is None else rounding.to(params[0].device)
+    extras = [(tables.bits(f), w.data_ptr()) for f, w in zip(factors, params, strict=True)]
     for group in each.groups([params, updates], extras):
         table = group.table((weight_decay,), params[0].device)
         decayed_update_kernel[(table.tiles,)](
-            table.data, table.count, lr, table.steps, *group.constants, **each.OPTIONS
+            table.data, table.count, lr, seed, table.steps, *group.constants, **each.OPTIONS
         )

@@ -30,12 +30,16 @@ def muon_step_(
     scale: str = "frobenius",
     eps: float = 0.0,
     safety: float = 1.0,
+    rounding: Tensor | None = None,
 ) -> None:
     iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
     tensors = (params, grads, momentum_buffers)
-    if not params or any(t.dtype == torch.float64 for some in tensors for t in some):
+    wide = any(t.dtype == torch.float64 for some in tensors for t in some)
+    # the end of a product rounds to nearest
+    stochastic = rounding is not None and any(w.dtype == torch.bfloat16 for w in params)
+    if not params or wide or stochastic:
         arguments = (*tensors, lr, momentum, weight_decay, factors, coefficients, restarts)
-        return ops.muon_step_.definition(*arguments, nesterov, *iteration[2:])
+        return ops.muon_step_.definition(*arguments, nesterov, *iteration[2:], rounding)
     end = ends.muon(lr.to(params[0].device), weight_decay)
     extras = [(tables.bits(factor), 0) for factor in factors]
     sizes = [b.numel() for b in momentum_buffers]

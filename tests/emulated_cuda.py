@@ -9,6 +9,7 @@ import os
 
 import pytest
 import test_ops
+import test_rounding
 import torch
 from cuda_on_cpu import library
 from orthonorm import ops
@@ -137,6 +138,10 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]
     assert torch.equal(ops.magnitude([X]), norms)
     wanted = ops.divide_each(near, norms, torch.float32)
     assert torch.equal(ops.divide_each(X, norms, torch.float32), wanted)
+
+
+def test_stochastic_rounding() -> None:
+    test_rounding.check_same_bits(ops.decayed_update_)
 
 
 def test_errors_of_a_launch_name_op_and_shapes() -> None:

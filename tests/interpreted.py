@@ -13,6 +13,7 @@ from typing import Any
 import orthonorm
 import pytest
 import test_ops
+import test_rounding
 import torch
 import triton
 import triton.language as tl
@@ -193,6 +194,10 @@ def test_muon_writes_weights_where_products_end(
     layout = "contiguous" if form == "direct" else "transposed"
     check_numbers(case, shapes, Inputs.named("float32", layout=layout), **settings)
     assert "update" in launches
+
+
+def test_stochastic_rounding() -> None:
+    test_rounding.check_same_bits(OPS["decayed_update_"])
 
 
 def test_conda_takes_two_launches(launches: list[str]) -> None:

@@ -31,11 +31,12 @@ VARIANTS: dict[str, tuple[Arguments, ...]] = {
     "elementwise_moment_": ({}, {"eps": 0.0}, {"corrections": None}),
     "magnitude": ({},),
     "muon_prologue_": ({}, {"nesterov": False}, {"momentum": torch.tensor(0.5)}),
-    "decayed_update_": ({}, {"weight_decay": 0.0}),
+    "decayed_update_": ({}, {"weight_decay": 0.0}, {"rounding": torch.tensor(7 << 40)}),
     "adamw_step_": (
         {},
         {"decay_first": False, "correct_eps": False},
         {"weight_decay": 0.0, "eps": 0.0, "lr": torch.tensor(0.01)},
+        {"rounding": torch.tensor(7)},
     ),
 }
 ROWS = [(name, i) for name, variants in VARIANTS.items() for i in range(len(variants))]

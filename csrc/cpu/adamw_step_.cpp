@@ -31,12 +31,13 @@ std::vector<AdamWStep<double>> advance(const TensorList& steps, const AdamWRule&
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
                  const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
                  double beta1, double beta2, double eps, double weight_decay, bool decay_first,
-                 bool correct_eps) {
+                 bool correct_eps, const std::optional<Tensor>& rounding) {
   const Pass<4> pass("adamw_step_", Unit::tensor,
                      {{{"params", params, Use::update},
                        {"grads", grads, Use::read},
                        {"exp_avg", exp_avg, Use::update},
-                       {"exp_avg_sq", exp_avg_sq, Use::update}}});
+                       {"exp_avg_sq", exp_avg_sq, Use::update}}},
+                     rounding);
   STD_TORCH_CHECK(steps.size() == params.size(), "adamw_step_: lists must have equal lengths, got ",
                   params.size(), " params and ", steps.size(), " steps");
   for (const Tensor& step : steps) {

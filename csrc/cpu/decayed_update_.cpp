@@ -6,9 +6,10 @@ namespace orthonorm {
 namespace {
 
 void decayed_update_(const TensorList& params, const TensorList& updates, const Tensor& lr,
-                     double weight_decay, const std::vector<double>& factors) {
+                     double weight_decay, const std::vector<double>& factors,
+                     const std::optional<Tensor>& rounding) {
   const Pass<2> pass("decayed_update_", Unit::tensor,
-                     {{{"params", params, Use::update}, {"updates", updates, Use::read}}});
+                     {{{"params", params, Use::update}, {"updates", updates, Use::read}}}, rounding);
   STD_TORCH_CHECK(factors.size() == params.size(), "decayed_update_: factors must have ",
                   params.size(), " numbers, got ", factors.size());
   const double rate = item(lr);

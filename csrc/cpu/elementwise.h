@@ -11,7 +11,9 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 
+#include "../rounding.h"
 #include "layout.h"
 
 namespace orthonorm {
@@ -22,6 +24,14 @@ inline std::vector<double> numbers(const char* op, const char* name, const Tenso
   std::vector<double> values(t.numel());
   for (size_t i = 0; i < values.size(); ++i) values[i] = item(t, static_cast<int64_t>(i));
   return values;
+}
+
+// How bfloat16 tensors are rounded: stochastically, if there is a seed.
+inline std::optional<Stochastic> rounding_of(const char* op, const std::optional<Tensor>& seed) {
+  if (!seed) return std::nullopt;
+  STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op,
+                  ": rounding must be one int64 number");
+  return Stochastic(*static_cast<const int64_t*>(seed->data_ptr()));
 }
 
 enum class Use { read, update, write };
@@ -60,8 +70,10 @@ class Pass {
   // Elements worth waking a thread for, as torch has it (at::internal::GRAIN_SIZE).
   static constexpr int64_t grain = 32768;
 
-  // Checks lengths, dtypes and shapes; nothing is written before.
-  Pass(const char* op, Unit unit, const std::array<NamedList, N>& lists) {
+  // Checks lengths, dtypes and shapes; nothing is written before. `rounding`: of the first list.
+  Pass(const char* op, Unit unit, const std::array<NamedList, N>& lists,
+       const std::optional<Tensor>& rounding = std::nullopt)
+      : rounding_(rounding_of(op, rounding)) {
     const size_t length = lists[0].tensors.size();
     for (int k = 0; k < N; ++k) {
       uses_[k] = lists[k].use;
@@ -204,16 +216,29 @@ class Pass {
   }
 
   template <class A>
-  void put_back(const Part<N>& part, int k, int64_t at, int64_t count, const A* scratch) const {
-    const int64_t size = element_size(part.dtype[k]);
-    if (part.linear[k]) return store(scratch, part.data[k] + at * size, part.dtype[k], 1, count);
-    layouts_[part.layout].runs(
-        k, at, count, [&](int64_t offset, int64_t stride, int64_t done, int64_t length) {
-          store(scratch + done, part.data[k] + offset * size, part.dtype[k], stride, length);
-        });
+  void put_back(const Part<N>& part, int k, int64_t at, int64_t count, A* scratch) const {
+    const auto put = [&](int64_t offset, int64_t stride, int64_t done, int64_t length) {
+      if (k == 0 && rounding_ && part.dtype[0] == ScalarType::BFloat16) {
+        round(*rounding_, offset, stride, length, scratch + done);
+      }
+      char* const to = part.data[k] + offset * element_size(part.dtype[k]);
+      store(scratch + done, to, part.dtype[k], stride, length);
+    };
+    if (part.linear[k]) return put(at, 1, 0, count);
+    layouts_[part.layout].runs(k, at, count, put);
+  }
+
+  // Numbers whose places are `stride` apart, from `place` on.
+  template <class A>
+  static void round(const Stochastic& rounding, int64_t place, int64_t stride, int64_t count,
+                    A* x) {
+    specialized([=] {
+      for (int64_t i = 0; i < count; ++i) x[i] = rounding(x[i], place + i * stride);
+    });
   }
 
   std::array<Use, N> uses_;
+  std::optional<Stochastic> rounding_;  // of the first list, whose parts are whole tensors
   std::vector<Part<N>> parts_;
   std::vector<Layout<N>> layouts_;
   int64_t elements_ = 0, blocks_ = 0;

@@ -27,7 +27,7 @@ void check_steps(const TensorList& steps) {
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
                  const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
                  double beta1, double beta2, double eps, double weight_decay, bool decay_first,
-                 bool correct_eps) {
+                 bool correct_eps, const std::optional<Tensor>& rounding) {
   Call call("adamw_step_", {{"params", params, true},
                             {"grads", grads, false},
                             {"exp_avg", exp_avg, true},
@@ -37,6 +37,7 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
   check_steps(steps);
   const AdamWRule rule{0, beta1, beta2, eps, weight_decay, decay_first, correct_eps};
   const Number rate = call.number("lr", lr);
+  const Seed seed = call.seed(rounding);
   call.run([&](const Device& device) {
     auto* made = device.scratch<AdamWStep<double>>(static_cast<int64_t>(call.size()));
     auto counts = counted(device, rate, rule, made);
@@ -48,7 +49,7 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
       counts.add({Strided{at, type, 0, nullptr, nullptr}}, bit_cast<int64_t>(known));
     }
     counts.finish();
-    auto lists = elementwise(device, Unit::tensor, AdamWOp{made});
+    auto lists = elementwise(device, Unit::tensor, AdamWOp{made, seed});
     for (size_t i = 0; i < call.size(); ++i) lists.add(call.item<4>(i));
     lists.finish();
   });

@@ -4,6 +4,7 @@
 #include "../adamw_step.h"
 
 #include "elementwise.h"
+#include "rounding.h"
 
 namespace orthonorm::cuda {
 
@@ -12,19 +13,23 @@ struct AdamWOp {
   static constexpr unsigned reads = 0b1111, writes = 0b1101;  // params, grads, exp_avg, exp_avg_sq
   static constexpr bool sums = false;
   template <class A>
-  using Constants = AdamWStep<A>;
+  struct Constants {
+    AdamWStep<A> rule;
+    Rounding rounding;
+  };
 
   const AdamWStep<double>* made;  // for every item
+  Seed seed = {};
 
   template <class A>
-  __device__ AdamWStep<A> prepare(const Entry<4>& entry, int64_t) const {
-    return AdamWStep<A>(made[entry.item]);
+  __device__ Constants<A> prepare(const Entry<4>& entry, int64_t) const {
+    return {AdamWStep<A>(made[entry.item]), {seed, entry.type[0]}};
   }
 
   template <class A>
-  __device__ static A apply(const AdamWStep<A>& c, A (&x)[4]) {
-    adamw_step(c, x[0], x[1], x[2], x[3]);
-    return x[0];
+  __device__ static A apply(const Constants<A>& c, A (&x)[4], int64_t place) {
+    adamw_step(c.rule, x[0], x[1], x[2], x[3]);
+    return x[0] = c.rounding(x[0], place);
   }
 };
 

@@ -30,7 +30,7 @@ struct DivideEachOp {
   }
 
   template <class A>
-  __device__ static A apply(const Divisor& c, A (&x)[2]) {
+  __device__ static A apply(const Divisor& c, A (&x)[2], int64_t) {
     if constexpr (sizeof(A) == 8) {
       x[1] = c.d == 0 ? 0 : x[0] / c.d;
     } else {  // in double by the inverse: a power of two in both cancels exactly

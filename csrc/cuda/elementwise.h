@@ -5,10 +5,12 @@
 //     static constexpr unsigned reads, writes;  // bit k: list k is
 //     static constexpr bool sums;               // whether norms of matrices are wanted
 //     template <class A> __device__ Constants<A> prepare(const Entry<N>&, int64_t b) const;
-//     template <class A> __device__ static A apply(const Constants<A>&, A (&x)[N]);
+//     template <class A>
+//     __device__ static A apply(const Constants<A>&, A (&x)[N], int64_t place);
 //   };
 //
-// `apply` changes what is written and returns what is measured, where an op measures (`Op::sums`).
+// `apply` changes what is written and returns what is measured, where an op measures (`Op::sums`);
+// `place` is how far in memory x[0] is from where its tensor begins, in elements.
 // A block takes a tile of one matrix, a thread runs of eight elements of it. Which elements a thread
 // has depends on the matrix and its dtypes alone: sums have the same bits at any address, in any
 // company. Whole tiles whose tensors all begin at 16 bytes move 16 bytes an access, all loads of a
@@ -32,11 +34,13 @@ inline constexpr int64_t tile_of = int64_t{8} * threads * runs<N>;
 template <int N>
 struct Matrix {
   char* data[N];
+  int64_t place;            // of its first element in list 0
   const Layout<N>* layout;  // null: its elements are consecutive
   bool aligned = true, narrow = false;  // all at 16 bytes; any of two bytes an element
 
   __device__ Matrix(const Table<N>& table, const Entry<N>& entry, int64_t b) {
     layout = entry.layout < 0 ? nullptr : &table.layouts[entry.layout];
+    place = entry.place + b * (layout ? layout->batch[0] : entry.count);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const int64_t skip = layout ? layout->batch[k] : entry.count;
@@ -93,7 +97,8 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
       A x[N];
 #pragma unroll
       for (int k = 0; k < N; ++k) x[k] = Op::reads >> k & 1 ? values[k][i] : A(0);
-      const A measured = Op::template apply<A>(c, x);
+      const int inside = i < 4 ? places.first(r) + i : places.second(r) + i - 4;
+      const A measured = Op::template apply<A>(c, x, matrix.place + start + inside);
       if constexpr (Op::sums) squares.add(measured);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
@@ -127,7 +132,7 @@ __device__ void any_run(const typename Op::template Constants<A>& c,
       address[k] = matrix.data[k] + matrix.offset(k, at) * size_of(entry.type[k]);
       x[k] = Op::reads >> k & 1 ? load<A>(address[k], entry.type[k]) : A(0);
     }
-    const A measured = Op::template apply<A>(c, x);
+    const A measured = Op::template apply<A>(c, x, matrix.place + matrix.offset(0, at));
     if constexpr (Op::sums) squares.add(measured);
 #pragma unroll
     for (int k = 0; k < N; ++k) {

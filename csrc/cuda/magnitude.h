@@ -18,7 +18,7 @@ struct MagnitudeOp {
   }
 
   template <class A>
-  __device__ static A apply(const Constants<A>&, A (&x)[1]) {
+  __device__ static A apply(const Constants<A>&, A (&x)[1], int64_t) {
     return x[0];
   }
 };

@@ -29,7 +29,7 @@ struct MuonPrologueOp {
   }
 
   template <class A>
-  __device__ static A apply(const MuonPrologue<A>& c, A (&x)[3]) {
+  __device__ static A apply(const MuonPrologue<A>& c, A (&x)[3], int64_t) {
     x[2] = muon_prologue(c.mu, c.nesterov, x[0], x[1]);
     return x[2];
   }

@@ -5,11 +5,13 @@
 
 #include <array>
 #include <deque>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <unordered_set>
 
 #include "elementwise.h"
+#include "rounding.h"
 
 #ifdef __CUDACC__
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -142,6 +144,18 @@ class Call {
     if (t.is_cpu() && t.numel() == 1) return {host_value(s)};
     const Tensor& there = kept_.emplace_back(torch::stable::to(t, device(), true));
     return {static_cast<char*>(there.data_ptr()), s.type, there.dim() ? there.stride(0) : 0};
+  }
+
+  // The seed of stochastic rounding, read on the device unless the host has it.
+  Seed seed(const std::optional<Tensor>& t) {
+    if (!t) return {};
+    STD_TORCH_CHECK(t->numel() == 1 && t->scalar_type() == ScalarType::Long, op_,
+                    ": rounding must be one int64 number");
+    const bool here = size() > 0 && t->device() == device();
+    if (!here && t->is_cpu()) return {true, *static_cast<const int64_t*>(t->data_ptr())};
+    if (size() == 0) return {true};
+    const Tensor& there = here ? *t : kept_.emplace_back(torch::stable::to(*t, device(), true));
+    return {true, 0, static_cast<const int64_t*>(there.data_ptr())};
   }
 
   // A float64 number for every matrix of the first list; those of empty matrices are 0.

@@ -23,7 +23,7 @@ struct RotatedAdamOp {
   }
 
   template <class A>
-  __device__ static A apply(const RotatedAdam<A>& c, A (&x)[3]) {
+  __device__ static A apply(const RotatedAdam<A>& c, A (&x)[3], int64_t) {
     rotated_adam(c, x[0], x[1], x[2]);
     return x[2];
   }

@@ -45,6 +45,7 @@ struct Entry {
   char* data[N];
   int64_t count;        // elements of a matrix
   int64_t extra;        // what the op wants to know of this item: a number's bits or an address
+  int64_t place;        // how far data[0] is from where its tensor begins, in elements
   uint32_t first_tile;  // tiles of all entries before
   uint32_t tiles;       // of a matrix
   int32_t layout;       // in `Table::layouts`; -1: all elements consecutive, matrix after matrix
@@ -195,6 +196,7 @@ class Lists {
         for (int k = 0; k < N; ++k) {
           entry.data[k] += begin->stride[k] * size_of(entry.type[k]);
         }
+        entry.place += begin->stride[0];
         entry.first += unit_ == Unit::matrix ? static_cast<int32_t>(each) : 0;
       }
       return;

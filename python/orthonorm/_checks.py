@@ -75,12 +75,26 @@ def equal_shape(op: str, name: str, value: Tensor, wanted: Sequence[int]) -> Non
 def scalar(op: str, name: str, value: object, beside: Sequence[Tensor] = ()) -> None:
     """`value` is a one-element tensor, on the CPU or the device of `beside`; it is not read."""
     tensor(op, name, value)
-    if not isinstance(value, Tensor):
-        return
+    if isinstance(value, Tensor):
+        one_beside(op, name, value, beside)
+
+
+def one_beside(op: str, name: str, value: Tensor, beside: Sequence[Tensor]) -> None:
+    """`value` has one element, on the CPU or the device of `beside`."""
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
     if beside and value.device.type not in ("cpu", beside[0].device.type):
         raise ValueError(f"{op}: {name} must be on cpu or {beside[0].device}, got {value.device}")
+
+
+def seed(op: str, name: str, value: object, beside: Sequence[Tensor]) -> None:
+    """`value` is None or a one-element int64 tensor on the CPU or the device of `beside`."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be None or an int64 Tensor, got {got}")
+    one_beside(op, name, value, beside)
 
 
 def scheduled(op: str, name: str, value: object, low: float, high: float) -> None:

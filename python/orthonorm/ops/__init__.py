@@ -14,15 +14,10 @@ from .normalize import (
     row_moment_,
     row_normalize,
 )
+from .passes import adamw_step_, decayed_update_, muon_prologue_
 from .rotations import rotate_, rotate_back_
 from .spectral import gram_iteration, power_iteration_, spectral_norm
-from .steps import (
-    adamw_step_,
-    conda_step_,
-    decayed_update_,
-    muon_prologue_,
-    muon_step_,
-)
+from .steps import conda_step_, muon_step_
 from .words import (
     apply,
     direct_polynomial,

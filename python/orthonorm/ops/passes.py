@@ -1,0 +1,193 @@
+"""The passes over lists of tensors that optimizer steps are made of.
+
+Scheduled numbers (`lr`, `momentum`) are one-element tensors on the parameters' device, so changing
+them neither recompiles nor synchronizes. No op writes a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._library import op
+from .newton_schulz import norms_of
+from .normalize import accumulator
+from .rounding import write
+
+
+@op(
+    "muon_prologue_(Tensor[] grads, Tensor(a!)[] momentum_buffers, Tensor(b!)[] updates, "
+    "Tensor momentum, bool nesterov=True) -> Tensor"
+)
+def muon_prologue_(
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    updates: list[Tensor],
+    momentum: Tensor,
+    nesterov: bool = True,
+) -> Tensor:
+    """B <- mu B + (1-mu) G;  U = mu B + (1-mu) G if nesterov else B;  returns |U|_F.
+
+    One pass: reads G and B, writes B and U (in the dtype of `updates`), and measures U before it is
+    rounded, as `magnitude` does.
+
+    Shapes: entry i of the three lists agree, (..., m, n); the norms are 1-D float64.
+    """
+    norms = []
+    for g, b, u in zip(grads, momentum_buffers, updates, strict=True):
+        dtype = accumulator(g, b, u)
+        mu = momentum.to(dtype)
+        x, new = g.to(dtype), b.to(dtype)
+        new = x + mu * (new - x)
+        out = x + mu * (new - x) if nesterov else new
+        b.copy_(new)
+        u.copy_(out)
+        norms.append(out)
+    return norms_of(norms)
+
+
+@muon_prologue_.check
+def _(
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    updates: list[Tensor],
+    momentum: Tensor,
+    nesterov: bool = True,
+) -> None:
+    name = "muon_prologue_"
+    check.tensors(name, "grads", grads, min_dim=2)
+    check.tensors(name, "momentum_buffers", momentum_buffers, min_dim=2)
+    check.tensors(name, "updates", updates, min_dim=2)
+    check.same_shapes(name, grads=grads, momentum_buffers=momentum_buffers, updates=updates)
+    check.scalar(name, "momentum", momentum, grads)
+
+
+@op(
+    "decayed_update_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float weight_decay, "
+    "float[] factors, Tensor? rounding=None) -> ()"
+)
+def decayed_update_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    rounding: Tensor | None = None,
+) -> None:
+    """W_i <- (1 - lr weight_decay) W_i - lr factor_i U_i, in one pass, rounded once.
+
+    `rounding`, one int64 number, rounds bfloat16 weights stochastically by that seed
+    (`rounding.py`).
+
+    Shapes: W_i and U_i agree, any number of dimensions; factors has one number per tensor.
+    """
+    for w, u, factor in zip(params, updates, factors, strict=True):
+        dtype = accumulator(w, u)
+        rate = lr.to(torch.float64)
+        decay, step = (1 - rate * weight_decay).to(dtype), (rate * factor).to(dtype)
+        write(w, decay * w.to(dtype) - step * u.to(dtype), rounding)
+
+
+@decayed_update_.check
+def _(
+    params: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    rounding: Tensor | None = None,
+) -> None:
+    name = "decayed_update_"
+    check.tensors(name, "params", params)
+    check.tensors(name, "updates", updates)
+    check.same_shapes(name, params=params, updates=updates)
+    check.same_lengths(name, params=params, factors=factors)
+    check.scalar(name, "lr", lr, params)
+    check.number(name, "weight_decay", weight_decay, 0.0)
+    check.seed(name, "rounding", rounding, params)
+
+
+@op(
+    "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
+    "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decay_first=True, bool correct_eps=True, "
+    "Tensor? rounding=None) -> ()"
+)
+def adamw_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay_first: bool = True,
+    correct_eps: bool = True,
+    rounding: Tensor | None = None,
+) -> None:
+    """W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), m and v decayed averages of G and G^2.
+
+    Increments each parameter's step count t, then corrects bias: m^ = m / (1-beta1^t),
+    v^ = v / (1-beta2^t). `correct_eps=True` adds eps to sqrt(v^) (torch.optim.AdamW), False to the
+    uncorrected sqrt(v) before correcting (Conda's companion, transformers). `decay_first=False`
+    decays the updated weight instead of the old one (Conda decays last). `rounding` as in
+    `decayed_update_`.
+
+    Shapes: entry i of the first four lists agree; steps[i] has one element, float32 or float64.
+    """
+    for w, g, m, v, step in zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True):
+        step.add_(1)
+        t = step.to(torch.float64)
+        rate = lr.to(torch.float64)
+        correct1, correct2 = 1 - beta1**t, (1 - beta2**t).sqrt()
+        dtype = accumulator(w, g, m, v)
+        x = g.to(dtype)
+        new_m = beta1 * m.to(dtype) + (1 - beta1) * x
+        new_v = beta2 * v.to(dtype) + (1 - beta2) * x * x
+        size = (rate * correct2 / correct1).to(dtype)
+        denominator = new_v.sqrt() + (eps * correct2 if correct_eps else rate * 0 + eps).to(dtype)
+        update = size * new_m / denominator
+        update = torch.where(denominator == 0, 0.0, update)
+        decay = (1 - rate * weight_decay).to(dtype)
+        old = w.to(dtype)
+        new = decay * old - update if decay_first else decay * (old - update)
+        write(w, new, rounding)
+        m.copy_(new_m)
+        v.copy_(new_v)
+
+
+@adamw_step_.check
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay_first: bool = True,
+    correct_eps: bool = True,
+    rounding: Tensor | None = None,
+) -> None:
+    name = "adamw_step_"
+    lists = dict(params=params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    for label, values in lists.items():
+        check.tensors(name, label, values)
+    check.same_shapes(name, **lists)
+    check.tensors(name, "steps", steps)
+    check.same_lengths(name, params=params, steps=steps)
+    for step in steps:
+        check.scalar(name, "steps", step)
+    check.scalar(name, "lr", lr, params)
+    check.fraction(name, "beta1", beta1)
+    check.fraction(name, "beta2", beta2)
+    check.number(name, "eps", eps, 0.0)
+    check.number(name, "weight_decay", weight_decay, 0.0)
+    check.seed(name, "rounding", rounding, params)
