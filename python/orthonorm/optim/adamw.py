@@ -18,7 +18,7 @@ class AdamW(MatrixOptimizer):
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
         maximize: step along the gradient instead of against it.
-        telemetry: see settings.Common.
+        telemetry, foreach, fused, capturable, differentiable: see settings.Common.
 
     State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32.
 
@@ -36,10 +36,17 @@ class AdamW(MatrixOptimizer):
         nonfinite: str = "propagate",
         maximize: bool = False,
         telemetry: int = 0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         settings |= dict(nonfinite=nonfinite, maximize=maximize, telemetry=telemetry)
-        super().__init__(params, {"rule": "adamw", **settings}, {}, settings)
+        torchs = dict(
+            foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
+        )
+        super().__init__(params, {"rule": "adamw", **settings}, torchs, settings)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         raise ValueError("AdamW: rule must be 'adamw', it has no other, got 'matrix'")

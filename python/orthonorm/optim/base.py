@@ -58,7 +58,6 @@ class MatrixOptimizer(Groups):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    counts_steps: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     momentum_key: ClassVar[str] = MOMENTUM
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import _checks as check
-from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, Rule, inherited
+from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, TORCH, Rule, inherited
 from .tensors import check_placements, is_distributed, meets_owner
 from .views import VIEW_DEFAULTS, check_views
 
@@ -23,6 +23,8 @@ class Groups(torch.optim.Optimizer):
     decays: ClassVar[tuple[str, ...]] = DECAYS
     min_dim: ClassVar[int] = 2
     self_contained: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = False
+    _capturable = False
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Groups(torch.optim.Optimizer):
                 f"{self.name}: params must be parameters, named parameters or param groups, "
                 f"got {type(params).__name__}"
             )
+        common, self._capturable = self._without_torchs(common)
         if unknown := set(common) - set(COMMON) - set(settings) - {"adamw"}:
             raise TypeError(f"{self.name}: got unexpected keyword arguments {sorted(unknown)}")
         adamw = common.get("adamw")
@@ -71,7 +74,7 @@ class Groups(torch.optim.Optimizer):
             raise TypeError(f"{self.name}: a param group must be a dict, got {type(param_group)}")
         if "params" not in param_group:
             raise ValueError(f"{self.name}: a group must have params, got {sorted(param_group)}")
-        group = dict(param_group)
+        group, capturable = self._without_torchs(param_group)
         known = self.group_defaults(group)
         if unknown := set(group) - set(known) - set(FOREIGN):
             raise ValueError(
@@ -87,9 +90,30 @@ class Groups(torch.optim.Optimizer):
                 added.pop(key, None)
             self._check_settings(added)
             self._check_params(added)
+            if capturable or self._capturable:
+                self._check_capturable(added)
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _without_torchs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """What is left of keywords without settings.TORCH, which are checked, and `capturable`."""
+        for key in given.keys() & TORCH.keys():
+            TORCH[key](self.name, key, given[key])
+        if given.get("differentiable"):
+            raise ValueError(f"{self.name}: differentiable must be False: steps have no gradient")
+        left = {key: value for key, value in given.items() if key not in TORCH}
+        return left, bool(given.get("capturable", False))
+
+    def _check_capturable(self, group: Mapping[str, Any]) -> None:
+        reasons = {
+            "its rule counts steps on the host": group["rule"] == "matrix" and self.counts_steps,
+            "nonfinite other than 'propagate' reads norms": group["nonfinite"] != "propagate",
+            "telemetry is asked for by the host": bool(group["telemetry"]),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"{self.name}: capturable must be False here: {reason}")
 
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
         rule = group.get("rule", self.defaults["rule"])

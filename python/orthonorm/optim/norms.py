@@ -46,6 +46,14 @@ def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:
     return updates
 
 
+def lengthened(updates: Updates, numbers: Tensor) -> Updates:
+    """number X for sizes of any magnitude: half types, whose range they leave, become float32.
+
+    X is written if it is not of a half type.
+    """
+    return multiply_each_(Updates([x.to(accumulator(x)) for x in updates.stacks]), numbers)
+
+
 def counts(updates: Updates) -> list[int]:
     """Matrices in every stack."""
     return [math.prod(x.shape[:-2]) for x in updates.stacks]

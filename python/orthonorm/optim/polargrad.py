@@ -11,7 +11,7 @@ import torch
 from typing_extensions import Unpack
 
 from ..ops import inner
-from .norms import multiply_each_
+from .norms import lengthened
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule
 from .state import Batch, Updates
@@ -68,4 +68,4 @@ class PolarGrad(Orthogonalizing):
             torch._foreach_mul_(matrices, 1 - mu)
             torch._foreach_add_(batch.state["factor_buffer"], matrices)
             torch._foreach_copy_(matrices, batch.state["factor_buffer"])
-        return multiply_each_(factors, size)
+        return lengthened(factors, size)

@@ -26,6 +26,10 @@ class Common(TypedDict, total=False):
     telemetry: measure every so many steps what `optimizer.telemetry()` tells (0: never).
     bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
     adamw: settings of groups with rule="adamw" (ADAMW_DEFAULTS says which).
+    foreach, fused: as torch.optim's; steps work on lists of tensors whatever is said.
+    capturable: True is refused where a CUDA graph would repeat what the host decided: rules that
+        count steps, `nonfinite` other than "propagate", telemetry.
+    differentiable: only False.
     """
 
     nonfinite: str
@@ -36,6 +40,10 @@ class Common(TypedDict, total=False):
     bound: float
     telemetry: int
     adamw: Mapping[str, Any] | None
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
 
 
 COMMON: dict[str, Any] = {
@@ -141,6 +149,13 @@ RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has i
     "eps": at_least(0.0),
     "decay_first": FLAG,
     "correct_eps": FLAG,
+}
+
+TORCH: dict[str, Rule] = {  # keywords of torch's optimizers that groups do not keep
+    "foreach": one_of(None, True, False),
+    "fused": one_of(None, True, False),
+    "capturable": FLAG,
+    "differentiable": FLAG,
 }
 
 
