@@ -249,6 +249,10 @@ _ROWS = (
         "factored_moment_", makers.moments("row_moments", "column_moments"), reread=("X",),
         variants=_EPS_AT, dtypes=_STATES,
     ),
+    Case(
+        "elementwise_moment_", makers.elementwise_moment, dtypes=_STATES,
+        variants=({"eps": 0.0}, {"corrections": makers.scales}),
+    ),
     Case("row_normalize", makers.matrix("X"), maps=True, scale_free=True, variants=_DIVISORS),
     Case(
         "column_normalize", makers.matrix("X"), reread=("X",), maps=True, scale_free=True,
@@ -274,6 +278,7 @@ _ROWS = (
     ),
     # steps on lists of parameters and their passes
     Case("magnitude", makers.magnitude, scale_free=True, shapes=_MODEL),
+    Case("inner", makers.inner, dtypes=_STATES),
     Case(
         "muon_prologue_", makers.muon_prologue, written=("updates",), dtypes=_STATES,
         variants=({"nesterov": False},),

@@ -112,6 +112,19 @@ def rotated_adam(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     }
 
 
+def elementwise_moment(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {
+        "moments": each(inputs.moment, "moments", shapes),
+        "X": each(inputs.matrix, "X", shapes),
+        "beta2": 0.999,
+        "eps": 1e-8,
+    }
+
+
+def inner(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    return {"X": each(inputs.state, "X", shapes), "Y": each(inputs.matrix, "Y", shapes)}
+
+
 def moments(rows: str, columns: str) -> Make:
     def make(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         made: Arguments = {}

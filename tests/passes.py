@@ -19,14 +19,16 @@ Layout = Callable[[Tensor], Tensor]
 # The tensor lists of each op, the other arguments of a list of n, and its variants.
 LISTS = {
     "rotated_adam_": ("exp_avg", "exp_avg_sq", "X"),
+    "elementwise_moment_": ("moments", "X"),
     "magnitude": ("X",),
     "muon_prologue_": ("grads", "momentum_buffers", "updates"),
     "decayed_update_": ("params", "updates"),
     "adamw_step_": ("params", "grads", "exp_avg", "exp_avg_sq"),
 }
-MATRICES = ("magnitude", "muon_prologue_")
+MATRICES = ("elementwise_moment_", "magnitude", "muon_prologue_")
 VARIANTS: dict[str, tuple[Arguments, ...]] = {
     "rotated_adam_": ({}, {"eps": 0.0}, {"scales": None}),
+    "elementwise_moment_": ({}, {"eps": 0.0}, {"corrections": None}),
     "magnitude": ({},),
     "muon_prologue_": ({}, {"nesterov": False}, {"momentum": torch.tensor(0.5)}),
     "decayed_update_": ({}, {"weight_decay": 0.0}),
@@ -69,13 +71,16 @@ def make(
         made[label] = []
         for shape in shapes:
             x = torch.randn(shape, generator=generator, dtype=F64)
-            x = x.square() + 0.01 if label == "exp_avg_sq" else x
+            x = x.square() + 0.01 if label in ("exp_avg_sq", "moments") else x
             x = x.to(dtypes[k])
             made[label].append(layouts[k % len(layouts)](x) if layouts else x)
     n = len(shapes)
     if name == "rotated_adam_":
         made |= {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
         made["scales"] = torch.linspace(0.3, 2.0, n, dtype=F64)
+    if name == "elementwise_moment_":
+        made |= {"beta2": 0.999, "eps": 1e-8}
+        made["corrections"] = torch.linspace(31.0, 1.0, n, dtype=F64)
     if name == "muon_prologue_":
         made["momentum"] = torch.tensor(0.95, dtype=F64)
     if name == "decayed_update_":
@@ -142,7 +147,8 @@ def distance(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 def exact_norms(name: str, arguments: Arguments, exact: dict[str, list[Tensor]]) -> list[Tensor]:
     """|X|_F of every matrix, correctly rounded but for the root."""
-    matrices = exact["updates"] if name == "muon_prologue_" else arguments["X"]
+    written = {"muon_prologue_": "updates", "elementwise_moment_": "X"}
+    matrices = exact[written[name]] if name in written else arguments["X"]
     flat = [
         m for x in matrices for m in x.reshape(math.prod(x.shape[:-2]), math.prod(x.shape[-2:]))
     ]

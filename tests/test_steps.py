@@ -262,6 +262,7 @@ BROKEN = [
     ("muon_prologue_", "momentum", without_value),
     ("decayed_update_", "factors", drop_last),
     ("rotated_adam_", "scales", drop_last),
+    ("elementwise_moment_", "corrections", drop_last),
 ]
 
 

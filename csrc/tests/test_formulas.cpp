@@ -14,6 +14,7 @@
 #include "adamw_step.h"
 #include "cpu/isa.h"
 #include "decayed_update.h"
+#include "elementwise_moment.h"
 #include "magnitude.h"
 #include "muon_prologue.h"
 #include "rotated_adam.h"
@@ -68,6 +69,22 @@ void test_rotated_adam(double scale_of_data, double eps) {
     near(m, M, terms, 5, "rotated_adam m");
     near(v, V, V, 5, "rotated_adam v");
     near(x, X, W(0.7) * terms / (std::sqrt(V) + W(eps)), 16, "rotated_adam x");
+  }
+}
+
+template <class A, class W>
+void test_elementwise_moment(double scale_of_data, double eps) {
+  Random random(5);
+  const ElementwiseMoment<A> c(0.99, eps, 7.1);
+  const ElementwiseMoment<W> exact(0.99, eps, 7.1);
+  for (int trial = 0; trial < trials; ++trial) {
+    A x = static_cast<A>(random() * scale_of_data);
+    A v = static_cast<A>(std::pow(random() * scale_of_data, 2));
+    W V = v, X = x;
+    elementwise_moment(c, v, x);
+    elementwise_moment(exact, V, X);
+    near(v, V, V, 5, "elementwise_moment v");
+    near(x, X, std::fabs(X), 8, "elementwise_moment x");
   }
 }
 
@@ -145,6 +162,8 @@ void test_zero_over_zero() {
   float m = 0, v = 0, x = 0, w = 3;
   rotated_adam(RotatedAdam<float>(0.9, 0.99, 0, 1), m, v, x);
   CHECK(x == 0, "rotated_adam: %g", x);
+  elementwise_moment(ElementwiseMoment<float>(0.99, 0, 1), v, x);
+  CHECK(x == 0, "elementwise_moment: %g", x);
   const AdamWRule rule{0.1, 0.9, 0.99, 0, 0, true, true};
   adamw_step(AdamWStep<float>(rule, 1), w, 0.0f, m, v);
   CHECK(w == 3, "adamw_step: %g", w);
@@ -230,6 +249,8 @@ int main() {
     for (const double scale : {1.0, 1e-6, 1e6}) {
       test_rotated_adam<float, double>(scale, eps);
       test_rotated_adam<double, long double>(scale, eps);
+      test_elementwise_moment<float, double>(scale, eps);
+      test_elementwise_moment<double, long double>(scale, eps);
     }
   }
   for (const bool first : {true, false}) {

@@ -4,10 +4,11 @@ Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.re
 the bare torch op (`torch.ops.orthonorm.gram`).
 """
 
-from .newton_schulz import divide_each, magnitude, newton_schulz, small_newton_schulz
+from .newton_schulz import divide_each, inner, magnitude, newton_schulz, small_newton_schulz
 from .normalize import (
     column_moment_,
     column_normalize,
+    elementwise_moment_,
     factored_moment_,
     rotated_adam_,
     row_moment_,
@@ -40,11 +41,13 @@ __all__ = [
     "decayed_update_",
     "direct_polynomial",
     "divide_each",
+    "elementwise_moment_",
     "factored_moment_",
     "gram",
     "gram_form",
     "gram_iteration",
     "gram_polynomial",
+    "inner",
     "magnitude",
     "muon_prologue_",
     "muon_step_",

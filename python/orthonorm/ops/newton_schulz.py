@@ -101,6 +101,26 @@ def _(X: list[Tensor]) -> None:
     check.same_device("magnitude", X=X)
 
 
+@op("inner(Tensor[] X, Tensor[] Y) -> Tensor")
+def inner(X: list[Tensor], Y: list[Tensor]) -> Tensor:
+    """<X, Y> = sum_ij X_ij Y_ij of every pair of matrices of the lists, in float64.
+
+    Products of float32 are exact and cannot overflow; those of float64 can.
+
+    Shapes: X[i] and Y[i] agree, (..., m, n); the result is 1-D, batches flattened in list order.
+    """
+    pairs = zip(X, Y, strict=True)
+    sums = [(x.double() * y.double()).sum((-2, -1)).reshape(-1) for x, y in pairs]
+    return torch.cat(sums) if sums else torch.empty(0, dtype=torch.float64)
+
+
+@inner.check
+def _(X: list[Tensor], Y: list[Tensor]) -> None:
+    check.tensors("inner", "X", X, min_dim=2)
+    check.tensors("inner", "Y", Y, min_dim=2)
+    check.same_shapes("inner", X=X, Y=Y)
+
+
 @op("divide_each(Tensor X, Tensor divisors, ScalarType dtype) -> Tensor")
 def divide_each(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
     """X_i / d_i for every matrix of the batch, 0 where d_i is 0; in double, rounded once to dtype.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
+from .newton_schulz import norms_of
 
 EPS_AT = ("outside", "inside", "clamp")
 
@@ -91,6 +92,60 @@ def _(
     if scales is not None:
         check.tensor(name, "scales", scales)
         check.equal_shape(name, "scales", scales, (len(X),))
+
+
+@op(
+    "elementwise_moment_(Tensor(a!)[] moments, Tensor(b!)[] X, float beta2, float eps, "
+    "Tensor? corrections=None) -> Tensor"
+)
+def elementwise_moment_(
+    moments: list[Tensor],
+    X: list[Tensor],
+    beta2: float,
+    eps: float,
+    corrections: Tensor | None = None,
+) -> Tensor:
+    """V <- beta2 V + (1-beta2) X^2;  X <- X / (c sqrt(V) + eps);  returns |X|_F.
+
+    AdaMuon's second moment of what was orthogonalized (Chongjie-Si/AdaMuon). `corrections` holds c,
+    1 / sqrt(1 - beta2^t), one number per tensor of the list (float64 or float32); None means 1. The
+    norms are of X before it is rounded, as `magnitude` measures.
+
+    Shapes: V and X of entry i agree, (..., m, n); the norms are 1-D float64, one per matrix.
+    """
+    normalized = []
+    for i, (v, x) in enumerate(zip(moments, X, strict=True)):
+        dtype = accumulator(v, x)
+        g = x.to(dtype)
+        new_v = beta2 * v.to(dtype) + (1 - beta2) * g * g
+        root = new_v.sqrt()
+        if corrections is not None:
+            root = root * corrections[i].to(dtype)
+        denominator = root + eps
+        out = torch.where(denominator == 0, 0.0, g / denominator)
+        v.copy_(new_v)
+        x.copy_(out)
+        normalized.append(out)
+    return norms_of(normalized)
+
+
+@elementwise_moment_.check
+def _(
+    moments: list[Tensor],
+    X: list[Tensor],
+    beta2: float,
+    eps: float,
+    corrections: Tensor | None = None,
+) -> None:
+    name = "elementwise_moment_"
+    check.tensors(name, "X", X, min_dim=2)
+    check.tensors(name, "moments", moments, min_dim=2)
+    check.same_shapes(name, X=X, moments=moments)
+    check.fraction(name, "beta2", beta2)
+    check.number(name, "eps", eps, 0.0)
+    if corrections is not None:
+        check.tensor(name, "corrections", corrections)
+        check.equal_shape(name, "corrections", corrections, (len(X),))
 
 
 def _apply_moment(X: Tensor, x: Tensor, factor: Tensor, keep_norm: bool) -> None:

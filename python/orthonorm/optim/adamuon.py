@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..ops import elementwise_moment_
 from . import factored
 from .norms import to_rms, to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
@@ -88,10 +89,10 @@ class AdaMuon(Orthogonalizing):
             return to_rms(factors, 0.2, group["norm_eps"]) if group["rescale"] == "rms" else factors
         beta2, eps = group["beta2"], group["norm_eps"]
         moments = batch.state["second_moment"]
-        for x, v, t in zip(factors.matrices, moments, batch.steps, strict=True):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            new = beta2 * v.to(dtype) + (1 - beta2) * x.to(dtype).square()
-            v.copy_(new)
-            root = new.sqrt_().mul_((1 - beta2**t) ** -0.5).add_(eps)
-            x.copy_(torch.where(root == 0, 0.0, x / root))
+        corrections = [(1 - beta2**t) ** -0.5 for t in batch.steps]
+        norms = elementwise_moment_.overload(
+            moments, factors.matrices, beta2, eps,
+            torch.tensor(corrections, dtype=torch.float64, device=moments[0].device),
+        )  # fmt: skip
+        factors = Updates(factors.stacks, norms)
         return to_rms(factors, 0.2, eps) if group["rescale"] == "rms" else factors

@@ -18,6 +18,7 @@ class AdamW(MatrixOptimizer):
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
         maximize: step along the gradient instead of against it.
+        telemetry: see settings.Common.
 
     State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32.
 
@@ -34,9 +35,10 @@ class AdamW(MatrixOptimizer):
         *,
         nonfinite: str = "propagate",
         maximize: bool = False,
+        telemetry: int = 0,
     ) -> None:
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        settings |= dict(nonfinite=nonfinite, maximize=maximize)
+        settings |= dict(nonfinite=nonfinite, maximize=maximize, telemetry=telemetry)
         super().__init__(params, {"rule": "adamw", **settings}, {}, settings)
 
     def check_group(self, group: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ embeddings, heads, gains, biases).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from .groups import Groups
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
 from .state import Batch, Updates, adamw_state, check_state, matrix_batch, without_state
+from .telemetry import Probe, read
 from .tensors import is_distributed, local, meets_owner
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
@@ -71,6 +72,7 @@ class MatrixOptimizer(Groups):
         self._ones: dict[torch.device, Tensor] = {}
         self._seen: dict[Tensor, dict[str, weakref.ref[Tensor]]] = {}
         self.plans: dict[int, Any] = {}
+        self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,7 +83,7 @@ class MatrixOptimizer(Groups):
         before = dict(self.__dict__)
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
-        self._ones, self._seen, self.plans = {}, {}, {}
+        self._ones, self._seen, self.plans, self._probes = {}, {}, {}, {}
         try:
             for group in self.param_groups:
                 for key, value in self.group_defaults(group).items():
@@ -144,11 +146,16 @@ class MatrixOptimizer(Groups):
         device = batch.params[0].device
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
+        probe = self.probe(group)
         for part in work_parts(batch.params):
             some = batch.part([i for rows in part for i in rows])
             updates = updates_from(some, stacks_of(batch.params, part), mu, group)
+            if probe:
+                probe.add_updates(updates)
             updates = self.direction(updates, some, group)
             factors = self.factors(some, group)
+            if probe:
+                probe.add_directions(updates, factors, lr)
             decayed_update(
                 some.params, updates.matrices, lr, self.weight_decay(group), factors, group
             )
@@ -181,6 +188,7 @@ class MatrixOptimizer(Groups):
             if len(finite) < len(indices):
                 group["skipped"] = group.get("skipped", 0) + len(indices) - len(finite)
             params = [group["params"][i] for i in finite]
+            self._measure(group, params, len(indices))
             if params and group["rule"] == "adamw":
                 self._adamw_update(params, group)
             elif params:
@@ -190,6 +198,28 @@ class MatrixOptimizer(Groups):
         if updated:
             torch.autograd.graph.increment_version(updated)
         return loss
+
+    def telemetry(self) -> list[dict[str, float]]:
+        """What every group measured last, by the names of telemetry.py; one synchronization.
+
+        Groups measure every step whose number their key `telemetry` divides, from the first one.
+        """
+        return read([self._probes.get(id(group)) for group in self.param_groups])
+
+    def probe(self, group: Mapping[str, Any]) -> Probe | None:
+        """Where this step's measures go, if it is one to measure."""
+        if not group["telemetry"] or torch.compiler.is_compiling():
+            return None
+        probe = self._probes.setdefault(id(group), Probe())
+        return probe if probe.on else None
+
+    def _measure(self, group: dict[str, Any], params: list[Tensor], asked: int) -> None:
+        """Begin the measures of a step that updates `params` of the `asked` with gradients."""
+        if group["telemetry"] and not torch.compiler.is_compiling():
+            probe = self._probes.setdefault(id(group), Probe())
+            probe.begin(group["telemetry"], asked, asked - len(params))
+            if probe.on and params:
+                probe.add_gradients([local(p.grad) for p in params])
 
     def _plans(self, kept: list[list[int]]) -> list[tuple[Batch | None, list[Bucket]]]:
         """What matrix groups update: matrices that are whole here, and buckets of those that are
@@ -281,6 +311,8 @@ class MatrixOptimizer(Groups):
             group["decay_first"],
             group["correct_eps"],
         )
+        if probe := self.probe(group):
+            probe.add_momenta([local(s["exp_avg"]) for s in states])
 
     def scalar(self, group: dict[str, Any], key: str, device: torch.device) -> Tensor:
         """group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.

@@ -69,7 +69,7 @@ class Muon(Orthogonalizing):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """The whole step as one op, where it is that of Muon."""
-        if group["heavy_ball"] or group["decay"] != "decoupled":
+        if group["heavy_ball"] or group["decay"] != "decoupled" or self.probe(group):
             super().update(batch, group)
             return
         p, device = self.polynomial(group), batch.params[0].device

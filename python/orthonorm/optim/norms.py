@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from ..ops import divide_each, magnitude
+from ..ops.normalize import accumulator
 from .state import Updates
 
 
 def to_rms(updates: Updates, rms: float, eps: float = 0.0) -> Updates:
-    """X <- rms sqrt(mn) X / (|X|_F + eps): every matrix at that root mean square; zero stays."""
-    out = []
-    for stack in updates.stacks:
-        m, n = stack.shape[-2:]
-        divisors = (magnitude.overload([stack]) + eps) / (rms * math.sqrt(m * n))
-        out.append(divide_each.overload(stack, divisors, stack.dtype))
-    return Updates(out)
+    """X <- rms sqrt(mn) X / (|X|_F + eps): every matrix at that root mean square; zero stays.
+
+    X is written.
+    """
+    norms = magnitude.overload(updates.stacks) if updates.norms is None else updates.norms
+    numbers = []
+    for x, norm in zip(updates.stacks, norms.split(counts(updates)), strict=True):
+        wanted = rms * math.sqrt(math.prod(x.shape[-2:]))
+        numbers.append(torch.where(norm + eps == 0, 0.0, wanted / (norm + eps)))
+    return multiply_each_(updates, torch.cat(numbers))
 
 
 def to_unit(updates: Updates) -> Updates:
@@ -32,15 +36,16 @@ def to_signs(updates: Updates) -> Updates:
     return Updates([x.copy_(x.sign() + (x - x)) for x in updates.stacks])
 
 
-def inner(left: Updates, right: Updates) -> Tensor:
-    """<X, Y> of every matrix, 1-D float64."""
-    pairs = zip(left.stacks, right.stacks, strict=True)
-    return torch.cat([(x * y).sum((-2, -1), dtype=torch.float64).reshape(-1) for x, y in pairs])
-
-
 def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:
-    """X <- number X, a number per matrix, 1-D; X is written."""
-    counts = [math.prod(x.shape[:-2]) for x in updates.stacks]
-    for x, c in zip(updates.stacks, numbers.split(counts), strict=True):
-        x.mul_(c.view(*x.shape[:-2], 1, 1))
+    """X <- number X, a number per matrix, 1-D; X is written.
+
+    In the arithmetic of X: a float64 number would have torch convert every element (2026-11).
+    """
+    for x, c in zip(updates.stacks, numbers.split(counts(updates)), strict=True):
+        x.mul_(c.to(accumulator(x)).view(*x.shape[:-2], 1, 1))
     return updates
+
+
+def counts(updates: Updates) -> list[int]:
+    """Matrices in every stack."""
+    return [math.prod(x.shape[:-2]) for x in updates.stacks]

@@ -62,4 +62,7 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
             updates.stacks, p.coefficients, p.restarts, group["method"], p.precision, p.scale,
             group["eps"], p.safety, updates.norms,
         )  # fmt: skip
-        return Updates(factors)
+        found = Updates(factors)
+        if probe := self.probe(group):
+            probe.add_polar(updates, found)
+        return found

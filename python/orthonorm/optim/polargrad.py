@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Unpack
 
-from .norms import inner, multiply_each_
+from ..ops import inner
+from .norms import multiply_each_
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule
 from .state import Batch, Updates
@@ -59,7 +60,7 @@ class PolarGrad(Orthogonalizing):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         factors = self.polar(updates, group)
-        size = inner(updates, factors)
+        size = inner.overload(updates.stacks, factors.stacks)
         if group["polar_first"]:
             mu = self.momentum(group, size.device)
             matrices = factors.matrices

@@ -23,6 +23,7 @@ class Common(TypedDict, total=False):
     heavy_ball: momentum B <- mu B + G instead of B <- mu B + (1-mu) G (optimizers with momentum).
     decay: how weight_decay acts (decay.py): "decoupled", "cautious" or "clipped".
     constraint: what W is mapped to after the step, a name of constraints.CONSTRAINTS or None.
+    telemetry: measure every so many steps what `optimizer.telemetry()` tells (0: never).
     bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
     adamw: settings of groups with rule="adamw" (ADAMW_DEFAULTS says which).
     """
@@ -33,6 +34,7 @@ class Common(TypedDict, total=False):
     decay: str
     constraint: str | None
     bound: float
+    telemetry: int
     adamw: Mapping[str, Any] | None
 
 
@@ -43,6 +45,7 @@ COMMON: dict[str, Any] = {
     "decay": "decoupled",
     "constraint": None,
     "bound": 1.0,
+    "telemetry": 0,
     **VIEW_DEFAULTS,
 }
 ADAMW_DEFAULTS: dict[str, Any] = {
@@ -54,6 +57,7 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "correct_eps": True,  # eps meets the bias-corrected root (torch), not the raw one (Conda)
     "nonfinite": "propagate",
     "maximize": False,
+    "telemetry": 0,
 }
 
 ADJUST: dict[str, Callable[[int, int], float]] = {  # factor on the polar factor of an m x n matrix
@@ -112,6 +116,7 @@ RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has i
     "maximize": FLAG,
     "heavy_ball": FLAG,
     "bound": positive,
+    "telemetry": whole(0),
     "constraint": lambda name, key, value: check.choice(name, key, value, (None, *CONSTRAINTS)),
     "momentum": scheduled(0.0, 1.0),
     "nesterov": FLAG,
@@ -126,4 +131,4 @@ RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has i
 
 def inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the AdamW companion takes over from the matrix rule, if it is not told otherwise."""
-    return {"maximize": settings.get("maximize", False)}
+    return {key: settings[key] for key in ("maximize", "telemetry") if key in settings}

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import row_normalize
-from .norms import inner, multiply_each_, to_signs
+from ..ops import inner, row_normalize
+from .norms import multiply_each_, to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, one_of
 from .state import Batch, Updates
@@ -74,7 +74,7 @@ class SteepestDescent(Orthogonalizing):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         T = self.largest(updates, group)
-        return multiply_each_(T, inner(updates, T)) if group["dual"] else T
+        return multiply_each_(T, inner.overload(updates.stacks, T.stacks)) if group["dual"] else T
 
     def largest(self, updates: Updates, group: dict[str, Any]) -> Updates:
         """T over its SIZES, in new stacks."""
