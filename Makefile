@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.version.cuda is not None))" 2>/dev/null)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test bench results lint cpp cuda clean help
+.PHONY: demo test bench optimizers results lint cpp cuda clean help
 
 help:
 	@echo "make demo   train a small language model with AdamW, Muon and Conda (about five minutes)"
@@ -34,6 +34,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(PY) -m orthonorm bench claims
+
+optimizers: $(VENV)/built
+	$(PY) -m orthonorm.examples.compare_optimizers --json bench/results/optimizers.json --plot bench/results/optimizers.png
 
 results: $(VENV)/built
 	$(PY) -m orthonorm bench results

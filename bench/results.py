@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orthonorm.examples import comparison
+
 from . import page, records
 from .records import Run
 
@@ -20,6 +22,7 @@ FOLDER = Path(__file__).parent / "results"
 INDEX = FOLDER / "index.html"
 README = FOLDER.parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- bench results:[^>]*-->\n).*?(<!-- end of bench results -->)", re.S)
+OPTIMIZERS = re.compile(r"(<!-- optimizers:[^>]*-->\n).*?(<!-- end of optimizers -->)", re.S)
 
 
 def runs(folder: Path = FOLDER) -> dict[str, Run]:
@@ -106,21 +109,34 @@ def readme_table(name: str, run: Run) -> str:
     return "\n".join(lines)
 
 
-def readme(text: str, found: dict[str, Run]) -> str:
-    """The README with its generated block replaced."""
+def readme(text: str, found: dict[str, Run], folder: Path = FOLDER) -> str:
+    """The README with its generated blocks replaced."""
     tables = [readme_table(name, run) for name, run in latest(found).values() if run.claims]
     if not any(run.environment["device"].startswith("NVIDIA") for run in found.values()):
         tables.append("GPU: not measured.")
     body = "\n\n".join(tables)
-    if not BLOCK.search(text):
-        raise ValueError(f"bench: {README} has no block of bench results to write")
-    return BLOCK.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text)
+    return replaced(replaced(text, BLOCK, body), OPTIMIZERS, optimizers(folder))
+
+
+def optimizers(folder: Path) -> str:
+    """The table of the optimizers' losses, and their curves."""
+    path = folder / "optimizers.json"
+    if not path.exists():
+        return "Losses of all under one tuning budget: not measured."
+    curves = "![Validation loss against steps and seconds](bench/results/optimizers.png)"
+    return f"{comparison.table(json.loads(path.read_text()))}\n\n{curves}"
+
+
+def replaced(text: str, block: re.Pattern[str], body: str) -> str:
+    if not block.search(text):
+        raise ValueError(f"bench: {README} has no block to write, {block.pattern}")
+    return block.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text)
 
 
 def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
     """What the files should hold."""
     found = runs(folder)
-    return [(INDEX, index(found)), (README, readme(README.read_text(), found))]
+    return [(INDEX, index(found)), (README, readme(README.read_text(), found, folder))]
 
 
 def main(options: argparse.Namespace, run: Run) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from orthonorm.examples.config import PAPER_PRESETS, UsageError
 from orthonorm.examples.model import hidden_matrices
-from orthonorm.optim import AdamW, Conda, Muon, split_params
+from orthonorm.optim import REGISTRY, AdamW, Conda, Muon, split_params
 from torch import nn
 from torch.optim import Optimizer
 
@@ -101,8 +101,15 @@ BUILDERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def build_optimizer(name: str, model: nn.Module, lr: float, **settings: Any) -> Optimizer:
-    """The optimizer `name` over all parameters of `model`; `settings` as in tuned.json."""
-    return BUILDERS[name](model, lr=lr, **settings)
+    """The optimizer `name` over all parameters of `model`; `settings` as in tuned.json.
+
+    A name of `orthonorm.optim.REGISTRY` is built from what `split_params` makes of the model, and
+    takes the class's own arguments.
+    """
+    if name in BUILDERS:
+        return BUILDERS[name](model, lr=lr, **settings)
+    params = model.parameters() if name == "AdamW" else split_params(model)
+    return REGISTRY[name](params, lr=lr, **settings)
 
 
 def default_settings(name: str, preset: str, tuned: Path = TUNED) -> Settings:
