@@ -130,7 +130,7 @@ def applies(case: Case, name: str, change: str, value: Any) -> bool:
     first = value if isinstance(value, Tensor) else value[0]
     scheduled = first.dim() == 0
     if change == "None":
-        return name not in ("scales", "norms", "decay")
+        return name not in ("scales", "corrections", "norms", "decay")
     if change == "rank 1":
         return not scheduled and first.dim() >= 2 and case.name not in FREE_RANK
     if change == "a longer side" and (case.name, name) in WIDER:
