@@ -154,7 +154,9 @@ def test_lists_equal_singles(name: str, mix: str) -> None:
     norms = []
     for i in range(len(BIG)):
         single = {
-            key: value[i : i + 1] if isinstance(value, list) or key in ("scales", "corrections") else value
+            key: value[i : i + 1]
+            if isinstance(value, list) or key in ("scales", "corrections")
+            else value
             for key, value in arguments.items()
         }
         alone = run(op(name), name, single)
