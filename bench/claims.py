@@ -10,6 +10,9 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+from orthonorm.optim import REGISTRY
 
 from . import candidates, peers, report
 from .cases import CASES, LARGE
@@ -18,13 +21,14 @@ from .inputs import Inputs
 from .measure import Request, measure
 from .records import Record
 from .shapes import MODELS, parse
+from .steps import Model
 from .timing import Plan, interleave, median_ratio, quantile
 
 SMALL_TARGETS = {"500x32x32": 100.0, "500x64x64": 19.0, "64x128x128": 4.5}
 FOUR_TO_ONE = ("768x3072", "1024x4096")
 K2 = (
-    "rotated_adam_", "row_moment_", "column_moment_", "factored_moment_", "row_normalize",
-    "column_normalize",
+    "rotated_adam_", "row_moment_", "column_moment_", "factored_moment_", "elementwise_moment_",
+    "row_normalize", "column_normalize",
 )  # fmt: skip
 FLOOR = peers.FLOOR.label
 POLYNOMIAL, POWER, EAGER = (
@@ -147,6 +151,30 @@ def _power(base: Request) -> Iterator[Found]:
     yield compare(rows, POWER, "power_iteration_, one step", ">=", 4.5), []
 
 
+BESIDE_MUON = (("NorMuon", 0, 1.1), ("AdaMuon", 0, 1.1), ("Muon", 10, 1.02))  # and telemetry
+
+
+def _steps(base: Request) -> Iterator[Found]:
+    """Ten steps each, in shared rounds: with telemetry=10 one of them is measured."""
+    workload = MODELS["llama-3m"]
+
+    def ten(optimizer: str, telemetry: int = 0) -> Callable[[], Any]:
+        params = Model(workload, Inputs(device=base.device)).parameters()
+        made = REGISTRY[optimizer](params, lr=0.02, telemetry=telemetry)
+        return lambda: [made.step() for _ in range(10)]
+
+    calls = {"Muon": ten("Muon")}
+    calls |= {f"{n}{' with telemetry' * (t > 0)}": ten(n, t) for n, t, _ in BESIDE_MUON}
+    samples = interleave(calls, base.plan, base.device)
+    muon, *others = samples
+    its = f"{report.milliseconds(100 * quantile(samples[muon], 0.5))} ms"
+    for name, (*_, target) in zip(others, BESIDE_MUON, strict=True):
+        mine = f"{report.milliseconds(100 * quantile(samples[name], 0.5))} ms"
+        figure = median_ratio(samples[name], samples[muon])
+        yield Claim(f"{name}, a step of llama-3m", figure, "<=", target, "x", mine, its,
+                    against="Muon"), []  # fmt: skip
+
+
 def _imports(base: Request) -> Iterator[Found]:
     seconds, woke = import_times()
     took = quantile(seconds, 0.5) * 1e3
@@ -164,6 +192,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Conda step between refreshes, float32, against the eager form with three products", _conda),
     ("K2 over 85 M float32 elements, against the same reads and copies by torch", _moments),
     ("Power iteration over 340 MB of float32 matrices", _power),
+    ("Steps of 3 M parameters, against Muon's", _steps),
     ("Import", _imports),
 )
 

@@ -12,8 +12,8 @@ Of the last step that was measured, over all matrices of the group that took par
     skipped        share of updates that nonfinite="skip" left out, over all steps with telemetry
 
 What a step of its own form does not show is absent: Conda and StiefelAdam have gradient_norm and
-skipped, AdamW momentum_norm too. Sharded matrices are not measured, and a compiled step measures
-nothing.
+skipped, AdamW momentum_norm too. Of sharded matrices a rank tells its part of the gradient, and
+nuclear_norm of those it owns. A compiled step measures nothing.
 """
 
 from __future__ import annotations
