@@ -66,7 +66,8 @@ ADJUST: dict[str, Callable[[int, int], float]] = {  # factor on the polar factor
 }
 ADJUST["shape_scaling"] = ADJUST["original"]  # NVIDIA's name
 ADJUST["rms_norm"] = ADJUST["match_rms_adamw"]  # microsoft/dion's
-ADJUST["unit_rms_norm"] = ADJUST["spectral_norm"] = ADJUST["spectral"]  # NVIDIA's, microsoft/dion's
+for _name in ("unit_rms_norm", "spectral_norm", "spectral_unclamped"):  # NVIDIA, dion, torch 2.14
+    ADJUST[_name] = ADJUST["spectral"]
 
 Rule = Callable[[str, str, Any], None]  # optimizer, key, value: raises ValueError or TypeError
 

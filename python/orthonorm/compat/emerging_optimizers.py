@@ -1,0 +1,141 @@
+"""NVIDIA-NeMo/Emerging-Optimizers: the functions that Megatron's Muon calls, on these kernels.
+
+    from orthonorm.compat.emerging_optimizers import get_muon_scale_factor, newton_schulz_tp
+
+Source: https://github.com/NVIDIA-NeMo/Emerging-Optimizers, release 0.3.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _checks as check
+from .. import polar
+from ..coefficients import COEFFICIENTS, Coefficients, PastEnd
+from ..ops import apply, divide_each, gram, gram_polynomial, magnitude
+from ..ops.words import segments, triples_of
+from ..optim.settings import ADJUST
+from ..polar import polynomial
+
+# Their names, ours, and what they do for more steps than there are triples.
+SETS: dict[str, tuple[str, PastEnd]] = {
+    "simple": ("keller", "cycle"),
+    "quintic": ("you5", "cycle"),
+    "polar_express": ("polar_express_nvidia", "repeat_last"),
+    "cans": ("cans", "repeat_last"),
+    "aol": ("aol_flipping", "cycle"),  # refused: it reverses singular directions
+    "deepseekv4": ("deepseek_v4", "repeat_last"),
+}
+SCALES = {"shape_scaling": "original", "spectral": "spectral_max", "unit_rms_norm": "spectral"}
+
+
+def newton_schulz(
+    x: Tensor,
+    steps: int,
+    coefficient_type: str = "quintic",
+    custom_coefficient_sets: Sequence[Sequence[float]] | None = None,
+    eps: float = 1e-7,
+    transpose: bool | None = None,
+    tp_group: Any = None,
+    use_syrk: bool = False,
+) -> Tensor:
+    """f(x / max(|x|_F, eps)), f `steps` of a set of quintics: float32, of the shape of x.
+
+    Args:
+        x: float32, (m, n) or (batch, m, n).
+        steps, coefficient_type, custom_coefficient_sets: "simple", "quintic", "polar_express",
+            "cans", "deepseekv4" or "custom". "aol", which reverses singular directions, is refused.
+        eps: lower clamp of the norm.
+        transpose: the side that is multiplied out. f is the same from both, so it matters with
+            `tp_group` only: True where the rows of a matrix are spread, False for columns.
+        tp_group: process group over which x is spread. One Gram matrix is summed at the start and
+            one at each restart, where the original sums one at each step.
+        use_syrk: has no meaning here.
+
+    Precision: float32 in direct form; where torch.get_float32_matmul_precision() is "medium", what
+    `orthonorm.polar` takes for "auto" (the original: bfloat16).
+    """
+    name = "newton_schulz"
+    check.tensor(name, "x", x, min_dim=2)
+    if x.dtype != torch.float32 or x.dim() > 3:
+        raise TypeError(f"{name}: x must be float32, 2-D or 3-D, got {x.dtype}, {x.dim()}-D")
+    coefficients = _coefficients(name, coefficient_type, custom_coefficient_sets, steps)
+    medium = torch.get_float32_matmul_precision() == "medium"
+    if tp_group is None:
+        method, precision = ("auto", "auto") if medium else ("direct", "full")
+        return polar(x, coefficients, steps=steps, method=method, precision=precision, eps=eps)
+    if transpose is None:
+        raise ValueError(f"{name}: transpose must be True or False with tp_group, got None")
+    return _spread(x.mT if transpose else x, coefficients, steps, eps, tp_group, transpose)
+
+
+def _coefficients(name: str, kind: str, custom: Any, steps: int) -> Coefficients:
+    if kind == "custom":
+        if not custom:
+            raise ValueError(f"{name}: custom_coefficient_sets must be given, got {custom!r}")
+        triples = tuple(tuple(triple) for triple in custom)
+        return Coefficients("custom", triples, "the caller", past_end="cycle")
+    check.choice(name, "coefficient_type", kind, (*SETS, "custom"))
+    ours, past_end = SETS[kind]
+    return replace(COEFFICIENTS[ours], past_end=past_end, prescale="frobenius")
+
+
+def _spread(
+    x: Tensor, coefficients: Coefficients, steps: int, eps: float, group: Any, transpose: bool
+) -> Tensor:
+    """Of x, whose columns are spread over the group: Gram form, the Gram matrices summed."""
+    p = polynomial(coefficients, steps, method="gram", precision="float32")
+    squares = magnitude([x]).square()
+    dist.all_reduce(squares, group=group)
+    X = divide_each(x, p.safety * squares.sqrt().clamp(min=eps), torch.float32)
+    for segment in segments(triples_of(p.coefficients), p.restarts):
+        R = gram(X)
+        dist.all_reduce(R, group=group)
+        X = apply(X, gram_polynomial(R, [c for triple in segment for c in triple]), 0.0)
+    return X.mT.contiguous() if transpose else X
+
+
+def newton_schulz_tp(
+    x: Tensor,
+    steps: int,
+    coefficient_type: str,
+    tp_group: Any,
+    partition_dim: int | None = None,
+    tp_mode: str = "duplicated",
+    use_syrk: bool = False,
+) -> Tensor:
+    """`newton_schulz` of the whole matrix of which x is this rank's part; returns this rank's part.
+
+    Args:
+        x: float32, (m, n); equal parts on all ranks of `tp_group`.
+        partition_dim: 0 or 1, along which the matrix is cut; None: x is whole.
+        tp_mode: "duplicated" gathers the matrix on every rank, "distributed" sums Gram matrices.
+        steps, coefficient_type, use_syrk: as `newton_schulz`.
+    """
+    name = "newton_schulz_tp"
+    check.choice(name, "partition_dim", partition_dim, (None, 0, 1))
+    check.choice(name, "tp_mode", tp_mode, ("duplicated", "distributed"))
+    if partition_dim is None:
+        return newton_schulz(x, steps, coefficient_type)
+    if tp_mode == "distributed":
+        return newton_schulz(
+            x, steps, coefficient_type, transpose=partition_dim == 0, tp_group=tp_group
+        )
+    ranks, rank = dist.get_world_size(tp_group), dist.get_rank(tp_group)
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
+    dist.all_gather(parts, x.contiguous(), group=tp_group)
+    whole = newton_schulz(torch.cat(parts, partition_dim), steps, coefficient_type)
+    return whole.chunk(ranks, partition_dim)[rank].contiguous()
+
+
+def get_muon_scale_factor(size_out: int, size_in: int, mode: str = "spectral") -> float:
+    """s(size_out, size_in): "shape_scaling" sqrt(max(1, out/in)), "spectral" sqrt(max(out, in)),
+    "unit_rms_norm" sqrt(out/in)."""
+    check.choice("get_muon_scale_factor", "mode", mode, tuple(SCALES))
+    return ADJUST[SCALES[mode]](size_out, size_in)

@@ -1,0 +1,118 @@
+"""KellerJordan/Muon: its `muon` module on these kernels.
+
+    from orthonorm.compat.muon import SingleDeviceMuonWithAuxAdam  # was: from muon import ...
+
+Source: https://github.com/KellerJordan/Muon at f90a42b2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import optim
+from ..ops import muon_prologue_
+from .drop_in import half
+
+KELLER = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
+AUX_ADAM: dict[str, Any] = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+
+
+def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
+    """f(G / (|G|_F + 1e-7)), f `steps` of Keller Jordan's quintic: bfloat16, of the shape of G.
+
+    Shapes: G is a matrix or a batch (..., m, n), of any floating dtype, and is rounded to bfloat16
+    first, as in the original.
+    """
+    return half(G, "zeropower_via_newtonschulz5", KELLER, steps, 1e-7)
+
+
+def muon_update(
+    grad: Tensor, momentum: Tensor, beta: float = 0.95, ns_steps: int = 5, nesterov: bool = True
+) -> Tensor:
+    """s(G) polar(U), B <- beta B + (1-beta) G, U = beta B + (1-beta) G, s = sqrt(max(1, m/n)).
+
+    `momentum` (B) is written; `grad`, which the original overwrites, is not. Gradients with four
+    dimensions are flattened to out x rest; the result is then (out, rest).
+    """
+    rows = grad.flatten(1) if grad.dim() == 4 else grad
+    buffer = momentum.view(rows.shape)
+    update = torch.empty_like(rows)
+    mu = torch.tensor(beta, dtype=torch.float64, device=grad.device)
+    muon_prologue_([rows], [buffer], [update], mu, nesterov)
+    return zeropower_via_newtonschulz5(update, ns_steps).mul_(_factor(grad))
+
+
+def _factor(grad: Tensor) -> float:
+    """Of the last two dimensions, which for convolutions are those of the kernel."""
+    return math.sqrt(max(1.0, grad.shape[-2] / grad.shape[-1]))
+
+
+class SingleDeviceMuon(optim.Muon, abstract=True):
+    """orthonorm.optim.Muon with the arguments, defaults and shape factor of KellerJordan/Muon.
+
+    Args:
+        params: parameters or param groups, matrices and convolutions.
+        lr, weight_decay, momentum: as there.
+        **settings: what orthonorm.optim.Muon takes beside.
+
+    Parameters without a gradient are skipped, as everywhere in torch (the original gives them a
+    zero gradient, so that their momentum goes on). The norm is at least 1e-7, where the original
+    adds 1e-7 to it.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.02,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        **settings: Any,
+    ) -> None:
+        settings = {"eps": 1e-7, **settings}
+        super().__init__(params, lr, weight_decay, momentum, **settings)
+
+    def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
+        return _factor(owner)
+
+
+class SingleDeviceMuonWithAuxAdam(SingleDeviceMuon, abstract=True):
+    """Muon for groups with `use_muon=True`, Adam for the others, in one optimizer.
+
+    Args:
+        param_groups: dicts with `params`, `use_muon`, `lr`, `weight_decay`, and `momentum` or
+            `betas` and `eps`; defaults as in the original.
+
+    State dicts of the original load.
+    """
+
+    def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
+        groups = list(param_groups)
+        for group in groups:
+            if not isinstance(group, dict) or not isinstance(group.get("use_muon"), bool):
+                raise ValueError(
+                    f"{self.name}: every group must say use_muon=True or False, got "
+                    f"{sorted(group) if isinstance(group, dict) else type(group).__name__}"
+                )
+        super().__init__(groups, adamw=AUX_ADAM)
+
+    def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        muon = group.get("use_muon", group.get("rule", "matrix") == "matrix")
+        rule = "matrix" if muon else "adamw"
+        return {**super().group_defaults({"rule": rule}), "rule": rule, "use_muon": muon}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for entry in state.get("state", {}).values():
+            if isinstance(entry.get("step"), int):  # the original counts in Python
+                entry["step"] = torch.tensor(float(entry["step"]))
+        super().__setstate__(state)
+
+
+# The originals' distributed classes give each rank some of the matrices and gather the weights.
+# These compute the same everywhere; DTensor parameters are shared out by orthonorm.distributed.
+Muon = SingleDeviceMuon
+MuonWithAuxAdam = SingleDeviceMuonWithAuxAdam
