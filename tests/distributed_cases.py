@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import distributed_compat
 import torch
 import torch.distributed as dist
 from distributed_pairs import OPTIMIZERS, follow, pair, placements, same, set_gradients, whole
@@ -58,6 +59,8 @@ def add_optimizer(name: str) -> None:
 
 for _name in OPTIMIZERS:
     add_optimizer(_name)
+for _body in distributed_compat.CASES:
+    case(2)(_body)
 
 
 # ---- models under FSDP2, hybrid sharding and DDP -------------------------------------------------

@@ -89,12 +89,18 @@ def _coefficients(name: str, kind: str, custom: Any, steps: int) -> Coefficients
 def _spread(
     x: Tensor, coefficients: Coefficients, steps: int, eps: float, group: Any, transpose: bool
 ) -> Tensor:
-    """Of x, whose columns are spread over the group: Gram form, the Gram matrices summed."""
+    """Of x, whose columns are spread over the group: Gram form, the Gram matrices summed.
+
+    Where the columns of the whole matrix are fewer than the rows, the Gram matrix is singular, and
+    rounding in its iterations would grow: it is formed anew at each.
+    """
     p = polynomial(coefficients, steps, method="gram", precision="float32")
+    columns = x.shape[-1] * dist.get_world_size(group)
+    restarts = p.restarts if x.shape[-2] <= columns else list(range(1, steps))
     squares = magnitude([x]).square()
     dist.all_reduce(squares, group=group)
     X = divide_each(x, p.safety * squares.sqrt().clamp(min=eps), torch.float32)
-    for segment in segments(triples_of(p.coefficients), p.restarts):
+    for segment in segments(triples_of(p.coefficients), restarts):
         R = gram(X)
         dist.all_reduce(R, group=group)
         X = apply(X, gram_polynomial(R, [c for triple in segment for c in triple]), 0.0)

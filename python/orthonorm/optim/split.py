@@ -57,7 +57,7 @@ def split_params(
         if not p.requires_grad:
             continue
         owner = owners[id(p)]
-        if id(p) in tied or not _hidden(name, p, owner, adamw):
+        if id(p) in tied or not is_hidden(name, p, owner, adamw):
             keys: dict[str, Any] = {"rule": "adamw"}
         else:
             keys = {"rule": "matrix", **_views(name, p, owner, heads or {}, split or {})}
@@ -66,7 +66,10 @@ def split_params(
     return sorted(groups.values(), key=lambda g: str(g["rule"]) == "adamw")
 
 
-def _hidden(name: str, p: Tensor, owner: nn.Module, adamw: Sequence[str]) -> bool:
+def is_hidden(
+    name: str, p: Tensor, owner: nn.Module | None = None, adamw: Sequence[str] = NOT_HIDDEN
+) -> bool:
+    """Whether `split_params` gives a parameter of module `owner` to the matrix rule."""
     if p.dim() < 2 or isinstance(owner, TRANSPOSED):
         return False
     rows, cols = (p.shape[0], p[0].numel()) if isinstance(owner, CONVOLUTIONS) else p.shape[-2:]

@@ -1,0 +1,47 @@
+"""An optimizer of a model by name: what the frameworks' factories share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..optim import REGISTRY, AdamW, MatrixOptimizer, split_params
+
+
+def by_name(name: str | type[MatrixOptimizer]) -> type[MatrixOptimizer]:
+    """An optimizer class of `orthonorm.optim` by its name in any case, or the class itself."""
+    if isinstance(name, type) and issubclass(name, MatrixOptimizer):
+        return name
+    known = {key.lower(): cls for key, cls in REGISTRY.items()}
+    if not isinstance(name, str) or name.lower() not in known:
+        raise ValueError(f"optimizer must be one of {sorted(REGISTRY)}, got {name!r}")
+    return known[name.lower()]
+
+
+def groups_of(model: nn.Module, cls: type[MatrixOptimizer], **options: Any) -> list[dict[str, Any]]:
+    """`split_params(model, **options)`; one group of all for AdamW, which has no matrix rule."""
+    if issubclass(cls, AdamW):
+        return [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}]
+    return split_params(model, **options)
+
+
+def create_optimizer(
+    model: Any,
+    optimizer: str | type[MatrixOptimizer] = "Muon",
+    *,
+    split_options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> MatrixOptimizer:
+    """The named optimizer on the groups of a model: matrices by its rule, the rest by AdamW.
+
+    Args:
+        model: an nn.Module; or parameters or param groups, which are taken as they are.
+        optimizer: a name of `orthonorm.optim`, in any case, or a class of it.
+        split_options: arguments of `split_params`: `adamw` patterns, `heads`, `split`.
+        **settings: of the optimizer.
+    """
+    cls = by_name(optimizer)
+    if isinstance(model, nn.Module):
+        model = groups_of(model, cls, **(split_options or {}))
+    return cls(model, **settings)

@@ -1,0 +1,98 @@
+"""timm: its optimizer factory with the optimizers of `orthonorm.optim`.
+
+    from orthonorm.compat.timm import create_optimizer_v2  # was: from timm.optim import ...
+
+timm itself is not needed. Source: https://github.com/huggingface/pytorch-image-models 1.0.31.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..optim import MatrixOptimizer
+from ..optim.split import NOT_HIDDEN
+from .factory import by_name, groups_of
+
+
+def create_optimizer_v2(
+    model_or_params: Any,
+    opt: str = "muon",
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    foreach: bool | None = None,
+    filter_bias_and_bn: bool = True,
+    fallback_list: Collection[str] = (),
+    fallback_no_weight_decay: bool = False,
+    layer_decay: float | None = None,
+    layer_decay_min_scale: float = 0.0,
+    layer_decay_no_opt_scale: float | None = None,
+    param_group_fn: Callable[[nn.Module], Any] | None = None,
+    **kwargs: Any,
+) -> MatrixOptimizer:
+    """The optimizer `opt` on the groups of a model, by the arguments of timm's function.
+
+    Args:
+        model_or_params: an nn.Module, grouped by `split_params`; or parameters or param groups.
+        opt: a name of `orthonorm.optim`, in any case.
+        lr: of matrices; None: the optimizer's own. AdamW's is `adamw=dict(lr=...)`, 3e-4 without.
+        weight_decay: of all but vectors (filter_bias_and_bn) and what the model's no_weight_decay()
+            names.
+        momentum: for optimizers that have it.
+        foreach: has no meaning here, where steps are fused.
+        fallback_list: patterns of names that AdamW takes beside those of `split_params`.
+        fallback_no_weight_decay: AdamW takes what no_weight_decay() names.
+        layer_decay: must be None: learning rates by layer come from `param_group_fn`.
+        param_group_fn: makes the groups of a model instead.
+        **kwargs: of the optimizer. `betas` and `eps` are AdamW's where its rule has no betas.
+    """
+    if layer_decay is not None:
+        raise ValueError(
+            f"create_optimizer_v2: layer_decay must be None (use param_group_fn), got {layer_decay}"
+        )
+    cls = by_name(opt)
+    groups = model_or_params
+    if isinstance(groups, nn.Module):
+        exempt = set(getattr(groups, "no_weight_decay", set)())
+        if param_group_fn is not None:
+            groups = param_group_fn(groups)
+        else:
+            fallback = {*fallback_list, *(exempt if fallback_no_weight_decay else ())}
+            groups = _grouped(groups, cls, weight_decay, exempt, fallback, filter_bias_and_bn)
+    takes = inspect.signature(cls).parameters
+    settings = {"weight_decay": weight_decay, **kwargs} if "weight_decay" in takes else kwargs
+    if lr is not None:
+        settings["lr"] = lr
+    if "momentum" in takes:
+        settings.setdefault("momentum", momentum)
+    if "betas" not in takes:
+        adam = {key: settings.pop(key) for key in ("betas", "eps") if key in settings}
+        settings["adamw"] = {**adam, **(settings.get("adamw") or {})}
+    return cls(groups, **settings)
+
+
+def _grouped(
+    model: nn.Module,
+    cls: type[MatrixOptimizer],
+    weight_decay: float,
+    exempt: set[str],
+    fallback: set[str],
+    vectors_exempt: bool,
+) -> list[dict[str, Any]]:
+    """Groups by rule and by weight decay."""
+    found: list[dict[str, Any]] = []
+    for group in groups_of(model, cls, adamw=NOT_HIDDEN):
+        sorts: dict[tuple[bool, bool], list[Any]] = {}
+        for name, p in group["params"]:
+            free = (vectors_exempt and p.dim() < 2) or any(fnmatchcase(name, x) for x in exempt)
+            given = group.get("rule") == "matrix" and any(fnmatchcase(name, x) for x in fallback)
+            sorts.setdefault((free, given), []).append((name, p))
+        for (free, given), params in sorts.items():
+            keys = {"rule": "adamw"} if given else {k: v for k, v in group.items() if k != "params"}
+            found.append({**keys, "params": params, "weight_decay": 0.0 if free else weight_decay})
+    return found

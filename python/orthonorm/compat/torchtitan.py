@@ -1,0 +1,75 @@
+"""torchtitan (0.3): an OptimizersContainer that knows the optimizers of `orthonorm.optim`.
+
+    config.optimizer = muon_config(lr=0.02, adamw=dict(lr=3e-4))
+
+or, beside torchtitan's own, `OptimizersContainer.Config(param_groups=[ParamGroupConfig(pattern,
+"orthonorm.Muon", dict(lr=0.02)), ...])` of this module. Imports torchtitan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torchtitan.components import optimizer as titan
+
+from ..optim import MatrixOptimizer
+from ..optim.split import is_hidden
+from .factory import by_name
+
+PREFIX = "orthonorm."
+ParamGroupConfig = titan.ParamGroupConfig
+
+
+class OptimizersContainer(titan.OptimizersContainer):
+    """torchtitan's, where `optimizer_name="orthonorm.Muon"` and the like name our optimizers.
+
+    Of the parameters that a pattern matches, hidden matrices take the rule and all others the
+    optimizer's AdamW, whose settings are `optimizer_kwargs["adamw"]`.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(titan.OptimizersContainer.Config):
+        """As torchtitan's; `implementation` is for torch's optimizers."""
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
+        if name.startswith(PREFIX):
+            return partial(_build, by_name(name.removeprefix(PREFIX)))
+        return titan.OptimizersContainer._resolve_optimizer_factory(name)
+
+
+def _build(
+    cls: type[MatrixOptimizer], groups: list[dict[str, Any]], **settings: Any
+) -> MatrixOptimizer:
+    """`cls` on torchtitan's groups, each split in two."""
+    split = []
+    for given in groups:
+        keys = {k: v for k, v in given.items() if k not in ("fused", "foreach")}
+        pairs = list(zip(keys.pop("param_names"), keys.pop("params"), strict=True))
+        rules = {"adamw": keys.pop("adamw", {}), "matrix": keys}
+        for rule, values in rules.items():
+            params = [x for x in pairs if is_hidden(*x) == (rule == "matrix")]
+            if params:
+                split.append({"params": params, "rule": rule, **values})
+    return cls(split, **settings)
+
+
+def muon_config(
+    optimizer: str = "Muon", pattern: str = ".*", **settings: Any
+) -> OptimizersContainer.Config:
+    """The config of one optimizer for all parameters, as torchtitan's `default_adamw`.
+
+    Args:
+        optimizer: a name of `orthonorm.optim`, in any case.
+        pattern: of the names of the parameters.
+        **settings: of the optimizer; `adamw` for what are no hidden matrices.
+    """
+    by_name(optimizer)
+    group = ParamGroupConfig(
+        pattern=pattern, optimizer_name=PREFIX + optimizer, optimizer_kwargs=settings
+    )
+    return OptimizersContainer.Config(param_groups=[group])

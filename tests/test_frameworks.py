@@ -1,0 +1,335 @@
+"""The trainers people use, as installed: `make frameworks`. Tiny models, made from configs."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from orthonorm import optim
+from orthonorm.compat.factory import by_name, create_optimizer
+from torch import Tensor, nn
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # theirs
+]
+
+
+def needs(*modules: str) -> pytest.MarkDecorator:
+    missing = [m for m in modules if find_spec(m) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{missing} not installed: make frameworks")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(30, 12), nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 30)
+    )
+
+
+def batches(count: int, size: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 30, (size, 5), generator=generator) for _ in range(count)]
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+
+
+def plainly_trained(
+    steps: list[list[Tensor]], clip: float | None = None, lr: float = 0.02
+) -> nn.Module:
+    """The loop that a trainer writes: accumulation of a step's batches, clipping, step."""
+    model = network()
+    optimizer = optim.Muon(optim.split_params(model), lr=lr)
+    for accumulated in steps:
+        for x in accumulated:
+            (loss_of(model, x) / len(accumulated)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def equal(a: nn.Module, b: nn.Module) -> None:
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+# ---- by name -------------------------------------------------------------------------------------
+def test_optimizers_by_name() -> None:
+    assert by_name("normuon") is by_name(optim.NorMuon) is optim.NorMuon
+    for wrong in ("Adam", 3, nn.Linear):
+        with pytest.raises(ValueError, match=r"optimizer must be one of .*'Muon'"):
+            by_name(wrong)
+    for name in optim.REGISTRY:
+        model = network()
+        optimizer = create_optimizer(model, name)
+        loss_of(model, batches(1)[0]).backward()
+        optimizer.step()
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(
+            list(model.parameters())
+        )
+
+
+# ---- Hugging Face Trainer and accelerate ---------------------------------------------------------
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        x = batches(24, 1)[i][0]
+        return {"input_ids": x, "labels": x}
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@needs("transformers", "accelerate")
+@pytest.mark.usefixtures("offline")
+def test_trainer_resumes(tmp_path: Path) -> None:
+    """Stopped after three of six steps and continued from its checkpoint: the same bits."""
+    import transformers as hf
+    from orthonorm.compat.transformers import optimizer_cls_and_kwargs
+
+    def trainer(folder: Path) -> Any:
+        torch.manual_seed(0)
+        config = hf.GPT2Config(vocab_size=30, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+        arguments = hf.TrainingArguments(
+            output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_steps=6, save_steps=3, logging_steps=1, report_to=[], use_cpu=True, seed=3,
+            max_grad_norm=1.0, lr_scheduler_type="cosine", disable_tqdm=True,
+        )  # fmt: skip
+        pair = optimizer_cls_and_kwargs("normuon", lr=0.02, adamw=dict(lr=1e-3))
+        return hf.Trainer(
+            hf.GPT2LMHeadModel(config), arguments, train_dataset=Tokens(),
+            optimizer_cls_and_kwargs=pair,
+        )  # fmt: skip
+
+    whole = trainer(tmp_path)
+    whole.train()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    equal(whole.model, resumed.model)
+    inner = getattr(whole.optimizer, "optimizer", whole.optimizer)
+    assert isinstance(inner, optim.NorMuon)
+    assert {g["rule"] for g in inner.param_groups} == {"matrix", "adamw"}
+    rates = [x["learning_rate"] for x in whole.state.log_history if "learning_rate" in x]
+    assert rates[0] > rates[-1] and rates[0] <= 0.02
+
+
+@needs("accelerate")
+def test_accelerate_prepares_and_resumes(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    def prepared() -> tuple[Any, Any, Any]:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = network()
+        optimizer = optim.Muon(optim.split_params(model), lr=0.02)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def run(accelerator: Any, model: Any, optimizer: Any, data: list[Tensor]) -> None:
+        for x in data:
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, x))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    data = batches(8)
+    whole = prepared()
+    run(*whole, data[:4])
+    whole[0].save_state(str(tmp_path / "state"))
+    run(*whole, data[4:])
+    steps = [data[i : i + 2] for i in range(0, 8, 2)]
+    equal(whole[0].unwrap_model(whole[1]), plainly_trained(steps, clip=0.5))
+    resumed = prepared()
+    resumed[0].load_state(str(tmp_path / "state"))
+    run(*resumed, data[4:])
+    equal(whole[1], resumed[1])
+
+
+# ---- Lightning -----------------------------------------------------------------------------------
+@needs("lightning")
+def test_lightning_accumulates_clips_and_resumes(tmp_path: Path) -> None:
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, x: Tensor) -> Tensor:
+            return loss_of(self.network, x)
+
+        def configure_optimizers(self) -> Any:
+            return optim.Muon(optim.split_params(self), lr=0.02)
+
+    def trained(steps: int, checkpoint: Path | None = None) -> Module:
+        module = Module()
+        trainer = L.Trainer(
+            max_steps=steps, accelerator="cpu", accumulate_grad_batches=2, gradient_clip_val=0.5,
+            logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=tmp_path, barebones=False,
+        )  # fmt: skip
+        data = torch.utils.data.DataLoader(batches(8), batch_size=None)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    data = batches(8)
+    whole = trained(4)
+    equal(whole.network, plainly_trained([data[i : i + 2] for i in range(0, 8, 2)], clip=0.5))
+    trained(2)
+    # The two steps after the checkpoint see the first batches anew: the loader has no state.
+    resumed = trained(4, tmp_path / "2.ckpt")
+    again = [*data[:4], *data[4:8]]
+    equal(resumed.network, plainly_trained([again[i : i + 2] for i in range(0, 8, 2)], clip=0.5))
+
+
+# ---- timm ----------------------------------------------------------------------------------------
+@pytest.fixture
+def timm_optim() -> Iterator[Any]:
+    """timm.optim as installed; timm.models, which needs torchvision, stands empty."""
+    spec = find_spec("timm")
+    assert spec is not None and spec.submodule_search_locations
+    root, models = types.ModuleType("timm"), types.ModuleType("timm.models")
+    root.__path__ = list(spec.submodule_search_locations)
+    models.group_parameters = None  # type: ignore[attr-defined]
+    before = {k: v for k, v in sys.modules.items() if k.split(".")[0] == "timm"}
+    sys.modules.update({"timm": root, "timm.models": models})
+    import timm.optim
+
+    yield timm.optim
+    for key in [k for k in sys.modules if k.split(".")[0] == "timm"]:
+        del sys.modules[key]
+    sys.modules.update(before)
+
+
+@needs("timm")
+def test_timm_signature(timm_optim: Any) -> None:
+    from orthonorm.compat.timm import create_optimizer_v2
+
+    theirs = inspect.signature(timm_optim.create_optimizer_v2).parameters
+    ours = inspect.signature(create_optimizer_v2).parameters
+    assert list(theirs) == list(ours)
+    assert {n: p.default for n, p in theirs.items() if n != "opt"} == {
+        n: p.default for n, p in ours.items() if n != "opt"
+    }
+    config = types.SimpleNamespace(
+        opt="muon", lr=0.02, weight_decay=0.1, momentum=0.95, opt_betas=(0.9, 0.99), opt_eps=1e-6
+    )
+    optimizer = create_optimizer_v2(network(), **timm_optim.optimizer_kwargs(config))
+    matrices, *rest = optimizer.param_groups
+    assert (matrices["lr"], matrices["momentum"], matrices["weight_decay"]) == (0.02, 0.95, 0.1)
+    assert matrices["eps"] == 0 and all(g["betas"] == (0.9, 0.99) for g in rest)
+    assert all(g["eps"] == 1e-6 for g in rest)
+
+
+def test_timm_groups() -> None:
+    """What decays and what AdamW takes, by timm's rules; the registry's other optimizers too."""
+    from orthonorm.compat.timm import create_optimizer_v2
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+            self.scales = nn.Parameter(torch.ones(3, 2))
+
+        def no_weight_decay(self) -> set[str]:
+            return {"scales"}
+
+    def groups(**settings: Any) -> dict[str, tuple[str, float]]:
+        optimizer = create_optimizer_v2(Net(), weight_decay=0.1, **settings)
+        return {
+            n: (g["rule"], g["weight_decay"])
+            for g in optimizer.param_groups for n in g["param_names"]
+        }  # fmt: skip
+
+    found = groups()
+    assert found["first.weight"] == ("matrix", 0.1) and found["first.bias"] == ("adamw", 0.0)
+    assert found["scales"] == ("matrix", 0.0)
+    found = groups(fallback_no_weight_decay=True, fallback_list=["sec*"], filter_bias_and_bn=False)
+    assert found["scales"] == ("adamw", 0.0) and found["second.weight"] == ("adamw", 0.1)
+    assert found["first.bias"] == ("adamw", 0.1)
+    assert set(groups(opt="AdamW").values()) == {("adamw", 0.1), ("adamw", 0.0)}
+    conda = create_optimizer_v2(Net(), "conda", betas=(0.8, 0.9))
+    assert conda.param_groups[0]["betas"] == (0.8, 0.9)
+    params = [nn.Parameter(torch.ones(3, 2))]
+    assert create_optimizer_v2(params, lr=0.5).param_groups[0]["lr"] == 0.5
+    made = create_optimizer_v2(Net(), param_group_fn=lambda m: [dict(params=[m.scales], lr=0.25)])
+    assert made.param_groups[0]["lr"] == 0.25
+    with pytest.raises(ValueError, match="layer_decay must be None"):
+        create_optimizer_v2(Net(), layer_decay=0.7)
+
+
+# ---- torchtitan ----------------------------------------------------------------------------------
+@needs("torchtitan", "tyro", "spmd_types", "torchdata", "torch_checkpointing", "einops")
+def test_torchtitan_container() -> None:
+    """Built from its config, trained, and carried over by its flat state dict."""
+    from orthonorm.compat.torchtitan import OptimizersContainer, ParamGroupConfig, muon_config
+
+    data = batches(4)
+
+    def run(model: nn.Module, container: Any, data: list[Tensor]) -> None:
+        for x in data:
+            loss_of(model, x).backward()
+            container.step()
+            container.zero_grad()
+
+    model = network()
+    container = muon_config(lr=0.02).build(model_parts=[model])
+    assert [type(o) for o in container] == [optim.Muon]
+    run(model, container, data[:2])
+    weights, state = model.state_dict(), container.state_dict()
+    assert state["state.1.weight.momentum_buffer"].shape == (16, 12)
+    twin = network()
+    twin.load_state_dict(weights)
+    other = muon_config(lr=0.5).build(model_parts=[twin])
+    other.load_state_dict(state)
+    run(model, container, data[2:])
+    run(twin, other, data[2:])
+    equal(model, twin)
+    equal(model, plainly_trained([[x] for x in data]))
+
+    mixed = OptimizersContainer.Config(
+        implementation="for-loop",
+        param_groups=[
+            ParamGroupConfig(pattern=r"^0\.", optimizer_name="AdamW", optimizer_kwargs={"lr": 0.1}),
+            ParamGroupConfig(
+                pattern=".*", optimizer_name="orthonorm.conda",
+                optimizer_kwargs={"lr": 0.01, "adamw": {"lr": 0.003}},
+            ),
+        ],
+    ).build(model_parts=[network()])  # fmt: skip
+    assert [type(o) for o in mixed] == [torch.optim.AdamW, optim.Conda]
+    assert [g["lr"] for g in list(mixed)[1].param_groups] == [0.003, 0.01]
+    with pytest.raises(ValueError, match="optimizer must be one of"):
+        muon_config("Moun")
+
+
+def test_importing_orthonorm_imports_no_framework() -> None:
+    import subprocess
+
+    code = (
+        "import sys, orthonorm.optim, orthonorm.compat, orthonorm.compat.timm\n"
+        "import orthonorm.compat.transformers as t; t.optimizer_cls_and_kwargs()\n"
+        "names = {'transformers', 'accelerate', 'lightning', 'timm', 'torchtitan'}\n"
+        "sys.exit(str(names & set(sys.modules)) if names & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
