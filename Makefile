@@ -8,11 +8,12 @@ PY := $(VENV)/bin/python
 HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.version.cuda is not None))" 2>/dev/null)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test bench results lint cpp cuda clean help
+.PHONY: demo test frameworks docs bench results lint cpp cuda clean help
 
 help:
 	@echo "make demo   train a small language model with AdamW, Muon and Conda (about five minutes)"
 	@echo "make test   run every test this machine can run"
+	@echo "make docs   API reference and guides in build/docs; make frameworks (Trainer, Lightning, ...)"
 	@echo "make bench  time the ops against their peers; make lint; make cpp (C++ tests, sanitizers);"
 	@echo "make cuda   compile the CUDA kernels with nvcc, no GPU needed, and report on them"
 
@@ -31,6 +32,16 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(PY) -m pytest
+
+# What tests/test_frameworks.py and docs/frameworks.md run with; timm would bring torchvision and
+# torchtitan data sets and loggers, which these do not need.
+frameworks: $(VENV)/built
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev,frameworks]"
+	$(PY) -m pip install -q --no-deps timm==1.0.31 torchtitan==0.3.0 tyro spmd_types==0.2.3 torchdata \
+		torch_checkpointing einops docstring_parser typeguard
+
+docs: $(VENV)/built
+	$(PY) docs/build.py build/docs
 
 bench: $(VENV)/built
 	$(PY) -m orthonorm bench claims
