@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from orthonorm import optim
@@ -61,7 +62,10 @@ def accelerate_swaps_the_parameters(context: Any) -> None:
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
     model = network()
-    model, optimizer = accelerator.prepare(model, optim.NorMuon(optim.split_params(model), lr=0.02))
+    groups = optim.split_params(model)
+    model, optimizer, conda = accelerator.prepare(
+        model, optim.NorMuon(groups, lr=0.02), optim.Conda(groups, lr=0.02)
+    )
     assert all(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
     for step in range(3):
         data = torch.randn(2 * world, 12, generator=torch.Generator().manual_seed(step))
@@ -74,6 +78,11 @@ def accelerate_swaps_the_parameters(context: Any) -> None:
             opt.zero_grad()
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q, atol=1e-5, rtol=0, msg=name)
+
+    model(data).square().mean().backward()
+    with pytest.raises(ValueError, match=r"'0.weight' must be whole on each rank.* for Conda"):
+        conda.step()
+    assert not conda.state
 
 
 CASES = [tensor_parallel_newton_schulz]

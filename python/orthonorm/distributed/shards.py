@@ -34,6 +34,7 @@ def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> l
 
 
 def new_plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
+    opt.check_shardings(group)
     items = []
     for p in params:
         shapes = matrix_shapes(opt, p, group)

@@ -126,7 +126,11 @@ class Groups(torch.optim.Optimizer):
                 raise ValueError(f"{label} must not be expanded, got strides {p.stride()}")
         if group["rule"] == "matrix":
             self._check_views(group)
-        for i, p in enumerate(params):
+        self.check_shardings(group)
+
+    def check_shardings(self, group: Mapping[str, Any]) -> None:
+        """Of DTensors; anew where a plan is made, as accelerate replaces parameters by theirs."""
+        for i, p in enumerate(group["params"]):
             if is_distributed(p):
                 self._check_sharding(f"{self.name}: parameter {self.label(group, i)}", p, group)
 
