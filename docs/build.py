@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import sys
 import warnings
 from html import escape
@@ -16,6 +17,7 @@ from types import FunctionType
 
 import markdown2
 import pdoc
+from orthonorm import OPS, ops
 from orthonorm._library import Op
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +54,8 @@ def reference(folder: Path) -> None:
         silent = [x for x in public if isinstance(x, SAYING) and not x.__doc__]
         if not module.__doc__ or silent:
             raise SystemExit(f"{name}: no docstring of {silent or 'the module'}")
+    for name, op in OPS.items():  # pdoc shows functions
+        setattr(ops, name, op.__wrapped__)
     pdoc.render.configure(docformat="google", show_source=False)
     # pdoc 16 looks for the types of a NamedTuple's fields where it is exported, not where made
     warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")
@@ -61,7 +65,9 @@ def reference(folder: Path) -> None:
 def guide(page: Path, folder: Path) -> None:
     text = re.sub(r"<!--.*?-->\n?", "", page.read_text(), flags=re.S)
     html = str(markdown2.markdown(text, extras=EXTRAS))
-    html = re.sub(r'href="(?!https?:)([^"#]+)', lambda m: f'href="{target(page, m[1])}', html)
+    html = re.sub(
+        r'href="(?!https?:)([^"#]+)', lambda m: f'href="{target(page, m[1], folder)}', html
+    )
     names = [p.stem for p in PAGES]
     nav = "".join(f'<a href="{n}.html">{n.replace("_", " ")}</a>' for n in names)
     nav += '<a href="api/index.html">API</a>'
@@ -70,12 +76,20 @@ def guide(page: Path, folder: Path) -> None:
     (folder / f"{page.stem}.html").write_text(PAGE.format(title=name, css=css, nav=nav, body=html))
 
 
-def target(page: Path, link: str) -> str:
-    """A link of a page: to another page, or to a file that is left where it is."""
+def target(page: Path, link: str, folder: Path) -> str:
+    """A link of a page: to another page, or to a copy of a file or folder."""
     path = (page.parent / link).resolve()
     if not path.exists():
         raise SystemExit(f"{page.name}: {link} is not there")
-    return f"{path.stem}.html" if path in PAGES else path.as_uri()
+    if path in PAGES:
+        return f"{path.stem}.html"
+    copy = folder / path.relative_to(ROOT)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.copytree(path, copy, dirs_exist_ok=True)
+    else:
+        shutil.copy(path, copy)
+    return copy.relative_to(folder).as_posix()
 
 
 def main(folder: Path) -> None:
