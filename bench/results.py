@@ -1,6 +1,7 @@
-"""Results that stay: the index page of `bench/results`, and the README's tables, from its files.
+"""What stays: the index page of `bench/results` and the README's tables, from its files, and the
+support matrix.
 
-`python -m orthonorm bench results` writes both; a test holds them to the files.
+`python -m orthonorm bench results` writes them; a test holds them to what they are made from.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import page, records
+from . import page, records, support
 from .records import Run
 
 FOLDER = Path(__file__).parent / "results"
@@ -120,7 +121,11 @@ def readme(text: str, found: dict[str, Run]) -> str:
 def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
     """What the files should hold."""
     found = runs(folder)
-    return [(INDEX, index(found)), (README, readme(README.read_text(), found))]
+    return [
+        (INDEX, index(found)),
+        (README, readme(README.read_text(), found)),
+        (support.PAGE, support.page()),
+    ]
 
 
 def main(options: argparse.Namespace, run: Run) -> None:
