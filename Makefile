@@ -3,6 +3,7 @@
 # TORCH is what pip installs into .venv. With a CUDA torch already in the active Python, .venv uses it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+EXTRAS ?= dev
 VENV := .venv
 PY := $(VENV)/bin/python
 HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.version.cuda is not None))" 2>/dev/null)
@@ -24,7 +25,7 @@ $(VENV)/installed:
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	$(PY) -m pip install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 
 demo: $(VENV)/built
@@ -35,8 +36,8 @@ test: $(VENV)/built
 
 # What tests/test_frameworks.py and docs/frameworks.md run with; timm would bring torchvision and
 # torchtitan data sets and loggers, which these do not need.
-frameworks: $(VENV)/built
-	$(PY) -m pip install -q --no-build-isolation -e ".[dev,frameworks]"
+frameworks:
+	$(MAKE) EXTRAS=dev,frameworks -W setup.py $(VENV)/built
 	$(PY) -m pip install -q --no-deps timm==1.0.31 torchtitan==0.3.0 tyro spmd_types==0.2.3 torchdata \
 		torch_checkpointing einops docstring_parser typeguard
 

@@ -25,7 +25,7 @@ TASKS = {
     "claims": "measure everything the project promises, with its target",
     "cluster": "model a step on 1 to 4096 devices from measured rates (--shape: one model)",
     "static": "what the GPU kernels compile to, and the floor times that implies, without a GPU",
-    "results": "write the index page and the README's tables from bench/results",
+    "results": "write the README's tables, the index page of bench/results and docs/support.md",
 }
 SLOW = ("exact", "compiled")  # kinds the quick suite leaves out
 QUICK_SECONDS = 0.7  # a row group, so that all of them end in two minutes on two cores

@@ -1,6 +1,7 @@
-"""Results that stay: the index page of `bench/results`, and the README's tables, from its files.
+"""What stays: the index page of `bench/results` and the README's tables, from its files, and the
+support matrix.
 
-`python -m orthonorm bench results` writes both; a test holds them to the files.
+`python -m orthonorm bench results` writes them; a test holds them to what they are made from.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from orthonorm.examples import comparison
 
-from . import page, records
+from . import page, records, support
 from .records import Run
 
 FOLDER = Path(__file__).parent / "results"
@@ -136,7 +137,11 @@ def replaced(text: str, block: re.Pattern[str], body: str) -> str:
 def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
     """What the files should hold."""
     found = runs(folder)
-    return [(INDEX, index(found)), (README, readme(README.read_text(), found, folder))]
+    return [
+        (INDEX, index(found)),
+        (README, readme(README.read_text(), found, folder)),
+        (support.PAGE, support.page()),
+    ]
 
 
 def main(options: argparse.Namespace, run: Run) -> None:

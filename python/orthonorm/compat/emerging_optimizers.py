@@ -23,6 +23,12 @@ from ..ops.words import segments, triples_of
 from ..optim.settings import ADJUST
 from ..polar import polynomial
 
+__all__ = [
+    "get_muon_scale_factor",
+    "newton_schulz",
+    "newton_schulz_tp",
+]
+
 # Their names, ours, and what they do for more steps than there are triples.
 SETS: dict[str, tuple[str, PastEnd]] = {
     "simple": ("keller", "cycle"),

@@ -15,6 +15,12 @@ from ..coefficients import COEFFICIENTS
 from ..ops import magnitude, newton_schulz
 from ..polar import polynomial
 
+__all__ = [
+    "POLAR_EXPRESS_COEFFICIENTS",
+    "YOU_COEFFICIENTS",
+    "GramNewtonSchulz",
+]
+
 POLAR_EXPRESS_COEFFICIENTS = [list(triple) for triple in COEFFICIENTS["polar_express"].steps(5)]
 YOU_COEFFICIENTS = [list(triple) for triple in COEFFICIENTS["you5"].steps(5)]
 

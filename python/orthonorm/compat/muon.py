@@ -18,6 +18,15 @@ from .. import optim
 from ..ops import muon_prologue_
 from .drop_in import half
 
+__all__ = [
+    "Muon",
+    "MuonWithAuxAdam",
+    "SingleDeviceMuon",
+    "SingleDeviceMuonWithAuxAdam",
+    "muon_update",
+    "zeropower_via_newtonschulz5",
+]
+
 KELLER = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
 AUX_ADAM: dict[str, Any] = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
 

@@ -18,6 +18,10 @@ from ..optim import MatrixOptimizer
 from ..optim.split import NOT_HIDDEN
 from .factory import by_name, groups_of
 
+__all__ = [
+    "create_optimizer_v2",
+]
+
 
 def create_optimizer_v2(
     model_or_params: Any,

@@ -20,6 +20,12 @@ from ..optim import MatrixOptimizer
 from ..optim.split import is_hidden
 from .factory import by_name
 
+__all__ = [
+    "OptimizersContainer",
+    "ParamGroupConfig",
+    "muon_config",
+]
+
 PREFIX = "orthonorm."
 ParamGroupConfig = titan.ParamGroupConfig
 

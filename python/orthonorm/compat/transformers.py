@@ -12,6 +12,11 @@ from typing import Any
 from ..optim import MatrixOptimizer
 from .factory import by_name, create_optimizer
 
+__all__ = [
+    "OptimizerFactory",
+    "optimizer_cls_and_kwargs",
+]
+
 
 class OptimizerFactory:
     """What the Trainer makes, then calls with the model: it is no class of optimizers."""
