@@ -14,11 +14,13 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import distributed_training  # noqa: F401  (its cases)
 import torch
 import torch.distributed as dist
 from distributed_pairs import OPTIMIZERS, follow, pair, placements, same, set_gradients, whole
+from distributed_registry import CASES, WORLDS, Context, case, raises
 from orthonorm import optim
 from orthonorm.distributed import comm_report
 from torch import Tensor, nn
@@ -29,31 +31,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import init_device_mesh as device_mesh
 
 
-class Context(NamedTuple):
-    rank: int
-    world: int
-    folder: Path
-
-
-Case = Callable[[Context], None]
-CASES: dict[str, Case] = {}
-WORLDS: dict[str, tuple[int, ...]] = {}
-
-
-def case(*worlds: int) -> Callable[[Case], Case]:
-    def add(f: Case) -> Case:
-        CASES[f.__name__], WORLDS[f.__name__] = f, worlds
-        return f
-
-    return add
-
-
 def add_optimizer(name: str) -> None:
     def body(context: Context) -> None:
         follow(name, context.world)
 
-    body.__name__ = f"equal_bits_{name}"
-    case(2, 4)(body)
+    case(2, 4, name=f"equal_bits_{name}")(body)
 
 
 for _name in OPTIMIZERS:
@@ -131,8 +113,7 @@ def add_models(kind: str, name: str, *worlds: int) -> None:
         train(model, range(3), context.rank, opt, twin)
         same(opt, twin)
 
-    body.__name__ = f"{kind}_{name}"
-    case(*worlds)(body)
+    case(*worlds, name=f"{kind}_{name}")(body)
 
 
 for _kind, _worlds in (("ddp", (2,)), ("fsdp2", (2, 4)), ("hybrid", (4,))):
@@ -237,16 +218,6 @@ def work_is_balanced(context: Context) -> None:
     weights = [nn.Parameter(distribute_tensor(torch.randn(16, 16), mesh, [Shard(0)]))
                for _ in range(8)]  # fmt: skip
     assert comm_report(optim.Muon(weights)).work == 1 / context.world
-
-
-def raises(f: Callable[[], Any], *words: str) -> None:
-    try:
-        f()
-    except (ValueError, RuntimeError) as error:
-        missing = [word for word in words if word not in str(error)]
-        assert not missing, (missing, str(error))
-    else:
-        raise AssertionError(f"no error with {words}")
 
 
 def named(mesh: Any, places: list[Any], names: str, shape: Any = (8, 6)) -> list[Any]:
