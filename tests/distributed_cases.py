@@ -24,6 +24,7 @@ from distributed_pairs import (
     counted,
     follow,
     pair,
+    parameters,
     placements,
     same,
     set_gradients,
@@ -32,11 +33,12 @@ from distributed_pairs import (
 from distributed_registry import CASES, WORLDS, Context, case, raises
 from orthonorm import optim
 from orthonorm.distributed import comm_report
+from orthonorm.monitor import Monitor
 from orthonorm.optim.tensors import is_cut
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import init_device_mesh as device_mesh
 from torch.distributed.tensor.parallel import (
@@ -91,6 +93,9 @@ def optimizer_of(name: str, model: nn.Module) -> Any:
 
 
 def wrap(kind: str, model: nn.Module, world: int) -> nn.Module:
+    policy = MixedPrecisionPolicy()
+    if kind == "fsdp2_amp":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=True)
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     shape, names = ((2, 2), ("replicate", "shard")) if kind == "hybrid" else ((world,), ("shard",))
@@ -104,8 +109,8 @@ def wrap(kind: str, model: nn.Module, world: int) -> nn.Module:
         mesh = both["shard"]
     else:
         mesh = device_mesh("cpu", shape, mesh_dim_names=names)
-    fully_shard(model.second, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model.second, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def train(model: nn.Module, steps: range, rank: int, opt: Any, twin: Any = None) -> None:
@@ -142,8 +147,9 @@ def add_models(kind: str, name: str, *worlds: int) -> None:
 
 
 for _kind, _worlds in (("ddp", (2,)), ("fsdp2", (2, 4)), ("hybrid", (4,)), ("fsdp2_tp", (4,))):
-    for _name in ("Muon", "NorMuon"):
+    for _name in ("Muon", "NorMuon", "Conda", "Scion"):
         add_models(_kind, _name, *_worlds)
+add_models("fsdp2_amp", "Muon", 2)  # bfloat16 to compute, float32 to keep
 
 
 # ---- checkpoints, predictions, bad input ---------------------------------------------------------
@@ -280,6 +286,51 @@ def a_gradient_placed_otherwise_is_refused(context: Context) -> None:
 
 
 @case(2)
+def what_one_owner_raises_all_raise(context: Context) -> None:
+    class Failing(optim.Conda):
+        def prepare(self, batch: Any, group: dict[str, Any]) -> Any:
+            if dist.get_rank() == 1:
+                raise ArithmeticError("no basis")
+            return super().prepare(batch, group)
+
+    opt = Failing(named(device_mesh("cpu", (2,)), [Shard(0)], "ab"))
+    before = give_gradients(opt)
+    raises(opt.step, "Failing", "rank 1 could not", f"this is rank {context.rank}", "no basis")
+    unchanged(opt, before)
+    assert all("step" not in opt.state[p] for p in parameters(opt))
+
+
+@case(2, 4)
+def sixteen_bit_weights_are_as_accurate_as_in_one_process(context: Context) -> None:
+    """Their norm is measured before rounding in one process, after it where rows have travelled."""
+    mesh = device_mesh("cpu", (context.world,))
+    for name in ("Muon", "NorMuon", "Conda"):
+        for dtype in (torch.bfloat16, torch.float16):
+            a, b = pair(name, mesh, [Shard(0)], dtype=dtype)
+            _, truth = pair(name, mesh, [Shard(0)], dtype=torch.float64, like=dtype)
+            for step in range(2):
+                set_gradients(step, a, b)
+                for p, q in zip(parameters(truth), parameters(b), strict=True):
+                    p.grad = q.grad.double()
+                for opt in (a, b, truth):
+                    opt.step()
+            for p, q, t in zip(parameters(a), parameters(b), parameters(truth), strict=True):
+                ours, theirs = ((whole(x.detach()).double() - t).norm() for x in (p, q))
+                assert ours <= 2 * theirs, (name, dtype, tuple(t.shape), ours, theirs)
+
+
+@case(2)
+def a_monitor_measures_whole_matrices(context: Context) -> None:
+    model, opt, plain, twin = models("fsdp2", "Muon", context.world)
+    kinds = ("weights", "gradients", "updates")
+    ours, theirs = (Monitor(m, 1, kinds=kinds, budget=None) for m in (model, plain))
+    with ours, theirs:
+        train(model, range(2), context.rank, opt, twin)
+    assert not ours.failures and len(ours.rows) > 50
+    assert {row[:4]: row.value for row in ours.rows} == {row[:4]: row.value for row in theirs.rows}
+
+
+@case(2)
 def a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(context: Context) -> None:
     mesh = device_mesh("cpu", (2,))
     opt = optim.Muon(named(mesh, [Shard(0)], "ab"), nonfinite="skip")
@@ -320,7 +371,7 @@ def z_a_killed_rank_ends_the_others(context: Context) -> None:
     opt.step()
     if context.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    raises(opt.step, "rank 0", "[0, 1]", "has ended or failed")
+    raises(opt.step, "rank 0", "ranks [0, 1]", "ranks [1] have ended or do not answer")
 
 
 # ---- running -------------------------------------------------------------------------------------

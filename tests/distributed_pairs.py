@@ -80,12 +80,22 @@ def same(a: Any, b: Any) -> None:
                     assert other == value
 
 
-def pair(name: str, mesh: Any, places: list[Any], shapes: Any = SHAPES) -> tuple[Any, Any]:
-    """The same optimizer on distributed and on plain parameters, two matrices of them split."""
+def parameters(opt: Any) -> list[Any]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def pair(
+    name: str, mesh: Any, places: list[Any], dtype: Any = torch.float32, like: Any = None
+) -> tuple[Any, Any]:
+    """The same optimizer on distributed and on plain parameters, two matrices of them split.
+
+    `like`: the dtype whose values they have.
+    """
     cls, kwargs = OPTIMIZERS[name]
     torch.manual_seed(0)
-    plain = [nn.Parameter(torch.randn(s)) for s in shapes]
-    fused = nn.Parameter(torch.randn(30, 8))
+    *plain, fused = (
+        nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in (*SHAPES, (30, 8))
+    )
 
     def put(p: Tensor) -> nn.Parameter:
         return nn.Parameter(distribute_tensor(p.detach(), mesh, places))
@@ -101,7 +111,7 @@ def set_gradients(step: int, a: Any, b: Any) -> None:
     torch.manual_seed(100 + step)
     for first, second in zip(a.param_groups, b.param_groups, strict=True):
         for p, q in zip(first["params"], second["params"], strict=True):
-            q.grad = torch.randn(q.shape)
+            q.grad = torch.randn(q.shape).to(q.dtype)
             p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
 
 

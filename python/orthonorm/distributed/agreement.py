@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..optim.tensors import Ranks, is_distributed, meets_owner, sharded_dims
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
+ANSWER = 5.0  # seconds for a rank to say that it lives, once an exchange has failed
 Work = list[tuple[dict[str, Any], list[int]]]  # groups, with the indices that have gradients
 
 
@@ -42,14 +44,35 @@ def scope(p: Any) -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def reporting(group: dist.ProcessGroup) -> Iterator[None]:
-    """What a backend raises when a peer is gone, as one sentence."""
+    """What a backend raises when a peer is gone, as one sentence that names it."""
     try:
         yield
     except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        gone = without_answer(ranks)
+        who = f"ranks {gone} have ended or do not answer" if gone else "all answer, one has failed"
         raise RuntimeError(
-            f"rank {dist.get_rank()} could not exchange with ranks "
-            f"{dist.get_process_group_ranks(group)}: one of them has ended or failed ({error})"
+            f"rank {dist.get_rank()} could not exchange with ranks {ranks}: {who} ({error})"
         ) from error
+
+
+def without_answer(ranks: list[int]) -> list[int]:
+    """Those that do not say in the store, as every rank does whose exchange fails, that they live.
+
+    Empty where the store itself is gone.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    until, gone = time.monotonic() + ANSWER, list[int]()
+    try:
+        store.set(f"orthonorm/alive/{dist.get_rank()}", "")
+        while time.monotonic() < until:
+            gone = [r for r in ranks if not store.check([f"orthonorm/alive/{r}"])]
+            if not gone:
+                break
+            time.sleep(0.05)
+    except RuntimeError:
+        return []
+    return gone
 
 
 @contextlib.contextmanager
