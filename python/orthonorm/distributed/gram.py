@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 def summed(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
     """The item, told over which ranks to sum its Gram matrix where that is the way.
 
-    It is for a matrix whose direction is its polar factor, that one process would iterate in Gram
-    form, and of which less is sent so.
+    It is for a matrix whose direction is its polar factor, of which less is sent so, and only with
+    method="gram": every rank then iterates every matrix, which owners share out, and the bits are
+    no longer those of one process.
     """
     p: Any = item.param
     polynomial = opt.polar_alone(p, group)
@@ -42,10 +43,10 @@ def summed(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
     if len(dims) != 1 or group["split"] is not None or group["heads"] is not None:
         return item
     long, n = p.shape[p.placements[dims[0]].dim], min(p.shape)
-    if long == n or chosen(p, polynomial, group).form != "gram":
+    if long == n or group["method"] != "gram":
         return item
     among, members = p.device_mesh.size(dims[0]), p.device_mesh.get_group(dims[0])
-    size, sums = reduced_bytes(p, polynomial, group)
+    size, sums = reduced_bytes(p, polynomial)
     both_ways = 2 * sums * size * (among - 1) / among  # a rank's, in a ring
     owned, ranks = item.travelers[0], range(len(item.replicas))
     to = sum(owned.bytes(r) for r in ranks[1:] if item.sends(r))
@@ -55,18 +56,18 @@ def summed(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
     return item._replace(summed=members, sums=sums, reduced=sums * size)
 
 
-def chosen(p: Any, polynomial: Polynomial, group: dict[str, Any]) -> Any:
-    """Form and dtype that one process would take for a parameter."""
+def iterated_dtype(p: Any, polynomial: Polynomial) -> torch.dtype:
+    """That in which one process would iterate a parameter."""
     like = torch.empty(1, dtype=p.dtype, device=p.device).expand(p.shape)
     triples = triples_of(polynomial.coefficients)
-    return choose(like, triples, polynomial.restarts, group["method"], polynomial.precision)
+    return choose(like, triples, polynomial.restarts, "gram", polynomial.precision).dtype
 
 
 def sum_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def reduced_bytes(p: Tensor, polynomial: Polynomial, group: dict[str, Any]) -> tuple[int, int]:
+def reduced_bytes(p: Tensor, polynomial: Polynomial) -> tuple[int, int]:
     """(bytes of half a Gram matrix, how often one is summed in a step)."""
     h = -(-min(p.shape) // 2)
     sums = len(segments(triples_of(polynomial.coefficients), polynomial.restarts))
@@ -83,7 +84,7 @@ def directions(
     norms = yield from whole_norms(blocks, ranks)
     parts = []
     for x, block, norm in zip(bucket.items, blocks, norms.unbind(), strict=True):
-        dtype = chosen(x.param, polynomial, group).dtype
+        dtype = iterated_dtype(x.param, polynomial)
         divisor = (polynomial.safety * norm.clamp(min=group["eps"])).reshape(1)
         y = divide_each(block, divisor, dtype) if block.numel() else block.to(dtype)
         parts.append(y.mT if short_last(x.param) else y)
