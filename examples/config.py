@@ -47,6 +47,7 @@ class Config:
     eval_windows: int = option(64, "windows of validation text in one evaluation")
     device: str = option("cpu", "torch device; only the CPU is tested")
     threads: int = option(0, "CPU threads; 0: as many as torch chooses")
+    parallel: str = option("", "under torchrun: ddp, fsdp2 or hsdp (2 replicas, each sharded)")
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "steps", "eval_every", "eval_windows"):
@@ -57,6 +58,8 @@ class Config:
         self._require(self.vocab >= 256, "vocab", "must be at least 256, the number of bytes")
         self._require(self.warmup < self.steps, "warmup", f"must be below steps={self.steps}")
         self._require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "must be between 0 and 1")
+        kinds = ("", "ddp", "fsdp2", "hsdp")
+        self._require(self.parallel in kinds, "parallel", f"must be one of {kinds[1:]}")
         try:
             self.shape()
         except ValueError as error:

@@ -12,13 +12,13 @@ from typing import Any
 class Progress:
     """A tqdm bar on a terminal; plain lines through `say` there and everywhere else."""
 
-    def __init__(self, label: str, total: int, done: int) -> None:
+    def __init__(self, label: str, total: int, done: int, shown: bool = True) -> None:
         self._bar: Any = None
         try:
             from tqdm import tqdm
         except ImportError:
             return  # the bar is a comfort: `say` still reports every evaluation
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=label, unit="step", leave=False)
 
     def step(self) -> None:

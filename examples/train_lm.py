@@ -5,6 +5,7 @@
     python -m orthonorm train --data my_text --steps 1000 --lr muon=0.03 --out runs/mine
     python -m orthonorm train --resume --out runs/mine   # goes on, bit for bit, where it stopped
     python -m orthonorm train --sweep --tuned my.json    # finds learning rates, writes my.json
+    torchrun --nproc-per-node 2 -m orthonorm train --parallel fsdp2   # or ddp; hsdp from 4 ranks
 
 Every optimizer starts from the same weights and sees the same batches, in a process of its own.
 In the output folder: table.md, curves.png, tokens.pt, config.json, and in one folder per optimizer
@@ -14,6 +15,7 @@ log.csv, checkpoint.pt and result.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -24,6 +26,7 @@ from typing import Any
 from orthonorm.examples.config import PRESETS, Config, UsageError
 from orthonorm.examples.optimizers import BUILDERS, TUNED, Settings, default_settings
 from orthonorm.examples.progress import write_whole
+from orthonorm.examples.ranks import launched, leads, meet
 from orthonorm.examples.report import plot, table
 from orthonorm.examples.sweep import sweep, write_settings
 from orthonorm.examples.workspace import RunFailed, Workspace
@@ -99,6 +102,16 @@ def open_workspace(args: argparse.Namespace) -> Workspace:
     return Workspace.create(out, preset, given, names)
 
 
+def open_on_ranks(args: argparse.Namespace) -> Workspace:
+    """Rank 0 opens the folder, the others wait: where it cannot, it ends, and torchrun ends all."""
+    store, rank, _ = meet("workspace")
+    if rank == 0:
+        work = open_workspace(args)
+        store.set("folder", str(work.out))
+        return work
+    return Workspace.reopen(Path(store.get("folder").decode()), None, {}, args.optimizers)
+
+
 def settings_file(args: argparse.Namespace) -> Path:
     """Where default settings come from; a sweep may name a file that it is going to make."""
     named: Path | None = args.tuned
@@ -119,7 +132,7 @@ def compare(work: Workspace, args: argparse.Namespace) -> int:
         except RunFailed as error:
             print(f"orthonorm train: {error}", file=sys.stderr)
             failed = True
-    if complete:
+    if complete and leads():
         runs = [work.finished(name) for name in complete]
         text = table(runs, work.config.device)
         write_whole(work.out / "table.md", lambda path: path.write_text(text))
@@ -144,7 +157,8 @@ def search(work: Workspace, args: argparse.Namespace, command: str) -> int:
         work.names, lambda name: default_settings(name, work.preset, base), measure
     )
     path = args.tuned or work.out / "tuned.json"
-    write_settings(path, work.config, command, work.names, work.source, best, losses)
+    if leads():
+        write_settings(path, work.config, command, work.names, work.source, best, losses)
     for rule, points in losses.items():
         for point in points:
             mark = " <- best" if point["lr"] == best[rule]["lr"] else ""
@@ -158,8 +172,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 0: done, 1: a run failed, 2: bad request, 130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(argv)
+    if leads():
+        return run(argv, args)
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        return run(argv, args)
+
+
+def run(argv: Sequence[str], args: argparse.Namespace) -> int:
+    """What `main` was asked for, on this rank."""
     try:
-        work = open_workspace(args)
+        work = open_on_ranks(args) if launched() else open_workspace(args)
         print(f"{work.source}; {work.config.steps} steps of {work.config.batch} x "
               f"{work.config.context} tokens; output in {work.out}", flush=True)  # fmt: skip
         if args.sweep:

@@ -32,6 +32,7 @@ from orthonorm.examples.data import TrainBatches, validation_windows
 from orthonorm.examples.model import Llama
 from orthonorm.examples.optimizers import Settings, build_optimizer
 from orthonorm.examples.progress import Progress, write_whole
+from orthonorm.examples.ranks import Ranks, join, launched, leave
 from torch import Tensor
 
 CSV_COLUMNS = ("step", "tokens", "train_loss", "val_loss", "lr", "seconds", "optimizer_seconds")
@@ -74,10 +75,13 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.device = torch.device(config.device)
+        self.ranks = Ranks.of(config)
+        self.device = self.ranks.device(config.device)
         self.model = Llama(config.shape()).to(self.device)
+        self.ranks.shard(self.model, self.device)
         settings = dict(run.settings)
         self.optimizer = build_optimizer(run.optimizer, self.model, settings.pop("lr"), **settings)
+        self.replicated = self.ranks.replicated(self.model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: cosine(config, step)
         )
@@ -94,14 +98,15 @@ class Trainer:
 
     def train(self, stop_after: int | None = None) -> None:
         """Trains to the end; or as if interrupted, to the first evaluation at `stop_after`."""
-        config, progress = self.config, Progress(self.run.optimizer, self.config.steps, self.step)
+        config, lead = self.config, self.ranks.rank == 0
+        progress = Progress(self.run.optimizer, config.steps, self.step, shown=lead)
         if self.step == 0:
             self.report(progress, train_loss=math.nan, lr=0.0)
         losses: list[float] = []
         while self.step < config.steps and not self.diverged:
             lr = float(self.optimizer.param_groups[0]["lr"])
             with self.timed("seconds"):
-                losses.append(self.forward_backward(self.batches[self.step].to(self.device)))
+                losses.append(self.forward_backward(self.batches[self.step]))
                 if config.clip:
                     torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
                 with self.timed("optimizer_seconds"):
@@ -121,33 +126,45 @@ class Trainer:
         if self.step == config.steps or self.diverged:
             self.finish()
 
-    def forward_backward(self, windows: Tensor) -> float:
+    def forward_backward(self, batch: Tensor) -> float:
         """Adds the batch's gradient to .grad, in parts of micro_batch windows; the mean loss."""
-        total = 0.0
-        for part in parts(windows, self.config.micro_batch or len(windows)):
+        total, windows = 0.0, self.ranks.part(batch).to(self.device)
+        pieces = parts(windows, self.config.micro_batch or len(windows))
+        for i, part in enumerate(pieces):
+            self.ranks.synchronize(self.replicated, i == len(pieces) - 1)
             loss = self.loss(part) * (len(part) / len(windows))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        return total
+        return self.ranks.sum(total, self.device) / self.ranks.size
 
     def loss(self, windows: Tensor) -> Tensor:
         """Mean cross-entropy, in nats per token, of predicting each next token."""
         with self.autocast():
-            logits = self.model(windows[:, :-1])
+            logits = self.replicated(windows[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Mean loss over the validation windows."""
-        size = self.config.micro_batch or self.config.batch
-        total = sum(self.loss(part).item() * len(part) for part in parts(self.validation, size))
-        return total / len(self.validation)
+        """Mean loss over the validation windows, whose parts the ranks share out.
+
+        All ranks compute equally often, as sharded models must; what is beyond the last part has no
+        weight.
+        """
+        pieces = parts(self.validation, self.config.micro_batch or self.config.batch)
+        total = 0.0
+        for i in range(self.ranks.rank, -(-len(pieces) // self.ranks.size) * self.ranks.size,
+                       self.ranks.size):  # fmt: skip
+            part = pieces[i % len(pieces)]
+            total += self.loss(part).item() * (len(part) if i < len(pieces) else 0)
+        return self.ranks.sum(total, self.device) / len(self.validation)
 
     # What it leaves ---------------------------------------------------------------------------
 
     def report(self, progress: Progress, train_loss: float, lr: float) -> None:
         """Evaluates, appends the row to log.csv and prints it."""
         self.val_loss = val_loss = self.validation_loss()
+        if self.ranks.rank:
+            return
         tokens = self.step * self.config.batch * self.config.context
         with (self.folder / "log.csv").open("a", newline="") as file:
             csv.writer(file).writerow(
@@ -162,6 +179,8 @@ class Trainer:
 
     def finish(self) -> None:
         """Writes result.json, which says that the run is complete."""
+        if self.ranks.rank:
+            return
         result = {
             "optimizer": self.run.optimizer,
             "settings": self.run.settings,
@@ -184,8 +203,7 @@ class Trainer:
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         checkpoint = {
             "step": self.step,  # also the position in the data: batch i is a function of i
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.ranks.state(self.model, self.optimizer),
             "schedule": self.schedule.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
@@ -195,15 +213,15 @@ class Trainer:
             "optimizer_seconds": self.optimizer_seconds,
             "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)),
         }
-        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        if self.ranks.rank == 0:
+            write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
 
     def resume(self) -> None:
         """Stands where checkpoint.pt was written, or at the start if there is none."""
         path, rows = self.folder / "checkpoint.pt", [",".join(CSV_COLUMNS)]
         if path.exists():
             saved = torch.load(path, weights_only=True, map_location=self.device)
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.ranks.load(saved, self.model, self.optimizer)
             self.schedule.load_state_dict(saved["schedule"])
             torch.set_rng_state(saved["rng"].cpu())
             if self.device.type == "cuda":
@@ -214,8 +232,9 @@ class Trainer:
             written = (self.folder / "log.csv").read_text().splitlines()[1:]
             whole = [row for row in written if row.count(",") == rows[0].count(",")]
             rows += [row for row in whole if int(row.split(",")[0]) <= self.step]
-        text = "\n".join(rows) + "\n"
-        write_whole(self.folder / "log.csv", lambda part: part.write_text(text))
+        if self.ranks.rank == 0:
+            text = "\n".join(rows) + "\n"
+            write_whole(self.folder / "log.csv", lambda part: part.write_text(text))
 
     # The device -------------------------------------------------------------------------------
 
@@ -279,13 +298,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder that holds run.json")
     parser.add_argument("--stop-after", type=int, help="stop at the first evaluation at this step")
     args = parser.parse_args(argv)
-    run = Run.read(args.folder / "run.json")
+    if launched():
+        join(args.folder.name)
     try:
+        run = Run.read(args.folder / "run.json")
         trainer = Trainer(run, args.folder, args.folder.parent / "tokens.pt")
         trainer.resume()
         trainer.train(args.stop_after)
     except KeyboardInterrupt:
         return 130
+    if launched():
+        leave()
     return 0
 
 

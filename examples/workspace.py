@@ -16,6 +16,7 @@ from orthonorm.examples.config import PRESETS, Config, UsageError, make_config
 from orthonorm.examples.data import load_corpus
 from orthonorm.examples.optimizers import Settings
 from orthonorm.examples.progress import write_whole
+from orthonorm.examples.ranks import check_ranks, leads
 from orthonorm.examples.report import Finished
 from orthonorm.examples.training import Run
 
@@ -40,6 +41,7 @@ class Workspace:
     def create(out: Path, preset: str, given: dict[str, Any], names: Sequence[str]) -> Workspace:
         """Checks, reads the text, writes tokens.pt, then config.json, which marks the start."""
         config = make_config(preset, given)
+        check_ranks(config)
         check_device(config.device)
         # Other thread counts sum in another order, so the count is part of the run.
         config = dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
@@ -74,6 +76,7 @@ class Workspace:
                     f"--resume continues {out} as it was started, with {name} "
                     f"{getattr(config, name)!r}, got {value!r}"
                 )
+        check_ranks(config)
         chosen = list(names or stored["names"])
         return Workspace(out, stored["preset"], config, chosen, stored["source"])
 
@@ -90,8 +93,9 @@ class Workspace:
                 f"{Run.read(description).settings}, got {settings}"
             )
         if not (folder / "result.json").exists():
-            folder.mkdir(exist_ok=True)
-            write_whole(description, lambda path: path.write_text(run.text()))
+            if leads():
+                folder.mkdir(exist_ok=True)
+                write_whole(description, lambda path: path.write_text(run.text()))
             command = [sys.executable, "-m", "orthonorm.examples.training", str(folder)]
             command += [] if stop_after is None else ["--stop-after", str(stop_after)]
             code = subprocess.run(command).returncode

@@ -3,9 +3,11 @@ distributed_cases.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from orthonorm import optim
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -30,7 +32,19 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "SWAN": (optim.SWAN, dict()),
     "SteepestDescent": (optim.SteepestDescent, dict()),
     "TrustRegion": (optim.TrustRegion, dict(maximize=True)),
+    # their whole update is at the owners
+    "Conda": (optim.Conda, dict(update_proj_gap=2, weight_decay=0.1)),
+    "SOAP": (optim.SOAP, dict(precondition_frequency=1)),
+    "Shampoo": (optim.Shampoo, dict(maximize=True)),
+    "SPlus": (optim.SPlus, dict()),
+    "Dion": (optim.Dion, dict()),
+    "AdaGO": (optim.AdaGO, dict()),
+    "Muon, clipped": (optim.Muon, dict(decay="clipped", bound=0.5)),
+    "Muon, capped": (optim.Muon, dict(constraint="cap", bound=0.5)),
 }
+
+
+EVERYWHERE = ("Muon", "NorMuon", "Conda")  # the others in the placements that differ most
 
 
 def placements(world: int) -> dict[str, tuple[tuple[int, ...], list[Any]]]:
@@ -43,6 +57,8 @@ def placements(world: int) -> dict[str, tuple[tuple[int, ...], list[Any]]]:
     if world == 4:
         found["hybrid"] = ((2, 2), [Replicate(), Shard(0)])
         found["inner replicas"] = ((2, 2), [Shard(1), Replicate()])
+        found["both"] = ((2, 2), [Shard(0), Shard(1)])
+        found["twice"] = ((2, 2), [Shard(0), Shard(0)])
     return found
 
 
@@ -64,12 +80,22 @@ def same(a: Any, b: Any) -> None:
                     assert other == value
 
 
-def pair(name: str, mesh: Any, places: list[Any], shapes: Any = SHAPES) -> tuple[Any, Any]:
-    """The same optimizer on distributed and on plain parameters, two matrices of them split."""
+def parameters(opt: Any) -> list[Any]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def pair(
+    name: str, mesh: Any, places: list[Any], dtype: Any = torch.float32, like: Any = None
+) -> tuple[Any, Any]:
+    """The same optimizer on distributed and on plain parameters, two matrices of them split.
+
+    `like`: the dtype whose values they have.
+    """
     cls, kwargs = OPTIMIZERS[name]
     torch.manual_seed(0)
-    plain = [nn.Parameter(torch.randn(s)) for s in shapes]
-    fused = nn.Parameter(torch.randn(30, 8))
+    *plain, fused = (
+        nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in (*SHAPES, (30, 8))
+    )
 
     def put(p: Tensor) -> nn.Parameter:
         return nn.Parameter(distribute_tensor(p.detach(), mesh, places))
@@ -85,12 +111,49 @@ def set_gradients(step: int, a: Any, b: Any) -> None:
     torch.manual_seed(100 + step)
     for first, second in zip(a.param_groups, b.param_groups, strict=True):
         for p, q in zip(first["params"], second["params"], strict=True):
-            q.grad = torch.randn(q.shape)
+            q.grad = torch.randn(q.shape).to(q.dtype)
             p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
 
 
+def counted(f: Callable[[], None]) -> tuple[int, int, int, int]:
+    """Bytes to and from other ranks in all-to-alls, collectives, and bytes of float sums."""
+    seen = [0, 0, 0, 0]
+    kept = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather", "all_reduce")}
+
+    def all_to_all_single(
+        out: Tensor, inp: Tensor, received: Any, sent: Any, group: Any, async_op: bool
+    ) -> Any:
+        assert (out.numel(), inp.numel()) == (sum(received), sum(sent))
+        mine = dist.get_rank(group)
+        seen[0] += (sum(sent) - sent[mine]) * inp.element_size()
+        seen[1] += (sum(received) - received[mine]) * out.element_size()
+        seen[2] += 1
+        return kept["all_to_all_single"](out, inp, received, sent, group=group, async_op=async_op)
+
+    def other(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen[2] += 1
+            if name == "all_reduce" and args[0].is_floating_point():
+                seen[3] += args[0].nbytes
+            return kept[name](*args, **kwargs)
+
+        return call
+
+    try:
+        dist.all_to_all_single = all_to_all_single
+        dist.all_gather, dist.all_reduce = other("all_gather"), other("all_reduce")
+        f()
+    finally:
+        for name, function in kept.items():
+            setattr(dist, name, function)
+    return seen[0], seen[1], seen[2], seen[3]
+
+
 def follow(name: str, world: int) -> None:
-    for label, (shape, places) in placements(world).items():
+    found = placements(world)
+    if name not in EVERYWHERE:
+        found = {k: v for k, v in found.items() if k in ("rows", "columns", "hybrid", "both")}
+    for label, (shape, places) in found.items():
         mesh = device_mesh("cpu", shape)
         a, b = pair(name, mesh, places)
         for step in range(2):

@@ -88,6 +88,6 @@ def test_a_process_without_ranks_imports_no_dtensor() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_every_optimizer_that_owners_can_compute_is_followed() -> None:
-    ready = {name for name, cls in optim.REGISTRY.items() if cls.self_contained}
-    assert ready == {cls.__name__ for cls, _ in cases.OPTIMIZERS.values()}
+def test_every_optimizer_is_followed() -> None:
+    followed = {cls.__name__ for cls, _ in cases.OPTIMIZERS.values()}
+    assert set(optim.REGISTRY) - {"AdamW"} == followed  # AdamW has no matrices

@@ -17,6 +17,7 @@ from orthonorm.examples.config import PRESETS, Config, UsageError, make_config
 from orthonorm.examples.data import TrainBatches, load_corpus, validation_windows
 from orthonorm.examples.model import Llama, hidden_matrices
 from orthonorm.examples.optimizers import BUILDERS, build_optimizer, default_settings
+from orthonorm.examples.ranks import check_ranks
 from orthonorm.examples.report import Finished, table
 from orthonorm.examples.sweep import GRIDS, sweep, write_settings
 from orthonorm.examples.training import CSV_COLUMNS, Run, Trainer, cosine, tensors_in
@@ -308,3 +309,60 @@ def test_routing_and_presets() -> None:
 def test_unreadable_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--tuned must be a file written by --sweep"):
         default_settings("muon", "demo", tmp_path)
+
+
+def test_two_ranks_train_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun ... train --parallel fsdp2: rank 0 prints; the losses of one process; --resume."""
+    sizes = ["--preset", "smoke", "--steps", "4", "--warmup", "1", "--eval-every", "2"]
+    sizes += ["--eval-windows", "8", "--optimizers", "muon", "--micro-batch", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "orthonorm",
+        "train",
+        *sizes,
+        "--out",
+        "two",
+        "--parallel",
+        "fsdp2",
+    ]
+    stopped = subprocess.run(
+        [*command, "--stop-after", "2"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.count("step      2/4") == 1 and "Stopped early" in stopped.stdout
+    done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step      2/4" not in done.stdout
+    for line in ("4 steps of 8 x 64 tokens", "step      4/4", "| muon"):
+        assert done.stdout.count(line) == 1, done.stdout
+    monkeypatch.chdir(tmp_path)
+    assert train_lm.main([*sizes, "--out", "one"]) == 0
+    ours, theirs = (Finished.read(tmp_path / name / "muon") for name in ("two", "one"))
+    assert [row["val_loss"] for row in ours.rows] == pytest.approx(
+        [row["val_loss"] for row in theirs.rows], rel=1e-12
+    ), "two halves of a batch are added as two micro-batches are"
+    assert ours.result["parameters"] == theirs.result["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("size", "argv", "sentence"),
+    [
+        (None, ["--parallel", "fsdp2"], "--parallel fsdp2 needs torchrun: torchrun"),
+        (2, ["--parallel", "zero"], "--parallel must be one of ('ddp', 'fsdp2', 'hsdp'), got zero"),
+        (2, [], "--parallel must say what 2 ranks do"),
+        (3, ["--parallel", "ddp"], "--batch must be a multiple of the 3 ranks, got 8"),
+        (2, ["--parallel", "hsdp"], "needs 2 replicas of at least 2 ranks each, got 2 ranks"),
+    ],
+)
+def test_ranks_that_cannot_share_a_step(
+    size: int | None, argv: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+    with pytest.raises(UsageError) as error:
+        check_ranks(make_config("smoke", {"parallel": argv[1]} if argv else {}))
+    assert sentence in str(error.value)

@@ -2,13 +2,18 @@
 
 Nothing is to be called before training: an optimizer reads the placements of its parameters.
 
-local: whole matrices on every rank (Replicate, or an expert stack sharded along its stack): no
-    communication.
-owner: matrices sharded along one mesh dimension (FSDP2, the inner dimension of HSDP, tensor
-    parallel). Momentum and decay work on shards; the momentum's shards travel to one rank a
-    matrix, which computes the direction, and the direction's travel back: two `all_to_all_single`
-    a bucket. Owners are balanced by the cost of Newton-Schulz. The results are those of one
-    process, bit for bit.
+local: whole matrices on every rank (Replicate, or an expert stack sharded along its stack), and
+    rules that act on every entry alone: no communication.
+owner: matrices that are cut (FSDP2, HSDP, tensor parallel, both at once). Momentum and decay work
+    on shards; the momentum's shards travel to one rank a matrix, which computes the direction, and
+    the direction's travel back: two `all_to_all_single` a bucket, the one of a bucket under way
+    while another computes. Owners are balanced by the cost of Newton-Schulz, over replicas too. Of
+    rules that need more than updates and state (Conda, SOAP, Shampoo, ...), and of constraints and
+    clipped decay, everything travels to the owner, parameters, gradients and all state. The results
+    are those of one process, bit for bit.
+gram: Muon and Scion with method="gram", where a matrix is cut along its long side and less is sent
+    so: n x n Gram matrices are summed, updates travel nowhere. Every rank then iterates every such
+    matrix, so this is for slow networks; results are within the rounding of one process's.
 """
 
 from .report import Communication, comm_report

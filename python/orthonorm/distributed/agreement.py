@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..optim.tensors import is_distributed, meets_owner, sharded_dims
+from ..optim.tensors import Ranks, is_distributed, meets_owner, sharded_dims
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
+ANSWER = 5.0  # seconds for a rank to say that it lives, once an exchange has failed
 Work = list[tuple[dict[str, Any], list[int]]]  # groups, with the indices that have gradients
 
 
@@ -23,8 +25,14 @@ def communicates(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool
     """Whether a step of `p` needs other ranks: for its direction, or to judge its gradient."""
     if not is_distributed(p) or not sharded_dims(p):
         return False
-    exchanged = group["rule"] == "matrix" and not opt.elementwise and meets_owner(p, group)
-    return exchanged or group["nonfinite"] != "propagate"
+    return exchanged(opt, p, group) or group["nonfinite"] != "propagate"
+
+
+def exchanged(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether `p` has owners."""
+    if group["rule"] != "matrix" or (opt.elementwise and opt.on_shards(group)):
+        return False
+    return p.numel() > 0 and meets_owner(p, group)
 
 
 def scope(p: Any) -> dist.ProcessGroup:
@@ -36,14 +44,60 @@ def scope(p: Any) -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def reporting(group: dist.ProcessGroup) -> Iterator[None]:
-    """What a backend raises when a peer is gone, as one sentence."""
+    """What a backend raises when a peer is gone, as one sentence that names it."""
     try:
         yield
     except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        gone = without_answer(ranks)
+        who = f"ranks {gone} have ended or do not answer" if gone else "all answer, one has failed"
         raise RuntimeError(
-            f"rank {dist.get_rank()} could not exchange with ranks "
-            f"{dist.get_process_group_ranks(group)}: one of them has ended or failed ({error})"
+            f"rank {dist.get_rank()} could not exchange with ranks {ranks}: {who} ({error})"
         ) from error
+
+
+def without_answer(ranks: list[int]) -> list[int]:
+    """Those that do not say in the store, as every rank does whose exchange fails, that they live.
+
+    Empty where the store itself is gone.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    until, gone = time.monotonic() + ANSWER, list[int]()
+    try:
+        store.set(f"orthonorm/alive/{dist.get_rank()}", "")
+        while time.monotonic() < until:
+            gone = [r for r in ranks if not store.check([f"orthonorm/alive/{r}"])]
+            if not gone:
+                break
+            time.sleep(0.05)
+    except RuntimeError:
+        return []
+    return gone
+
+
+@contextlib.contextmanager
+def all_succeed(name: str, ranks: Ranks) -> Iterator[None]:
+    """What one rank raises, all raise, before anything is written: a gather of 8 bytes."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    group = ranks.group
+    device = dist.distributed_c10d._get_pg_default_device(group)
+    mine = torch.tensor([failed is not None], dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(ranks.size)]
+    with reporting(group):
+        dist.all_gather(everyone, mine, group=group)
+    if not any(map(int, everyone)):
+        return
+    texts: list[str] = [""] * ranks.size
+    dist.all_gather_object(texts, f"{failed}", group=group)
+    place = [bool(x) for x in everyone].index(True)
+    raise ValueError(
+        f"{name}: rank {dist.get_process_group_ranks(group)[place]} could not compute its matrices "
+        f"(this is rank {dist.get_rank()}): {texts[place]}"
+    ) from failed
 
 
 def check(opt: MatrixOptimizer, work: Work) -> None:

@@ -1,6 +1,8 @@
 """The two all-to-alls of a bucket: blocks to owners, whole tensors back to blocks.
 
-Everything travels as bytes, so that one collective carries any mix of dtypes.
+Everything travels as bytes, so that one collective carries any mix of dtypes. Both are generators
+that yield where their collective is on its way: whoever drives them has something else computed
+meanwhile.
 """
 
 from __future__ import annotations
@@ -11,50 +13,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..optim.tensors import Ranks
 from .agreement import reporting
-from .plan import Bucket, Traveler
+from .plan import Bucket, Travel
 
 Tensors = list[list[Tensor]]  # of every item, of every traveler
 
 
-def to_owners(bucket: Bucket, blocks: Tensors) -> Tensors:
+def to_owners(bucket: Bucket, blocks: Tensors) -> Travel[Tensors]:
     """Whole tensors of the items this rank owns, from the blocks of all."""
-    ranks = bucket.ranks
+    me, ranks = bucket.ranks.rank, range(bucket.ranks.size)
     send = [
-        b for owner in range(ranks.size) for x, some in zip(bucket.items, blocks, strict=True)
-        if x.owner == owner for b in some
+        b for owner in ranks for x, some in zip(bucket.items, blocks, strict=True)
+        if x.owner == owner and x.sends(me) for b in some
     ]  # fmt: skip
-    mine = [t for x in bucket.owned(ranks.rank) for t in x.travelers]
-    sent = [bucket.bytes(ranks.rank, owner) for owner in range(ranks.size)]
-    received = [bucket.bytes(holder, ranks.rank) for holder in range(ranks.size)]
-    buffer = all_to_all(bucket, send, sent, received)
-    device = buffer.device
-    whole = [torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device=device) for t in mine]
-    read(buffer, (block(w, t, ranks, r) for r in range(ranks.size)
-                  for t, w in zip(mine, whole, strict=True)))  # fmt: skip
-    found = iter(whole)
-    return [[next(found) for _ in x.travelers] for x in bucket.owned(ranks.rank)]
+    sent = [bucket.outbound(me, owner) for owner in ranks]
+    received = [bucket.outbound(holder, me) for holder in ranks]
+    buffer = yield from all_to_all(bucket, send, sent, received)
+    whole = [
+        [torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device=buffer.device)
+         for t in x.travelers] for x in bucket.owned(me)
+    ]  # fmt: skip
+    read(buffer, (t.block(w, holder) for holder in ranks
+                  for x, some in zip(bucket.owned(me), whole, strict=True) if x.sends(holder)
+                  for t, w in zip(x.travelers, some, strict=True)))  # fmt: skip
+    return whole
 
 
-def from_owners(bucket: Bucket, whole: Tensors, blocks: Tensors) -> None:
+def from_owners(bucket: Bucket, whole: Tensors, blocks: Tensors) -> Travel[None]:
     """Write the blocks of every item from the whole tensors at its owner."""
-    ranks = bucket.ranks
+    me, ranks = bucket.ranks.rank, range(bucket.ranks.size)
     mine = [
-        (t, w) for x, some in zip(bucket.owned(ranks.rank), whole, strict=True)
-        for t, w in zip(x.travelers, some, strict=True)
+        (t, w) for x, some in zip(bucket.owned(me), whole, strict=True)
+        for t, w in zip(x.travelers, some, strict=True) if t.returns
     ]  # fmt: skip
-    send = [block(w, t, ranks, holder) for holder in range(ranks.size) for t, w in mine]
-    sent = [bucket.bytes(holder, ranks.rank) for holder in range(ranks.size)]
-    received = [bucket.bytes(ranks.rank, owner) for owner in range(ranks.size)]
-    buffer = all_to_all(bucket, send, sent, received)
-    read(buffer, (b for owner in range(ranks.size)
-                  for x, some in zip(bucket.items, blocks, strict=True)
-                  if x.owner == owner for b in some))  # fmt: skip
-
-
-def block(t: Tensor, traveler: Traveler, ranks: Ranks, rank: int) -> Tensor:
-    return t.narrow(*traveler.bounds(ranks, rank))
+    send = [t.block(w, holder) for holder in ranks for t, w in mine]
+    sent = [bucket.inbound(me, holder) for holder in ranks]
+    received = [bucket.inbound(owner, me) for owner in ranks]
+    buffer = yield from all_to_all(bucket, send, sent, received)
+    read(buffer, (b for owner in ranks
+                  for x, some in zip(bucket.items, blocks, strict=True) if x.owner == owner
+                  for t, b in zip(x.travelers, some, strict=True) if t.returns))  # fmt: skip
 
 
 def as_bytes(t: Tensor) -> Tensor:
@@ -75,12 +73,29 @@ def read(buffer: Tensor, tensors: Iterable[Tensor]) -> None:
 
 def all_to_all(
     bucket: Bucket, tensors: Sequence[Tensor], sent: list[int], received: list[int]
-) -> Tensor:
+) -> Travel[Tensor]:
     device = bucket.items[0].param.device
     empty = torch.empty(0, dtype=torch.uint8, device=device)
     packed = torch.cat([empty, *map(as_bytes, tensors)])
     buffer = torch.empty(sum(received), dtype=torch.uint8, device=device)
     group = bucket.ranks.group
     with reporting(group):
-        dist.all_to_all_single(buffer, packed, received, sent, group=group)
+        work = dist.all_to_all_single(buffer, packed, received, sent, group=group, async_op=True)
+    yield
+    with reporting(group):
+        work.wait()
     return buffer
+
+
+def interleaved(travels: Iterable[Travel[None]]) -> None:
+    """Run them all, one beginning while those before it are under way.
+
+    Where one waits for its collective, that of the next has been started. All ranks do so in the
+    same order.
+    """
+    waiting, active = list(travels), list[Travel[None]]()
+    while waiting or active:
+        active += [waiting.pop(0)] if waiting else []
+        for travel in reversed(tuple(active)):
+            if next(travel, active) is active:  # it has ended
+                active.remove(travel)

@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..optim.tensors import Ranks, ranks_of, shard_dim
+from ..optim.tensors import Box, Ranks, ranks_of
 
-BUCKET = 2**28  # bytes of whole matrices a rank holds at a time; one parameter may be more
+BUCKET = 2**27  # bytes of whole matrices a rank holds at a time; one parameter may be more
+
+T = TypeVar("T")
+Travel = Generator[None, None, T]  # yields where a collective is on its way
 
 
 class Traveler(NamedTuple):
-    """A tensor cut into blocks along `dim` that is whole at its owner while it computes."""
+    """A tensor that is whole at its owner while it computes, and what each rank holds of it."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    dim: int
+    boxes: tuple[Box, ...]
+    returns: bool = True  # whether the owner changes it
 
-    def bounds(self, ranks: Ranks, rank: int) -> tuple[int, int, int]:
-        return (self.dim, *ranks.block(self.shape[self.dim], rank))
+    def block(self, t: Tensor, rank: int) -> Tensor:
+        """A rank's block of the whole tensor."""
+        for dim, (start, length) in enumerate(self.boxes[rank]):
+            t = t.narrow(dim, start, length)
+        return t
 
-    def block(self, ranks: Ranks, rank: int) -> tuple[int, ...]:
-        """The shape of a rank's block."""
-        dim, _, length = self.bounds(ranks, rank)
-        return (*self.shape[:dim], length, *self.shape[dim + 1 :])
+    def bytes(self, rank: int) -> int:
+        return math.prod(length for _, length in self.boxes[rank]) * self.dtype.itemsize
 
-    def bytes(self, ranks: Ranks, rank: int) -> int:
-        return math.prod(self.block(ranks, rank)) * self.dtype.itemsize
+    @property
+    def whole_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Item(NamedTuple):
-    """A sharded parameter: its update first, then the state that `direction` reads and writes."""
+    """A sharded parameter, and what of it travels."""
 
     param: Tensor
     travelers: tuple[Traveler, ...]
+    replicas: tuple[Hashable, ...]  # ranks of equal entries hold a whole parameter together
     cost: float  # multiply-adds of one product with the short side, of all its matrices
     owner: int = 0
+    summed: dist.ProcessGroup | None = None  # in place of an owner: who sums its Gram matrix
+    sums: int = 0  # how often in a step
+    reduced: int = 0  # bytes of all sums
+
+    def sends(self, holder: int) -> bool:
+        """Whether the owner has its block from this holder, not from one with a copy."""
+        return self.replicas[holder] == self.replicas[self.owner]
 
 
 class Bucket(NamedTuple):
@@ -49,23 +64,35 @@ class Bucket(NamedTuple):
     ranks: Ranks
     items: tuple[Item, ...]
 
+    @property
+    def summed(self) -> dist.ProcessGroup | None:
+        return self.items[0].summed
+
     def owned(self, rank: int) -> list[Item]:
-        return [x for x in self.items if x.owner == rank]
+        return [x for x in self.items if x.owner == rank and self.summed is None]
 
-    def bytes(self, holder: int, owner: int) -> int:
-        """What travels between the holder of blocks and an owner, in either direction."""
-        return sum(t.bytes(self.ranks, holder) for x in self.owned(owner) for t in x.travelers)
+    def outbound(self, holder: int, owner: int) -> int:
+        """Bytes that a holder of blocks sends to an owner."""
+        sent = [x for x in self.owned(owner) if x.sends(holder)]
+        return sum(t.bytes(holder) for x in sent for t in x.travelers)
+
+    def inbound(self, owner: int, holder: int) -> int:
+        """Bytes that an owner sends back to a holder."""
+        return sum(t.bytes(holder) for x in self.owned(owner) for t in x.travelers if t.returns)
 
 
-def traveler(p: Any) -> Traveler:
+def traveler(p: Any, ranks: Ranks, returns: bool = True) -> Traveler:
     """A tensor of the parameter's shape and placement."""
-    return Traveler(tuple(p.shape), tuple(p.stride()), p.dtype, shard_dim(p))
+    boxes = ranks.boxes(p.shape, p.placements)
+    return Traveler(tuple(p.shape), tuple(p.stride()), p.dtype, boxes, returns)
 
 
-def state_traveler(p: Tensor, shape: Sequence[int]) -> Traveler:
-    """State of a matrix, sharded along dim 0 (tensors.state_zeros)."""
+def state_traveler(
+    p: Tensor, ranks: Ranks, shape: Sequence[int], placements: Sequence[Any]
+) -> Traveler:
+    """State of a matrix, placed as tensors.state_placements says."""
     strides = torch.empty(tuple(shape), device="meta").stride()
-    return Traveler(tuple(shape), tuple(strides), p.dtype, 0)
+    return Traveler(tuple(shape), tuple(strides), p.dtype, ranks.boxes(shape, placements))
 
 
 def cost(pieces: list[Tensor]) -> float:
@@ -74,18 +101,20 @@ def cost(pieces: list[Tensor]) -> float:
 
 
 def buckets(
-    items: list[Item], alike: Callable[[Tensor], Hashable], limit: int = BUCKET
+    items: Iterable[Item], alike: Callable[[Tensor], Hashable], limit: int = BUCKET
 ) -> list[Bucket]:
     """Costly parameters first, so that those of a bucket are of a size and their owners balance."""
     kinds: dict[Hashable, list[Item]] = {}
     for item in items:
-        kinds.setdefault((ranks_of(item.param), alike(item.param)), []).append(item)
+        p, summed = item.param, item.summed
+        key = (ranks_of(p), alike(p), summed, p.dtype if summed else None)
+        kinds.setdefault(key, []).append(item)
     found = []
     for kind in kinds.values():
         ranks, filled = ranks_of(kind[0].param), 0
         bucket: list[Item] = []
         for item in sorted(kind, key=lambda x: -x.cost):
-            size = sum(math.prod(t.shape) * t.dtype.itemsize for t in item.travelers)
+            size = sum(t.whole_bytes for t in item.travelers)
             if bucket and filled + size > limit * ranks.size:
                 found.append(Bucket(ranks, balanced(bucket, ranks.size)))
                 bucket, filled = [], 0

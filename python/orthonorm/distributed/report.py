@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from ..optim.tensors import is_distributed, meets_owner, sharded_dims
-from .agreement import communicates, scope
+from ..optim.tensors import is_distributed, sharded_dims
+from .agreement import communicates, exchanged, scope
 from .shards import new_plan
 
 if TYPE_CHECKING:
@@ -17,24 +17,30 @@ if TYPE_CHECKING:
 class Communication(NamedTuple):
     """Of one rank and one step in which every parameter has a gradient.
 
-    buckets: how many buckets of sharded matrices there are, with two all-to-alls each.
-    exchanged: bytes this rank sends to others in them; it receives as many.
+    buckets: how many buckets of sharded matrices have owners, with two all-to-alls each.
+    sent, received: bytes that this rank exchanges with others in them.
+    summed: bytes of Gram matrices in all-reduces, which a ring sends up to twice.
     local: parameters updated without communication.
-    launches: collectives in all: all-to-alls, gathers of 8 bytes by which ranks agree, and, with
-        nonfinite="skip" or "error", reductions of one flag a parameter.
+    launches: collectives in all: all-to-alls, gathers of 8 bytes by which ranks agree (one a step,
+        and one a bucket whose whole update is at owners), sums of Gram matrices and the gather of
+        a norm before them, and, with nonfinite="skip" or "error", reductions of one flag a
+        parameter.
     work: this rank's share of the multiply-adds of Newton-Schulz; 1 / ranks is even.
     """
 
     buckets: int
-    exchanged: int
+    sent: int
+    received: int
+    summed: int
     local: int
     launches: int
     work: float
 
     def __str__(self) -> str:
         return (
-            f"{self.exchanged} bytes in {2 * self.buckets} all-to-alls, {self.launches} "
-            f"collectives, {self.local} parameters local, {self.work:.1%} of the work"
+            f"{self.sent} bytes sent and {self.received} received in {2 * self.buckets} "
+            f"all-to-alls, {self.summed} bytes summed, {self.launches} collectives, "
+            f"{self.local} parameters local, {self.work:.1%} of the work"
         )
 
 
@@ -44,25 +50,30 @@ def comm_report(optimizer: MatrixOptimizer) -> Communication:
     Args:
         optimizer: one of `orthonorm.optim`; `print` shows the result as a sentence.
     """
-    buckets, exchanged, kept, launches = 0, 0, 0, 0
+    buckets, sent, received, summed, kept, launches = 0, 0, 0, 0, 0, 0
     mine, all_work = 0.0, 0.0
     scopes = set()
     for group in optimizer.param_groups:
         params = group["params"]
         scopes |= {scope(p) for p in params if communicates(optimizer, p, group)}
         launches += reductions(params, group)
-        matrix = group["rule"] == "matrix" and not optimizer.elementwise
-        cut = [p for p in params if p.numel() > 0 and matrix and meets_owner(p, group)]
+        cut = [p for p in params if exchanged(optimizer, p, group)]
         kept += len(params) - len(cut)
         for bucket in new_plan(optimizer, cut, group):
             rank, ranks = bucket.ranks.rank, range(bucket.ranks.size)
+            if bucket.summed is not None:
+                summed += sum(x.reduced for x in bucket.items)
+                launches += 1 + bucket.items[0].sums
+                continue
             buckets += 1
             others = [r for r in ranks if r != rank]
-            exchanged += sum(bucket.bytes(rank, r) + bucket.bytes(r, rank) for r in others)
+            sent += sum(bucket.outbound(rank, r) + bucket.inbound(rank, r) for r in others)
+            received += sum(bucket.outbound(r, rank) + bucket.inbound(r, rank) for r in others)
+            launches += 2 if optimizer.on_shards(group) else 3
             mine += sum(x.cost for x in bucket.owned(rank))
             all_work += sum(x.cost for x in bucket.items)
     share = mine / all_work if all_work else 0.0
-    return Communication(buckets, exchanged, kept, launches + 2 * buckets + len(scopes), share)
+    return Communication(buckets, sent, received, summed, kept, launches + len(scopes), share)
 
 
 def reductions(params: list[Any], group: dict[str, Any]) -> int:

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from ..ops.steps import work_parts
+from ..optim.constraints import constrain_
 from ..optim.decay import decayed_update
 from ..optim.momentum import updates_from
 from ..optim.state import Batch, Updates, matrix_shapes, matrix_state_of
-from ..optim.tensors import local, whole
+from ..optim.tensors import local, ranks_of, state_placements, whole
 from ..optim.views import VIEW_DEFAULTS, matrices
-from .exchange import from_owners, to_owners
-from .plan import Bucket, Item, buckets, cost, state_traveler, traveler
+from . import gram
+from .agreement import all_succeed
+from .exchange import Tensors, from_owners, interleaved, to_owners
+from .plan import Bucket, Item, Travel, buckets, cost, state_traveler, traveler
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -25,7 +28,9 @@ FLAT = {"flatten": True}
 def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
     """Buckets of sharded parameters; the same on every rank that agrees on the parameters."""
     kinds = [opt.alike(p, group) for p in params]
-    key = [*map(id, params), *kinds, *(group[k] for k in VIEW_DEFAULTS)]
+    settings = [group.get(k) for k in (*VIEW_DEFAULTS, "method")]
+    polynomial = opt.polar_alone(params[0], group)
+    key = [*map(id, params), *kinds, *settings, opt.on_shards(group), polynomial]
     if opt.plans.get(id(group), (None,))[0] != key:
         opt.plans[id(group)] = (key, new_plan(opt, params, group))
     for p in params:
@@ -35,40 +40,76 @@ def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> l
 
 def new_plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
     opt.check_shardings(group)
-    items = []
-    for p in params:
-        shapes = matrix_shapes(opt, p, group)
-        travelers = [traveler(p)] * (1 + len(traveling(opt, group)))
-        travelers += [state_traveler(p, shape) for _, named in shapes for *_, shape in named]
-        items.append(Item(p, tuple(travelers), cost([x for x, _ in shapes])))
-    return buckets(items, lambda p: opt.alike(p, group))
+    return buckets((item_of(opt, p, group) for p in params), lambda p: opt.alike(p, group))
+
+
+def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
+    shapes, ranks = matrix_shapes(opt, p, group), ranks_of(p)
+    like = traveler(p, ranks)
+    first = [like] if opt.on_shards(group) else [like, traveler(p, ranks, returns=False)]
+    states = [
+        state_traveler(p, ranks, shape, state_placements(p, x.dim() - 2))
+        for x, named in shapes for *_, shape in named
+    ]  # fmt: skip
+    travelers = (*first, *(like for _ in traveling(opt, group)), *states)
+    item = Item(p, travelers, ranks.replicas(p.placements), cost([x for x, _ in shapes]))
+    return gram.summed(opt, item, group) if opt.on_shards(group) else item
 
 
 def traveling(opt: MatrixOptimizer, group: dict[str, Any]) -> list[str]:
-    """Elementwise state that `direction` uses: all but the momentum, which shards know."""
-    return [key for key in opt.elementwise_state(group) if key != opt.momentum_key]
+    """Elementwise state that owners need: not the momentum, where it works on rows."""
+    skipped = opt.momentum_key if opt.on_shards(group) else None
+    return [key for key in opt.elementwise_state(group) if key != skipped]
 
 
-def update(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> None:
-    """Momentum on shards, directions of whole matrices at their owners, decay on shards."""
+def update(opt: MatrixOptimizer, plan: list[Bucket], group: dict[str, Any]) -> None:
+    way = update_rows if opt.on_shards(group) else update_whole
+    interleaved(way(opt, bucket, group) for bucket in plan)
+
+
+# ---- momentum and decay on rows, directions at owners --------------------------------------------
+
+
+def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Travel[None]:
     device = bucket.items[0].param.device
     states: list[dict[str, Any]] = [opt.state[x.param] for x in bucket.items]
-    if opt.counts_steps:
-        for state in states:
-            state["step"] = state.get("step", 0) + 1
+    count(opt, states)
     blocks = [torch.empty_like(local(x.param)) for x in bucket.items]
     rows, factors = shard_rows(opt, bucket, states, blocks, group)
     updates = Updates([u[None] for u in rows.owners])
     if rows.params:  # a rank may hold no row of a whole bucket
         mu = opt.momentum(group, device) if opt.momentum_key in rows.state else None
         updates_from(rows, updates.stacks, mu, group)
-    if not opt.elementwise:
-        exchange(opt, bucket, states, blocks, group)
+    if bucket.summed is not None:
+        yield from gram.directions(opt, bucket, blocks, group)
+    elif not opt.elementwise:
+        keys = traveling(opt, group)
+        carried = [
+            [block, *(local(t) for t in state_of(opt, x, state, keys, group))]
+            for x, state, block in zip(bucket.items, states, blocks, strict=True)
+        ]
+        owned = yield from to_owners(bucket, carried)
+        directions(opt, bucket, states, owned, group)
+        yield from from_owners(bucket, owned, carried)
     elif rows.params:
         updates = opt.direction(updates, rows, group)
     if rows.params:
         lr, rate = opt.scalar(group, "lr", device), opt.weight_decay(group)
         decayed_update(rows.params, updates.matrices, lr, rate, factors, group)
+
+
+def count(opt: MatrixOptimizer, states: list[dict[str, Any]]) -> None:
+    if opt.counts_steps:
+        for state in states:
+            state["step"] = state.get("step", 0) + 1
+
+
+def state_of(
+    opt: MatrixOptimizer, item: Item, state: dict[str, Any], keys: list[str], group: dict[str, Any]
+) -> list[Tensor]:
+    """The state that travels, in the order of the item's travelers."""
+    named = [key for _, names in matrix_shapes(opt, item.param, group) for _, key, _ in names]
+    return [state[key] for key in (*keys, *named)]
 
 
 def shard_rows(
@@ -107,11 +148,9 @@ def cuts(bucket: Bucket, item: Item, group: dict[str, Any]) -> list[tuple[Tensor
     """(matrix, first row, rows) of this rank's shard: its part of every matrix of a parameter."""
     p = item.param
     pieces = matrices(whole(p), whole(p), group)
+    first, count = item.travelers[0].boxes[bucket.ranks.rank][0]
     if len(pieces) == 1:
-        return [(pieces[0], 0, local(p).shape[0])]
-    dim, first, count = item.travelers[0].bounds(bucket.ranks, bucket.ranks.rank)
-    if dim > 0:
-        first, count = 0, p.shape[0]
+        return [(pieces[0], 0, count)]
     found, begin = [], 0
     for x in pieces:
         end = begin + x.shape[:-1].numel()
@@ -121,51 +160,71 @@ def cuts(bucket: Bucket, item: Item, group: dict[str, Any]) -> list[tuple[Tensor
     return found
 
 
-def exchange(
-    opt: MatrixOptimizer,
-    bucket: Bucket,
-    states: list[dict[str, Any]],
-    blocks: list[Tensor],
-    group: dict[str, Any],
-) -> None:
-    """Replace the updates in `blocks` by directions, which owners compute."""
-    carried = []
-    for item, state, block in zip(bucket.items, states, blocks, strict=True):
-        keys = [
-            *traveling(opt, group),
-            *(key for _, named in matrix_shapes(opt, item.param, group) for _, key, _ in named),
-        ]
-        carried.append([block, *(local(state[key]) for key in keys)])
-    owned = to_owners(bucket, carried)
-    directions(opt, bucket, states, owned, group)
-    from_owners(bucket, owned, carried)
-
-
 def directions(
     opt: MatrixOptimizer,
     bucket: Bucket,
     states: list[dict[str, Any]],
-    owned: list[list[Tensor]],
+    owned: Tensors,
     group: dict[str, Any],
 ) -> None:
     """Write the directions of the owned matrices over their updates."""
-    batch, rank = Batch([], [], {}, [], []), bucket.ranks.rank
-    steps = [s.get("step", 0) for x, s in zip(bucket.items, states, strict=True) if x.owner == rank]
-    for item, tensors, step in zip(bucket.owned(rank), owned, steps, strict=True):
-        update, *rest = tensors
-        named = [name for _, named in matrix_shapes(opt, item.param, group) for name, *_ in named]
-        pieces = matrices(update, update, group)
-        batch.params.extend(pieces)
-        batch.owners.extend([item.param] * len(pieces))
-        batch.steps.extend([step if opt.counts_steps else 0] * len(pieces))
-        keys = traveling(opt, group)
-        for key, t in zip(keys, rest, strict=False):
-            batch.state.setdefault(key, []).extend(matrices(t, update, group))
-        for name, t in zip(named, rest[len(keys) :], strict=True):
-            batch.state.setdefault(name, []).append(t)
+    batch = whole_matrices(opt, bucket, states, owned, group)
     batch = batch._replace(grads=batch.params)
     for part in work_parts(batch.params):
         some = batch.part([i for rows in part for i in rows])
         stacks = [torch.stack([batch.params[i] for i in rows]) for rows in part]
         found = opt.direction(Updates(stacks), some, group)
         torch._foreach_copy_(some.params, found.matrices)
+
+
+# ---- everything at owners ------------------------------------------------------------------------
+
+
+def update_whole(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Travel[None]:
+    """The whole update at owners: parameters, gradients and all state travel to them."""
+    states: list[dict[str, Any]] = [opt.state[x.param] for x in bucket.items]
+    keys, carried = traveling(opt, group), []
+    for x, state in zip(bucket.items, states, strict=True):
+        tensors = (x.param, x.param.grad, *state_of(opt, x, state, keys, group))
+        carried.append([local(t) for t in tensors])
+    owned = yield from to_owners(bucket, carried)
+    batch = whole_matrices(opt, bucket, states, owned, group)
+    with all_succeed(opt.name, bucket.ranks):
+        if batch.params:
+            batch = batch._replace(prepared=opt.prepare(batch, group))
+    count(opt, states)
+    if batch.params:
+        opt.update(batch, group)
+        if group["constraint"] is not None:
+            constrain_(batch.params, group["constraint"], group["bound"])
+    yield from from_owners(bucket, owned, carried)
+
+
+def whole_matrices(
+    opt: MatrixOptimizer,
+    bucket: Bucket,
+    states: list[dict[str, Any]],
+    owned: Tensors,
+    group: dict[str, Any],
+) -> Batch:
+    """What a rule sees of the owned parameters; `params` are the updates where only they travel."""
+    batch, rank = Batch([], [], {}, [], []), bucket.ranks.rank
+    keys, rows = traveling(opt, group), opt.on_shards(group)
+    mine = [s for x, s in zip(bucket.items, states, strict=True) if x.owner == rank]
+    for item, state, tensors in zip(bucket.owned(rank), mine, owned, strict=True):
+        named = [name for _, named in matrix_shapes(opt, item.param, group) for name, *_ in named]
+        first, rest = tensors[0], tensors[1 if rows else 2 :]
+        pieces = matrices(first, first, group)
+        batch.params.extend(pieces)
+        if not rows:
+            batch.grads.extend(matrices(tensors[1], first, group))
+        batch.owners.extend([item.param] * len(pieces))
+        step = state.get("step", 0) + (not rows) if opt.counts_steps else 0
+        batch.steps.extend([step] * len(pieces))
+        for key, t in zip(keys, rest, strict=False):
+            batch.state.setdefault(key, []).extend(matrices(t, first, group))
+        for name, t in zip(named, rest[len(keys) :], strict=True):
+            batch.state.setdefault(name, []).append(t)
+    if group["maximize"] and not rows:
+        batch = batch._replace(grads=[-g for g in batch.grads])
+    return batch

@@ -25,6 +25,7 @@ from .alignment import AlignmentAlarm, spectral_alignment
 from .guard import Guard, warn
 from .metrics import METRICS, NORMS, Named, batches, choose, known, serves, stack
 from .records import Records, Row, plot, write_csv, write_json
+from .shards import gathered, on_any_rank
 
 KINDS = ("weights", "gradients", "updates", "activations")
 POWER_STEPS = 16  # from the vectors of the last measurement
@@ -54,7 +55,7 @@ class Monitor:
     `failures`. A measurement that would take `seconds` beyond `budget` of the time since the first
     step is put off to the next multiple of `every`, and counted in `put_off`. Memory: the rows
     kept, two vectors per matrix, `tokens` inputs per layer, and during a measured step() a copy of
-    the weights for their updates.
+    the weights for their updates. DTensors (so after `fully_shard`) are gathered on every rank.
 
     Args:
         model: its parameters are watched.
@@ -142,11 +143,10 @@ class Monitor:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and wanted(f"{name}.weight".lstrip("."))
         }
-        convolutions = (nn.modules.conv._ConvNd,)
         self._flat = {
             id(p)
             for m in self.model.modules()
-            if isinstance(m, convolutions)
+            if isinstance(m, nn.modules.conv._ConvNd)
             for p in m.parameters(recurse=False)
         }
         if not self._parameters:
@@ -211,7 +211,8 @@ class Monitor:
             return
         elapsed = time.perf_counter() - (self._started or time.perf_counter())
         allowed = float("inf") if self.budget is None else self.budget * elapsed
-        if self._last_cost and self.seconds + self._last_cost > allowed:
+        late = self._last_cost > 0 and self.seconds + self._last_cost > allowed
+        if on_any_rank(late, self._parameters.values()):
             self.put_off += 1
             self._guard.report(
                 "budget", f"put off: {self._last_cost:.3g} s are more than budget={self.budget:g} "
@@ -279,7 +280,7 @@ class Monitor:
         out: Named = []
         for name, t in tensors.items():
             with self._guard(f"shape of {name}"):
-                out += stack(name, t.detach(), id(self._parameters[name]) in self._flat)
+                out += stack(name, gathered(t.detach()), id(self._parameters[name]) in self._flat)
         return out
 
     def _measure(self, kind: str, matrices: Named, step: int | None = None) -> None:
@@ -329,7 +330,7 @@ class Monitor:
                 continue
             with self._guard(f"alignment of {name}"):
                 pair = self._vectors.get(("weights", f"{name}.weight".lstrip(".")))
-                found = spectral_alignment(W, X, None if pair is None else pair[1])
+                found = spectral_alignment(gathered(W), X, None if pair is None else pair[1])
                 diversity = found.diversity.item()
                 row = Row(self.steps, "activations", name, "sign_diversity", diversity)
                 rows += [row, row._replace(metric="mean_alignment", value=found.mean.item())]

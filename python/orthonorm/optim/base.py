@@ -19,6 +19,7 @@ from ..distributed import agreement, shards
 from ..distributed.plan import Bucket
 from ..ops import adamw_step_, magnitude
 from ..ops.steps import stacks_of, work_parts
+from ..polar import Polynomial
 from .constraints import constrain_
 from .decay import decayed_update
 from .groups import Groups
@@ -52,7 +53,8 @@ class MatrixOptimizer(Groups):
     `finish(params, group)`: what follows the update (default nothing).
     `elementwise`: `direction` acts on every entry alone.
     `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
-        nor batch.grads: an owner can compute it for a matrix that is sharded over ranks.
+        nor batch.grads. Of a matrix that is sharded over ranks, only updates then travel to the
+        rank that computes its direction; without it, parameters, gradients and all state do.
 
     A rule that is not of that form writes `update(batch, group)` instead.
     """
@@ -113,6 +115,10 @@ class MatrixOptimizer(Groups):
         """The step of every matrix, before lr and factor: a subclass writes this, or `update`."""
         raise NotImplementedError(f"{self.name} writes neither `direction` nor `update`")
 
+    def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
+        """Newton-Schulz's polynomial, where `direction` is its value at the update and no more."""
+        return None
+
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         """The number that multiplies the direction of matrix x, a view of `owner`."""
         if "adjust_lr_fn" not in group:
@@ -132,6 +138,11 @@ class MatrixOptimizer(Groups):
 
     def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """What follows the update of a group's matrices."""
+
+    def on_shards(self, group: dict[str, Any]) -> bool:
+        """Whether ranks that hold rows of a matrix need its owner for the direction alone."""
+        elementwise = group["decay"] in ("decoupled", "cautious") and group["constraint"] is None
+        return self.self_contained and elementwise
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
@@ -248,8 +259,7 @@ class MatrixOptimizer(Groups):
     def _matrix_update(
         self, batch: Batch | None, buckets: list[Bucket], group: dict[str, Any]
     ) -> None:
-        for bucket in buckets:
-            shards.update(self, bucket, group)
+        shards.update(self, buckets, group)
         if batch is None:
             return
         if self.counts_steps:

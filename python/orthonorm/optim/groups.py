@@ -156,25 +156,8 @@ class Groups(torch.optim.Optimizer):
         """Of DTensors; anew where a plan is made, as accelerate replaces parameters by theirs."""
         for i, p in enumerate(group["params"]):
             if is_distributed(p):
-                self._check_sharding(f"{self.name}: parameter {self.label(group, i)}", p, group)
-
-    def _check_sharding(self, label: str, p: Any, group: Mapping[str, Any]) -> None:
-        """Sharded matrices need a rule that owners can compute, and elementwise decay."""
-        shared = group["rule"] == "matrix" and meets_owner(p, group)
-        check_placements(label, p, shared)
-        if not shared:
-            return
-        if not self.self_contained:
-            raise ValueError(
-                f"{label} must be whole on each rank (replicated, or a stack sharded along its "
-                f"matrices) for {self.name}, got {p.placements}"
-            )
-        for key, options in (("decay", ("decoupled", "cautious")), ("constraint", (None,))):
-            if group[key] not in options:
-                raise ValueError(
-                    f"{label}, sharded as {p.placements}, must have {key} in {options}, "
-                    f"got {group[key]!r}"
-                )
+                cut = group["rule"] == "matrix" and meets_owner(p, group)
+                check_placements(f"{self.name}: parameter {self.label(group, i)}", p, cut)
 
     def _check_views(self, group: Mapping[str, Any]) -> None:
         for i, p in enumerate(group["params"]):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops import muon_step_
+from ..polar import Polynomial
 from .orthogonal import Orthogonalizing
 from .settings import Common
 from .state import Batch, Updates
@@ -66,6 +68,9 @@ class Muon(Orthogonalizing):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         return self.polar(updates, group)
+
+    def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
+        return self.polynomial(group)
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """The whole step as one op, where it is that of Muon."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops import column_normalize, row_normalize
+from ..polar import Polynomial
 from .norms import to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least, one_of, scheduled
@@ -111,6 +112,9 @@ class Scion(Orthogonalizing):
         if norm == "sign":
             return to_signs(updates)
         return Updates([lines(u, norm, group) for u in updates.stacks])
+
+    def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
+        return self.polynomial(group) if norm_of(p, group).startswith("spectral") else None
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         norm, (m, n) = norm_of(owner, group), x.shape[-2:]

@@ -5,6 +5,7 @@ torch.distributed.tensor is imported where a DTensor has been met, so not by `im
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,57 +39,92 @@ def whole(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
+def is_cut(placement: Any) -> bool:
+    """Shard, or the strided one that FSDP2 makes of a weight that tensor parallelism has cut."""
+    return hasattr(placement, "dim")  # the strided one denies that it `is_shard` (torch 2.13)
+
+
 def sharded_dims(p: Any) -> list[int]:
     """The mesh dimensions, of more than one rank, along which a DTensor is sharded."""
-    return [i for i, x in enumerate(p.placements) if x.is_shard() and p.device_mesh.size(i) > 1]
+    return [i for i, x in enumerate(p.placements) if is_cut(x) and p.device_mesh.size(i) > 1]
 
 
 def state_zeros(p: Any, shape: Sequence[int], batch_dims: int) -> Tensor:
-    """State of the parameter's matrices: sharded along the stack that p is sharded along, or dim 0.
-
-    `batch_dims` counts the dimensions of `shape` that number matrices.
-    """
+    """State of the parameter's matrices, `batch_dims` dimensions of which number them."""
     if not is_distributed(p):
         return p.new_zeros(shape)
-    module = sys.modules["torch.distributed.tensor"]
-    placements = [
-        module.Shard(x.dim if x.dim < batch_dims else 0) if x.is_shard() else x
-        for x in p.placements
-    ]
-    mesh = p.device_mesh
-    return module.zeros(*shape, dtype=p.dtype, device_mesh=mesh, placements=placements)
+    zeros = sys.modules["torch.distributed.tensor"].zeros
+    places = state_placements(p, batch_dims)
+    return zeros(*shape, dtype=p.dtype, device_mesh=p.device_mesh, placements=places)
+
+
+def state_placements(p: Any, batch_dims: int) -> list[Any]:
+    """State is sharded along the stack that p is sharded along, or dim 0."""
+    shard = sys.modules["torch.distributed.tensor"].Shard
+    places = []
+    for x in p.placements:
+        stacked = is_cut(x) and x.dim % p.dim() < batch_dims
+        places.append(shard(x.dim % p.dim() if stacked else 0) if is_cut(x) else x)
+    return places
+
+
+Box = tuple[tuple[int, int], ...]  # (offset, length) in every dimension
 
 
 class Ranks(NamedTuple):
-    """The ranks of one mesh dimension that hold the shards of a parameter."""
+    """The ranks that share a parameter: of a mesh that has everyone, or of one of its dimensions.
+
+    `places` are their coordinates in the mesh, in the order of the group.
+    """
 
     group: dist.ProcessGroup
     rank: int  # this one's place in the group
-    shards: tuple[int, ...]  # which shard each rank of the group holds
+    mesh: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]
 
     @property
     def size(self) -> int:
-        return len(self.shards)
+        return len(self.places)
 
-    def block(self, length: int, rank: int) -> tuple[int, int]:
-        """(offset, length) of a rank's part of a dimension, as torch.chunk cuts it."""
-        chunk = -(-length // self.size)
-        start = min(self.shards[rank] * chunk, length)
-        return start, min(chunk, length - start)
+    def boxes(self, shape: Sequence[int], placements: Sequence[Any]) -> tuple[Box, ...]:
+        """What each rank holds of a tensor, cut as torch.chunk does."""
+        cuts = [(i, x.dim % len(shape)) for i, x in enumerate(placements) if is_cut(x)]
+        # a strided cut comes after those that stand to the right of it
+        late = [c for c in cuts if strided(placements[c[0]])]
+        order = [c for c in cuts if c not in late] + late[::-1]
+        return tuple(self.box(shape, order, place) for place in self.places)
+
+    def box(
+        self, shape: Sequence[int], cuts: Sequence[tuple[int, int]], place: tuple[int, ...]
+    ) -> Box:
+        found = [(0, n) for n in shape]
+        for mesh_dim, dim in cuts:
+            start, length = found[dim]
+            chunk = -(-length // self.mesh[mesh_dim])
+            begin = min(place[mesh_dim] * chunk, length)
+            found[dim] = start + begin, min(chunk, length - begin)
+        return tuple(found)
+
+    def replicas(self, placements: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        """Ranks of equal entries hold a whole tensor together."""
+        whole = [i for i, x in enumerate(placements) if not is_cut(x)]
+        return tuple(tuple(place[i] for i in whole) for place in self.places)
+
+
+def strided(placement: Any) -> bool:
+    return hasattr(placement, "split_factor")
 
 
 def ranks_of(p: Any) -> Ranks:
-    (dim,) = sharded_dims(p)
     mesh = p.device_mesh
-    group = mesh.get_group(dim)
+    if mesh.size() == dist.get_world_size():
+        group = dist.distributed_c10d._get_default_group()
+    else:
+        (dim,) = sharded_dims(p)
+        group = mesh.get_group(dim)
     members = dist.get_process_group_ranks(group)
-    places = tuple(int((mesh.mesh == g).nonzero()[0][dim]) for g in members)
-    return Ranks(group, dist.get_rank(group), places)
-
-
-def shard_dim(p: Any) -> int:
-    (dim,) = sharded_dims(p)
-    return p.placements[dim].dim % p.dim()
+    places = tuple(tuple((mesh.mesh == g).nonzero()[0].tolist()) for g in members)
+    return Ranks(group, dist.get_rank(group), tuple(mesh.shape), places)
 
 
 def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
@@ -100,21 +136,27 @@ def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
 
 
 def check_placements(label: str, p: Any, cut: bool) -> None:
-    """Raise ValueError for placements that cannot be updated: partial sums, several shardings."""
-    got = f"got {tuple(p.placements)} on a mesh of shape {tuple(p.device_mesh.shape)}"
-    if any(x.is_partial() for x in p.placements):
+    """Raise ValueError for placements that cannot be updated: partial sums, unknown cuts."""
+    mesh, places = p.device_mesh, p.placements
+    got = f"got {tuple(places)} on a mesh of shape {tuple(mesh.shape)}"
+    if any(x.is_partial() for x in places):
         raise ValueError(f"{label} must be replicated or sharded, {got}")
-    dims = sharded_dims(p)
     if not cut:
         return
-    if len(dims) > 1:
-        raise ValueError(f"{label} must be sharded along one mesh dimension at most, {got}")
-    if type(p.placements[dims[0]]).__name__ != "Shard":
-        raise ValueError(f"{label} must be in plain Shard placements, {got}")
-    ranks, dim = ranks_of(p), shard_dim(p)
-    _, length = ranks.block(p.shape[dim], ranks.rank)
-    if p.to_local().shape[dim] != length:
+    if len(sharded_dims(p)) > 1 and mesh.size() < dist.get_world_size():
         raise ValueError(
-            f"{label} must be cut as torch.chunk does, {length} of {p.shape[dim]} on rank "
-            f"{ranks.rank}, got {p.to_local().shape[dim]}"
+            f"{label} must be sharded along one mesh dimension, or on a mesh of all "
+            f"{dist.get_world_size()} ranks, {got}"
+        )
+    for i, x in enumerate(places):
+        inner = [mesh.size(j) for j in range(i + 1, mesh.ndim)
+                 if is_cut(places[j]) and places[j].dim == x.dim] if strided(x) else []  # fmt: skip
+        if strided(x) and x.split_factor != math.prod(inner):
+            raise ValueError(f"{label} must be cut by all mesh dimensions it is strided by, {got}")
+    ranks = ranks_of(p)
+    held = tuple(length for _, length in ranks.boxes(p.shape, places)[ranks.rank])
+    if tuple(p.to_local().shape) != held:
+        raise ValueError(
+            f"{label} must be cut as torch.chunk does, {held} on rank {ranks.rank}, "
+            f"got {tuple(p.to_local().shape)}"
         )

@@ -1,0 +1,27 @@
+"""Models whose parameters are DTensors: matrices are gathered where they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..optim.tensors import is_distributed
+
+
+def gathered(t: Any) -> Tensor:
+    """All of a DTensor, which every rank must ask for; other tensors as they are."""
+    return t.full_tensor() if is_distributed(t) else t
+
+
+def on_any_rank(fact: bool, params: Iterable[Tensor]) -> bool:
+    """Whether it holds on one rank of those with DTensors: clocks differ, decisions must not."""
+    shared = next((p for p in params if is_distributed(p)), None)
+    if shared is None:
+        return fact
+    flag = torch.tensor(int(fact), device=shared.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)

@@ -1,0 +1,123 @@
+"""Cases of tests/test_distributed.py: polar factors by sums of Gram matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orthonorm
+import torch
+import torch.distributed as dist
+from distributed_pairs import counted, whole
+from distributed_registry import Context, case
+from orthonorm import optim
+from orthonorm.distributed import comm_report
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import init_device_mesh as device_mesh
+
+TALL = ((400, 24), (301, 7), (9, 2), (160, 1))  # (9, 2): nothing on the last of four ranks
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+RULES: dict[str, tuple[type, dict[str, Any]]] = {
+    "Muon": (optim.Muon, dict(lr=0.02, weight_decay=0.1)),
+    "Scion": (optim.Scion, dict(lr=0.02, momentum=0.1)),
+}
+
+
+def makers(context: Context) -> list[tuple[Any, list[Any], bool]]:
+    """Meshes and placements, and whether matrices are wide."""
+    flat = device_mesh("cpu", (context.world,))
+    found: list[Any] = [(flat, [Shard(0)], False), (flat, [Shard(1)], True)]
+    if context.world == 4:
+        found.append((device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)], False))
+    return found
+
+
+def optimizer(name: str, tensors: list[Tensor]) -> Any:
+    cls, kwargs = RULES[name]
+    return cls([nn.Parameter(t) for t in tensors], method="gram", restarts=(), **kwargs)
+
+
+def params(opt: Any) -> list[Any]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def steps(opt: Any, gradients: list[list[Tensor]]) -> None:
+    for some in gradients:
+        for p, g in zip(params(opt), some, strict=True):
+            g = g.to(p.dtype)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if comm(p) else g
+        opt.step()
+
+
+def comm(p: Any) -> bool:
+    return hasattr(p, "placements")
+
+
+def inputs(dtype: torch.dtype, wide: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
+    torch.manual_seed(0)
+    shapes = [s[::-1] if wide else s for s in TALL]
+    return ([torch.randn(s).to(dtype) for s in shapes],
+            [[torch.randn(s).to(dtype) for s in shapes] for _ in range(2)])  # fmt: skip
+
+
+@case(2, 4)
+def sums_of_gram_matrices_are_as_accurate_as_one_process(context: Context) -> None:
+    """err <= 2 err of torch in the same dtype, both against float64."""
+    for name in RULES:
+        for mesh, places, wide in makers(context):
+            for dtype in DTYPES if name == "Muon" else (torch.float32,):
+                start, gradients = inputs(dtype, wide)
+                ours = optimizer(name, [distribute_tensor(t, mesh, places) for t in start])
+                report = comm_report(ours)
+                assert report.summed > 0
+                assert report.sent == 0 or dtype == torch.bfloat16  # sums are of float32
+                twin = optimizer(name, [t.clone() for t in start])
+                truth = optimizer(name, [t.double() for t in start])
+                steps(ours, gradients)
+                with orthonorm.reference():
+                    steps(twin, gradients)
+                    steps(truth, gradients)
+                for p, q, t in zip(params(ours), params(twin), params(truth), strict=True):
+                    mine, theirs = ((whole(x.detach()).double() - t).norm() for x in (p, q))
+                    size = t.detach().norm() * torch.finfo(dtype).eps
+                    allowed = 2 * theirs if dtype != torch.float64 else 100 * size
+                    assert mine <= allowed, (name, places, tuple(t.shape), dtype, mine, theirs)
+                    if places[0] == Replicate():
+                        copies = [torch.empty_like(p.to_local()) for _ in range(2)]
+                        dist.all_gather(copies, p.to_local().detach(), group=mesh.get_group(0))
+                        assert torch.equal(*copies)
+
+
+@case(2, 4)
+def sums_of_gram_matrices_are_counted(context: Context) -> None:
+    for mesh, places, wide in makers(context):
+        start, gradients = inputs(torch.float32, wide)
+        ours = optimizer("Muon", [distribute_tensor(t, mesh, places) for t in start])
+        report = comm_report(ours)
+        found = counted(lambda ours=ours, g=gradients: steps(ours, g[:1]))
+        assert found == (0, 0, report.launches, report.summed), (report, found)
+        assert str(report.summed) in str(report)
+        pinned = optimizer("Muon", [distribute_tensor(t, mesh, places) for t in start])
+        pinned.param_groups[0]["method"] = "direct"
+        assert comm_report(pinned).summed == 0 < comm_report(pinned).sent
+
+
+@case(2, 4)
+def sums_of_gram_matrices_do_not_depend_on_scale_and_keep_what_is_not_finite(
+    context: Context,
+) -> None:
+    mesh = device_mesh("cpu", (context.world,))
+    start, gradients = inputs(torch.float32, wide=False)
+    found = []
+    for size in (1.0, 2.0**100, 2.0**-100):
+        ours = optimizer("Muon", [distribute_tensor(t, mesh, [Shard(0)]) for t in start])
+        some = [g * size for g in gradients[0]]
+        some[1] = some[1] * 0
+        some[2] = some[2] / 0
+        steps(ours, [some])
+        found.append([whole(p.detach()) for p in params(ours)])
+    for one, other in zip(found[0], found[1], strict=True):
+        assert torch.equal(one, other) or one.isnan().all()
+    assert all(torch.equal(found[0][i], found[2][i]) for i in (0, 1, 3))
+    assert not found[0][2].isfinite().any() and found[0][0].isfinite().all()
+    assert torch.equal(found[0][1], (1 - 0.02 * 0.1) * start[1])
