@@ -115,6 +115,7 @@ class AxisScaling {
   // scaled at once, and X comes from memory only here.
   void sum_runs(const Unit& unit) {
     const Job& job = jobs_[unit.job];
+    if (streams(job)) return stream_runs(unit);
     constexpr int64_t most = 128;
     const int64_t fitting = kGroup / std::max<int64_t>(1, unit.i1);
     const int64_t group = rule_.keep_norm ? most : std::clamp<int64_t>(fitting, 1, most);
@@ -135,6 +136,45 @@ class AxisScaling {
     }
     workspace_.at(unit.work)[0] = before.sum;
     workspace_.at(unit.work)[1] = after.sum;
+  }
+
+  // Whether runs are long enough to be dealt with one by one, as they lie in memory.
+  bool streams(const Job& job) const {
+    return !rule_.keep_norm && job.x.dtype != ScalarType::Double && job.x.inner >= 512 &&
+           job.x.stride_inner == 1 && job.out.stride_inner == 1;
+  }
+
+  // Every run is scaled while the next one is summed.
+  void stream_runs(const Unit& unit) {
+    const Job& job = jobs_[unit.job];
+    double value = run_squares(job.x, unit.o0, rule_.from_norms());
+    for (int64_t o = unit.o0; o < unit.o1; ++o) {
+      double factor;
+      rule_.factors(job, true, o, 1, &value, &factor);
+      if (o + 1 == unit.o1) {
+        return scale_runs(job, {unit.job, o, o + 1, unit.i0, unit.i1, 0}, &factor, 1, 0);
+      }
+      const double sum = scale_run_and_sum_next(job, o, factor);
+      value = rule_.from_norms() ? std::sqrt(sum) : sum;
+    }
+  }
+
+  double scale_run_and_sum_next(const Job& job, int64_t o, double factor) const {
+    const bool split = splits(&factor, 1, 1);
+    const int64_t ahead = runs_ahead(job.x, kAheadOfSums);
+    double sum = 0;
+    const auto both = [&]<class T>(int64_t i, int64_t n, const Rows<1, T>& next) {
+      if constexpr (sizeof(T) < 8) {
+        const T* x = reinterpret_cast<const T*>(job.x.at(o, i));
+        T* y = reinterpret_cast<T*>(job.out.at(o, i));
+        sum += split ? scale_and_sum(x, Split(factor), n, y, next)
+                     : scale_and_sum(x, factor, n, y, next);
+      }
+    };
+    for (int64_t i = 0; i < job.x.inner; i += kTile) {
+      with_rows<1>(job.x, o + 1, i, std::min(i + kTile, job.x.inner), ahead, both);
+    }
+    return sum;
   }
 
   static void add_norms(int64_t count, const double* squares, const double* factors,

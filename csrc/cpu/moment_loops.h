@@ -85,6 +85,27 @@ inline void scale(const T* x, const F factor, int64_t count, T* y, Ahead ahead =
   });
 }
 
+// The same, and the sum of squares of another run: in one loop the one's reads from memory go on
+// beside the other's stores. Together 8.2 ms for 340 MB where a copy takes 8.0, one after the other
+// 11.4 (2026-11).
+template <class T, class F>
+inline double scale_and_sum(const T* x, const F factor, int64_t count, T* y,
+                            const Rows<1, T>& next) {
+  double result;
+  specialized([=, &result]<Isa set>(For<set>) {
+    constexpr int64_t piece = 256;
+    Eight sums[4] = {};
+    for (int64_t i = 0; i < count; i += piece) {
+      const int64_t end = std::min(i + piece, count);
+      add_run<set>(next, i, end, sums);
+      ORTHONORM_SAME_OR_APART
+      for (int64_t j = i; j < end; ++j) narrow(times(widen(x[j]), factor), y[j]);
+    }
+    result = finish_run(next, count, sums);
+  });
+  return result;
+}
+
 // y_j = x_j factors_j; Splits or doubles.
 template <class T, class F>
 inline void scale_each(const T* x, const F factors, int64_t count, T* y, Ahead ahead = {}) {

@@ -73,27 +73,38 @@ struct Rows {
   }
 };
 
-// Sum of squares of one run, in 32 interleaved sums.
+// Adds the squares of elements [begin, end) of one run, whole 32 of them, to 32 interleaved sums.
+template <Isa set, class T>
+inline void add_run(const Rows<1, T>& x, int64_t begin, int64_t end, Eight* sums) {
+  Eight v;
+  for (int64_t i = begin; i + 32 <= end; i += 32) {
+    for (int64_t k = 0; k < 4; ++k) {
+      x.prefetch(0, i + 8 * k);
+      load_eight<set>(x.at[0] + i + 8 * k, v);
+      sums[k] += v * v;
+    }
+  }
+}
+
+// The total of these sums and of the elements behind the last whole 32 of `count`.
+template <class T>
+inline double finish_run(const Rows<1, T>& x, int64_t count, const Eight* sums) {
+  double lanes[32];
+  std::memcpy(lanes, sums, sizeof(lanes));
+  for (int64_t i = count - count % 32, lane = 0; i < count; ++i, ++lane) {
+    const double value = widen(x.at[0][i]);
+    lanes[lane] += value * value;
+  }
+  return fold<32>(lanes);
+}
+
 template <class T>
 inline double sum_squares(const Rows<1, T>& x, int64_t count) {
   double result;
   specialized([=, &result]<Isa set>(For<set>) {
-    Eight sums[4] = {}, v;
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-      for (int64_t k = 0; k < 4; ++k) {
-        x.prefetch(0, i + 8 * k);
-        load_eight<set>(x.at[0] + i + 8 * k, v);
-        sums[k] += v * v;
-      }
-    }
-    double lanes[32];
-    std::memcpy(lanes, sums, sizeof(lanes));
-    for (int64_t lane = 0; i < count; ++i, ++lane) {
-      const double value = widen(x.at[0][i]);
-      lanes[lane] += value * value;
-    }
-    result = fold<32>(lanes);
+    Eight sums[4] = {};
+    add_run<set>(x, 0, count, sums);
+    result = finish_run(x, count, sums);
   });
   return result;
 }
