@@ -15,6 +15,7 @@ from .normalize import (
 )
 from .rotations import rotate_, rotate_back_
 from .spectral import gram_iteration, power_iteration_, spectral_norm
+from .spectral_normalization import spectral_normalization_, spectral_normalization_gradient
 from .steps import (
     adamw_step_,
     conda_step_,
@@ -57,5 +58,7 @@ __all__ = [
     "row_normalize",
     "small_newton_schulz",
     "spectral_norm",
+    "spectral_normalization_",
+    "spectral_normalization_gradient",
     "symmetric_update",
 ]
