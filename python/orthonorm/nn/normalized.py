@@ -41,12 +41,15 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dims: list[int], made: list[Tensor], s: Tensor, vectors: Tensor, *W: Tensor
+        dims: list[int], made: list[Tensor], s: Tensor, vectors: Tensor, *W: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.dims = dims
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(s, vectors, *W)
         return tuple(made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.dims = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -82,6 +85,36 @@ def _differentiable(G: Any, A: Any, s: Tensor, vectors: Tensor) -> list[Tensor]:
     return out
 
 
+class Results:
+    """A layer's results: of the forwards of its group under way, and the last of them.
+
+    The last one is for what recomputes a part of the forward in the backward, as checkpointing
+    does: it must meet the same weight again, and no further power step.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def push(self, result: Tensor) -> None:
+        self.running.append(result)
+        self.last = result if result.requires_grad else None
+
+    def pop(self) -> None:
+        self.running.pop()
+
+    def current(self) -> Tensor | None:
+        """What the weight is now; None: to be computed."""
+        if self.running:
+            return self.running[-1]
+        if self.last is None or torch.compiler.is_compiling():
+            return None
+        return self.last if torch._C._current_graph_task_id() >= 0 else None
+
+    def __deepcopy__(self, memo: Any) -> Results:
+        return Results()  # results belong to a graph
+
+
 class SpectralNorm(nn.Module):
     """W / sigma_1(W), sigma_1 by power steps that continue from the buffers `_u` and `_v`.
 
@@ -105,7 +138,7 @@ class SpectralNorm(nn.Module):
         self.steps, self.dim, self.eps, self.order = n_power_iterations, dim, eps, order
         self.operator = operator
         self.shape = weight.shape
-        self.ready: list[Tensor] = []  # the result, while a forward of a group runs
+        self.ready = Results()
         self.kind = _of_vectors if weight.dim() < 2 else _by_operator if operator else _by_matrix
         if weight.dim() < 2:
             return
@@ -131,7 +164,8 @@ class SpectralNorm(nn.Module):
             power_iteration_([A], [self._u], [self._v], steps, self.order, self.eps)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.ready[-1] if self.ready else normalized([self], [weight])[0]
+        result = self.ready.current()
+        return normalized([self], [weight])[0] if result is None else result
 
     def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """What becomes of W / sigma, given the vectors; called where `finishes` is set."""
