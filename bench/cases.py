@@ -43,6 +43,7 @@ class Case:
         variants: keyword sets the tests run beside the defaults.
         scale_free: finite for every finite input, whatever its scale (DESIGN.md decision 7).
         shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
+        scaled: outputs that a number of each matrix scales, so that their errors are one error.
         limit: longest side the op takes.
         polar: its result approximates the polar factor of "X".
         quick: its workload in the quick suite, the first of `shapes` if empty.
@@ -58,6 +59,7 @@ class Case:
     scale_free: bool = False
     shapes: tuple[str, ...] = ("gpt2-small-3",)
     dtypes: tuple[str, ...] = BOTH
+    scaled: tuple[str, ...] = ()
     limit: int | None = None
     polar: bool = False
     quick: str = ""
@@ -267,6 +269,15 @@ _ROWS = (
     Case(
         "power_iteration_", makers.power_iteration, scale_free=True, shapes=_MODEL,
         variants=({"steps": 3, "order": "v_first"}, {"steps": 0}, {"eps": 1e-12}),
+    ),
+    Case(
+        "spectral_normalization_", makers.spectral_normalization, written=("out",), scaled=("out",),
+        scale_free=True, shapes=_MODEL,
+        variants=({"steps": 3, "order": "v_first", "eps": 1e-12}, {"steps": 0}),
+    ),
+    Case(
+        "spectral_normalization_gradient", makers.spectral_normalization_gradient,
+        scale_free=True, shapes=_MODEL,
     ),
     Case(
         "spectral_norm", makers.matrix("W", steps=8), norm_flops, scale_free=True,

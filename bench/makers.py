@@ -145,6 +145,27 @@ def power_iteration(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     }
 
 
+def spectral_normalization(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    made = power_iteration(shapes, inputs)
+    return {"out": [torch.zeros_like(w) for w in made["W"]], **made}
+
+
+def spectral_normalization_gradient(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    W = each(inputs.matrix, "W", shapes)
+    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    pairs = [
+        inputs.normal(f"vectors[{i}]", (*s[:-2], s[-2] + s[-1])) / max(1, max(s[-2:])) ** 0.5
+        for i, s in enumerate(shapes)
+    ]
+    vectors = torch.cat([p.flatten() for p in pairs]) if pairs else torch.empty(0)
+    return {
+        "grads": each(inputs.matrix, "grads", shapes),
+        "W": W,
+        "sigma": norms({"X": W}).to(wide),
+        "vectors": inputs.put(vectors, wide),
+    }
+
+
 def muon_prologue(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {
         "grads": each(inputs.matrix, "grads", shapes),

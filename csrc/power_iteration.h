@@ -19,6 +19,7 @@ enum class Sweep {
   adjoint,  // right = W^T left
   both,     // left = W right and W^T of it, each row being used twice while it is in cache
   peak,     // the largest magnitude
+  quotient, // W / sigma, written elsewhere
   done,
 };
 

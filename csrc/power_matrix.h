@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "power_quotient.h"
 #include "power_vectors.h"
 
 namespace orthonorm::power {
@@ -12,9 +13,13 @@ struct Matrix {
   Source source;
   int64_t rows, cols;
   Rule rule;
+  Target quotient{};  // W / sigma (W itself for sigma = 0), if it is wanted
 
   bool is_double() const { return source.element == Element::f64; }
-  int64_t sweeps() const { return std::max<int64_t>(rule.steps + !rule.left_first, 1); }
+  int64_t sweeps() const {
+    const int64_t power = std::max<int64_t>(rule.steps + !rule.left_first, 1);
+    return power + (quotient.data != nullptr);
+  }
 };
 
 // Rows of a block, and how many blocks. Depends on the shape alone, and so do all sums.
@@ -68,6 +73,11 @@ class Iteration {
         peaks_[b] = peak_of_rows(source_, first, rows, cols, scratch);
         return;
       }
+      if (sweep_ == Sweep::quotient) {
+        const double sigma = progress_.sigma();
+        const double divisor = sigma == 0 ? 1 : sigma;
+        return divide_rows(source_, matrix_->quotient, first, rows, cols, divisor);
+      }
       A* const left = at<A>(sweep_ == Sweep::adjoint ? left_ : product_) + first;
       A* const sums = at<A>(sums_) + b * stride<A>(cols);
       const int64_t after = matrix_->rows - first - rows;
@@ -78,6 +88,10 @@ class Iteration {
 
   template <class Io>
   void end_sweep(const Io& io) {
+    if (sweep_ == Sweep::quotient) {
+      sweep_ = Sweep::done;
+      return;
+    }
     typed([&]<class A>(A*) {
       if (sweep_ == Sweep::peak) {
         rescale<A>(io);
@@ -90,6 +104,7 @@ class Iteration {
       }
       if (done()) write<A>(io);
     });
+    if (done() && matrix_->quotient.data != nullptr) sweep_ = Sweep::quotient;
   }
 
   static int64_t memory_for(const Matrix& m) {

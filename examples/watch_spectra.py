@@ -1,13 +1,14 @@
-"""Watches a training run whose loss is made to explode, and shows that the alarm comes first.
+"""Watches training runs whose loss is made to explode, and shows that the alarms come first.
 
-    python -m orthonorm.examples.watch_spectra                      # half a minute on a CPU
+    python -m orthonorm.examples.watch_spectra                      # a minute on a CPU
     python -m orthonorm.examples.watch_spectra --out runs/spectra   # also rows.csv and plots
 
-The same residual network learns the same function twice. In the second run a bug in the data
+The same residual network learns the same function three times. In the second run a bug in the data
 pipeline adds an offset to the inputs that grows a little every step. The network follows it, and
 the loss stays where it was; but inside, the inputs of layer after layer move to one side of its top
 singular vector (Spectral Alignment, arXiv:2510.04202), while the curvature of the loss grows with
-the square of the offset, until it is too steep for the learning rate.
+the square of the offset, until it is too steep for the learning rate. In the third run the learning
+rate grows instead, which Spectral Alignment does not see: the norm of the updates tells.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from orthonorm.monitor import Monitor, Row
+from orthonorm.monitor import AlignmentAlarm, GrowthAlarm, Monitor, Row
 from torch import Tensor, nn
 
 DIM, WIDTH, BLOCKS, OUT = 32, 128, 4, 8
+ALIGNMENT, GROWTH = ("activations", "sign_diversity"), ("updates", "frobenius")
 
 
 class Block(nn.Module):
@@ -54,16 +56,28 @@ class Outcome:
     seconds: float
     monitor: Monitor
 
+    def first(self, rule: tuple[str, str]) -> Row | None:
+        """The first alarm of a kind and metric."""
+        return next((row for row in self.alarms if (row.kind, row.metric) == rule), None)
 
-def train(steps: int, drift: float, every: int, batch: int) -> Outcome:
-    """SGD on a fixed random function; the inputs get an offset of drift x step."""
+    def lead(self, rule: tuple[str, str]) -> int:
+        """Steps from the first alarm of this rule to the explosion; 0 if either is missing."""
+        row = self.first(rule)
+        return max(0, self.exploded - row.step) if row and self.exploded else 0
+
+
+def train(steps: int, every: int, batch: int, drift: float = 0.0, ramp: float = 0.0) -> Outcome:
+    """SGD on a fixed random function; a step moves the inputs by `drift` and raises the learning
+    rate by the part `ramp` of it."""
     torch.manual_seed(0)
     model, teacher = network(), nn.Sequential(nn.Linear(DIM, 64), nn.Tanh(), nn.Linear(64, OUT))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     losses: list[float] = []
     exploded = None
     alarms: list[Row] = []
-    with Monitor(model, every=every, budget=None, on_alarm=alarms.append) as monitor:
+    rules = {ALIGNMENT: AlignmentAlarm(), GROWTH: GrowthAlarm()}
+    options = {"every": every, "budget": None, "rules": rules, "on_alarm": alarms.append}
+    with Monitor(model, **options) as monitor:
         started = time.perf_counter()
         for step in range(1, steps + 1):
             x = torch.randn(batch, DIM)
@@ -73,6 +87,7 @@ def train(steps: int, drift: float, every: int, batch: int) -> Outcome:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] *= 1 + ramp
             losses.append(loss.item())
             if not losses[-1] <= 100 * min(losses):
                 exploded = step
@@ -81,19 +96,22 @@ def train(steps: int, drift: float, every: int, batch: int) -> Outcome:
     return Outcome(losses, alarms, exploded, seconds, monitor)
 
 
-def report(name: str, outcome: Outcome, layer: str, every: int) -> None:
-    """Prints the loss, one layer's alignment and norm over the run, the alarms and the cost."""
-    print(f"\n{name}\n{'step':>6} {'loss':>9} {'sign diversity':>15} {'sigma_1':>9}   of {layer}")
-    steps, diversity = outcome.monitor.series("sign_diversity", "activations", layer)
-    _, sigma = outcome.monitor.series("sigma_1", "weights", f"{layer}.weight")
-    for step, d, s in zip(steps, diversity, sigma, strict=True):
-        print(f"{step:6} {outcome.losses[step - 1]:9.4f} {d:15.2f} {s:9.3f}")
+def report(name: str, outcome: Outcome, rule: tuple[str, str], every: int) -> None:
+    """Prints the loss, alignment and update norm of one layer over the run, alarms and cost."""
+    row = outcome.first(rule)
+    layer = row.name.removesuffix(".weight") if row else "2.up"
+    _, diversity = outcome.monitor.series("sign_diversity", "activations", layer)
+    steps, norms = outcome.monitor.series("frobenius", "updates", f"{layer}.weight")
+    print(f"\n{name}\n{'step':>6} {'loss':>9} {'sign diversity':>15} {'|update|':>9}   of {layer}")
+    for step, d, size in zip(steps, diversity, norms, strict=True):
+        print(f"{step:6} {outcome.losses[step - 1]:9.4f} {d:15.2f} {size:9.4f}")
     for alarm in outcome.alarms:
-        print(f"ALARM at step {alarm.step}: layer {alarm.name}, {alarm.metric} {alarm.value:.2f}")
+        print(f"ALARM at step {alarm.step}: {alarm.metric} of {alarm.name} is {alarm.value:.3g}")
     if not outcome.alarms:
         print("no alarm")
     if outcome.exploded:
         print(f"LOSS EXPLODED at step {outcome.exploded}: {outcome.losses[-1]:.4g}")
+        print(f"The alarm came {outcome.lead(rule)} steps before the loss exploded.")
     spent, total = outcome.monitor.seconds, outcome.seconds
     print(
         f"monitor: {spent:.3f} s of {total:.1f} s, {spent / total:.2%} of the time, every={every}"
@@ -101,33 +119,33 @@ def report(name: str, outcome: Outcome, layer: str, every: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Both runs (the healthy one is shorter); 0 if the alarm came first, and only in the second."""
+    """All runs; 0 if the first has no alarm, and the others their own before they explode."""
     parser = argparse.ArgumentParser(
         prog="orthonorm.examples.watch_spectra", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=1600, help="steps of the second run (1600)")
+    parser.add_argument("--steps", type=int, default=1600, help="most steps of a run (1600)")
     parser.add_argument("--every", type=int, default=100, help="steps between measurements (100)")
     parser.add_argument("--batch", type=int, default=768, help="inputs in a step (768)")
     parser.add_argument("--drift", type=float, default=0.006, help="offset added a step (0.006)")
-    parser.add_argument("--out", type=Path, help="folder for rows.csv and plots")
+    parser.add_argument("--ramp", type=float, default=0.004, help="growth of the rate (0.004)")
+    parser.add_argument("--out", type=Path, help="folder for rows.csv, plots of the second run")
     args = parser.parse_args(argv)
-    healthy = train(args.steps // 4, 0.0, args.every, args.batch)
-    sick = train(args.steps, args.drift, args.every, args.batch)
-    layer = sick.alarms[0].name if sick.alarms else "0"
-    report("Healthy run", healthy, layer, args.every)
-    report("The same with drifting inputs", sick, layer, args.every)
-    first = sick.alarms[0].step if sick.alarms else None
-    early = first is not None and sick.exploded is not None and first < sick.exploded
-    if early and sick.exploded and first:
-        print(f"\nThe alarm came {sick.exploded - first} steps before the loss exploded.")
+    every, batch = args.every, args.batch
+    healthy = train(args.steps // 2, every, batch)
+    drifting = train(args.steps, every, batch, drift=args.drift)
+    ramped = train(args.steps, every, batch, ramp=args.ramp)
+    report("Healthy run", healthy, ALIGNMENT, every)
+    report("The same with drifting inputs", drifting, ALIGNMENT, every)
+    report("The same with a learning rate that grows", ramped, GROWTH, every)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        sick.monitor.to_csv(args.out / "rows.csv")
+        drifting.monitor.to_csv(args.out / "rows.csv")
         try:
-            print(f"{len(sick.monitor.plot(args.out))} plots and rows.csv in {args.out}")
+            print(f"{len(drifting.monitor.plot(args.out))} plots and rows.csv in {args.out}")
         except ImportError:
             print(f"rows.csv in {args.out}; plots need matplotlib (pip install matplotlib)")
+    early = drifting.lead(ALIGNMENT) > 0 and ramped.lead(GROWTH) > 0
     return 0 if early and not healthy.alarms else 1
 
 

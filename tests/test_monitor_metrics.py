@@ -165,6 +165,20 @@ def test_alarm_needs_health_first_and_patience() -> None:
     assert [i for i, x in enumerate(told) if x] == [4, 8]
 
 
+def test_growth_alarm() -> None:
+    """Steady, falling and noisy values raise none; four times the calm level does, twice in a row,
+    and then the layer starts anew."""
+    alarm = monitor.GrowthAlarm(factor=4.0, window=3, patience=2)
+    calm = [5.0, 3.0, 1.0, 1.2, 0.8, 1.1, 3.0, 5.0, 1.0]
+    assert not any(alarm("a", x) for x in calm)
+    told = [alarm("a", 1.3**k) for k in range(12)]
+    assert [i for i, x in enumerate(told) if x] == [7]  # 1.3^5.3 is 4
+    assert not any(alarm("b", 10.0**k) for k in range(3))  # its own history, still filling
+    assert [alarm("a", x) for x in (math.nan, math.inf)] == [False, True]
+    with pytest.raises(ValueError, match=r"factor must be in \[1, "):
+        monitor.GrowthAlarm(0.5)
+
+
 def test_match_widths() -> None:
     weights = {}
     for d in (32, 64, 128):

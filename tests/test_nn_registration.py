@@ -22,6 +22,7 @@ from spectral_layers import (
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,6 +74,27 @@ def test_average_with_refreshed_vectors() -> None:
         assert abs(torch.linalg.matrix_norm(matrix, 2) - 1) <= 1e-6
 
 
+def test_average_without_buffers_leaves_the_vectors_out() -> None:
+    """The default averages parameters only: u and v are the model's own, of length 1."""
+    _, b = twins()
+    ema = torch.optim.swa_utils.AveragedModel(b)
+    for _ in range(3):
+        with torch.no_grad():
+            for p in b.parameters():
+                p.add_(torch.randn_like(p))
+        b(inputs())
+        ema.update_parameters(b)
+    ema.eval()
+    for (_, m, name, p), (_, _, _, q) in zip(found(ema.module), found(b), strict=True):
+        assert torch.equal(p._u, q._u) and torch.equal(p._v, q._v)
+        assert abs(p._u.norm() - 1) <= 1e-12
+        matrix = getattr(m, name).movedim(p.dim, 0).flatten(1)
+        assert torch.linalg.matrix_norm(matrix, 2) >= 1 - 1e-12  # sigma is a lower bound
+    on.refresh_vectors_(ema.module, 500)
+    _, m, name, p = found(ema.module)[-1]
+    assert abs(torch.linalg.matrix_norm(getattr(m, name), 2) - 1) <= 1e-6
+
+
 def test_removal_leaves_the_weight_of_evaluation() -> None:
     for order in ("u_first", "v_first"):
         _, b = twins(order)
@@ -88,6 +110,64 @@ def test_removal_leaves_the_weight_of_evaluation() -> None:
         with pytest.raises(ValueError, match="no spectral norm"):
             on.remove_spectral_norm(b)
         on.spectral_norm_(b)
+
+
+class Blocks(nn.Module):
+    """Two layers, checkpointed or not."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.recompute = nn.Linear(8, 8), nn.Linear(8, 8), recompute
+
+    def block(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.b(torch.tanh(self.a(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute:
+            return checkpoint(self.block, self.block(x), use_reentrant=False)
+        return self.block(self.block(x))
+
+
+def test_checkpointing_meets_the_same_weights_again() -> None:
+    """What is recomputed in the backward takes no further power step."""
+    plain, again = Blocks(False).double(), Blocks(True).double()
+    for m in (plain, again):
+        on.spectral_norm_(m)
+    again.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for m in (plain, again):
+        m(x).square().sum().backward()
+    for p, q in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-13, atol=1e-14)
+    for y, z in zip(plain.buffers(), again.buffers(), strict=True):
+        assert torch.equal(y, z)
+    before = again.a.weight  # outside a backward the layer takes its own step
+    assert not torch.equal(before, again.a.weight)
+    copy.deepcopy(again)(x).sum().backward()
+
+
+def test_functional_gradients() -> None:
+    m = on.spectral_norm_(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()).eval()
+    x, params = torch.randn(2, 4, dtype=torch.float64), dict(m.named_parameters())
+    f = lambda p: torch.func.functional_call(m, p, (x,)).square().sum()  # noqa: E731
+    got = torch.func.grad(f)({k: v.detach() for k, v in params.items()})
+    f(params).backward()
+    for name, p in params.items():
+        torch.testing.assert_close(got[name], p.grad)
+
+
+def test_tied_weights_and_attention() -> None:
+    """A tied parameter stays one parameter; attention's packed projection by its name."""
+    embedding, head = nn.Embedding(9, 5), nn.Linear(5, 9, bias=False)
+    head.weight = embedding.weight
+    m = on.spectral_norm_(nn.Sequential(embedding, head), n_power_iterations=100)
+    m(torch.arange(4)).sum().backward()
+    assert original(head) is embedding.weight and len(list(m.parameters())) == 1
+    attention = nn.MultiheadAttention(8, 2)
+    on.spectral_norm(attention, "in_proj_weight", n_power_iterations=100)
+    x = torch.randn(3, 1, 8)
+    attention(x, x, x)[0].sum().backward()
+    assert abs(torch.linalg.matrix_norm(attention.in_proj_weight, 2) - 1) <= 1e-4
 
 
 def test_one_layer_of_a_group_may_go() -> None:
@@ -207,6 +287,19 @@ def test_bad_arguments_change_nothing() -> None:
     integers.register_buffer("weight", torch.zeros(3, 3, dtype=torch.int32))
     with pytest.raises(TypeError, match="float32"):
         on.spectral_norm(integers)
+
+
+def test_relatives_refuse_before_anything_is_changed() -> None:
+    m = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        m[1].weight[0, 0] = math.nan
+    for f in (on.sigma_reparam_, lambda m: on.sigma_reparam(m[1])):
+        with pytest.raises(ValueError, match="weight must be finite"):
+            f(m)
+        assert sorted(m.state_dict()) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    on.spectral_rescale(m[0])
+    with pytest.raises(ValueError, match="rescaled already"):
+        on.spectral_rescale(m[0])
 
 
 def test_changed_shapes_are_refused() -> None:

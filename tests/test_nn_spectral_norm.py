@@ -124,7 +124,7 @@ def test_one_call_of_the_op_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
 
     _, b = twins()
     calls = []
-    op = normalized.power_iteration_
+    op = normalized.spectral_normalization_
     real = op.overload
     monkeypatch.setattr(op, "overload", lambda W, *a: calls.append(len(W)) or real(W, *a))
     b(inputs())
@@ -156,7 +156,7 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
         b(torch.zeros(2, 5, 8, 8, dtype=torch.float64))
     before = b.state_dict()[next(k for k in b.state_dict() if k.endswith("_u"))].clone()
     weight = b[0].weight  # computed anew, with a step of its own
-    assert weight.requires_grad and not any(p.ready for _, _, _, p in found(b))
+    assert weight.requires_grad and not any(p.ready.running for _, _, _, p in found(b))
     assert not torch.equal(before, found(b)[0][3]._u)
 
 

@@ -2,6 +2,7 @@
 
 from .alignment import Alignment, AlignmentAlarm, spectral_alignment
 from .caches import cache_norms, kv_bits
+from .growth import GrowthAlarm
 from .guard import MonitorWarning
 from .hessian import (
     Eigen,
@@ -43,6 +44,7 @@ __all__ = [
     "Alignment",
     "AlignmentAlarm",
     "Eigen",
+    "GrowthAlarm",
     "Monitor",
     "MonitorWarning",
     "Projected",

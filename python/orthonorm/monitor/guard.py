@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .records import Row
+
 
 class MonitorWarning(UserWarning):
     """An alarm, or something that failed inside a Monitor."""
@@ -19,6 +21,14 @@ def warn(text: str) -> None:
         warnings.warn(text, MonitorWarning, stacklevel=3)
     except MonitorWarning:
         logging.getLogger("orthonorm.monitor").warning(text)
+
+
+def warn_of(row: Row) -> None:
+    """A MonitorWarning of an alarm."""
+    of = f"{row.metric} of {row.kind} {row.name} is {row.value:.3g}"
+    if row.metric == "sign_diversity":
+        of += ", these inputs lie on one side of their layer's top singular vector"
+    warn(f"monitor: alarm at step {row.step}: {of}")
 
 
 class Guard:

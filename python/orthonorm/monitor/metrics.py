@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "caches": NORMS,
 }
 
+ALIGNED = ("sign_diversity", "mean_alignment")  # of `spectral_alignment`, beside METRICS
+
 Named = list[tuple[str, Tensor]]
 
 
@@ -102,6 +104,20 @@ def choose(given: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[st
         for name in names:
             check.choice("monitor", f"metrics of {kind}", name, METRICS)
     return chosen
+
+
+def check_rules(rules: object, metrics: Mapping[str, Sequence[str]]) -> dict[Any, Any]:
+    """Rules of alarms {(kind, metric): function} about what is measured, checked."""
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"monitor: rules must be a mapping, got {type(rules).__name__}")
+    for key, rule in rules.items():
+        kind, metric = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        known = {*metrics.get(kind, NORMS), *(ALIGNED if kind == "activations" else ())}
+        if metric not in known:
+            raise ValueError(f"monitor: rules must be of (kind, metric) measured, got {key!r}")
+        if not callable(rule):
+            raise TypeError(f"monitor: rules[{key!r}] must be callable, got {rule!r}")
+    return dict(rules)
 
 
 def stack(name: str, t: Tensor, flatten: bool) -> Named:

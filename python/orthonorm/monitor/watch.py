@@ -22,8 +22,8 @@ from .. import _checks as check
 from .. import ops
 from ..ops.spectral import start_vector
 from .alignment import AlignmentAlarm, spectral_alignment
-from .guard import Guard, warn
-from .metrics import METRICS, NORMS, Named, batches, choose, known, serves, stack
+from .guard import Guard, warn_of
+from .metrics import METRICS, NORMS, Named, batches, check_rules, choose, known, serves, stack
 from .records import Records, Row, plot, write_csv, write_json
 from .shards import gathered, on_any_rank
 
@@ -65,7 +65,8 @@ class Monitor:
         metrics: names of METRICS for all kinds, or {kind: names}; None: those without an SVD.
         tokens: inputs of a layer that are looked at, evenly spread.
         budget: share of the training time, or None for no limit.
-        alarm: called with a layer's name and sign diversity; True is an alarm.
+        rules: {(kind, metric): f(name, value), True being an alarm}, one object each; None: an
+            `AlignmentAlarm` on ("activations", "sign_diversity").
         on_alarm: called with the Row of an alarm; None warns.
         keep: rows kept in memory.
         out: a .csv or .jsonl file that gets every row as it is measured.
@@ -85,7 +86,7 @@ class Monitor:
         metrics: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         tokens: int = 256,
         budget: float | None = 0.01,
-        alarm: Callable[[str, float], bool] | None = None,
+        rules: Mapping[tuple[str, str], Callable[[str, float], bool]] | None = None,
         on_alarm: Callable[[Row], Any] | None = None,
         keep: int = 100_000,
         out: str | Path | None = None,
@@ -101,8 +102,9 @@ class Monitor:
             check.choice("monitor", "kinds", kind, KINDS)
         self.model, self.every, self.kinds, self.tokens = model, every, tuple(kinds), tokens
         self.metrics, self.budget = choose(metrics), budget
-        self.alarm = alarm or AlignmentAlarm()
-        self.on_alarm = on_alarm or _warn_of
+        aligned = {("activations", "sign_diversity"): AlignmentAlarm()}
+        self.rules = aligned if rules is None else check_rules(rules, self.metrics)
+        self.on_alarm = on_alarm or warn_of
         self._find(include, exclude)
         self.alarms: list[Row] = []
         self._guard = Guard()
@@ -308,6 +310,14 @@ class Monitor:
     def _record(self, rows: list[Row]) -> None:
         with self._guard("records"):
             self.records.add(rows)
+        for row in rows:
+            rule = self.rules.get((row.kind, row.metric))
+            if rule is None:
+                continue
+            with self._guard(f"alarm on {row.metric} of {row.name}"):
+                if rule(row.name, row.value):
+                    self.alarms.append(row)
+                    self.on_alarm(row)
 
     def _tops(self, kind: str, matrices: Named) -> list[Tensor]:
         """sigma_1 of all matrices by power steps in one call, from where they ended last time."""
@@ -322,7 +332,7 @@ class Monitor:
         return list(ops.power_iteration_([X for _, X in matrices], u, v, POWER_STEPS).unbind())
 
     def _align(self) -> None:
-        """Spectral Alignment of the inputs with v_1 of their layer's weight, and its alarm."""
+        """Spectral Alignment of the inputs with v_1 of their layer's weight."""
         rows: list[Row] = []
         for name, X in self._inputs.items():
             W = self._layers[name]._parameters.get("weight")
@@ -334,9 +344,6 @@ class Monitor:
                 diversity = found.diversity.item()
                 row = Row(self.steps, "activations", name, "sign_diversity", diversity)
                 rows += [row, row._replace(metric="mean_alignment", value=found.mean.item())]
-                if self.alarm(name, diversity):
-                    self.alarms.append(row)
-                    self.on_alarm(row)
         self._record(rows)
 
     # Results ------------------------------------------------------------------------------------
@@ -391,10 +398,3 @@ class Monitor:
             spent = time.perf_counter() - started
             self.seconds += spent
             self._last_cost += spent
-
-
-def _warn_of(row: Row) -> None:
-    warn(
-        f"monitor: Spectral Alignment alarm at step {row.step}: the inputs of {row.name} lie on "
-        f"one side of its top singular vector (sign diversity {row.value:.3f})"
-    )

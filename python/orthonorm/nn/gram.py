@@ -7,7 +7,7 @@ rescaling), its sequel arXiv:2402.00240 (zero padding); github.com/blaisedelattr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,9 @@ def spectral_rescale(module: M, name: str = "weight", steps: int = 2) -> M:
         kind = type(module).__name__
         raise TypeError(f"{op}: module must be a Linear or a convolution, got {kind}")
     _check_padding(op, module)
+    lists: Any = module._modules.get("parametrizations", {})
+    if name in lists and any(isinstance(p, SpectralRescaling) for p in lists[name]):
+        raise ValueError(f"{op}: {name!r} of {type(module).__name__} is rescaled already")
     groups = module.groups if isinstance(module, CONVOLUTIONS) else None
     parametrize.register_parametrization(module, name, SpectralRescaling(steps, groups))
     return module

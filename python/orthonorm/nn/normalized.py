@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import power_iteration_
+from ..ops import power_iteration_, spectral_normalization_, spectral_normalization_gradient
 from ..ops.normalize import accumulator
 from .convolution import ConvOperator
 
 WARM_UP = 15  # steps from random vectors, as torch's parametrization takes when it is registered
 
-# Elements of weights that share a node of the graph: one node a layer costs 5 us in the forward,
-# one for all keeps all gradients at once and out of the cache (backward 1.5 times torch's, 2026-11)
-NODE = 1 << 16
+# Elements of weights that share a node of the graph: a node costs 10 us in the forward and 20 in
+# the backward; one for all would keep all gradients at once and out of the cache (2026-11).
+NODE = 1 << 18
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
@@ -25,39 +25,94 @@ def as_matrix(W: Tensor, dim: int) -> Tensor:
     return W if dim == 0 and W.dim() == 2 else W.movedim(dim, 0).flatten(1)
 
 
+def as_weight(A: Tensor, like: Tensor, dim: int) -> Tensor:
+    """The matrix in the shape of the weight `like`, contiguous."""
+    if dim == 0:
+        return A if like.dim() == 2 else A.view(like.shape)
+    return A.view(like.movedim(dim, 0).shape).movedim(0, dim).contiguous()
+
+
 class _Normalize(torch.autograd.Function):
     """W_i / s_i with s_i = u_i^T W_i v_i (1 if that is 0), u and v constant, for a list of weights.
 
-    dL/dW = (G - <G, W> / s u v^T) / s. `vectors` holds u_1, v_1, u_2, ... of lengths `sizes`.
+    They are computed before, for more weights than share this node. `s` and `vectors`, u_1, v_1,
+    u_2, ..., as `spectral_normalization_` returns them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, dims: list[int], sizes: list[int], s: Tensor, vectors: Tensor, *W: Tensor
+        dims: list[int], made: list[Tensor], s: Tensor, vectors: Tensor, *W: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.dims, ctx.sizes = dims, sizes
+        return tuple(made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.dims = inputs[0]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(s, vectors, *W)
-        return tuple(torch._foreach_div(W, s.unbind()))
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         s, vectors, *W = ctx.saved_tensors
-        x = vectors.split(ctx.sizes)
-        rows = zip(grads, s.unbind(), x[::2], x[1::2], W, ctx.dims, strict=True)
-        return None, None, None, None, *(None if G is None else _gradient(G, *r) for G, *r in rows)
+        out: list[Tensor | None] = list(grads)
+        dims, rows = ctx.dims, [i for i, G in enumerate(grads) if G is not None]
+        G = [as_matrix(g, d) for g, d in zip(grads, dims, strict=True) if g is not None]
+        A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
+        if len(rows) < len(W):
+            lengths = [sum(a.shape) for a in A]
+            A = [A[i] for i in rows]
+            parts = vectors.split(lengths)
+            s, vectors = s[rows], torch.cat([vectors.new_empty(0), *(parts[i] for i in rows)])
+        if torch.is_grad_enabled():
+            D = _differentiable(G, A, s, vectors)
+        else:
+            D = spectral_normalization_gradient.overload(G, A, s, vectors)
+        for i, x in zip(rows, D, strict=True):
+            out[i] = as_weight(x, W[i], dims[i])
+        return None, None, None, None, *out
 
 
-def _gradient(G: Tensor, s: Tensor, u: Tensor, v: Tensor, W: Tensor, dim: int) -> Tensor:
-    D, A = as_matrix(G, dim).to(s.dtype), as_matrix(W, dim).to(s.dtype)
-    if torch.is_grad_enabled():  # a second derivative sees that s moves with W
-        form = (u * (A @ v)).sum()
-        s = torch.where(form == 0, 1.0, form)
-    c = torch.dot(D.reshape(-1), A.reshape(-1)) / (s * s)
-    D = (D / s).addr_(u * -c, v)
-    if G.dim() > 2 or dim:
-        D = D.view(G.movedim(dim, 0).shape).movedim(0, dim)
-    return D.to(G.dtype)
+def _differentiable(G: Any, A: Any, s: Tensor, vectors: Tensor) -> list[Tensor]:
+    """`spectral_normalization_gradient` as a function of G and of A, with which s moves."""
+    out = []
+    x = vectors.split([n for a in A for n in a.shape])
+    for g, a, u, v in zip(G, A, x[::2], x[1::2], strict=True):
+        D, W = g.to(s.dtype), a.to(s.dtype)
+        form = (u * (W @ v)).sum()
+        scale = torch.where(form == 0, 1.0, form)
+        D = (D - (D * W).sum() / scale * torch.outer(u, v)) / scale
+        out.append(D.to(g.dtype))
+    return out
+
+
+class Results:
+    """A layer's results: of the forwards of its group under way, and the last of them.
+
+    The last one is for what recomputes a part of the forward in the backward, as checkpointing
+    does: it must meet the same weight again, and no further power step.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def push(self, result: Tensor) -> None:
+        self.running.append(result)
+        self.last = result if result.requires_grad else None
+
+    def pop(self) -> None:
+        self.running.pop()
+
+    def current(self) -> Tensor | None:
+        """What the weight is now; None: to be computed."""
+        if self.running:
+            return self.running[-1]
+        if self.last is None or torch.compiler.is_compiling():
+            return None
+        return self.last if torch._C._current_graph_task_id() >= 0 else None
+
+    def __deepcopy__(self, memo: Any) -> Results:
+        return Results()  # results belong to a graph
 
 
 class SpectralNorm(nn.Module):
@@ -83,7 +138,7 @@ class SpectralNorm(nn.Module):
         self.steps, self.dim, self.eps, self.order = n_power_iterations, dim, eps, order
         self.operator = operator
         self.shape = weight.shape
-        self.ready: list[Tensor] = []  # the result, while a forward of a group runs
+        self.ready = Results()
         self.kind = _of_vectors if weight.dim() < 2 else _by_operator if operator else _by_matrix
         if weight.dim() < 2:
             return
@@ -109,7 +164,8 @@ class SpectralNorm(nn.Module):
             power_iteration_([A], [self._u], [self._v], steps, self.order, self.eps)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.ready[-1] if self.ready else normalized([self], [weight])[0]
+        result = self.ready.current()
+        return normalized([self], [weight])[0] if result is None else result
 
     def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """What becomes of W / sigma, given the vectors; called where `finishes` is set."""
@@ -147,26 +203,25 @@ def normalized(layers: Sequence[SpectralNorm], weights: Sequence[Tensor]) -> lis
 
 def _by_matrix(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[Tensor]:
     buffers = [layer._buffers for layer in layers]  # attributes of modules take 0.5 us each
-    vectors = [b[name] for b in buffers for name in ("_u", "_v")]
-    dims, sizes = [layer.dim for layer in layers], [n for layer in layers for n in layer.sizes]
+    u, v, dims = [b["_u"] for b in buffers], [b["_v"] for b in buffers], [x.dim for x in layers]
     with torch.no_grad():
         A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
-        sigma = power_iteration_.overload(A, vectors[::2], vectors[1::2], steps, order, eps)
-        s = torch.where(sigma == 0, 1.0, sigma)
-        # copies: the next forward changes the buffers, perhaps before this one's backward
-        used = torch.cat(vectors).to(s.dtype)
+        # vectors are copies: the next forward changes u and v, perhaps before this one's backward
+        out = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A]
+        s, vectors = spectral_normalization_.overload(out, A, u, v, steps, order, eps)
+        made = [as_weight(x, w, d) for x, w, d in zip(out, W, dims, strict=True)]
+    lengths = [sum(layer.sizes) for layer in layers]
     results: list[Tensor] = []
     start = first = count = 0
     for i, w in enumerate(W, 1):
         count += w.numel()
         if count >= NODE or i == len(W):
-            length = sum(sizes[2 * first : 2 * i])
-            part = used.narrow(0, start, length)
-            node = dims[first:i], sizes[2 * first : 2 * i], s[first:i], part, *W[first:i]
-            results += _Normalize.apply(*node)
+            length = sum(lengths[first:i])
+            part = vectors.narrow(0, start, length)
+            results += _Normalize.apply(dims[first:i], made[first:i], s[first:i], part, *W[first:i])
             start, first, count = start + length, i, 0
     if any(layer.finishes for layer in layers):
-        x = used.split(sizes)
+        x = vectors.split([n for layer in layers for n in layer.sizes])
         rows = zip(layers, results, x[::2], x[1::2], strict=True)
         results = [layer.finish(*row) if layer.finishes else row[0] for layer, *row in rows]
     return results

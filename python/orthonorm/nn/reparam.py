@@ -21,6 +21,8 @@ class SigmaReparam(SpectralNorm):
     finishes = True
 
     def __init__(self, weight: Tensor, *rule: Any, gamma: str) -> None:
+        if not weight.isfinite().all():
+            raise ValueError("sigma_reparam: weight must be finite, got NaN or infinity")
         super().__init__(weight, *rule)
         U, s, Vh = torch.linalg.svd(as_matrix(weight.detach(), self.dim).to(self._u.dtype))
         self._u.copy_(U[:, 0])
@@ -57,7 +59,7 @@ def sigma_reparam(
     """
     make = maker(SigmaReparam, n_power_iterations, eps, None, "u_first", None, gamma=_gamma(gamma))
     check_free(module, name, min_dim=2)
-    register(module, name, make)
+    register(module, name, make(module, getattr(module, name)))
     return module
 
 
@@ -115,7 +117,7 @@ def stable_rank_norm(
     """
     rule = maker(StableRank, n_power_iterations, eps, None, "u_first", None, target=_target(target))
     check_free(module, name, min_dim=2)
-    register(module, name, rule)
+    register(module, name, rule(module, getattr(module, name)))
     return module
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from .. import _checks as check
 from ..ops.spectral import ORDERS
 from .convolution import CONVOLUTIONS, TRANSPOSED, ConvOperator
-from .normalized import WARM_UP, SpectralNorm, normalized
+from .normalized import WARM_UP, Results, SpectralNorm, normalized
 from .state_names import StateNames
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,7 +60,7 @@ def spectral_norm(
     """
     make = maker(SpectralNorm, n_power_iterations, eps, dim, order, size)
     check_free(module, name)
-    register(module, name, make)
+    register(module, name, make(module, getattr(module, name)))
     return module
 
 
@@ -112,8 +112,7 @@ def maker(
     return make
 
 
-def register(module: nn.Module, name: str, make: Make) -> None:
-    layer = make(module, getattr(module, name))
+def register(module: nn.Module, name: str, layer: SpectralNorm) -> None:
     steps = layer.steps
     layer.steps = steps if layer.order == "u_first" else 0  # registering accesses the weight once
     parametrize.register_parametrization(module, name, layer)
@@ -137,8 +136,9 @@ def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Modul
         check_free(m, name)
         if parametrize.is_parametrized(m, name):
             raise ValueError(f"spectral_norm_: {name!r} of {m} is parametrized already")
-    for m in chosen:
-        register(m, name, make)
+    made = [make(m, getattr(m, name)) for m in chosen]
+    for m, layer in zip(chosen, made, strict=True):
+        register(m, name, layer)
         _shortcut(m, name)
     group = _Group(name, chosen)
     model.register_forward_pre_hook(group.before)
@@ -231,10 +231,10 @@ def _shortcut(module: nn.Module, name: str) -> None:
     usual: Any = vars(kind)[name]
 
     def get(self: Any) -> Any:
-        waiting = getattr(self, ready)
-        return waiting[-1] if waiting else usual.fget(self)
+        result = getattr(self, ready).current()
+        return usual.fget(self) if result is None else result
 
-    setattr(module, ready, [])
+    setattr(module, ready, Results())
     setattr(kind, name, property(get, usual.fset))
 
 
@@ -243,9 +243,9 @@ class _Group:
 
     def __init__(self, name: str, layers: list[nn.Module]) -> None:
         self.name, self.layers = name, layers
-        self.running: list[list[list[Tensor]]] = []  # of each forward under way: what to take back
+        self.running: list[list[Results]] = []  # of each forward under way: what to take back
 
-    def parts(self) -> list[tuple[Any, Any, list[Tensor]]]:
+    def parts(self) -> list[tuple[Any, Any, Results]]:
         """(parametrization, its weight, where its result goes), less those that were removed."""
         parts, ready = [], f"_{self.name}_ready"
         for layer in self.layers:
@@ -263,7 +263,7 @@ class _Group:
         whole = [part for part in self.parts() if type(part[1]) in (nn.Parameter, Tensor)]
         results = normalized([part[0] for part in whole], [part[1] for part in whole])
         for part, result in zip(whole, results, strict=True):
-            part[2].append(result)
+            part[2].push(result)
         self.running.append([part[2] for part in whole])
 
     def after(self, *_: Any) -> None:

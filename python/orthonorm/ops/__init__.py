@@ -17,6 +17,7 @@ from .normalize import (
 from .passes import adamw_step_, decayed_update_, muon_prologue_
 from .rotations import rotate_, rotate_back_
 from .spectral import gram_iteration, power_iteration_, spectral_norm
+from .spectral_normalization import spectral_normalization_, spectral_normalization_gradient
 from .steps import conda_step_, muon_step_
 from .words import (
     apply,
@@ -55,5 +56,7 @@ __all__ = [
     "row_normalize",
     "small_newton_schulz",
     "spectral_norm",
+    "spectral_normalization_",
+    "spectral_normalization_gradient",
     "symmetric_update",
 ]

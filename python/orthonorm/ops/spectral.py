@@ -104,7 +104,19 @@ def _(
     order: str = "u_first",
     eps: float = 0.0,
 ) -> None:
-    name = "power_iteration_"
+    check_power_iteration("power_iteration_", W, u, v, steps, order, eps)
+
+
+def check_power_iteration(
+    name: str,
+    W: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+    steps: int,
+    order: str,
+    eps: float,
+) -> None:
+    """What ops that take power steps demand of their arguments."""
     check.tensors(name, "W", W, min_dim=2)
     check.tensors(name, "u", u, min_dim=1)
     check.tensors(name, "v", v, min_dim=1)

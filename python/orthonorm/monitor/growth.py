@@ -1,0 +1,52 @@
+"""An alarm for numbers that should not grow: norms of updates, weights or gradients."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+
+from .. import _checks as check
+
+
+class GrowthAlarm:
+    """Alarm when a value > factor x (the least median of `window` in a row so far), `patience`
+    times in a row.
+
+    On ("updates", "frobenius") it sees a learning rate that creeps up, or gradients that grow,
+    while the loss is still calm; Spectral Alignment sees neither. It does not see an explosion
+    within a few measurements, nor one at steady updates (drifting inputs). A warm-up and a restart
+    of the schedule grow on purpose and raise it: begin measuring after them. A value that is not
+    finite counts as grown. After an alarm a matrix starts anew.
+
+    Args:
+        factor: growth that is too much.
+        window: measurements of one median; there is no alarm before as many.
+        patience: measurements in a row above the factor.
+    """
+
+    def __init__(self, factor: float = 4.0, window: int = 5, patience: int = 2) -> None:
+        name = "GrowthAlarm"
+        check.number(name, "factor", factor, 1.0)
+        check.integer(name, "window", window, 1)
+        check.integer(name, "patience", patience, 1)
+        self.factor, self.window, self.patience = factor, window, patience
+        self._recent: dict[str, deque[float]] = {}
+        self._least: dict[str, float] = {}
+        self._high: dict[str, int] = {}
+
+    def __call__(self, name: str, value: float) -> bool:
+        """Whether this value of the matrix `name` raises the alarm."""
+        least = self._least.get(name, math.inf)
+        grown = not value <= self.factor * least
+        self._high[name] = self._high.get(name, 0) + 1 if grown else 0
+        if self._high[name] >= self.patience:
+            for history in (self._recent, self._least, self._high):
+                history.pop(name, None)
+            return True
+        recent = self._recent.setdefault(name, deque(maxlen=self.window))
+        if math.isfinite(value):
+            recent.append(value)
+        if len(recent) == self.window:
+            self._least[name] = min(least, median(recent))
+        return False
