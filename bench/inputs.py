@@ -144,8 +144,8 @@ class Inputs:
         return self.put(self.normal(tag, shape), self.states)
 
     def moment(self, tag: str, shape: Shape) -> Tensor:
-        """A second moment near 1: far from the data's own, a pass that divides by its root would take
-        its matrix to denormals within a few dozen repeats."""
+        """A second moment near 1: far from the data's own, a pass that divides by its root would
+        take its matrix to denormals within a few dozen repeats."""
         return self.put(0.1 * self.normal(tag, shape).square() + 0.9, self.states)
 
     def unit(self, tag: str, shape: Shape) -> Tensor:
