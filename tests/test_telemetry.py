@@ -163,6 +163,19 @@ def test_op_calls_grow_with_shapes_not_parameters() -> None:
     assert counts[0] == counts[1] > 0
 
 
+def test_a_compiled_step_measures_nothing_and_is_one_graph() -> None:
+    torch._dynamo.reset()
+    params, plain = make(torch.float32, SHAPES), make(torch.float32, SHAPES)
+    opt, eager = (optim.Muon(x, lr=0.02, telemetry=1) for x in (params, plain))
+    step = torch.compile(opt.step, fullgraph=True, backend="eager")
+    for i in range(3):
+        set_grads(i, params, plain)
+        step()
+        eager.step()
+    assert opt.telemetry() == [{}]
+    assert all(torch.equal(x, y) for x, y in zip(snapshot(opt), snapshot(eager), strict=True))
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, None])
 def test_what_telemetry_may_be(value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="telemetry"):

@@ -259,7 +259,8 @@ class MatrixOptimizer(Groups):
     def _matrix_update(
         self, batch: Batch | None, buckets: list[Bucket], group: dict[str, Any]
     ) -> None:
-        shards.update(self, buckets, group)
+        if buckets:  # compiled steps have none, and could not trace them
+            shards.update(self, buckets, group)
         if batch is None:
             return
         if self.counts_steps:
