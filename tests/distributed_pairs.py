@@ -39,6 +39,10 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "SPlus": (optim.SPlus, dict()),
     "Dion": (optim.Dion, dict()),
     "AdaGO": (optim.AdaGO, dict()),
+    "Dion2": (optim.Dion2, dict()),
+    "NorDion2": (optim.Dion2, dict(beta2=0.9)),
+    "SSO": (optim.SSO, dict(bisections=3)),
+    "StiefelAdam": (optim.StiefelAdam, dict()),
     "Muon, clipped": (optim.Muon, dict(decay="clipped", bound=0.5)),
     "Muon, capped": (optim.Muon, dict(constraint="cap", bound=0.5)),
 }

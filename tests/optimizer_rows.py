@@ -246,7 +246,8 @@ ROWS = [
         "Dion2",
         dict(lr=0.02, precision="full"),
         oracle(dion2, lr=0.02),
-        {**POLAR, **EXPRESS, "adjust_lr_fn": ["rms"], "fraction": [0, 1.1, *NUMBER],
+        {"momentum": MOMENTUM, "weight_decay": NUMBER, **NEWTON_SCHULZ, **EXPRESS,
+         "adjust_lr_fn": ["rms"], "fraction": [0, 1.1, *NUMBER],
          "beta2": BETA[:-1], "norm_eps": NUMBER},
     ),
     Row(

@@ -21,7 +21,7 @@ from orthonorm.optim.settings import ADJUST
 SHAPES = ((12, 7), (7, 12), (9, 9), (5, 1))
 FULL = dict(precision="full")
 ALIASES = {"shape_scaling": "original", "rms_norm": "match_rms_adamw", "unit_rms_norm": "spectral",
-           "spectral_norm": "spectral"}  # fmt: skip
+           "spectral_norm": "spectral", "spectral_unclamped": "spectral"}  # fmt: skip
 
 
 def presets() -> list[Any]:
