@@ -76,7 +76,7 @@ def without_answer(ranks: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def all_succeed(name: str, ranks: Ranks) -> Iterator[None]:
+def all_succeed(name: str, ranks: Ranks, device: torch.device) -> Iterator[None]:
     """What one rank raises, all raise, before anything is written: a gather of 8 bytes."""
     failed: Exception | None = None
     try:
@@ -84,7 +84,6 @@ def all_succeed(name: str, ranks: Ranks) -> Iterator[None]:
     except Exception as error:
         failed = error
     group = ranks.group
-    device = dist.distributed_c10d._get_pg_default_device(group)
     mine = torch.tensor([failed is not None], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(ranks.size)]
     with reporting(group):
