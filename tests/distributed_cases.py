@@ -40,13 +40,8 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, parallel
 from torch.distributed.tensor import init_device_mesh as device_mesh
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 
 def add_optimizer(name: str) -> None:
@@ -104,10 +99,10 @@ def wrap(kind: str, model: nn.Module, world: int) -> nn.Module:
     if kind == "fsdp2_tp":
         both = device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
         ways = {
-            "first": RowwiseParallel(input_layouts=Replicate()),
-            "qkv": ColwiseParallel(output_layouts=Replicate()),
+            "first": parallel.RowwiseParallel(input_layouts=Replicate()),
+            "qkv": parallel.ColwiseParallel(output_layouts=Replicate()),
         }
-        parallelize_module(model, both["tensor"], ways)
+        parallel.parallelize_module(model, both["tensor"], ways)
         mesh = both["shard"]
     else:
         mesh = device_mesh("cpu", shape, mesh_dim_names=names)
@@ -266,6 +261,8 @@ def ranks_that_disagree_all_raise_before_anything_is_written(context: Context) -
         params[1][1].grad = None
     raises(without.step, "'b'", "'c'", "rank 1")
     unchanged(without, before)
+    give_gradients(opt := optim.Muon(params, method="gram" if odd else "auto"))
+    raises(opt.step, "'a'", "'method': 'gram'", "rank 1")
 
 
 @case(4)

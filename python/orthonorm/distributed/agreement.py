@@ -120,7 +120,8 @@ def check(opt: MatrixOptimizer, work: Work) -> None:
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
     mesh = p.device_mesh
-    views = {k: group[k] for k in ("flatten", "split", "heads") if group.get(k) is not None}
+    keys = ("flatten", "split", "heads", "method", "decay", "constraint")  # what decides the way
+    views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
     return (
         f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {tuple(p.placements)} on mesh "
         f"{mesh.mesh.tolist()}, rule={group['rule']!r}" + (f", {views}" if views else "")
