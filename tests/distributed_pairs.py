@@ -48,7 +48,8 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
-EVERYWHERE = ("Muon", "NorMuon", "Conda")  # the others in the placements that differ most
+EVERYWHERE = ("Muon", "Conda")  # the others in the placements that differ most
+ON_TWO = ("Muon, clipped", "Shampoo", "SPlus", "AdaGO", "Dion")  # as Conda: all of it at owners
 
 
 def placements(world: int) -> dict[str, tuple[tuple[int, ...], list[Any]]]:
@@ -156,7 +157,8 @@ def counted(f: Callable[[], None]) -> tuple[int, int, int, int]:
 def follow(name: str, world: int) -> None:
     found = placements(world)
     if name not in EVERYWHERE:
-        found = {k: v for k, v in found.items() if k in ("rows", "columns", "hybrid", "both")}
+        kept = ("rows", "columns") if world == 2 else ("both",)
+        found = {k: found[k] for k in kept}
     for label, (shape, places) in found.items():
         mesh = device_mesh("cpu", shape)
         a, b = pair(name, mesh, places)

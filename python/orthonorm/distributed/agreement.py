@@ -76,7 +76,7 @@ def without_answer(ranks: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def all_succeed(name: str, ranks: Ranks) -> Iterator[None]:
+def all_succeed(name: str, ranks: Ranks, device: torch.device) -> Iterator[None]:
     """What one rank raises, all raise, before anything is written: a gather of 8 bytes."""
     failed: Exception | None = None
     try:
@@ -84,7 +84,6 @@ def all_succeed(name: str, ranks: Ranks) -> Iterator[None]:
     except Exception as error:
         failed = error
     group = ranks.group
-    device = dist.distributed_c10d._get_pg_default_device(group)
     mine = torch.tensor([failed is not None], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(ranks.size)]
     with reporting(group):
@@ -121,7 +120,8 @@ def check(opt: MatrixOptimizer, work: Work) -> None:
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
     mesh = p.device_mesh
-    views = {k: group[k] for k in ("flatten", "split", "heads") if group.get(k) is not None}
+    keys = ("flatten", "split", "heads", "method", "decay", "constraint")  # what decides the way
+    views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
     return (
         f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {tuple(p.placements)} on mesh "
         f"{mesh.mesh.tolist()}, rule={group['rule']!r}" + (f", {views}" if views else "")

@@ -189,7 +189,7 @@ def update_whole(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) ->
         carried.append([local(t) for t in tensors])
     owned = yield from to_owners(bucket, carried)
     batch = whole_matrices(opt, bucket, states, owned, group)
-    with all_succeed(opt.name, bucket.ranks):
+    with all_succeed(opt.name, bucket.ranks, bucket.items[0].param.device):
         if batch.params:
             batch = batch._replace(prepared=opt.prepare(batch, group))
     count(opt, states)
