@@ -70,6 +70,7 @@ def plain(symbols: list[str]) -> dict[str, str]:
     names = {}
     for symbol, name in zip(symbols, run.stdout.splitlines(), strict=True):
         short = re.sub(r"^void |orthonorm::(?:cuda::)?", "", name)
+        short = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", short)  # a number of an enumeration
         names[symbol] = short.partition("(")[0]
     return names
 

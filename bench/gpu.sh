@@ -60,12 +60,12 @@ part build 200 "$PY" -m pip install -q --no-build-isolation --no-deps -e .
 part backends-compiled 60 "$PY" -m orthonorm
 part tests-compiled 120 "$PY" -m pytest -m gpu tests/test_gpu.py --maxfail=30
 bench twins 100 decayed_update_ muon_prologue_ rotated_adam_ adamw_step_ magnitude row_moment_ \
-  column_moment_ factored_moment_ --seconds 1 --dtype bfloat16 --shape gpt2-small 4096x11008 \
+  column_moment_ factored_moment_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small 4096x11008 \
   --against floor backend
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor an allocation of its own, with its own ends
 for tool in memcheck racecheck initcheck synccheck; do
   part "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-    "$PY" -m pytest -m gpu tests/test_gpu.py -k "test_layout or test_nonfinite_and_empty" \
+    "$PY" -m pytest -m gpu tests/test_gpu.py -k "test_layout or test_bands or test_nonfinite_and_empty" \
     --maxfail=3
 done
 exit "$code"

@@ -29,6 +29,17 @@ struct Rule {
   double eps;       // lower clamp of norms
 };
 
+// x -> 2^-exponent x, in two exact steps because 2^-exponent itself may overflow.
+template <class A>
+struct Shift {
+  A half, rest;
+
+  ORTHONORM_HD explicit Shift(int exponent)
+      : half(static_cast<A>(std::ldexp(1.0, -(exponent / 2)))),
+        rest(static_cast<A>(std::ldexp(1.0, -(exponent - exponent / 2)))) {}
+  ORTHONORM_HD A operator()(A x) const { return x * half * rest; }
+};
+
 struct Half {
   double factor, estimate;
 };

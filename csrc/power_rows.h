@@ -33,17 +33,6 @@ struct Source {
   int exponent = 0;  // elements are read as 2^-exponent times themselves
 };
 
-// x -> 2^-exponent x, in two exact steps because 2^-exponent itself may overflow.
-template <class A>
-struct Shift {
-  A half, rest;
-
-  explicit Shift(int exponent)
-      : half(static_cast<A>(std::ldexp(1.0, -(exponent / 2)))),
-        rest(static_cast<A>(std::ldexp(1.0, -(exponent - exponent / 2)))) {}
-  A operator()(A x) const { return x * half * rest; }
-};
-
 // A block of rows and the arrays of a sweep over it.
 template <class A>
 struct Block {

@@ -11,6 +11,7 @@ import pytest
 import test_rounding
 import torch
 from cuda_on_cpu import library
+from guards import check_bands
 from kernel_bodies import bodies
 from orthonorm import ops
 from orthonorm._library import LOADED, OPS, has_kernel
@@ -48,9 +49,25 @@ def test_layout(case: Case, layout: str, dtype: str) -> None:
 
 
 @EACH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bands(case: Case, dtype: str) -> None:
+    for shapes in calls(case):
+        check_bands(case, shapes, Inputs.named(dtype))
+
+
+def test_power_iteration_of_several_tiles() -> None:
+    """Rows of many tiles, read either way, both orders; the first of a batch as alone."""
+    case = CASES["power_iteration_"]
+    for layout in ("contiguous", "transposed"):
+        for order in ("u_first", "v_first"):
+            inputs = Inputs.named("bfloat16", layout=layout)
+            check_numbers(case, ((2, 150, 40), (40, 150)), inputs, order=order)
+
+
+@EACH
 def test_company(case: Case) -> None:
     """Results are the same bits alone, in a batch and in a list."""
-    for shape in ((2, 40, 40), (2, 41, 67)):
+    for shape in ((2, 40, 40), (2, 141, 67)):
         arguments = made(case, (shape, (35, 64), (1, 70), (64, 3)), Inputs.named("float32"))
         both = run(case, case.op, copied(arguments))
         alone = run(case, case.op, first_member(case, copied(arguments)))
@@ -64,7 +81,7 @@ def test_company(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in SERVED if c.takes_list], ids=lambda c: c.name)
 def test_long_lists_are_several_launches(case: Case) -> None:
-    few = "norm" in case.name or "moment" in case.name or case.name == "magnitude"
+    few = any(word in case.name for word in ("norm", "moment", "power", "magnitude"))
     check_numbers(case, ((3, 5), (2, 2, 3)) * (60 if few else 140), Inputs.named("float32"))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import test_ops
 import torch
+from guards import check_bands
 from orthonorm import optim
 from orthonorm._library import LOADED, triton_kernel
 from orthonorm.bench.cases import CASES, Case, tensors
@@ -68,6 +69,14 @@ def test_variant(case: Case, dtype: str, variant: Arguments) -> None:
 def test_layout(case: Case, layout: str) -> None:
     check_numbers(case, ((2, 3, 17, 9),), inputs("float32", layout=layout))
     check_numbers(case, ((2, 40, 72),), inputs("bfloat16", layout=layout))
+
+
+@EACH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bands(case: Case, dtype: str) -> None:
+    """Nothing is written outside of tensors that are moved 16 bytes an access."""
+    for some in calls(case, SMALL):
+        check_bands(case, some, inputs(dtype))
 
 
 def repeatable(case: Case) -> Arguments:

@@ -56,16 +56,6 @@ struct GroupSums {
   double before = 0, after = 0, moments = 0;
 };
 
-template <auto member>
-__device__ inline const LineEntry& locate(const LineTable& table, uint32_t value) {
-  int low = 0, high = table.entries_used;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.entries[middle].*member <= value ? low : high) = middle;
-  }
-  return table.entries[low];
-}
-
 // A block's tile, and this thread's place in it.
 struct Tile {
   int64_t matrix, row, column;  // of the tile's corner

@@ -8,6 +8,8 @@ namespace orthonorm::cuda {
 
 inline constexpr int warp = 32;
 
+__device__ inline int from_lane(int x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+__device__ inline float from_lane(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ inline double from_lane(double x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ inline SquareSum from_lane(const SquareSum& x, int mask) {
   return {__shfl_xor_sync(~0u, x.sum, mask), __shfl_xor_sync(~0u, x.exponent, mask)};

@@ -77,8 +77,8 @@ static_assert(sizeof(Table<4>) <= Table<4>::bytes);
 
 // The last entry whose `member` is not after `value`: by tile or by matrix. Empty ones before it
 // have the same value, so that it is one with elements.
-template <auto member, int N>
-__device__ inline const Entry<N>& locate(const Table<N>& table, uint32_t value) {
+template <auto member, class Table>
+__device__ inline const auto& locate(const Table& table, uint32_t value) {
   int low = 0, high = table.entries_used;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
