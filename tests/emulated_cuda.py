@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 
 import pytest
-import test_ops
 import test_rounding
 import torch
 from cuda_on_cpu import library
+from kernel_bodies import bodies
 from orthonorm import ops
 from orthonorm._library import LOADED, OPS, has_kernel
 from orthonorm.bench.cases import CASES, Case, tensors
-from orthonorm.bench.inputs import Arguments, Inputs, copied
+from orthonorm.bench.inputs import Inputs, copied
 from test_ops import Shapes, by_dtype, check_numbers, first_member, made, run
 
 assert os.environ.get("ORTHONORM_BACKEND") == "reference", "run tests/test_cuda_on_cpu.py instead"
@@ -36,21 +36,7 @@ def test_only_these_kernels_serve() -> None:
     assert {c.name for c in SERVED} <= set(OPS)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [pytest.param(c, d, id=f"{c.name}-{d}") for c in SERVED for d in by_dtype(c)]
-)
-def test_error(case: Case, dtype: str) -> None:
-    for shapes in calls(case):
-        check_numbers(case, shapes, Inputs.named(dtype))
-
-
-@pytest.mark.parametrize(
-    ("case", "variant"),
-    [pytest.param(c, v, id=f"{c.name}-{i}") for c in SERVED for i, v in enumerate(c.variants)],
-)
-def test_variant(case: Case, variant: Arguments) -> None:
-    for shapes in (((2, 9, 20), (20, 9)),) if case.takes_list else (((20, 9),), ((9, 20),)):
-        check_numbers(case, shapes, Inputs.named("float32", seed=1), **variant)
+TestBodies = bodies(SERVED, by_dtype, calls)
 
 
 @EACH
@@ -59,36 +45,6 @@ def test_variant(case: Case, variant: Arguments) -> None:
 def test_layout(case: Case, layout: str, dtype: str) -> None:
     check_numbers(case, ((2, 2, 19, 33),), Inputs.named(dtype, layout=layout))
     check_numbers(case, ((3, 64, 64),), Inputs.named(dtype, layout=layout))
-
-
-@EACH
-def test_empty(case: Case) -> None:
-    for shape in test_ops.EMPTY:
-        test_ops.test_empty(case, shape)
-
-
-@EACH
-def test_zero(case: Case) -> None:
-    test_ops.test_zero(case)
-
-
-@pytest.mark.parametrize("case", [c for c in SERVED if c.scale_free], ids=lambda c: c.name)
-@pytest.mark.parametrize("scale", [2.0**-133, 2.0**119])
-def test_scale(case: Case, scale: float) -> None:
-    test_ops.test_scale(case, "float32", scale)
-
-
-@EACH
-@pytest.mark.parametrize("scale", [1e-40, 1e36], ids=["1e-40", "1e36"])
-def test_finite_stays_a_number(case: Case, scale: float) -> None:
-    test_ops.test_finite_stays_a_number(case, scale)
-
-
-@EACH
-def test_nonfinite_stays_inside(case: Case) -> None:
-    test_ops.test_nonfinite_stays_inside(case, ((3, 9, 14),), float("nan"))
-    if case.takes_list:
-        test_ops.test_nonfinite_stays_inside(case, ((9, 14),) * 3, float("inf"))
 
 
 @EACH

@@ -17,9 +17,10 @@ import test_rounding
 import torch
 import triton
 import triton.language as tl
+from kernel_bodies import bodies
 from orthonorm._library import LOADED, OPS
 from orthonorm.bench.cases import CASES, Case
-from orthonorm.bench.inputs import Arguments, Inputs, copied
+from orthonorm.bench.inputs import Inputs, copied
 from orthonorm.bench.makers import KELLER
 from test_ops import Shapes, check_numbers, first_member, made, run
 
@@ -50,22 +51,7 @@ def test_every_leaf_op_is_served() -> None:
     assert {name for name, _ in LOADED.served} >= leaves
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [pytest.param(c, d, id=f"{c.name}-{d}") for c in SERVED for d in dtypes(c)],
-)
-def test_error(case: Case, dtype: str) -> None:
-    for shapes in calls(case):
-        check_numbers(case, shapes, Inputs.named(dtype))
-
-
-@pytest.mark.parametrize(
-    ("case", "variant"),
-    [pytest.param(c, v, id=f"{c.name}-{i}") for c in SERVED for i, v in enumerate(c.variants)],
-)
-def test_variant(case: Case, variant: Arguments) -> None:
-    for shapes in (((2, 9, 20), (20, 9)),) if case.takes_list else (((20, 9),), ((9, 20),)):
-        check_numbers(case, shapes, Inputs.named("float32", seed=1), **variant)
+TestBodies = bodies(SERVED, dtypes, calls)
 
 
 @EACH
@@ -84,36 +70,6 @@ def test_dense_and_aligned(case: Case) -> None:
 @EACH
 def test_float64_is_left_to_definitions_or_exact(case: Case) -> None:
     check_numbers(case, ((2, 5, 9),), Inputs.named("float64"))
-
-
-@EACH
-def test_empty(case: Case) -> None:
-    for shape in test_ops.EMPTY:
-        test_ops.test_empty(case, shape)
-
-
-@EACH
-def test_zero(case: Case) -> None:
-    test_ops.test_zero(case)
-
-
-@pytest.mark.parametrize("case", [c for c in SERVED if c.scale_free], ids=lambda c: c.name)
-@pytest.mark.parametrize("scale", [2.0**-133, 2.0**119])
-def test_scale(case: Case, scale: float) -> None:
-    test_ops.test_scale(case, "float32", scale)
-
-
-@EACH
-@pytest.mark.parametrize("scale", [1e-40, 1e36], ids=["1e-40", "1e36"])
-def test_finite_stays_a_number(case: Case, scale: float) -> None:
-    test_ops.test_finite_stays_a_number(case, scale)
-
-
-@EACH
-def test_nonfinite_stays_inside(case: Case) -> None:
-    test_ops.test_nonfinite_stays_inside(case, ((3, 9, 14),), float("nan"))
-    if case.takes_list:
-        test_ops.test_nonfinite_stays_inside(case, ((9, 14),) * 3, float("inf"))
 
 
 def test_power_of_two() -> None:
