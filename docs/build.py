@@ -43,8 +43,8 @@ td, th {{ border: 1px solid #ccc; padding: .2rem .5rem; text-align: left }}
 """
 
 
-def reference(folder: Path) -> None:
-    """Pages of the modules, all of whose public names say what they are."""
+def reference(folder: Path) -> int:
+    """Pages of the modules, all of whose public names say what they are; how many."""
     modules = list(MODULES)
     if find_spec("torchtitan"):  # that module imports it
         modules.append("orthonorm.compat.torchtitan")
@@ -60,6 +60,7 @@ def reference(folder: Path) -> None:
     # pdoc 16 looks for the types of a NamedTuple's fields where it is exported, not where made
     warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")
     pdoc.pdoc(*modules, output_directory=folder)
+    return len(modules)
 
 
 def guide(page: Path, folder: Path) -> None:
@@ -98,8 +99,8 @@ def main(folder: Path) -> None:
     for page in PAGES:
         guide(page, folder)
     (folder / "index.html").write_bytes((folder / "README.html").read_bytes())
-    reference(folder / "api")
-    print(f"{len(PAGES)} guides and the reference of {len(MODULES)} modules in {folder}")
+    documented = reference(folder / "api")
+    print(f"{len(PAGES)} guides and the reference of {documented} modules in {folder}")
 
 
 if __name__ == "__main__":
