@@ -29,8 +29,8 @@ The tests run every op in each of these dtypes on the CPU; the CUDA C++ kernels 
 the CPU, and Triton's by its interpreter. Both are compiled for sm_80, sm_90 and sm_100.
 """
 OPTIMIZERS = """
-**Optimizers.** All take these four dtypes, DDP, replicated DTensors and stacks sharded along their
-matrices. "Sharded matrices" are those of FSDP2, HSDP and tensor parallel.
+**Optimizers.** All take these four dtypes, DDP and DTensors (FSDP2, HSDP, tensor parallel, both).
+Of a matrix that is cut, what is named here travels to the rank that computes its step.
 """
 
 
@@ -59,9 +59,13 @@ def page() -> str:
     head = ("op", "CPU", "CUDA", "CUDA, not built", "dtypes", "takes lists")
     ops = table(head, [op_row(case) for case in CASES.values()])
     rows = [
-        (f"`{name}`", yes(cls.self_contained), ", ".join(cls.decays))
+        (
+            f"`{name}`",
+            "update" if cls.self_contained else "update, weight, state",
+            ", ".join(cls.decays),
+        )
         for name, cls in sorted(REGISTRY.items(), key=lambda item: item[0].lower())
         if name != "AdamW"
     ]
-    optimizers = table(("optimizer", "sharded matrices", "decay"), rows)
+    optimizers = table(("optimizer", "travels", "decay"), rows)
     return f"{LEAD}\n{ops}\n{OPTIMIZERS}\n{optimizers}\n"
