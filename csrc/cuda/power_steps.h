@@ -211,7 +211,7 @@ struct PowerMatrix {
 
 // Every tile of a table.
 template <class A>
-__global__ void __launch_bounds__(power_threads)
+__global__ void __launch_bounds__(power_threads, 1)  // unasked, nvcc spills to fit two (2026-11)
     power_sweep_kernel(ORTHONORM_CONSTANT(PowerTable) table, char* scratch) {
   ORTHONORM_DYNAMIC_SHARED(uint4, kept);
   const PowerEntry& e = locate<&PowerEntry::first_tile>(table, blockIdx.x);
