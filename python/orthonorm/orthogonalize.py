@@ -56,7 +56,7 @@ def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precisio
         dtypes = [torch.float16]
     else:
         dtypes = [torch.float32, torch.bfloat16]
-    if small or n <= 1:
+    if small or n == 0:
         return Choice("direct" if form == "auto" else form, dtypes[0], small)
     forms = ["direct", "gram"] if form == "auto" else [form]
     if form == "auto" and (len(triples) == 1 or (dtypes == [torch.bfloat16] and not on_cpu)):
