@@ -156,6 +156,11 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
     ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
     "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
+    "inner": ("products_kernel", ("X", "Y"), (("sums", "*fp64"),), {}),
+    "elementwise_moment": (
+        "elementwise_moment_kernel", ("V", "X"),
+        (("corrections", "*fp64"), ("sums", "*fp64")), {},
+    ),
     "gram_fold": ("fold_kernel", ("OUT", "X"), (), {}),
     "muon_prologue": (
         "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True}
@@ -229,7 +234,7 @@ POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "vectors_kernel": ((), {}),
     "start_kernel": (("U_TYPE", "V_TYPE"), {}),
     "end_kernel": (("U_TYPE", "V_TYPE"), {"MOVED": True}),
-    "norms_kernel": ((), {"CHUNK": 256}),
+    "norms_kernel": ((), {"CHUNK": 256, "ROOT": True}),
 }
 
 

@@ -32,8 +32,8 @@ def squares_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr):
-    """norms[first matrix + batch] from the sums of each matrix's tiles."""
+def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr, ROOT: tl.constexpr):
+    """norms[first matrix + batch]: the sum of each matrix's tiles, or its root."""
     batch = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1)
     first = tiles.field(entries, count, entry, 0)
@@ -45,14 +45,18 @@ def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr):
         local = tl.arange(0, CHUNK)
         for start in range(0, size, CHUNK):
             total += tl.load(at + start + local, mask=local < size - start, other=0.0)
-        norm = tl.sqrt(tl.sum(total, axis=0))
+        norm = tl.sum(total, axis=0)
+        if ROOT:
+            norm = tl.sqrt(norm)
         tl.store(norms + tiles.field(entries, count, entry, 4) + batch, norm)
 
 
-def norms_of(table: tables.Table, group: each.Group, sums: Tensor, norms: Tensor) -> None:
-    """Norms from sums of squares by tile, into the places of the list's matrices."""
+def norms_of(
+    table: tables.Table, group: each.Group, sums: Tensor, norms: Tensor, root: bool = True
+) -> None:
+    """Norms from sums of squares by tile (sums, without the root), by matrix of the list."""
     grid = (group.most_matrices, table.count)
-    norms_kernel[grid](table.data, table.count, sums, norms, CHUNK, num_warps=4, **FUSION)
+    norms_kernel[grid](table.data, table.count, sums, norms, CHUNK, root, num_warps=4, **FUSION)
 
 
 def empty_norms(X: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -116,7 +116,8 @@ from orthonorm import ops, polar
 from orthonorm._library import OPS
 def made():
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(*s, generator=g) for s in ((300, 1200), (260, 250), (40, 32, 32), (1, 5000))]
+    shapes = ((300, 1200), (260, 250), (40, 32, 32), (1, 5000))
+    return [torch.randn(*s, generator=g) for s in shapes]
 def work():
     X = made()
     u, v = ([torch.ones(*x.shape[:-2], x.shape[d]) for x in X] for d in (-2, -1))
