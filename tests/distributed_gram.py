@@ -27,6 +27,8 @@ def makers(context: Context) -> list[tuple[Any, list[Any], bool]]:
     """Meshes and placements, and whether matrices are wide."""
     flat = device_mesh("cpu", (context.world,))
     found: list[Any] = [(flat, [Shard(0)], False), (flat, [Shard(1)], True)]
+    if context.world == 2:  # a cut among one rank is none
+        found.append((device_mesh("cpu", (1, 2)), [Shard(1), Shard(0)], False))
     if context.world == 4:
         found.append((device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)], False))
     return found

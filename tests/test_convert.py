@@ -270,6 +270,12 @@ def test_what_does_not_fit_is_refused() -> None:
         convert(same, "keller", optim.NorMuon(params), params)
     with pytest.raises(ValueError, match="rule='matrix'"):
         convert(same, "keller", optim.AdamW(params), params)
+    same["state"] = {}  # as settings alone would be
+    with pytest.raises(ValueError, match="rule='matrix'"):
+        convert(same, "keller", optim.AdamW(params), params)
+    scheduled = [{**group, "initial_lr": 0.1, "params": [0]}, {**group, "params": [1]}]
+    with pytest.raises(ValueError, match=r"one initial_lr, got None beside 0\.1"):
+        convert({"state": {}, "param_groups": scheduled}, "keller", opt, params)
     with pytest.raises(ValueError, match="algorithm"):
         lion = [{"algorithm": "lion", "step": 1, "params": [0, 1]}]
         convert({"state": {}, "param_groups": lion}, "dion", opt, params)

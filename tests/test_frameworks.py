@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from orthonorm import optim
-from orthonorm.compat.factory import by_name, create_optimizer
+from orthonorm.compat.factory import create_optimizer
+from orthonorm.optim.configure import by_name
 from torch import Tensor, nn
 
 pytestmark = [

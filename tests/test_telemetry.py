@@ -73,6 +73,17 @@ def test_muon_tells_spectral_measures_of_its_momentum(rescale: float) -> None:
     assert told["nuclear_norm"] == pytest.approx(nuclear, rel=1e-5)
 
 
+def test_a_search_among_polar_factors_tells_the_nuclear_norm_of_its_update_alone() -> None:
+    (p,) = params = make(torch.float64, SHAPES[:1])
+    opt = optim.SSO(params, lr=0.01, momentum=0.0, precision="full", telemetry=1)
+    set_grads(0, params)
+    assert p.grad is not None
+    X = p.grad / p.grad.norm()
+    opt.step()
+    nuclear = float((X * orthonorm.polar(X, "polar_express", precision="full")).sum())
+    assert opt.telemetry()[0]["nuclear_norm"] == pytest.approx(nuclear, rel=1e-5)
+
+
 def test_the_companion_tells_its_norms() -> None:
     params, gains = make(torch.float32, SHAPES), make(torch.float32, ((5,), (2, 3)))
     groups: list[dict[str, Any]] = [{"params": params}, {"params": gains, "rule": "adamw"}]

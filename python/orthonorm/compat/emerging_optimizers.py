@@ -61,7 +61,8 @@ def newton_schulz(
         transpose: the side that is multiplied out. f is the same from both, so it matters with
             `tp_group` only: True where the rows of a matrix are spread, False for columns.
         tp_group: process group over which x is spread. One Gram matrix is summed at the start and
-            one at each restart, where the original sums one at each step.
+            one at each restart, where the original sums one at each step; at each step here too
+            where the whole matrix has fewer columns than rows (rows than columns if transposed).
         use_syrk: has no meaning here.
 
     Precision: float32 in direct form; where torch.get_float32_matmul_precision() is "medium", what

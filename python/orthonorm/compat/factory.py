@@ -6,17 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..optim import REGISTRY, AdamW, MatrixOptimizer, split_params
-
-
-def by_name(name: str | type[MatrixOptimizer]) -> type[MatrixOptimizer]:
-    """An optimizer class of `orthonorm.optim` by its name in any case, or the class itself."""
-    if isinstance(name, type) and issubclass(name, MatrixOptimizer):
-        return name
-    known = {key.lower(): cls for key, cls in REGISTRY.items()}
-    if not isinstance(name, str) or name.lower() not in known:
-        raise ValueError(f"optimizer must be one of {sorted(REGISTRY)}, got {name!r}")
-    return known[name.lower()]
+from ..optim import AdamW, MatrixOptimizer, split_params
+from ..optim.configure import by_name
 
 
 def groups_of(model: nn.Module, cls: type[MatrixOptimizer], **options: Any) -> list[dict[str, Any]]:

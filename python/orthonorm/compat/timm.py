@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from ..optim import MatrixOptimizer
+from ..optim.configure import by_name
 from ..optim.split import NOT_HIDDEN
-from .factory import by_name, groups_of
+from .factory import groups_of
 
 __all__ = [
     "create_optimizer_v2",

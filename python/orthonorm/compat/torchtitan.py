@@ -17,8 +17,8 @@ import torch
 from torchtitan.components import optimizer as titan
 
 from ..optim import MatrixOptimizer
+from ..optim.configure import by_name
 from ..optim.split import is_hidden
-from .factory import by_name
 
 __all__ = [
     "OptimizersContainer",

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..optim import MatrixOptimizer
-from .factory import by_name, create_optimizer
+from ..optim.configure import by_name
+from .factory import create_optimizer
 
 __all__ = [
     "OptimizerFactory",

@@ -18,7 +18,7 @@ from ..ops import apply, divide_each, gram_polynomial, magnitude
 from ..ops import gram as gram_of
 from ..ops.newton_schulz import frobenius
 from ..ops.words import segments, triples_of
-from ..optim.tensors import is_cut, sharded_dims
+from ..optim.tensors import sharded_dims
 from ..orthogonalize import choose
 from ..polar import Polynomial
 from .agreement import reporting
@@ -100,7 +100,7 @@ def directions(
 
 def short_last(p: Any) -> bool:
     """Whether rows are shared out, so that columns are the short side."""
-    return next(x.dim % 2 for x in p.placements if is_cut(x)) == 0
+    return bool(p.placements[sharded_dims(p)[0]].dim % 2 == 0)
 
 
 def whole_norms(blocks: list[Tensor], ranks: dist.ProcessGroup) -> Travel[Tensor]:

@@ -61,9 +61,12 @@ def configure(
 
 
 def by_name(name: object) -> type[MatrixOptimizer]:
+    """An optimizer class of `orthonorm.optim` by its name in any case, or the class itself."""
+    if isinstance(name, type) and issubclass(name, MatrixOptimizer):
+        return name
     known = {key.lower(): cls for key, cls in REGISTRY.items()}
     if not isinstance(name, str) or name.lower() not in known:
-        raise ValueError(f"configure: optimizer must be one of {sorted(REGISTRY)}, got {name!r}")
+        raise ValueError(f"optimizer must be one of {sorted(REGISTRY)}, got {name!r}")
     return known[name.lower()]
 
 

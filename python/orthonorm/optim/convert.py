@@ -111,7 +111,7 @@ def _check(
     rule: str,
     state: State,
 ) -> None:
-    if state and rule != group["rule"]:
+    if rule != group["rule"]:
         raise ValueError(f"{label} must be in a group with rule={rule!r}, got {group['rule']!r}")
     wanted = set(shapes(optimizer, p, group)) | ({"step"} if optimizer.counts_steps else set())
     if state and wanted != set(state):
@@ -126,9 +126,9 @@ def _agreed(found: list[tuple[str, dict[str, Any]]], group: dict[str, Any]) -> d
     settings = {k: v for k, v in found[0][1].items() if k in group or k == "initial_lr"}
     for label, other in found[1:]:
         for key, value in settings.items():
-            if other[key] != value:
+            if other.get(key) != value:
                 raise ValueError(
-                    f"{label}: a group must have one {key}, got {other[key]} beside {value}"
+                    f"{label}: a group must have one {key}, got {other.get(key)} beside {value}"
                 )
     return settings
 

@@ -56,13 +56,17 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
         )  # fmt: skip
 
     def polar(self, updates: Updates, group: Mapping[str, Any]) -> Updates:
-        """The polar factors of the updates, in new stacks."""
+        """The polar factors of the updates, in new stacks; telemetry has their nuclear norms."""
+        found = self.iterated(updates, group)
+        if probe := self.probe(group):
+            probe.add_polar(updates, found)
+        return found
+
+    def iterated(self, updates: Updates, group: Mapping[str, Any]) -> Updates:
+        """`polar` without telemetry, for what is no factor of the updates themselves."""
         p = self.polynomial(group)
         factors = newton_schulz.overload(
             updates.stacks, p.coefficients, p.restarts, group["method"], p.precision, p.scale,
             group["eps"], p.safety, updates.norms,
         )  # fmt: skip
-        found = Updates(factors)
-        if probe := self.probe(group):
-            probe.add_polar(updates, found)
-        return found
+        return Updates(factors)

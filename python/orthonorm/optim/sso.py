@@ -114,7 +114,7 @@ class SSO(Orthogonalizing):
         def shifted(lam: Tensor) -> Updates:
             counts = [math.prod(x.shape[:-2]) for x in X.stacks]
             triples = zip(X.stacks, tops.stacks, lam.split(counts), strict=True)
-            return self.polar(
+            return self.iterated(
                 Updates([x + (s.view(*x.shape[:-2], 1, 1) * top).to(x.dtype)
                          for x, top, s in triples]), group
             )  # fmt: skip
