@@ -175,6 +175,7 @@ def test_growth_alarm() -> None:
     assert [i for i, x in enumerate(told) if x] == [7]  # 1.3^5.3 is 4
     assert not any(alarm("b", 10.0**k) for k in range(3))  # its own history, still filling
     assert [alarm("a", x) for x in (math.nan, math.inf)] == [False, True]
+    assert [alarm("c", x) for x in (math.inf, math.nan)] == [False, True]  # without a median yet
     with pytest.raises(ValueError, match=r"factor must be in \[1, "):
         monitor.GrowthAlarm(0.5)
 

@@ -17,11 +17,11 @@ class GrowthAlarm:
     while the loss is still calm; Spectral Alignment sees neither. It does not see an explosion
     within a few measurements, nor one at steady updates (drifting inputs). A warm-up and a restart
     of the schedule grow on purpose and raise it: begin measuring after them. A value that is not
-    finite counts as grown. After an alarm a matrix starts anew.
+    finite counts as grown, and enters no median. After an alarm a matrix starts anew.
 
     Args:
         factor: growth that is too much.
-        window: measurements of one median; there is no alarm before as many.
+        window: measurements of one median; before as many only what is not finite has grown.
         patience: measurements in a row above the factor.
     """
 
@@ -38,7 +38,7 @@ class GrowthAlarm:
     def __call__(self, name: str, value: float) -> bool:
         """Whether this value of the matrix `name` raises the alarm."""
         least = self._least.get(name, math.inf)
-        grown = not value <= self.factor * least
+        grown = not math.isfinite(value) or value > self.factor * least
         self._high[name] = self._high.get(name, 0) + 1 if grown else 0
         if self._high[name] >= self.patience:
             for history in (self._recent, self._least, self._high):
