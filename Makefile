@@ -61,7 +61,7 @@ lint: $(VENV)/built
 cpp:
 	cmake -S . -B build/cpp -DSANITIZE=ON
 	cmake --build build/cpp -j 2
-	ctest --test-dir build/cpp --output-on-failure
+	ctest --test-dir build/cpp -j 2 --output-on-failure
 
 cuda: $(VENV)/built
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -DWITH_CUDA=ON -DBUILD_TESTING=OFF
