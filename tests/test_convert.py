@@ -279,3 +279,17 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="algorithm"):
         lion = [{"algorithm": "lion", "step": 1, "params": [0, 1]}]
         convert({"state": {}, "param_groups": lion}, "dion", opt, params)
+
+
+@pytest.mark.parametrize("saved", [{}, None, {"state": {}}])
+def test_what_is_no_state_dict_is_refused(saved):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(TypeError, match="saved must be a dict of 'state' and 'param_groups', got"):
+        optim.convert_state_dict(saved, "keller", optim.Muon([p], lr=0.1), [p])
+
+
+def test_what_is_no_matrix_optimizer_is_refused():
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    other = torch.optim.SGD([p])
+    with pytest.raises(TypeError, match="optimizer must be a MatrixOptimizer, got SGD"):
+        optim.convert_state_dict(other.state_dict(), "keller", other, [p])

@@ -104,3 +104,27 @@ def test_what_does_not_clip_and_what_is_refused() -> None:
         with pytest.raises(ValueError, match="qk_clip_"):
             optim.qk_clip_after_step(torch.optim.SGD([Q], lr=0.1), [{**ok, **bad}])
         assert torch.equal(Q, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.ones(1, 2, 4, 8, dtype=torch.float64)}, "must share one dtype"),
+        ({"scale": float("nan")}, "scale must be in"),
+        ({"scale": "1"}, "scale must be a number"),
+        ({"k": torch.ones(1, 2, 0, 8)}, "k must not be empty"),
+        ({"k": torch.ones(1, 0, 4, 8)}, "k must not be empty"),
+        ({"q": torch.ones(0, 2, 4, 8)}, "q must not be empty"),
+    ],
+)
+def test_observing_refuses_before_it_writes(change, message):
+    seen, x = torch.zeros(2), torch.ones(1, 2, 4, 8)
+    with pytest.raises((ValueError, TypeError), match=f"observe_logits_: .*{message}"):
+        optim.observe_logits_(**{"seen": seen, "q": x, "k": x, **change})
+    assert not seen.any()
+
+
+def test_a_layer_without_logits_is_named():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(TypeError, match=r"layers\[0\]\['logits'\] must be a Tensor, got NoneType"):
+        optim.qk_clip_after_step(optimizer, [{"query": torch.ones(2, 2), "key": torch.ones(2, 2)}])

@@ -53,6 +53,13 @@ def convert_state_dict(
     check.choice(name, "layout", layout, LAYOUTS)
     if isinstance(saved, (str, os.PathLike)):
         saved = read(saved)
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+        raise TypeError(f"{name}: saved must be a dict of 'state' and 'param_groups', got {got}")
+    if not isinstance(optimizer, MatrixOptimizer):
+        raise TypeError(
+            f"{name}: optimizer must be a MatrixOptimizer, got {type(optimizer).__name__}"
+        )
     theirs = _ordered(params, sort=layout == "keller_sorted")
     groups = {i: g for g in saved["param_groups"] for i in g["params"]}
     if len(groups) != len(theirs):

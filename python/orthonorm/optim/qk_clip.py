@@ -31,12 +31,22 @@ def observe_logits_(
         causal: only j <= i + T' - T.
 
     Under data or context parallelism reduce `seen` by its maximum before the step.
+
+    Raises: ValueError or TypeError where shapes, dtypes or `scale` do not fit, before anything is
+    written.
     """
     op = "observe_logits_"
     check.tensor(op, "seen", seen, min_dim=1)
     check.tensor(op, "q", q, min_dim=3)
     check.tensor(op, "k", k, min_dim=3)
+    check.same_dtype(op, q=q, k=k)
+    check.same_device(op, seen=[seen], q=[q], k=[k])
+    if scale is not None:
+        check.number(op, "scale", scale)
     check.equal_shape(op, "seen", seen, q.shape[-3:-2])
+    for name, x in (("q", q), ("k", k)):
+        if not x.numel():
+            raise ValueError(f"{op}: {name} must not be empty, got shape {check.shape(x)}")
     (heads, T, d), (kv_heads, length, _) = q.shape[-3:], k.shape[-3:]
     check.equal_shape(op, "k", k, (*q.shape[:-3], kv_heads, length, d))
     _divides(op, "kv_heads", kv_heads, "heads", heads)
@@ -121,7 +131,8 @@ def qk_clip_after_step(
     Returns: a handle whose remove() ends it.
     """
     kept = [{**settings, **layer} for layer in layers]
-    for layer in kept:
+    for i, layer in enumerate(kept):
+        check.tensor("qk_clip_after_step", f"layers[{i}]['logits']", layer.get("logits"))
         qk_clip_(**{**layer, "logits": torch.zeros_like(layer["logits"])})  # refuses what it must
 
     def clip(*_: Any) -> None:
