@@ -97,7 +97,7 @@ def test_what_does_not_clip_and_what_is_refused() -> None:
     ok = dict(query=Q, key=K, logits=torch.full((HEADS,), 500.0))
     for bad in (
         dict(logits=torch.ones(5)), dict(kv_heads=3), dict(rope=D + 1), dict(values=D + 1),
-        dict(tau=0.0), dict(alpha=1.5), dict(key=K[:-1]),
+        dict(tau=0.0), dict(alpha=1.5), dict(key=K[:-1]), dict(key=K[:1].expand(HEADS * D, WIDTH)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="qk_clip_"):
             optim.qk_clip_(**{**ok, **bad})

@@ -33,6 +33,12 @@ def tensor(op: str, name: str, value: object, min_dim: int = 0) -> None:
         )
 
 
+def not_expanded(label: str, value: Tensor) -> None:
+    """No two elements of a tensor that will be written share their memory by a stride of 0."""
+    if any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(f"{label} must not be expanded, got strides {value.stride()}")
+
+
 def tensors(op: str, name: str, values: object, min_dim: int = 0) -> None:
     """`values` is a list of such tensors on one device."""
     if not isinstance(values, (list, tuple)):

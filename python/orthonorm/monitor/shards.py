@@ -17,11 +17,16 @@ def gathered(t: Any) -> Tensor:
     return t.full_tensor() if is_distributed(t) else t
 
 
-def on_any_rank(fact: bool, params: Iterable[Tensor]) -> bool:
-    """Whether it holds on one rank of those with DTensors: clocks differ, decisions must not."""
-    shared = next((p for p in params if is_distributed(p)), None)
-    if shared is None:
-        return fact
-    flag = torch.tensor(int(fact), device=shared.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+def on_any_rank(fact: bool, params: Iterable[Any]) -> bool:
+    """Whether it holds on one rank of the meshes of the DTensors: clocks differ, decisions must
+    not."""
+    meshes: dict[Any, torch.device] = {}
+    for p in params:
+        if is_distributed(p):
+            meshes.setdefault(p.device_mesh, p.device)
+    for mesh, device in meshes.items():
+        flag = torch.tensor(int(fact), device=device)
+        for dim in range(mesh.ndim):
+            dist.all_reduce(flag, dist.ReduceOp.MAX, mesh.get_group(dim))
+        fact = bool(flag)
+    return fact

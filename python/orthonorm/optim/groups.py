@@ -146,8 +146,7 @@ class Groups(torch.optim.Optimizer):
                     f"{label} must be dense float32, float64, bfloat16 or float16, "
                     f"got {p.dtype}, {p.layout}"
                 )
-            if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-                raise ValueError(f"{label} must not be expanded, got strides {p.stride()}")
+            check.not_expanded(label, p)
         if group["rule"] == "matrix":
             self._check_views(group)
         self.check_shardings(group)

@@ -93,6 +93,8 @@ def qk_clip_(
     op = "qk_clip_"
     check.tensor(op, "query", query, min_dim=1)
     check.tensor(op, "key", key, min_dim=1)
+    for name, weight in (("query", query), ("key", key)):
+        check.not_expanded(f"{op}: {name}", weight)
     check.tensor(op, "logits", logits, min_dim=1)
     check.number(op, "tau", tau, 1e-30)
     check.number(op, "alpha", alpha, 0.0, 1.0)
