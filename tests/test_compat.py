@@ -146,7 +146,10 @@ def test_rows_scaled_before_the_iteration() -> None:
 
 def test_epsilon_may_be_a_tensor() -> None:
     G = torch.randn(30, 20) * 1e-6
-    a, b = (dion.newton_schulz_triton(G, epsilon=e) for e in (1e-5, torch.tensor(1e-5).double()))
+    a, b = (
+        dion.newton_schulz_triton(G, epsilon=e)
+        for e in (1e-5, torch.tensor(1e-5, dtype=torch.float64))
+    )
     assert torch.equal(a, b)
 
 
