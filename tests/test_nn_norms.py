@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
 ]
-# Random cases of each bound; 10,000 were run in 2026-11.
+# Random cases of each bound; ORTHONORM_EXAMPLES=10000 for more.
 CASES = int(os.environ.get("ORTHONORM_EXAMPLES", "300"))
 
 

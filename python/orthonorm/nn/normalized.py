@@ -15,8 +15,8 @@ from .convolution import ConvOperator
 
 WARM_UP = 15  # steps from random vectors, as torch's parametrization takes when it is registered
 
-# Elements of weights that share a node of the graph: a node costs 10 us in the forward and 20 in
-# the backward; one for all would keep all gradients at once and out of the cache (2026-11).
+# Elements of weights that share a node of the graph: every node costs Python in both directions,
+# one for all would keep all gradients at once. Chosen without a sweep.
 NODE = 1 << 18
 
 
