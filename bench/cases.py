@@ -43,7 +43,8 @@ class Case:
         variants: keyword sets the tests run beside the defaults.
         scale_free: finite for every finite input, whatever its scale (DESIGN.md decision 7).
         shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
-        scaled: outputs that a number of each matrix scales, so that their errors are one error.
+        quotients: outputs over result0, one number of each matrix, whose error they share: they
+            are judged by their products with it.
         limit: longest side the op takes.
         polar: its result approximates the polar factor of "X".
         quick: its workload in the quick suite, the first of `shapes` if empty.
@@ -59,7 +60,7 @@ class Case:
     scale_free: bool = False
     shapes: tuple[str, ...] = ("gpt2-small-3",)
     dtypes: tuple[str, ...] = BOTH
-    scaled: tuple[str, ...] = ()
+    quotients: tuple[str, ...] = ()
     limit: int | None = None
     polar: bool = False
     quick: str = ""
@@ -271,8 +272,8 @@ _ROWS = (
         variants=({"steps": 3, "order": "v_first"}, {"steps": 0}, {"eps": 1e-12}),
     ),
     Case(
-        "spectral_normalization_", makers.spectral_normalization, written=("out",), scaled=("out",),
-        scale_free=True, shapes=_MODEL,
+        "spectral_normalization_", makers.spectral_normalization, written=("out",),
+        quotients=("out",), scale_free=True, shapes=_MODEL,
         variants=({"steps": 3, "order": "v_first", "eps": 1e-12}, {"steps": 0}),
     ),
     Case(

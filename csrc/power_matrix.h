@@ -74,7 +74,7 @@ class Iteration {
         return;
       }
       if (sweep_ == Sweep::quotient) {
-        const double sigma = progress_.sigma();
+        const double sigma = static_cast<A>(progress_.sigma());  // as it is returned
         const double divisor = sigma == 0 ? 1 : sigma;
         return divide_rows(source_, matrix_->quotient, first, rows, cols, divisor);
       }
