@@ -371,7 +371,8 @@ class Monitor:
 
     def close(self) -> None:
         """Removes every hook; the rows stay."""
-        self._disarm()
+        with self._guard("step"):
+            self._disarm()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
