@@ -19,3 +19,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same numbers in every test, in whatever order and process it runs."""
+    torch.manual_seed(0)

@@ -90,6 +90,21 @@ def qk_clip_(
 
     Source: arXiv:2507.20534 (Kimi K2), section 2.1.
     """
+    for part, factor in _parts(query, key, logits, tau, alpha, kv_heads, rope, values):
+        part.mul_(factor.view(-1, *[1] * (part.dim() - 1)))
+
+
+def _parts(
+    query: Tensor,
+    key: Tensor,
+    logits: Tensor,
+    tau: float = 100.0,
+    alpha: float = 0.5,
+    kv_heads: int | None = None,
+    rope: int = 0,
+    values: int = 0,
+) -> list[tuple[Tensor, Tensor]]:
+    """What `qk_clip_` multiplies, views (heads, rows, ...), by which numbers; checked."""
     op = "qk_clip_"
     check.tensor(op, "query", query, min_dim=1)
     check.tensor(op, "key", key, min_dim=1)
@@ -112,12 +127,11 @@ def qk_clip_(
     gamma = torch.where(S.isfinite() & (tau < S), tau / S, 1.0)
     least = gamma.view(kv_heads, -1).amin(1)
     content = Q.shape[1] - rope
-    for part, factor in (
+    return [
         (Q[:, :content], gamma**alpha),
         (Q[:, content:], gamma),
         (K[:, : K.shape[1] - values], least ** (1 - alpha)),
-    ):
-        part.mul_(factor.view(-1, *[1] * (part.dim() - 1)))
+    ]
 
 
 def qk_clip_after_step(
@@ -135,7 +149,7 @@ def qk_clip_after_step(
     kept = [{**settings, **layer} for layer in layers]
     for i, layer in enumerate(kept):
         check.tensor("qk_clip_after_step", f"layers[{i}]['logits']", layer.get("logits"))
-        qk_clip_(**{**layer, "logits": torch.zeros_like(layer["logits"])})  # refuses what it must
+        _parts(**layer)  # refuses what it must
 
     def clip(*_: Any) -> None:
         for layer in kept:
