@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from orthonorm import LOADED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "adding.md"
@@ -69,8 +68,8 @@ def test_optimizer(tree: Path) -> None:
 
 def test_op_and_kernel(tree: Path) -> None:
     """The tests compare the kernel, compiled alone, with the definition."""
-    if LOADED.libraries["_C.so"] != "loaded" or shutil.which("g++") is None:
-        pytest.skip("needs the library's compiler")
+    if shutil.which("g++") is None:  # the package itself needs none: it falls back on definitions
+        pytest.skip("there is no g++ to compile the page's kernel with")
     library, root = tree / "softsign.so", Path(torch.__file__).parent
     flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{tree / 'csrc'}"]
     flags += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-o", str(library)]
