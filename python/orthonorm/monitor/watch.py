@@ -373,9 +373,8 @@ class Monitor:
         """Removes every hook; the rows stay."""
         with self._guard("step"):
             self._disarm()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def __enter__(self) -> Monitor:
         return self
