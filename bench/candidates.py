@@ -95,24 +95,36 @@ def start_triton(case: Case, calls: list[Arguments]) -> Running:
     return run_calls(triton_kernel(case.op), case, calls)
 
 
-class _Serving(TorchDispatchMode):
-    """Notes which backend serves every op that a call reaches, bodies of composites included."""
+# torch ops that an optimizer's rule asks for; all else of torch in a step is glue
+ALGEBRA = (
+    "mm", "bmm", "addmm", "baddbmm", "mv", "linalg_eigh", "_linalg_eigh", "linalg_qr",
+    "linalg_svd", "_linalg_svd", "linalg_inv_ex", "linalg_cholesky_ex", "linalg_solve_triangular",
+)  # fmt: skip
 
-    def __init__(self) -> None:
+
+class _Serving(TorchDispatchMode):
+    """Notes which backend serves every op that a call reaches, bodies of composites included; with
+    `keep` the calls themselves too, torch's products and factorizations among them."""
+
+    def __init__(self, keep: bool = False) -> None:
         super().__init__()
         self.labels: set[str] = set()
+        self.keep, self.calls = keep, list[Callable[[], Any]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != NAMESPACE:
-            return func(*args, **(kwargs or {}))
-        op = OPS[func._opname]
-        key = next((t.device.type for t in _flat(args)), "cpu").upper()
-        label = LOADED.served.get((op.name, key))
-        if label is None and op.composite:
-            with self:
-                return op._checked_body(*args, **(kwargs or {}))
-        self.labels.add(label or "reference")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        ours = func.namespace == NAMESPACE
+        if ours:
+            op = OPS[func._opname]
+            key = next((t.device.type for t in _flat(args)), "cpu").upper()
+            label = LOADED.served.get((op.name, key))
+            if label is None and op.composite:
+                with self:
+                    return op._checked_body(*args, **kwargs)
+            self.labels.add(label or "reference")
+        if self.keep and (ours or func._opname in ALGEBRA):
+            self.calls.append(functools.partial(func, *args, **kwargs))
+        return func(*args, **kwargs)
 
 
 def _flat(values: Any) -> Iterator[Tensor]:
@@ -121,6 +133,14 @@ def _flat(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _flat(value)
+
+
+def kernels_of(call: Callable[[], Any]) -> list[Callable[[], Any]]:
+    """The kernels that `call` runs, with their arguments: repeated, they are its work without the
+    Python, the checks and the elementwise torch between them."""
+    with _Serving(keep=True) as mode:
+        call()
+    return mode.calls
 
 
 def served_by(call: Callable[[], Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import packages
-from .candidates import Running, Unavailable, served_by
+from .candidates import Running, Unavailable, kernels_of, served_by
 from .cases import Step
 from .inputs import Inputs
 from .shapes import Workload
@@ -41,6 +41,7 @@ class Model:
 
 
 Start = Callable[[Model], Running]
+KERNELS = "its kernels alone"
 
 
 class Entrant(NamedTuple):
@@ -79,6 +80,20 @@ def _ours(step: Step, precision: str | None, model: Model) -> Running:
     extra = {} if precision is None else {"precision": precision}
     make = functools.partial(_class(step), **step.settings, **step.own, **extra)
     return _run(model, make)
+
+
+def _kernels(step: Step, precision: str | None, model: Model) -> Running:
+    """What our step's kernels take by themselves: those of its second step, again and again."""
+    call = _ours(step, precision, model).call
+    call()  # makes the state, refreshes bases
+    kernels = kernels_of(call)
+
+    @torch.no_grad()
+    def again() -> None:
+        for kernel in kernels:
+            kernel()
+
+    return Running(again, same=False)
 
 
 def label(step: Step, model: Model, precision: str | None) -> str:
@@ -173,6 +188,7 @@ def entrants(step: Step, ours: str, precision: str | None) -> list[Entrant]:
             found.append(Entrant(f"torch.optim.AdamW({how})", "torch", start))
     for name, package, kind, make in packages.STEPS.get(step.name, ()):
         found.append(Entrant(name, kind, functools.partial(_package, step, make), package))
+    found.append(Entrant(KERNELS, "floor", functools.partial(_kernels, step, precision)))
     return found
 
 

@@ -106,7 +106,9 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
         V, q = beta1 * V + turn - (1 - beta1) * slope, beta2 * q + (1 - beta2) * slope.square()
         D = ratio(V, (q / second).sqrt() + eps)
         S = new.mT @ new
-        D = D - new @ torch.linalg.solve_ex(S, new.mT @ D).result
+        # Not linalg.solve: batched LU from n = 200 fails once torch.set_num_threads(2) was called
+        # (torch 2.13, oneMKL 2024.2: "pivots given to lu_solve"), and S is positive definite.
+        D = D - new @ torch.cholesky_solve(new.mT @ D, torch.linalg.cholesky_ex(S).L)
         V = V - lr * new @ (D.mT @ V)
         moved = moved | nonzero(D)
         new = new + lr * D @ S
