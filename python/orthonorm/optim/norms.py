@@ -32,8 +32,8 @@ def to_unit(updates: Updates) -> Updates:
 
 
 def to_signs(updates: Updates) -> Updates:
-    """X <- sign(X), and NaN where X is not finite: torch.sign(nan) is 0, which would hide it."""
-    return Updates([x.copy_(x.sign() + (x - x)) for x in updates.stacks])
+    """X <- sign(X) + 0 X: NaN where X is not finite. torch.sign(nan) is 0, which would hide it."""
+    return Updates([torch.add(x.sign(), x, alpha=0, out=x) for x in updates.stacks])
 
 
 def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:
