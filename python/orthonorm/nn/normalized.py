@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from ..ops import power_iteration_, spectral_normalization_, spectral_normalization_gradient
 from ..ops.normalize import accumulator
 from .convolution import ConvOperator
+from .store import Store, serves
 
+Empty = Callable[[Sequence[Tensor]], list[Tensor]]
 WARM_UP = 15  # steps from random vectors, as torch's parametrization takes when it is registered
 
 # Elements of weights that share a node of the graph: every node costs Python in both directions,
-# one for all would keep all gradients at once. Chosen without a sweep.
-NODE = 1 << 18
+# one for all would keep all gradients at once. 4 MB of float32; 1 MB cost 5 us a layer more where
+# layers are 256x256 (2026-11).
+NODE = 1 << 20
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
@@ -178,8 +181,13 @@ class SpectralNorm(nn.Module):
         return f"n_power_iterations={self.steps}, dim={self.dim}, order={self.order}"
 
 
-def normalized(layers: Sequence[SpectralNorm], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Every layer's weight over its norm: one power iteration and one division for all of them."""
+def normalized(
+    layers: Sequence[SpectralNorm], weights: Sequence[Tensor], store: Store | None = None
+) -> list[Tensor]:
+    """Every layer's weight over its norm: one power iteration and one division for all of them.
+
+    In memory of `store` if there is one: for those who do so again and again.
+    """
     out = list(weights)
     groups: dict[Any, list[int]] = {}
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
@@ -191,23 +199,30 @@ def normalized(layers: Sequence[SpectralNorm], weights: Sequence[Tensor]) -> lis
         steps = layer.steps if layer.training else 0
         key = layer.kind, weight.device, steps, layer.order, layer.eps
         groups.setdefault(key, []).append(i)
-    for (kind, _device, *rule), rows in groups.items():
+    for (kind, device, *rule), rows in groups.items():
         whole = len(rows) == len(out)
         some = layers if whole else [layers[i] for i in rows]
         W = weights if whole else [weights[i] for i in rows]
-        results = kind(some, W, *rule)
+        empty = store.empty_like if store is not None and serves(device) else _empty
+        results = kind(some, W, empty, *rule)
         for i, result in zip(rows, results, strict=True):
             out[i] = result
     return out
 
 
-def _by_matrix(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[Tensor]:
+def _empty(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(A, memory_format=torch.contiguous_format) for A in matrices]
+
+
+def _by_matrix(
+    layers: Any, W: Any, empty: Empty, steps: int, order: str, eps: float
+) -> list[Tensor]:
     buffers = [layer._buffers for layer in layers]  # attributes of modules take 0.5 us each
     u, v, dims = [b["_u"] for b in buffers], [b["_v"] for b in buffers], [x.dim for x in layers]
     with torch.no_grad():
         A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
         # vectors are copies: the next forward changes u and v, perhaps before this one's backward
-        out = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A]
+        out = empty(A)
         s, vectors = spectral_normalization_.overload(out, A, u, v, steps, order, eps)
         made = [as_weight(x, w, d) for x, w, d in zip(out, W, dims, strict=True)]
     lengths = [sum(layer.sizes) for layer in layers]
@@ -227,7 +242,7 @@ def _by_matrix(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[
     return results
 
 
-def _by_operator(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[Tensor]:
+def _by_operator(layers: Any, W: Any, _: Empty, steps: int, order: str, eps: float) -> list[Tensor]:
     results = []
     for layer, w in zip(layers, W, strict=True):
         layer.step(w, steps)
@@ -238,5 +253,5 @@ def _by_operator(layers: Any, W: Any, steps: int, order: str, eps: float) -> lis
     return results
 
 
-def _of_vectors(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[Tensor]:
+def _of_vectors(layers: Any, W: Any, _: Empty, steps: int, order: str, eps: float) -> list[Tensor]:
     return [F.normalize(w, dim=0, eps=eps) for w in W]
