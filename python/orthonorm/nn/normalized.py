@@ -91,8 +91,9 @@ def _differentiable(G: Any, A: Any, s: Tensor, vectors: Tensor) -> list[Tensor]:
 class Results:
     """A layer's results: of the forwards of its group under way, and the last of them.
 
-    The last one is for what recomputes a part of the forward in the backward, as checkpointing
-    does: it must meet the same weight again, and no further power step.
+    The last one is for what recomputes a part of the forward in the backward and records what that
+    saves, as checkpointing without reentrance does: it must meet the same tensor again. With
+    reentrance that part has a graph of its own, which the backward frees, and computes anew.
     """
 
     def __init__(self) -> None:
@@ -103,25 +104,26 @@ class Results:
         self.running.append(result)
         self.last = result if result.requires_grad else None
 
-    def pop(self) -> None:
-        self.running.pop()
-
     def current(self) -> Tensor | None:
         """What the weight is now; None: to be computed."""
         if self.running:
             return self.running[-1]
-        if self.last is None or torch.compiler.is_compiling():
-            return None
-        return self.last if torch._C._current_graph_task_id() >= 0 else None
+        recorded = _in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return self.last if recorded else None
 
     def __deepcopy__(self, memo: Any) -> Results:
         return Results()  # results belong to a graph
 
 
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
 class SpectralNorm(nn.Module):
     """W / sigma_1(W), sigma_1 by power steps that continue from the buffers `_u` and `_v`.
 
-    Made by `spectral_norm`. In evaluation the vectors stay, sigma = u^T W v.
+    Made by `spectral_norm`. In evaluation the vectors stay, sigma = u^T W v; so do they within a
+    backward, where checkpointing computes a part of the forward again.
     """
 
     finishes = False
@@ -188,7 +190,7 @@ def normalized(
 
     In memory of `store` if there is one: for those who do so again and again.
     """
-    out = list(weights)
+    out, again = list(weights), _in_backward()
     groups: dict[Any, list[int]] = {}
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         if weight.shape != layer.shape:
@@ -196,7 +198,7 @@ def normalized(
                 f"spectral_norm: the weight must keep shape {tuple(layer.shape)}, got "
                 f"{tuple(weight.shape)}; remove_spectral_norm first"
             )
-        steps = layer.steps if layer.training else 0
+        steps = layer.steps if layer.training and not again else 0
         key = layer.kind, weight.device, steps, layer.order, layer.eps
         groups.setdefault(key, []).append(i)
     for (kind, device, *rule), rows in groups.items():

@@ -183,10 +183,13 @@ def remove_spectral_norm(module: M, name: str = "weight") -> M:
         )
     for m in found:
         _of(m, name)[0].eval()
+        parts: Any = m.parametrizations[name]  # type: ignore[index]
         kind = type(m)  # deep copies share it, and torch takes the weight's property off it
         m.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
         parametrize.remove_parametrizations(m, name)
         StateNames.remove(m, name)
+        for original in (parts._parameters, parts._buffers):  # no work is left for its group
+            original.pop("original", None)
     for m in module.modules():
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
             for key, hook in list(hooks.items()):
@@ -278,5 +281,5 @@ class _Group:
         self.running.append(goals)
 
     def after(self, *_: Any) -> None:
-        for ready in self.running.pop() if self.running else ():
-            ready.pop()
+        for goal in self.running.pop() if self.running else ():
+            goal.running.pop()
