@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from orthonorm import nn as onn
 from orthonorm.optim import REGISTRY
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from . import candidates, peers, report
 from .cases import CASES, LARGE
@@ -151,6 +154,46 @@ def _power(base: Request) -> Iterator[Found]:
     yield compare(rows, POWER, "power_iteration_, one step", ">=", 4.5), []
 
 
+LAYERS, WIDTHS = 100, (32, 64, 128, 256, 512)
+
+
+class _Weights(nn.Sequential):
+    """Layers whose forward is their weights: what normalization costs, and nothing else."""
+
+    def forward(self) -> list[Tensor]:
+        return [layer.weight for layer in self]
+
+
+def _layers(base: Request) -> Iterator[Found]:
+    """All weights of a network normalized, with their graph, in a forward that keeps them."""
+    for width in WIDTHS:
+        W = Inputs(device=base.device).matrix("W", (LAYERS, width, width))
+        models = {}
+        for name in ("ours", "torch"):
+            models[name] = _Weights(*(nn.Linear(width, width, bias=False) for _ in W))
+            for layer, w in zip(models[name], W, strict=True):
+                layer.weight = nn.Parameter(w.clone())
+        onn.spectral_norm_(models["ours"])
+        for layer, other in zip(models["torch"], models["ours"], strict=True):
+            spectral_norm(layer)
+            mine, its = (m.parametrizations.weight[0] for m in (other, layer))
+            its._u, its._v = mine._u.clone(), mine._v.clone()
+        found, its = ([x.detach().double().norm() for x in models[name]()] for name in models)
+        apart = max(abs(a / b - 1).item() for a, b in zip(found, its, strict=True))
+        kept: dict[str, list[Tensor]] = {}
+
+        def forward(name: str, models: Any = models, kept: Any = kept) -> None:
+            kept[name] = models[name]()
+
+        calls = {name: functools.partial(forward, name) for name in models}
+        samples = interleave(calls, base.plan, base.device)
+        mine, its = (f"{report.milliseconds(1e3 * quantile(s, 0.5))} ms" for s in samples.values())
+        what = f"{LAYERS} layers of {width}x{width}"
+        figure = median_ratio(samples["torch"], samples["ours"])
+        yield Claim(what, figure, ">=", 5.0, "x", mine, its, against="torch spectral_norm"), []
+        yield Claim(f"{what}, sigma apart", apart, "<=", 1e-6, ""), []
+
+
 BESIDE_MUON = (("NorMuon", 0, 1.1), ("AdaMuon", 0, 1.1), ("Muon", 10, 1.02))  # and telemetry
 
 
@@ -192,6 +235,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Conda step between refreshes, float32, against the eager form with three products", _conda),
     ("K2 over 85 M float32 elements, against the same reads and copies by torch", _moments),
     ("Power iteration over 340 MB of float32 matrices", _power),
+    ("Spectral normalization of all layers in a forward, against torch's parametrization", _layers),
     ("Steps of 3 M parameters, against Muon's", _steps),
     ("Import", _imports),
 )

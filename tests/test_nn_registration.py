@@ -115,22 +115,27 @@ def test_removal_leaves_the_weight_of_evaluation() -> None:
 class Blocks(nn.Module):
     """Two layers, checkpointed or not."""
 
-    def __init__(self, recompute: bool) -> None:
+    def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
-        self.a, self.b, self.recompute = nn.Linear(8, 8), nn.Linear(8, 8), recompute
+        self.a, self.b, self.reentrant = nn.Linear(8, 8), nn.Linear(8, 8), reentrant
 
     def block(self, x: Tensor) -> Tensor:
         return torch.tanh(self.b(torch.tanh(self.a(x))))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute:
-            return checkpoint(self.block, self.block(x), use_reentrant=False)
-        return self.block(self.block(x))
+        x = self.block(x)
+        for _ in range(2):  # which share layers, and so what a group has computed of them
+            if self.reentrant is None:
+                x = self.block(x)
+            else:
+                x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return x
 
 
-def test_checkpointing_meets_the_same_weights_again() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_meets_the_same_weights_again(reentrant: bool) -> None:
     """What is recomputed in the backward takes no further power step."""
-    plain, again = Blocks(False).double(), Blocks(True).double()
+    plain, again = Blocks(None).double(), Blocks(reentrant).double()
     for m in (plain, again):
         on.spectral_norm_(m)
     again.load_state_dict(plain.state_dict())
@@ -144,6 +149,42 @@ def test_checkpointing_meets_the_same_weights_again() -> None:
     before = again.a.weight  # outside a backward the layer takes its own step
     assert not torch.equal(before, again.a.weight)
     copy.deepcopy(again)(x).sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_single_layers_takes_no_step(reentrant: bool) -> None:
+    m = Blocks(reentrant).double()
+    for layer in (m.a, m.b):
+        on.spectral_norm(layer)
+    y = m(torch.randn(3, 8, dtype=torch.float64))
+    before = [x.clone() for x in m.buffers()]
+    y.sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(before, m.buffers(), strict=True))
+    assert all(p.grad is not None for p in m.parameters())
+
+
+def test_results_use_their_memory_again_unless_somebody_keeps_them() -> None:
+    m = on.spectral_norm_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 3)))
+    x, places = torch.randn(5, 8), []
+    seen = []
+    m[1].register_forward_hook(lambda layer, *_: seen.append(layer.weight))
+    m(x).sum().backward()
+    place = seen.pop().data_ptr()
+    for _ in range(3):
+        m(x).sum().backward()
+        places.append(seen.pop().data_ptr())
+    assert places == [place] * 3
+    loss = m(x).square().sum()  # whose graph and weight are kept
+    kept, want = seen[0], seen[0].detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            m[1].parametrizations.weight.original.add_(1e-3)
+            m(x)
+    assert torch.equal(kept, want) and seen[1].data_ptr() != kept.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    a, b = (on.spectral_norm_(nn.Linear(3, n)) for n in (0, 2))
+    assert a(torch.randn(2, 3)).shape == (2, 0) and b(torch.randn(2, 3)).shape == (2, 2)
 
 
 def test_functional_gradients() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from ..ops import power_iteration_, spectral_normalization_, spectral_normalization_gradient
 from ..ops.normalize import accumulator
 from .convolution import ConvOperator
+from .store import Store, serves
 
+Empty = Callable[[Sequence[Tensor]], list[Tensor]]
 WARM_UP = 15  # steps from random vectors, as torch's parametrization takes when it is registered
 
 # Elements of weights that share a node of the graph: every node costs Python in both directions,
-# one for all would keep all gradients at once. Chosen without a sweep.
-NODE = 1 << 18
+# one for all would keep all gradients at once. 4 MB of float32; 1 MB cost 5 us a layer more where
+# layers are 256x256 (2026-11).
+NODE = 1 << 20
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
@@ -88,8 +91,9 @@ def _differentiable(G: Any, A: Any, s: Tensor, vectors: Tensor) -> list[Tensor]:
 class Results:
     """A layer's results: of the forwards of its group under way, and the last of them.
 
-    The last one is for what recomputes a part of the forward in the backward, as checkpointing
-    does: it must meet the same weight again, and no further power step.
+    The last one is for what recomputes a part of the forward in the backward and records what that
+    saves, as checkpointing without reentrance does: it must meet the same tensor again. With
+    reentrance that part has a graph of its own, which the backward frees, and computes anew.
     """
 
     def __init__(self) -> None:
@@ -100,25 +104,26 @@ class Results:
         self.running.append(result)
         self.last = result if result.requires_grad else None
 
-    def pop(self) -> None:
-        self.running.pop()
-
     def current(self) -> Tensor | None:
         """What the weight is now; None: to be computed."""
         if self.running:
             return self.running[-1]
-        if self.last is None or torch.compiler.is_compiling():
-            return None
-        return self.last if torch._C._current_graph_task_id() >= 0 else None
+        recorded = _in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return self.last if recorded else None
 
     def __deepcopy__(self, memo: Any) -> Results:
         return Results()  # results belong to a graph
 
 
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
 class SpectralNorm(nn.Module):
     """W / sigma_1(W), sigma_1 by power steps that continue from the buffers `_u` and `_v`.
 
-    Made by `spectral_norm`. In evaluation the vectors stay, sigma = u^T W v.
+    Made by `spectral_norm`. In evaluation the vectors stay, sigma = u^T W v; so do they within a
+    backward, where checkpointing computes a part of the forward again.
     """
 
     finishes = False
@@ -178,9 +183,14 @@ class SpectralNorm(nn.Module):
         return f"n_power_iterations={self.steps}, dim={self.dim}, order={self.order}"
 
 
-def normalized(layers: Sequence[SpectralNorm], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Every layer's weight over its norm: one power iteration and one division for all of them."""
-    out = list(weights)
+def normalized(
+    layers: Sequence[SpectralNorm], weights: Sequence[Tensor], store: Store | None = None
+) -> list[Tensor]:
+    """Every layer's weight over its norm: one power iteration and one division for all of them.
+
+    In memory of `store` if there is one: for those who do so again and again.
+    """
+    out, again = list(weights), _in_backward()
     groups: dict[Any, list[int]] = {}
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         if weight.shape != layer.shape:
@@ -188,26 +198,33 @@ def normalized(layers: Sequence[SpectralNorm], weights: Sequence[Tensor]) -> lis
                 f"spectral_norm: the weight must keep shape {tuple(layer.shape)}, got "
                 f"{tuple(weight.shape)}; remove_spectral_norm first"
             )
-        steps = layer.steps if layer.training else 0
+        steps = layer.steps if layer.training and not again else 0
         key = layer.kind, weight.device, steps, layer.order, layer.eps
         groups.setdefault(key, []).append(i)
-    for (kind, _device, *rule), rows in groups.items():
+    for (kind, device, *rule), rows in groups.items():
         whole = len(rows) == len(out)
         some = layers if whole else [layers[i] for i in rows]
         W = weights if whole else [weights[i] for i in rows]
-        results = kind(some, W, *rule)
+        empty = store.empty_like if store is not None and serves(device) else _empty
+        results = kind(some, W, empty, *rule)
         for i, result in zip(rows, results, strict=True):
             out[i] = result
     return out
 
 
-def _by_matrix(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[Tensor]:
+def _empty(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(A, memory_format=torch.contiguous_format) for A in matrices]
+
+
+def _by_matrix(
+    layers: Any, W: Any, empty: Empty, steps: int, order: str, eps: float
+) -> list[Tensor]:
     buffers = [layer._buffers for layer in layers]  # attributes of modules take 0.5 us each
     u, v, dims = [b["_u"] for b in buffers], [b["_v"] for b in buffers], [x.dim for x in layers]
     with torch.no_grad():
         A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
         # vectors are copies: the next forward changes u and v, perhaps before this one's backward
-        out = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A]
+        out = empty(A)
         s, vectors = spectral_normalization_.overload(out, A, u, v, steps, order, eps)
         made = [as_weight(x, w, d) for x, w, d in zip(out, W, dims, strict=True)]
     lengths = [sum(layer.sizes) for layer in layers]
@@ -227,7 +244,7 @@ def _by_matrix(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[
     return results
 
 
-def _by_operator(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[Tensor]:
+def _by_operator(layers: Any, W: Any, _: Empty, steps: int, order: str, eps: float) -> list[Tensor]:
     results = []
     for layer, w in zip(layers, W, strict=True):
         layer.step(w, steps)
@@ -238,5 +255,5 @@ def _by_operator(layers: Any, W: Any, steps: int, order: str, eps: float) -> lis
     return results
 
 
-def _of_vectors(layers: Any, W: Any, steps: int, order: str, eps: float) -> list[Tensor]:
+def _of_vectors(layers: Any, W: Any, _: Empty, steps: int, order: str, eps: float) -> list[Tensor]:
     return [F.normalize(w, dim=0, eps=eps) for w in W]

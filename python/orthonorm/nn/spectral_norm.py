@@ -17,6 +17,7 @@ from ..ops.spectral import ORDERS
 from .convolution import CONVOLUTIONS, TRANSPOSED, ConvOperator
 from .normalized import WARM_UP, Results, SpectralNorm, normalized
 from .state_names import StateNames
+from .store import Store
 
 M = TypeVar("M", bound=nn.Module)
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
@@ -182,15 +183,18 @@ def remove_spectral_norm(module: M, name: str = "weight") -> M:
         )
     for m in found:
         _of(m, name)[0].eval()
+        parts: Any = m.parametrizations[name]  # type: ignore[index]
         kind = type(m)  # deep copies share it, and torch takes the weight's property off it
         m.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
         parametrize.remove_parametrizations(m, name)
         StateNames.remove(m, name)
+        for original in (parts._parameters, parts._buffers):  # no work is left for its group
+            original.pop("original", None)
     for m in module.modules():
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
             for key, hook in list(hooks.items()):
                 group = getattr(hook, "__self__", None)
-                if isinstance(group, _Group) and not group.parts():
+                if isinstance(group, _Group) and not group.find():
                     del hooks[key]
                     getattr(m, "_forward_hooks_always_called", {}).pop(key, None)
     return module
@@ -243,29 +247,39 @@ class _Group:
 
     def __init__(self, name: str, layers: list[nn.Module]) -> None:
         self.name, self.layers = name, layers
+        self.parts: list[tuple[Any, SpectralNorm, Results]]
         self.running: list[list[Results]] = []  # of each forward under way: what to take back
+        self.store = Store()
+        self.find()
 
-    def parts(self) -> list[tuple[Any, Any, Results]]:
-        """(parametrization, its weight, where its result goes), less those that were removed."""
-        parts, ready = [], f"_{self.name}_ready"
+    def find(self) -> list[tuple[Any, SpectralNorm, Results]]:
+        """(list of parametrizations, ours, the layer's results), less those that were removed."""
+        self.parts = []
         for layer in self.layers:
             lists: Any = layer._modules.get("parametrizations", NONE)
             x: Any = lists._modules.get(self.name, NONE)
             p = x._modules.get("0")
             if isinstance(p, SpectralNorm):
-                alone = len(x._modules) == 1  # else further parametrizations act on the result
-                weight = x._parameters.get("original", x._buffers.get("original"))
-                parts.append((p, weight, getattr(layer, ready) if alone else p.ready))
-        return parts
+                self.parts.append((x, p, getattr(layer, f"_{self.name}_ready")))
+        return self.parts
 
     def before(self, *_: Any) -> None:
-        # what is sharded still (FSDP of a part of the model) is whole when its layer asks for it
-        whole = [part for part in self.parts() if type(part[1]) in (nn.Parameter, Tensor)]
-        results = normalized([part[0] for part in whole], [part[1] for part in whole])
-        for part, result in zip(whole, results, strict=True):
-            part[2].push(result)
-        self.running.append([part[2] for part in whole])
+        layers, weights, goals = [], [], []
+        for x, p, ready in self.parts:
+            weight = x._parameters.get("original")
+            weight = x._buffers.get("original") if weight is None else weight
+            # what is sharded still (FSDP of a part of the model) is whole when its layer asks
+            if type(weight) in (nn.Parameter, Tensor):
+                alone = len(x._modules) == 1  # else further parametrizations act on the result
+                goal = ready if alone else p.ready
+                goal.last = None  # so that the next results may have the memory of the last
+                layers.append(p)
+                weights.append(weight)
+                goals.append(goal)
+        for goal, result in zip(goals, normalized(layers, weights, self.store), strict=True):
+            goal.push(result)
+        self.running.append(goals)
 
     def after(self, *_: Any) -> None:
-        for ready in self.running.pop() if self.running else ():
-            ready.pop()
+        for goal in self.running.pop() if self.running else ():
+            goal.running.pop()
