@@ -8,7 +8,7 @@
 
 namespace orthonorm::cuda {
 
-enum class Element : uint8_t { f16, bf16, f32, f64 };
+enum class Element : uint8_t { f16, bf16, f32, f64, i16 };
 
 ORTHONORM_HD inline int size_of(Element type) {
   return type == Element::f64 ? 8 : type == Element::f32 ? 4 : 2;
@@ -23,8 +23,11 @@ __device__ inline float widened(Fp16 x) {
 #endif
 }
 
+__device__ inline float widened(int16_t x) { return x; }
+
 template <class T>
 __device__ inline T rounded(float x) {
+  if constexpr (std::is_integral_v<T>) return static_cast<T>(x);
   T to;
 #ifdef __CUDA_ARCH__
   if constexpr (sizeof(T) == 2) {
@@ -41,6 +44,7 @@ __device__ inline T rounded(float x) {
 }
 template <class T>
 __device__ inline T rounded(double x) {
+  if constexpr (std::is_integral_v<T>) return static_cast<T>(x);
   if constexpr (sizeof(T) == 2) return rounded<T>(to_odd(x));
   return static_cast<T>(x);
 }
@@ -52,6 +56,7 @@ __device__ inline A load(const char* at, Element type) {
     case Element::f16: return static_cast<A>(widened(*reinterpret_cast<const Fp16*>(at)));
     case Element::bf16: return static_cast<A>(widened(*reinterpret_cast<const Bf16*>(at)));
     case Element::f32: return static_cast<A>(*reinterpret_cast<const float*>(at));
+    case Element::i16: return static_cast<A>(*reinterpret_cast<const int16_t*>(at));
     default: return static_cast<A>(*reinterpret_cast<const double*>(at));
   }
 }
@@ -62,6 +67,7 @@ __device__ inline void store(char* at, Element type, A x) {
     case Element::f16: *reinterpret_cast<Fp16*>(at) = rounded<Fp16>(x); break;
     case Element::bf16: *reinterpret_cast<Bf16*>(at) = rounded<Bf16>(x); break;
     case Element::f32: *reinterpret_cast<float*>(at) = static_cast<float>(x); break;
+    case Element::i16: *reinterpret_cast<int16_t*>(at) = static_cast<int16_t>(x); break;
     default: *reinterpret_cast<double*>(at) = static_cast<double>(x);
   }
 }
@@ -100,6 +106,7 @@ struct Eight {
       case Element::f16: return get<Fp16>(x);
       case Element::bf16: return get<Bf16>(x);
       case Element::f32: return get<float>(x);
+      case Element::i16: return get<int16_t>(x);
       default: if constexpr (sizeof(A) == 8) return get<double>(x);
     }
   }
@@ -109,6 +116,7 @@ struct Eight {
       case Element::f16: return put<Fp16>(x);
       case Element::bf16: return put<Bf16>(x);
       case Element::f32: return put<float>(x);
+      case Element::i16: return put<int16_t>(x);
       default: if constexpr (sizeof(A) == 8) return put<double>(x);
     }
   }

@@ -49,7 +49,7 @@ class Values {
     std::mt19937 engine(seed);
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < count_; ++i) {
-      const double x = normal(engine);
+      const double x = normal(engine) * (type_ == Element::i16 ? 5000 : 1);
       set(i, positive ? std::fabs(x) : x);
     }
   }
