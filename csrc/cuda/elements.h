@@ -23,11 +23,8 @@ __device__ inline float widened(Fp16 x) {
 #endif
 }
 
-__device__ inline float widened(int16_t x) { return x; }
-
 template <class T>
 __device__ inline T rounded(float x) {
-  if constexpr (std::is_integral_v<T>) return static_cast<T>(x);
   T to;
 #ifdef __CUDA_ARCH__
   if constexpr (sizeof(T) == 2) {
@@ -44,7 +41,6 @@ __device__ inline T rounded(float x) {
 }
 template <class T>
 __device__ inline T rounded(double x) {
-  if constexpr (std::is_integral_v<T>) return static_cast<T>(x);
   if constexpr (sizeof(T) == 2) return rounded<T>(to_odd(x));
   return static_cast<T>(x);
 }
@@ -129,7 +125,7 @@ struct Eight {
     memcpy(values, raw, words * sizeof(uint4));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (sizeof(T) == 2) {
+      if constexpr (sizeof(T) == 2 && !std::is_integral_v<T>) {
         x[i] = static_cast<A>(widened(values[i]));
       } else {
         x[i] = static_cast<A>(values[i]);
@@ -143,8 +139,8 @@ struct Eight {
     T values[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (sizeof(T) == sizeof(A)) {
-        values[i] = x[i];
+      if constexpr (sizeof(T) == sizeof(A) || std::is_integral_v<T>) {
+        values[i] = static_cast<T>(x[i]);
       } else {
         values[i] = rounded<T>(x[i]);
       }
