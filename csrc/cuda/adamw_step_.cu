@@ -46,8 +46,8 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
     for (const Tensor& step : steps) {
       const Element type = step.scalar_type() == ScalarType::Double ? Element::f64 : Element::f32;
       const bool here = step.device() == params[0].device();
-      STD_TORCH_CHECK(here || !found_inf,
-                      "adamw_step_: steps must be on the device of params where found_inf is given");
+      STD_TORCH_CHECK(here || !found_inf, "adamw_step_: steps must be on the device of params ",
+                      "where found_inf is given");
       const double known = here ? 0 : counted_on_host(step);
       char* at = here ? static_cast<char*>(step.data_ptr()) : nullptr;
       counts.add({Strided{at, type, 0, nullptr, nullptr}}, bit_cast<int64_t>(known));

@@ -48,7 +48,7 @@ struct DecayedUpdateOp {
 // Of float32 weights kept as halves, lists 0 and 2.
 struct HalvesUpdateOp {
   static constexpr int lists = 3;
-  static constexpr unsigned reads = 0b111, writes = 0b101;
+  static constexpr unsigned reads = 0b111, writes = 0b101, integers = 0b100;
   static constexpr Measure measure = Measure::nothing;
   template <class A>
   using Constants = DecayedUpdate<A>;

@@ -8,6 +8,7 @@
 
 namespace orthonorm::cuda {
 
+// Integers are numbers of a list that an op says is of them, so that no other kernel asks.
 enum class Element : uint8_t { f16, bf16, f32, f64, i16 };
 
 ORTHONORM_HD inline int size_of(Element type) {
@@ -47,23 +48,26 @@ __device__ inline T rounded(double x) {
 
 // One element.
 template <class A>
-__device__ inline A load(const char* at, Element type) {
+__device__ inline A load(const char* at, Element type, bool integer = false) {
+  if (integer) return static_cast<A>(*reinterpret_cast<const int16_t*>(at));
   switch (type) {
     case Element::f16: return static_cast<A>(widened(*reinterpret_cast<const Fp16*>(at)));
     case Element::bf16: return static_cast<A>(widened(*reinterpret_cast<const Bf16*>(at)));
     case Element::f32: return static_cast<A>(*reinterpret_cast<const float*>(at));
-    case Element::i16: return static_cast<A>(*reinterpret_cast<const int16_t*>(at));
     default: return static_cast<A>(*reinterpret_cast<const double*>(at));
   }
 }
 
 template <class A>
-__device__ inline void store(char* at, Element type, A x) {
+__device__ inline void store(char* at, Element type, A x, bool integer = false) {
+  if (integer) {
+    *reinterpret_cast<int16_t*>(at) = static_cast<int16_t>(x);
+    return;
+  }
   switch (type) {
     case Element::f16: *reinterpret_cast<Fp16*>(at) = rounded<Fp16>(x); break;
     case Element::bf16: *reinterpret_cast<Bf16*>(at) = rounded<Bf16>(x); break;
     case Element::f32: *reinterpret_cast<float*>(at) = static_cast<float>(x); break;
-    case Element::i16: *reinterpret_cast<int16_t*>(at) = static_cast<int16_t>(x); break;
     default: *reinterpret_cast<double*>(at) = static_cast<double>(x);
   }
 }
@@ -97,22 +101,22 @@ struct Eight {
     }
   }
 
-  __device__ void get(Element type, A (&x)[8]) const {
+  __device__ void get(Element type, A (&x)[8], bool integers = false) const {
+    if (integers) return get<int16_t>(x);
     switch (type) {
       case Element::f16: return get<Fp16>(x);
       case Element::bf16: return get<Bf16>(x);
       case Element::f32: return get<float>(x);
-      case Element::i16: return get<int16_t>(x);
       default: if constexpr (sizeof(A) == 8) return get<double>(x);
     }
   }
 
-  __device__ void put(Element type, const A (&x)[8]) {
+  __device__ void put(Element type, const A (&x)[8], bool integers = false) {
+    if (integers) return put<int16_t>(x);
     switch (type) {
       case Element::f16: return put<Fp16>(x);
       case Element::bf16: return put<Bf16>(x);
       case Element::f32: return put<float>(x);
-      case Element::i16: return put<int16_t>(x);
       default: if constexpr (sizeof(A) == 8) return put<double>(x);
     }
   }

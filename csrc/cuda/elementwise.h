@@ -4,6 +4,7 @@
 //     static constexpr int lists = N;
 //     static constexpr unsigned reads, writes;  // bit k: list k is
 //     static constexpr Measure measure;         // of every matrix
+//     static constexpr unsigned integers;       // if there is one, bit k: list k is of int16
 //     Number found_inf;                         // if there is one: nothing is done unless it is 0,
 //                                               // but by ops that measure: they look themselves
 //     template <class A> __device__ Constants<A> prepare(const Entry<N>&, int64_t b) const;
@@ -24,6 +25,13 @@
 namespace orthonorm::cuda {
 
 inline constexpr int threads = 256;
+
+// Whether list k is of integers: known when a kernel is compiled.
+template <class Op>
+__device__ constexpr bool integer(int k) {
+  if constexpr (requires { Op::integers; }) return Op::integers >> k & 1;
+  return false;
+}
 
 // Runs of eight elements of a thread.
 template <int N>
@@ -92,7 +100,7 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
     A values[N][8];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      if (Op::reads >> k & 1) raw[r][k].get(entry.type[k], values[k]);
+      if (Op::reads >> k & 1) raw[r][k].get(entry.type[k], values[k], integer<Op>(k));
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -110,7 +118,7 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       if (!(Op::writes >> k & 1)) continue;
-      raw[r][k].put(entry.type[k], values[k]);
+      raw[r][k].put(entry.type[k], values[k], integer<Op>(k));
       char* at = matrix.data[k] + start * size_of(entry.type[k]);
       raw[r][k].store(at, entry.type[k], places.first(r), places.second(r));
     }
@@ -132,13 +140,13 @@ __device__ void any_run(const typename Op::template Constants<A>& c,
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       address[k] = matrix.data[k] + matrix.offset(k, at) * size_of(entry.type[k]);
-      x[k] = Op::reads >> k & 1 ? load<A>(address[k], entry.type[k]) : A(0);
+      x[k] = Op::reads >> k & 1 ? load<A>(address[k], entry.type[k], integer<Op>(k)) : A(0);
     }
     const auto measured = Op::template apply<A>(c, x, matrix.place + matrix.offset(0, at));
     if constexpr (Op::measure != Measure::nothing) sum.add(measured);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      if (Op::writes >> k & 1) store(address[k], entry.type[k], x[k]);
+      if (Op::writes >> k & 1) store(address[k], entry.type[k], x[k], integer<Op>(k));
     }
   }
 }
