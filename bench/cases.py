@@ -75,10 +75,9 @@ class Case:
 
     @property
     def mutated(self) -> tuple[str, ...]:
-        """Names of the arguments the op writes."""
-        return tuple(
-            a.name for a in self.schema.arguments if a.alias_info and a.alias_info.is_write
-        )
+        """Names of the arguments the op writes, of those it always has."""
+        always = [a for a in self.schema.arguments if not a.has_default_value()]
+        return tuple(a.name for a in always if a.alias_info and a.alias_info.is_write)
 
     @property
     def takes_list(self) -> bool:

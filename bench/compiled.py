@@ -98,6 +98,7 @@ def triton(row: dict[str, Any]) -> Kernel:
 CUDA_WARPS = 8
 CUDA_TILES = {"adamw_step_": 2048, "rotated_adam_": 2048, "muon_prologue_": 2048,
               "decayed_update_": 4096, "divide_each": 4096, "magnitude": 4096,
+              "elementwise_moment_": 4096, "inner": 4096,
               "line_ops": 128 * 256}  # fmt: skip
 ARITHMETIC = {"float": ("float32", "bfloat16", "float16"), "double": ("float64",)}
 LINE_OPS = ("row_moment_", "column_moment_", "factored_moment_", "row_normalize",
@@ -106,9 +107,9 @@ LINE_OPS = ("row_moment_", "column_moment_", "factored_moment_", "row_normalize"
 
 def cuda(row: dict[str, Any]) -> Iterator[Kernel]:
     """A kernel for every op and dtype that a row of nvcc's report serves; none of those that
-    reduce a few numbers."""
+    reduce a few numbers, nor of halves, which Triton has none of."""
     function, _, arguments = row["kernel"].rstrip(">").partition("<")
-    if function not in ("elementwise_kernel", "line_apply_kernel"):
+    if function not in ("elementwise_kernel", "line_apply_kernel") or "Halves" in arguments:
         return
     arch = row["arch"].removeprefix("sm_").removesuffix("a")
     name = f"{row['op']}-{row['kernel']}-{row['arch']}"

@@ -145,14 +145,17 @@ def small(arch: str) -> Iterator[Build]:
             yield Build(op, kernels.iterate_kernel, constants, options, arch, label, True)
 
 
+FLAGS = {"grad_scale": None, "found_inf": None}  # GradScaler's
 # kernel of a pass over lists: its tensors, its own arguments, its own constants
 PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[str, Any]]] = {
     "rotated_adam": ("rotated_adam_kernel", ("M", "V", "X"), (), {"scales": None}),
-    "decayed_update": ("decayed_update_kernel", ("W", "U"), (), {"seed": None}),
-    "decayed_update_rounded": ("decayed_update_kernel", ("W", "U"), (("seed", "*i64"),), {}),
+    "decayed_update": ("decayed_update_kernel", ("W", "U"), (), {"seed": None, "found_inf": None}),
+    "decayed_update_rounded": (
+        "decayed_update_kernel", ("W", "U"), (("seed", "*i64"),), {"found_inf": None}
+    ),
     "adamw_step": (
         "adamw_kernel", ("W", "G", "M", "V", "T"), (),
-        {"seed": None, "DECAY_FIRST": True, "CORRECT_EPS": True},
+        {"seed": None, **FLAGS, "DECAY_FIRST": True, "CORRECT_EPS": True},
     ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
     "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
@@ -163,7 +166,7 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
     ),
     "gram_fold": ("fold_kernel", ("OUT", "X"), (), {}),
     "muon_prologue": (
-        "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True}
+        "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True, **FLAGS}
     ),
 }  # fmt: skip
 

@@ -11,12 +11,13 @@ namespace orthonorm {
 struct AdamWRule {
   double lr, beta1, beta2, eps, weight_decay;
   bool decay_first, correct_eps;
+  double grad_scale = 1;
 };
 
 // What is constant over one parameter. Made in double, converted once to its arithmetic.
 template <class A>
 struct AdamWStep {
-  A decay, size, eps, beta1, gain1, beta2, gain2;
+  A decay, size, eps, beta1, gain1, beta2, gain2, unscale;
 
   // `t` counts this step too. Decaying last multiplies the update by the decay as well, so both
   // orders are decay * w - size * m / denominator.
@@ -32,6 +33,7 @@ struct AdamWStep {
     gain1 = static_cast<A>(1 - rule.beta1);
     beta2 = static_cast<A>(rule.beta2);
     gain2 = static_cast<A>(1 - rule.beta2);
+    unscale = static_cast<A>(1 / rule.grad_scale);
   }
 
   template <class B>
@@ -42,15 +44,17 @@ struct AdamWStep {
         beta1(static_cast<A>(c.beta1)),
         gain1(static_cast<A>(c.gain1)),
         beta2(static_cast<A>(c.beta2)),
-        gain2(static_cast<A>(c.gain2)) {}
+        gain2(static_cast<A>(c.gain2)),
+        unscale(static_cast<A>(c.unscale)) {}
 };
 
-// m <- beta1 m + (1-beta1) g, v <- beta2 v + (1-beta2) g^2,
+// With x = g / grad_scale: m <- beta1 m + (1-beta1) x, v <- beta2 v + (1-beta2) x^2,
 // w <- decay w - size m / (sqrt(v) + eps); no update where that denominator is 0.
 template <class A>
 ORTHONORM_HD inline void adamw_step(const AdamWStep<A>& c, A& w, A g, A& m, A& v) {
-  m = std::fma(c.beta1, m, c.gain1 * g);
-  v = std::fma(c.beta2, v, c.gain2 * g * g);
+  const A x = c.unscale * g;
+  m = std::fma(c.beta1, m, c.gain1 * x);
+  v = std::fma(c.beta2, v, c.gain2 * x * x);
   const A denominator = std::sqrt(v) + c.eps;
   const A direction = m / denominator;
   w = std::fma(-c.size, denominator == A(0) ? A(0) : direction, c.decay * w);

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "host_device.h"
+#include "mantissa.h"
 
 namespace orthonorm {
 
@@ -20,6 +20,14 @@ struct DecayedUpdate {
 template <class A>
 ORTHONORM_HD inline void decayed_update(const DecayedUpdate<A>& c, A& w, A u) {
   w = std::fma(-c.step, u, c.decay * w);
+}
+
+// The same of the float that `w` and `mantissa` are the halves of.
+template <class A>
+ORTHONORM_HD inline void decayed_update(const DecayedUpdate<A>& c, A& w, A u, A& mantissa) {
+  A whole = static_cast<A>(joined(w, mantissa));
+  decayed_update(c, whole, u);
+  split(static_cast<float>(whole), w, mantissa);
 }
 
 }  // namespace orthonorm

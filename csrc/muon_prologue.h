@@ -7,11 +7,27 @@
 
 namespace orthonorm {
 
-// b <- mu b + (1-mu) g;  returns mu b + (1-mu) g of the new b if `nesterov`, else the new b.
+// What is constant over a list. Made in double, converted once to the arithmetic of a matrix.
 template <class A>
-ORTHONORM_HD inline A muon_prologue(A mu, bool nesterov, A g, A& b) {
-  b = std::fma(mu, b - g, g);
-  return nesterov ? std::fma(mu, b - g, g) : b;
+struct MuonPrologue {
+  A mu, unscale;
+  bool nesterov, keep;
+
+  ORTHONORM_HD MuonPrologue(double mu, bool nesterov, double grad_scale = 1, double found_inf = 0)
+      : mu(static_cast<A>(mu)),
+        unscale(static_cast<A>(1 / grad_scale)),
+        nesterov(nesterov),
+        keep(found_inf != 0) {}
+};
+
+// With x = g / grad_scale: b <- mu b + (1-mu) x, but for an infinity that was found; returns
+// mu b + (1-mu) x of the new b if `nesterov`, else the new b.
+template <class A>
+ORTHONORM_HD inline A muon_prologue(const MuonPrologue<A>& c, A g, A& b) {
+  const A x = c.unscale * g;
+  const A average = std::fma(c.mu, b - x, x);
+  b = c.keep ? b : average;
+  return c.nesterov ? std::fma(c.mu, average - x, x) : average;
 }
 
 }  // namespace orthonorm

@@ -16,7 +16,7 @@ from .rounding import rounded
 
 @triton.jit(do_not_specialize=["count"])
 def adamw_kernel(
-    table, count, lr, seed, STEPS: tl.constexpr,
+    table, count, lr, seed, grad_scale, found_inf, STEPS: tl.constexpr,
     W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
     DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
@@ -39,22 +39,22 @@ def adamw_kernel(
     eps = tiles.number(table, 6)
     if CORRECT_EPS:
         eps = eps * correct2
-    g = tl.load(g_at, mask=mask, other=0.0).to(WIDE)
-    m = tl.load(m_at, mask=mask, other=0.0).to(WIDE)
-    v = tl.load(v_at, mask=mask, other=0.0).to(WIDE)
-    w = tl.load(w_at, mask=mask, other=0.0).to(WIDE)
-    m = tiles.number(table, 0).to(WIDE) * m + tiles.number(table, 1).to(WIDE) * g
-    v = tiles.number(table, 3).to(WIDE) * v + tiles.number(table, 4).to(WIDE) * g * g
+    g = each.unscaled(tl.load(g_at, mask=mask, other=0.0).to(WIDE), grad_scale)
+    old_m = tl.load(m_at, mask=mask, other=0.0).to(WIDE)
+    old_v = tl.load(v_at, mask=mask, other=0.0).to(WIDE)
+    old = tl.load(w_at, mask=mask, other=0.0).to(WIDE)
+    m = tiles.number(table, 0).to(WIDE) * old_m + tiles.number(table, 1).to(WIDE) * g
+    v = tiles.number(table, 3).to(WIDE) * old_v + tiles.number(table, 4).to(WIDE) * g * g
     denominator = each.root(v) + eps.to(WIDE)
     update = tl.where(denominator == 0, 0.0, each.divide(size * m, denominator))
     if DECAY_FIRST:
-        w = decay * w - update
+        w = decay * old - update
     else:
-        w = decay * (w - update)
-    tl.store(m_at, m.to(M_TYPE), mask=mask)
-    tl.store(v_at, v.to(V_TYPE), mask=mask)
-    base = tiles.field(entries, count, entry, each.HEAD + 17)
-    tl.store(w_at, rounded(w, w_at, base, seed, W_TYPE).to(W_TYPE), mask=mask)
+        w = decay * (old - update)
+    tl.store(m_at, each.kept(found_inf, old_m, m).to(M_TYPE), mask=mask)
+    tl.store(v_at, each.kept(found_inf, old_v, v).to(V_TYPE), mask=mask)
+    w = rounded(w, w_at, tiles.field(entries, count, entry, each.HEAD + 17), seed, W_TYPE)
+    tl.store(w_at, each.kept(found_inf, old, w).to(W_TYPE), mask=mask)
 
 
 def adamw_step_(
@@ -71,14 +71,20 @@ def adamw_step_(
     decay_first: bool = True,
     correct_eps: bool = True,
     rounding: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     if not params:
         return
     device = params[0].device
-    torch._foreach_add_(steps, 1)
+    if found_inf is None:
+        torch._foreach_add_(steps, 1)
+    else:
+        torch._foreach_add_(steps, (found_inf.reshape(()) == 0).to(steps[0].dtype))
     steps = [s.to(device) for s in steps]  # they may live on the CPU, as torch's do
     lr = lr.to(device)
-    seed = None if rounding is None else rounding.to(device)
+    given = (rounding, grad_scale, found_inf)
+    seed, grad_scale, found_inf = (t if t is None else t.to(device) for t in given)
     numbers = [n for b in (beta1, beta2) for n in (b, 1 - b, math.log(b) if b else -math.inf)]
     for dtype in {s.dtype for s in steps}:
         rows = [i for i, s in enumerate(steps) if s.dtype == dtype]
@@ -88,6 +94,6 @@ def adamw_step_(
             table = group.table((*numbers, eps, weight_decay), device)
             *types, wide, flat, block = group.constants
             adamw_kernel[(table.tiles,)](
-                table.data, table.count, lr, seed, table.steps, *types, tables.TYPES[dtype], wide,
-                flat, block, decay_first, correct_eps, **each.OPTIONS,
+                table.data, table.count, lr, seed, grad_scale, found_inf, table.steps, *types,
+                tables.TYPES[dtype], wide, flat, block, decay_first, correct_eps, **each.OPTIONS,
             )  # fmt: skip

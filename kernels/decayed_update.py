@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from orthonorm import ops
 from torch import Tensor
 
 from . import elementwise as each
@@ -13,8 +14,9 @@ from .rounding import rounded
 
 @triton.jit(do_not_specialize=["count"])
 def decayed_update_kernel(
-    table, count, lr, seed, STEPS: tl.constexpr, W_TYPE: tl.constexpr, U_TYPE: tl.constexpr,
-    WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    table, count, lr, seed, found_inf, STEPS: tl.constexpr,
+    W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, WIDE: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Numbers: weight decay; extras: the factor of each item, where its weight begins."""
     entries = table + 1
@@ -28,8 +30,8 @@ def decayed_update_kernel(
     w = tl.load(w_at, mask=mask, other=0.0).to(WIDE)
     u = tl.load(u_at, mask=mask, other=0.0).to(WIDE)
     base = tiles.field(entries, count, entry, each.HEAD + 9)
-    w = rounded(decay * w - step * u, w_at, base, seed, W_TYPE)
-    tl.store(w_at, w.to(W_TYPE), mask=mask)
+    new = rounded(decay * w - step * u, w_at, base, seed, W_TYPE)
+    tl.store(w_at, each.kept(found_inf, w, new).to(W_TYPE), mask=mask)
 
 
 def decayed_update_(
@@ -39,14 +41,26 @@ def decayed_update_(
     weight_decay: float,
     factors: list[float],
     rounding: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     if not params:
         return
+    if mantissas is not None:
+        arguments = (params, updates, lr, weight_decay, factors, rounding, found_inf, mantissas)
+        return ops.decayed_update_.definition(*arguments)
     lr = lr.to(params[0].device)
-    seed = None if rounding is None else rounding.to(params[0].device)
+    seed, found_inf = (t if t is None else t.to(params[0].device) for t in (rounding, found_inf))
     extras = [(tables.bits(f), w.data_ptr()) for f, w in zip(factors, params, strict=True)]
     for group in each.groups([params, updates], extras):
         table = group.table((weight_decay,), params[0].device)
         decayed_update_kernel[(table.tiles,)](
-            table.data, table.count, lr, seed, table.steps, *group.constants, **each.OPTIONS
+            table.data,
+            table.count,
+            lr,
+            seed,
+            found_inf,
+            table.steps,
+            *group.constants,
+            **each.OPTIONS,
         )

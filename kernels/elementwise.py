@@ -99,6 +99,24 @@ def adam(out_at, m_at, v_at, x, mask, numbers, WIDE: tl.constexpr, scale=None):
     tl.store(out_at, out.to(out_at.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def kept(found_inf, old, new):
+    """`new`, or `old` where an infinity was found."""
+    if found_inf is None:
+        return new
+    else:
+        return tl.where(tl.load(found_inf) != 0, old, new)
+
+
+@triton.jit
+def unscaled(g, grad_scale):
+    """g / grad_scale, as ops/passes.py has it."""
+    if grad_scale is None:
+        return g
+    else:
+        return g * (1.0 / tl.load(grad_scale).to(tl.float64)).to(g.dtype)
+
+
 class Group(NamedTuple):
     """Entries of one launch."""
 

@@ -31,22 +31,27 @@ def muon_step_(
     eps: float = 0.0,
     safety: float = 1.0,
     rounding: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
-    tensors = (params, grads, momentum_buffers)
+    tensors, flags = (params, grads, momentum_buffers), (grad_scale, found_inf)
     wide = any(t.dtype == torch.float64 for some in tensors for t in some)
-    # the end of a product rounds to nearest
+    # the end of a product rounds to nearest, and always writes
     stochastic = rounding is not None and any(w.dtype == torch.bfloat16 for w in params)
-    if not params or wide or stochastic:
+    if not params or wide or stochastic or found_inf is not None or mantissas is not None:
         arguments = (*tensors, lr, momentum, weight_decay, factors, coefficients, restarts)
-        return ops.muon_step_.definition(*arguments, nesterov, *iteration[2:], rounding)
+        return ops.muon_step_.definition(
+            *arguments, nesterov, *iteration[2:], rounding, *flags, mantissas
+        )
     end = ends.muon(lr.to(params[0].device), weight_decay)
     extras = [(tables.bits(factor), 0) for factor in factors]
     sizes = [b.numel() for b in momentum_buffers]
     for part in tables.stretches(sizes, max(*sizes, ACCELERATOR_WORK)):
         weights, states = params[part], momentum_buffers[part]
         updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in states]
-        norms = muon_prologue_(grads[part], states, updates, momentum, nesterov)
+        norms = muon_prologue_(grads[part], states, updates, momentum, nesterov, *flags)
         rows = iteration.run(updates, Target(weights, end, extras[part]), norms)
         if rows:
             polars = iteration.rest(updates, rows, norms)

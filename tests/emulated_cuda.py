@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import test_amp
 import test_rounding
 import torch
 from cuda_on_cpu import library
@@ -111,6 +112,14 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]
     assert torch.equal(ops.magnitude([X]), norms)
     wanted = ops.divide_each(near, norms, torch.float32)
     assert torch.equal(ops.divide_each(X, norms, torch.float32), wanted)
+
+
+def test_flags_of_the_scaler() -> None:
+    test_amp.check_flags()
+
+
+def test_halves() -> None:
+    test_amp.check_halves()
 
 
 def test_stochastic_rounding() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import orthonorm
 import pytest
+import test_amp
 import test_ops
 import test_rounding
 import torch
@@ -150,6 +151,14 @@ def test_muon_writes_weights_where_products_end(
     layout = "contiguous" if form == "direct" else "transposed"
     check_numbers(case, shapes, Inputs.named("float32", layout=layout), **settings)
     assert "update" in launches
+
+
+def test_flags_of_the_scaler() -> None:
+    test_amp.check_flags()
+
+
+def test_halves() -> None:
+    test_amp.check_halves()
 
 
 def test_stochastic_rounding() -> None:

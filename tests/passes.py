@@ -30,13 +30,26 @@ VARIANTS: dict[str, tuple[Arguments, ...]] = {
     "rotated_adam_": ({}, {"eps": 0.0}, {"scales": None}),
     "elementwise_moment_": ({}, {"eps": 0.0}, {"corrections": None}),
     "magnitude": ({},),
-    "muon_prologue_": ({}, {"nesterov": False}, {"momentum": torch.tensor(0.5)}),
-    "decayed_update_": ({}, {"weight_decay": 0.0}, {"rounding": torch.tensor(7 << 40)}),
+    "muon_prologue_": (
+        {},
+        {"nesterov": False},
+        {"momentum": torch.tensor(0.5)},
+        {"grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(0.0)},
+        {"found_inf": torch.tensor(2.0)},
+    ),
+    "decayed_update_": (
+        {},
+        {"weight_decay": 0.0},
+        {"rounding": torch.tensor(7 << 40)},
+        {"found_inf": torch.tensor(1.0)},
+    ),
     "adamw_step_": (
         {},
         {"decay_first": False, "correct_eps": False},
         {"weight_decay": 0.0, "eps": 0.0, "lr": torch.tensor(0.01)},
         {"rounding": torch.tensor(7)},
+        {"grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(0.0)},
+        {"found_inf": torch.tensor(1.0), "rounding": torch.tensor(7)},
     ),
 }
 ROWS = [(name, i) for name, variants in VARIANTS.items() for i in range(len(variants))]
@@ -112,8 +125,10 @@ def copied(t: Tensor) -> Tensor:
 
 
 def mutated(name: str) -> list[str]:
+    """What the op writes of the arguments that it always has."""
     arguments = OPS[name].overload._schema.arguments
-    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    always = [a for a in arguments if not a.has_default_value()]
+    return [a.name for a in always if a.alias_info is not None and a.alias_info.is_write]
 
 
 def run(call: Callable[..., Any], name: str, arguments: Arguments) -> dict[str, list[Tensor]]:

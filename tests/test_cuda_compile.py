@@ -18,7 +18,7 @@ SHARED = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448}  # bytes of a bl
 # Kernels of small sums, of double arithmetic (a division's slow path is a call) or of one number a
 # thread: not what a step waits for.
 NOT_HOT = (
-    " norms_kernel", "advance_kernel", "line_factors_kernel", " power_kernel", "double>"
+    " results_kernel", "advance_kernel", "line_factors_kernel", " power_kernel", "double>"
 )  # fmt: skip
 
 

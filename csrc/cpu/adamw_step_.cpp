@@ -31,7 +31,8 @@ std::vector<AdamWStep<double>> advance(const TensorList& steps, const AdamWRule&
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
                  const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
                  double beta1, double beta2, double eps, double weight_decay, bool decay_first,
-                 bool correct_eps, const std::optional<Tensor>& rounding) {
+                 bool correct_eps, const std::optional<Tensor>& rounding,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   const Pass<4> pass("adamw_step_", Unit::tensor,
                      {{{"params", params, Use::update},
                        {"grads", grads, Use::read},
@@ -47,7 +48,9 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                     "adamw_step_: steps must be float32 or float64");
   }
-  const AdamWRule rule{item(lr), beta1, beta2, eps, weight_decay, decay_first, correct_eps};
+  const AdamWRule rule{item(lr),    beta1,       beta2, eps, weight_decay,
+                       decay_first, correct_eps, item_or(1, grad_scale)};
+  if (item_or(0, found_inf) != 0) return;
   const std::vector<AdamWStep<double>> made = advance(steps, rule);
   pass.run([&]<class A>(const Part<4>& part, int64_t, const std::array<A*, 4>& at, int64_t count) {
     const AdamWStep<A> c(made[part.entry]);

@@ -77,7 +77,9 @@ inline A element(T value) {
 
 template <class T, class A>
 inline T rounded(A value) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (std::is_integral_v<T>) {
+    return static_cast<T>(value);
+  } else if constexpr (sizeof(T) == 2) {
     float once;
     if constexpr (sizeof(A) == 8) {
       once = to_odd(value);
@@ -159,6 +161,7 @@ inline void load_into(const void* data, ScalarType dtype, int64_t stride, int64_
     case ScalarType::Float: gather(static_cast<const float*>(data), stride, count, to); break;
     case ScalarType::BFloat16: gather(static_cast<const BFloat16*>(data), stride, count, to); break;
     case ScalarType::Half: gather(static_cast<const Half*>(data), stride, count, to); break;
+    case ScalarType::Short: gather(static_cast<const int16_t*>(data), stride, count, to); break;
     default: refuse();
   }
 }
@@ -186,6 +189,7 @@ inline void store(const A* values, void* data, ScalarType dtype, int64_t stride,
     case ScalarType::Float: scatter(values, static_cast<float*>(data), stride, count); break;
     case ScalarType::BFloat16: scatter(values, static_cast<BFloat16*>(data), stride, count); break;
     case ScalarType::Half: scatter(values, static_cast<Half*>(data), stride, count); break;
+    case ScalarType::Short: scatter(values, static_cast<int16_t*>(data), stride, count); break;
     default: refuse();
   }
 }

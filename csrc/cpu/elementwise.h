@@ -26,6 +26,11 @@ inline std::vector<double> numbers(const char* op, const char* name, const Tenso
   return values;
 }
 
+// The number of a tensor that may be left out.
+inline double item_or(double otherwise, const std::optional<Tensor>& t) {
+  return t ? item(*t) : otherwise;
+}
+
 // How bfloat16 tensors are rounded: stochastically, if there is a seed.
 inline std::optional<Stochastic> rounding_of(const char* op, const std::optional<Tensor>& seed) {
   if (!seed) return std::nullopt;
@@ -40,6 +45,7 @@ struct NamedList {
   const char* name;
   const TensorList& tensors;
   Use use;
+  std::optional<ScalarType> only = std::nullopt;  // bfloat16 or int16, where it is not free
 };
 
 // One tensor of each list, or one matrix of each.
@@ -131,8 +137,11 @@ class Pass {
     bool contiguous = true;
     for (int k = 0; k < N; ++k) {
       const Facts& t = tensors[k];
-      STD_TORCH_CHECK(floating(t.dtype), op, ": ", lists[k].name, "[", i,
+      const std::optional<ScalarType>& only = lists[k].only;
+      STD_TORCH_CHECK(only || floating(t.dtype), op, ": ", lists[k].name, "[", i,
                       "] must be float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(!only || t.dtype == *only, op, ": ", lists[k].name, "[", i, "] must be ",
+                      only == ScalarType::Short ? "int16" : "bfloat16");
       STD_TORCH_CHECK(t.same_shape(first), op, ": ", lists[k].name, "[", i,
                       "] must have the shape of ", lists[0].name, "[", i, "] ", first.shape(),
                       ", got ", t.shape());

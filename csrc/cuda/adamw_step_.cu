@@ -27,7 +27,8 @@ void check_steps(const TensorList& steps) {
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
                  const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
                  double beta1, double beta2, double eps, double weight_decay, bool decay_first,
-                 bool correct_eps, const std::optional<Tensor>& rounding) {
+                 bool correct_eps, const std::optional<Tensor>& rounding,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   Call call("adamw_step_", {{"params", params, true},
                             {"grads", grads, false},
                             {"exp_avg", exp_avg, true},
@@ -36,20 +37,23 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
   call.same_length("steps", steps.size());
   check_steps(steps);
   const AdamWRule rule{0, beta1, beta2, eps, weight_decay, decay_first, correct_eps};
-  const Number rate = call.number("lr", lr);
+  const AdamWNumbers numbers{call.number("lr", lr), call.number("grad_scale", grad_scale, 1),
+                             call.number("found_inf", found_inf, 0)};
   const Seed seed = call.seed(rounding);
   call.run([&](const Device& device) {
     auto* made = device.scratch<AdamWStep<double>>(static_cast<int64_t>(call.size()));
-    auto counts = counted(device, rate, rule, made);
+    auto counts = counted(device, numbers, rule, made);
     for (const Tensor& step : steps) {
       const Element type = step.scalar_type() == ScalarType::Double ? Element::f64 : Element::f32;
       const bool here = step.device() == params[0].device();
+      STD_TORCH_CHECK(here || !found_inf, "adamw_step_: steps must be on the device of params ",
+                      "where found_inf is given");
       const double known = here ? 0 : counted_on_host(step);
       char* at = here ? static_cast<char*>(step.data_ptr()) : nullptr;
       counts.add({Strided{at, type, 0, nullptr, nullptr}}, bit_cast<int64_t>(known));
     }
     counts.finish();
-    auto lists = elementwise(device, Unit::tensor, AdamWOp{made, seed});
+    auto lists = elementwise(device, Unit::tensor, AdamWOp{made, seed, numbers.found_inf});
     for (size_t i = 0; i < call.size(); ++i) lists.add(call.item<4>(i));
     lists.finish();
   });

@@ -11,7 +11,7 @@ namespace orthonorm::cuda {
 struct AdamWOp {
   static constexpr int lists = 4;
   static constexpr unsigned reads = 0b1111, writes = 0b1101;  // params, grads, exp_avg, exp_avg_sq
-  static constexpr bool sums = false;
+  static constexpr Measure measure = Measure::nothing;
   template <class A>
   struct Constants {
     AdamWStep<A> rule;
@@ -20,6 +20,7 @@ struct AdamWOp {
 
   const AdamWStep<double>* made;  // for every item
   Seed seed = {};
+  Number found_inf = 0;
 
   template <class A>
   __device__ Constants<A> prepare(const Entry<4>& entry, int64_t) const {
@@ -33,33 +34,41 @@ struct AdamWOp {
   }
 };
 
-// Adds 1 to every step count on the device and makes each item's constants. An entry without data
-// has its count, already this step's, in `extra`.
-__global__ void advance_kernel(ORTHONORM_CONSTANT(Table<1>) table, ORTHONORM_CONSTANT(Number) lr,
-                               AdamWRule rule, AdamWStep<double>* made) {
+// The numbers of a list that are read on the device.
+struct AdamWNumbers {
+  Number lr, grad_scale = 1, found_inf = 0;
+};
+
+// Adds 1 to every step count on the device, but for an infinity that was found, and makes each
+// item's constants. An entry without data has its count, already this step's, in `extra`.
+__global__ void advance_kernel(ORTHONORM_CONSTANT(Table<1>) table,
+                               ORTHONORM_CONSTANT(AdamWNumbers) numbers, AdamWRule rule,
+                               AdamWStep<double>* made) {
   const int i = static_cast<int>(blockIdx.x * threads + threadIdx.x);
   if (i >= table.entries_used) return;
   const Entry<1>& entry = table.entries[i];
+  const int one = numbers.found_inf.read() == 0;
   double t = bit_cast<double>(entry.extra);
   if (entry.data[0]) {
     if (entry.type[0] == Element::f64) {
-      t = *reinterpret_cast<double*>(entry.data[0]) += 1;
+      t = *reinterpret_cast<double*>(entry.data[0]) += one;
     } else {
-      t = *reinterpret_cast<float*>(entry.data[0]) += 1;
+      t = *reinterpret_cast<float*>(entry.data[0]) += one;
     }
   }
-  rule.lr = lr.read();
+  rule.lr = numbers.lr.read();
+  rule.grad_scale = numbers.grad_scale.read();
   made[entry.item] = AdamWStep<double>(rule, t);
 }
 
 // ---- host --------------------------------------------------------------------------------------
 
-// Step counts, a one-element tensor each; `rule.lr` is `lr`.
-inline Lists<1> counted(const Device& device, const Number& lr, const AdamWRule& rule,
+// Step counts, a one-element tensor each; `numbers` replace those of `rule`.
+inline Lists<1> counted(const Device& device, const AdamWNumbers& numbers, const AdamWRule& rule,
                         AdamWStep<double>* made) {
-  return Lists<1>(Unit::tensor, 1, [&device, lr, rule, made](const Table<1>& table, bool) {
+  return Lists<1>(Unit::tensor, 1, [&device, numbers, rule, made](const Table<1>& table, bool) {
     launch(advance_kernel, (table.entries_used + threads - 1) / threads, threads, 0, device, table,
-           lr, rule, made);
+           numbers, rule, made);
   });
 }
 

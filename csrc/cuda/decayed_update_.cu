@@ -5,20 +5,36 @@
 namespace orthonorm::cuda {
 namespace {
 
-void decayed_update_(const TensorList& params, const TensorList& updates, const Tensor& lr,
-                     double weight_decay, const std::vector<double>& factors,
-                     const std::optional<Tensor>& rounding) {
-  Call call("decayed_update_", {{"params", params, true}, {"updates", updates, false}});
-  call.same_shapes(0);
-  call.same_length("factors", factors.size());
-  const DecayedUpdateOp op{call.number("lr", lr), weight_decay, call.seed(rounding)};
+template <class Op>
+void update(Call& call, const Op& op, const std::vector<double>& factors) {
   call.run([&](const Device& device) {
     auto lists = elementwise(device, Unit::tensor, op);
     for (size_t i = 0; i < call.size(); ++i) {
-      lists.add(call.item<2>(i), bit_cast<int64_t>(factors[i]));
+      lists.add(call.item<Op::lists>(i), bit_cast<int64_t>(factors[i]));
     }
     lists.finish();
   });
+}
+
+void decayed_update_(const TensorList& params, const TensorList& updates, const Tensor& lr,
+                     double weight_decay, const std::vector<double>& factors,
+                     const std::optional<Tensor>& rounding, const std::optional<Tensor>& found_inf,
+                     const std::optional<TensorList>& mantissas) {
+  std::vector<NamedList> lists{{"params", params, true}, {"updates", updates, false}};
+  if (mantissas) lists.push_back({"mantissas", *mantissas, true, true});
+  Call call("decayed_update_", lists);
+  call.same_shapes(0);
+  call.same_length("factors", factors.size());
+  const UpdateNumbers numbers{call.number("lr", lr), weight_decay};
+  const Number inf = call.number("found_inf", found_inf, 0);
+  if (!mantissas) {
+    return update(call, DecayedUpdateOp{numbers, call.seed(rounding), inf}, factors);
+  }
+  for (size_t i = 0; i < call.size(); ++i) {
+    STD_TORCH_CHECK(call(0, i).type == Element::bf16, "decayed_update_: params[", i,
+                    "] must be bfloat16");
+  }
+  update(call, HalvesUpdateOp{numbers, inf}, factors);
 }
 
 }  // namespace

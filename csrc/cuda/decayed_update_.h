@@ -8,30 +8,63 @@
 
 namespace orthonorm::cuda {
 
+// What the entries of a launch share. An entry's extra is the item's factor.
+struct UpdateNumbers {
+  Number lr;
+  double weight_decay;
+
+  template <class A>
+  __device__ DecayedUpdate<A> of(int64_t factor) const {
+    return {lr.read(), weight_decay, bit_cast<double>(factor)};
+  }
+};
+
 struct DecayedUpdateOp {
   static constexpr int lists = 2;
   static constexpr unsigned reads = 0b11, writes = 0b01;
-  static constexpr bool sums = false;
+  static constexpr Measure measure = Measure::nothing;
   template <class A>
   struct Constants {
     DecayedUpdate<A> rule;
     Rounding rounding;
   };
 
-  Number lr;
-  double weight_decay;
+  UpdateNumbers numbers;
   Seed seed = {};
+  Number found_inf = 0;
 
-  // An entry's extra is the item's factor.
   template <class A>
   __device__ Constants<A> prepare(const Entry<2>& entry, int64_t) const {
-    return {{lr.read(), weight_decay, bit_cast<double>(entry.extra)}, {seed, entry.type[0]}};
+    return {numbers.of<A>(entry.extra), {seed, entry.type[0]}};
   }
 
   template <class A>
   __device__ static A apply(const Constants<A>& c, A (&x)[2], int64_t place) {
     decayed_update(c.rule, x[0], x[1]);
     return x[0] = c.rounding(x[0], place);
+  }
+};
+
+// Of float32 weights kept as halves, lists 0 and 2.
+struct HalvesUpdateOp {
+  static constexpr int lists = 3;
+  static constexpr unsigned reads = 0b111, writes = 0b101, integers = 0b100;
+  static constexpr Measure measure = Measure::nothing;
+  template <class A>
+  using Constants = DecayedUpdate<A>;
+
+  UpdateNumbers numbers;
+  Number found_inf = 0;
+
+  template <class A>
+  __device__ DecayedUpdate<A> prepare(const Entry<3>& entry, int64_t) const {
+    return numbers.of<A>(entry.extra);
+  }
+
+  template <class A>
+  __device__ static A apply(const DecayedUpdate<A>& c, A (&x)[3], int64_t) {
+    decayed_update(c, x[0], x[1], x[2]);
+    return x[0];
   }
 };
 

@@ -15,7 +15,7 @@ struct Divisor {
 struct DivideEachOp {
   static constexpr int lists = 2;
   static constexpr unsigned reads = 0b01, writes = 0b10;
-  static constexpr bool sums = false;
+  static constexpr Measure measure = Measure::nothing;
   template <class A>
   using Constants = Divisor;
 

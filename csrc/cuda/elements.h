@@ -8,7 +8,8 @@
 
 namespace orthonorm::cuda {
 
-enum class Element : uint8_t { f16, bf16, f32, f64 };
+// Integers are numbers of a list that an op says is of them, so that no other kernel asks.
+enum class Element : uint8_t { f16, bf16, f32, f64, i16 };
 
 ORTHONORM_HD inline int size_of(Element type) {
   return type == Element::f64 ? 8 : type == Element::f32 ? 4 : 2;
@@ -47,7 +48,8 @@ __device__ inline T rounded(double x) {
 
 // One element.
 template <class A>
-__device__ inline A load(const char* at, Element type) {
+__device__ inline A load(const char* at, Element type, bool integer = false) {
+  if (integer) return static_cast<A>(*reinterpret_cast<const int16_t*>(at));
   switch (type) {
     case Element::f16: return static_cast<A>(widened(*reinterpret_cast<const Fp16*>(at)));
     case Element::bf16: return static_cast<A>(widened(*reinterpret_cast<const Bf16*>(at)));
@@ -57,7 +59,11 @@ __device__ inline A load(const char* at, Element type) {
 }
 
 template <class A>
-__device__ inline void store(char* at, Element type, A x) {
+__device__ inline void store(char* at, Element type, A x, bool integer = false) {
+  if (integer) {
+    *reinterpret_cast<int16_t*>(at) = static_cast<int16_t>(x);
+    return;
+  }
   switch (type) {
     case Element::f16: *reinterpret_cast<Fp16*>(at) = rounded<Fp16>(x); break;
     case Element::bf16: *reinterpret_cast<Bf16*>(at) = rounded<Bf16>(x); break;
@@ -95,7 +101,8 @@ struct Eight {
     }
   }
 
-  __device__ void get(Element type, A (&x)[8]) const {
+  __device__ void get(Element type, A (&x)[8], bool integers = false) const {
+    if (integers) return get<int16_t>(x);
     switch (type) {
       case Element::f16: return get<Fp16>(x);
       case Element::bf16: return get<Bf16>(x);
@@ -104,7 +111,8 @@ struct Eight {
     }
   }
 
-  __device__ void put(Element type, const A (&x)[8]) {
+  __device__ void put(Element type, const A (&x)[8], bool integers = false) {
+    if (integers) return put<int16_t>(x);
     switch (type) {
       case Element::f16: return put<Fp16>(x);
       case Element::bf16: return put<Bf16>(x);
@@ -121,7 +129,7 @@ struct Eight {
     memcpy(values, raw, words * sizeof(uint4));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (sizeof(T) == 2) {
+      if constexpr (sizeof(T) == 2 && !std::is_integral_v<T>) {
         x[i] = static_cast<A>(widened(values[i]));
       } else {
         x[i] = static_cast<A>(values[i]);
@@ -135,8 +143,8 @@ struct Eight {
     T values[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (sizeof(T) == sizeof(A)) {
-        values[i] = x[i];
+      if constexpr (sizeof(T) == sizeof(A) || std::is_integral_v<T>) {
+        values[i] = static_cast<T>(x[i]);
       } else {
         values[i] = rounded<T>(x[i]);
       }

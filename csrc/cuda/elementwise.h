@@ -3,13 +3,16 @@
 //   struct Op {
 //     static constexpr int lists = N;
 //     static constexpr unsigned reads, writes;  // bit k: list k is
-//     static constexpr bool sums;               // whether norms of matrices are wanted
+//     static constexpr Measure measure;         // of every matrix
+//     static constexpr unsigned integers;       // if there is one, bit k: list k is of int16
+//     Number found_inf;                         // if there is one: nothing is done unless it is 0,
+//                                               // but by ops that measure: they look themselves
 //     template <class A> __device__ Constants<A> prepare(const Entry<N>&, int64_t b) const;
 //     template <class A>
-//     __device__ static A apply(const Constants<A>&, A (&x)[N], int64_t place);
+//     __device__ static auto apply(const Constants<A>&, A (&x)[N], int64_t place);
 //   };
 //
-// `apply` changes what is written and returns what is measured, where an op measures (`Op::sums`);
+// `apply` changes what is written and returns what is measured, where an op measures;
 // `place` is how far in memory x[0] is from where its tensor begins, in elements.
 // A block takes a tile of one matrix, a thread runs of eight elements of it. Which elements a thread
 // has depends on the matrix and its dtypes alone: sums have the same bits at any address, in any
@@ -22,6 +25,13 @@
 namespace orthonorm::cuda {
 
 inline constexpr int threads = 256;
+
+// Whether list k is of integers: known when a kernel is compiled.
+template <class Op>
+__device__ constexpr bool integer(int k) {
+  if constexpr (requires { Op::integers; }) return Op::integers >> k & 1;
+  return false;
+}
 
 // Runs of eight elements of a thread.
 template <int N>
@@ -73,7 +83,7 @@ struct Places {
 template <class Op, class A>
 __device__ void whole_run(const typename Op::template Constants<A>& c,
                           const Entry<Op::lists>& entry, const Matrix<Op::lists>& matrix,
-                          int64_t start, const Places& places, Squares<A>& squares) {
+                          int64_t start, const Places& places, Adder<Op::measure, A>& sum) {
   constexpr int N = Op::lists;
   Eight<A> raw[runs<N>][N];
 #pragma unroll
@@ -90,7 +100,7 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
     A values[N][8];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      if (Op::reads >> k & 1) raw[r][k].get(entry.type[k], values[k]);
+      if (Op::reads >> k & 1) raw[r][k].get(entry.type[k], values[k], integer<Op>(k));
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -98,8 +108,8 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
 #pragma unroll
       for (int k = 0; k < N; ++k) x[k] = Op::reads >> k & 1 ? values[k][i] : A(0);
       const int inside = i < 4 ? places.first(r) + i : places.second(r) + i - 4;
-      const A measured = Op::template apply<A>(c, x, matrix.place + start + inside);
-      if constexpr (Op::sums) squares.add(measured);
+      const auto measured = Op::template apply<A>(c, x, matrix.place + start + inside);
+      if constexpr (Op::measure != Measure::nothing) sum.add(measured);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         if (Op::writes >> k & 1) values[k][i] = x[k];
@@ -108,7 +118,7 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       if (!(Op::writes >> k & 1)) continue;
-      raw[r][k].put(entry.type[k], values[k]);
+      raw[r][k].put(entry.type[k], values[k], integer<Op>(k));
       char* at = matrix.data[k] + start * size_of(entry.type[k]);
       raw[r][k].store(at, entry.type[k], places.first(r), places.second(r));
     }
@@ -119,7 +129,7 @@ __device__ void whole_run(const typename Op::template Constants<A>& c,
 template <class Op, class A>
 __device__ void any_run(const typename Op::template Constants<A>& c,
                         const Entry<Op::lists>& entry, const Matrix<Op::lists>& matrix,
-                        int64_t start, int first, int second, Squares<A>& squares) {
+                        int64_t start, int first, int second, Adder<Op::measure, A>& sum) {
   constexpr int N = Op::lists;
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
@@ -130,13 +140,13 @@ __device__ void any_run(const typename Op::template Constants<A>& c,
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       address[k] = matrix.data[k] + matrix.offset(k, at) * size_of(entry.type[k]);
-      x[k] = Op::reads >> k & 1 ? load<A>(address[k], entry.type[k]) : A(0);
+      x[k] = Op::reads >> k & 1 ? load<A>(address[k], entry.type[k], integer<Op>(k)) : A(0);
     }
-    const A measured = Op::template apply<A>(c, x, matrix.place + matrix.offset(0, at));
-    if constexpr (Op::sums) squares.add(measured);
+    const auto measured = Op::template apply<A>(c, x, matrix.place + matrix.offset(0, at));
+    if constexpr (Op::measure != Measure::nothing) sum.add(measured);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      if (Op::writes >> k & 1) store(address[k], entry.type[k], x[k]);
+      if (Op::writes >> k & 1) store(address[k], entry.type[k], x[k], integer<Op>(k));
     }
   }
 }
@@ -144,8 +154,11 @@ __device__ void any_run(const typename Op::template Constants<A>& c,
 template <class Op, class A>
 __global__ void __launch_bounds__(threads)
     elementwise_kernel(ORTHONORM_CONSTANT(Table<Op::lists>) table, ORTHONORM_CONSTANT(Op) op,
-                       SquareSum* sums) {
+                       typename Adder<Op::measure, A>::Total* sums) {
   constexpr int N = Op::lists;
+  if constexpr (Op::measure == Measure::nothing && requires { op.found_inf; }) {
+    if (op.found_inf.read() != 0) return;
+  }
   const Entry<N>& entry = locate<&Entry<N>::first_tile>(table, blockIdx.x);
   const uint32_t inside = blockIdx.x - entry.first_tile;
   const int64_t b = inside / entry.tiles;
@@ -153,33 +166,35 @@ __global__ void __launch_bounds__(threads)
   const Matrix<N> matrix(table, entry, b);
   const auto c = op.template prepare<A>(entry, entry.first + b);
   const Places places(matrix.narrow);
-  Squares<A> squares;
+  Adder<Op::measure, A> sum;
   if (matrix.aligned && !matrix.layout && start + tile_of<N> <= entry.count) {
-    whole_run<Op, A>(c, entry, matrix, start, places, squares);
+    whole_run<Op, A>(c, entry, matrix, start, places, sum);
   } else {
     for (int r = 0; r < runs<N>; ++r) {
-      any_run<Op, A>(c, entry, matrix, start, places.first(r), places.second(r), squares);
+      any_run<Op, A>(c, entry, matrix, start, places.first(r), places.second(r), sum);
     }
   }
-  if constexpr (Op::sums) {
-    const SquareSum total = block_sum<threads>(squares.total());
+  if constexpr (Op::measure != Measure::nothing) {
+    const auto total = block_sum<threads>(sum.total());
     if (threadIdx.x == 0) sums[blockIdx.x] = total;
   }
 }
 
 // ---- host --------------------------------------------------------------------------------------
 
-// Lists whose tables are launched with `op`, and a norm of every matrix where it measures.
+// Lists whose tables are launched with `op`, and a result for every matrix where it measures.
 template <class Op>
 Lists<Op::lists> elementwise(const Device& device, Unit unit, const Op& op,
-                             double* norms = nullptr) {
+                             double* results = nullptr) {
   constexpr int N = Op::lists;
-  return Lists<N>(unit, tile_of<N>, [&device, op, norms](const Table<N>& table, bool wide) {
-    SquareSum* sums = Op::sums ? device.scratch<SquareSum>(table.tiles) : nullptr;
+  constexpr bool measures = Op::measure != Measure::nothing;
+  using Total = typename Adder<Op::measure, float>::Total;
+  return Lists<N>(unit, tile_of<N>, [&device, op, results](const Table<N>& table, bool wide) {
+    Total* sums = measures ? device.scratch<Total>(table.tiles) : nullptr;
     launch(wide ? elementwise_kernel<Op, double> : elementwise_kernel<Op, float>, table.tiles,
            threads, 0, device, table, op, sums);
-    if constexpr (Op::sums) {
-      launch(norms_kernel<N>, table.matrices, 256, 0, device, table, sums, norms);
+    if constexpr (measures) {
+      launch(results_kernel<N, Op::measure>, table.matrices, 256, 0, device, table, sums, results);
     }
   });
 }

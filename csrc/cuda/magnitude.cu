@@ -8,7 +8,7 @@ namespace {
 Tensor magnitude(const TensorList& X) {
   Call call("magnitude", {{"X", X, false}});
   call.same_shapes(2);
-  return call.norms(MagnitudeOp());
+  return call.measured(MagnitudeOp());
 }
 
 }  // namespace

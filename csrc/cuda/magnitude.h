@@ -8,7 +8,7 @@ namespace orthonorm::cuda {
 struct MagnitudeOp {
   static constexpr int lists = 1;
   static constexpr unsigned reads = 0b1, writes = 0b0;
-  static constexpr bool sums = true;
+  static constexpr Measure measure = Measure::norm;
   template <class A>
   struct Constants {};
 

@@ -27,7 +27,10 @@ namespace orthonorm::cuda {
 [[gnu::used]] static const char built_for[] = "orthonorm built for: " ORTHONORM_BUILT_FOR ";";
 #endif
 
-inline Element element_of(const char* op, const char* name, ScalarType dtype) {
+inline Element element_of(const char* op, const char* name, ScalarType dtype,
+                          bool integers = false) {
+  STD_TORCH_CHECK(!integers || dtype == ScalarType::Short, op, ": ", name, " must be int16");
+  if (integers) return Element::i16;
   switch (dtype) {
     case ScalarType::Half: return Element::f16;
     case ScalarType::BFloat16: return Element::bf16;
@@ -38,9 +41,9 @@ inline Element element_of(const char* op, const char* name, ScalarType dtype) {
   }
 }
 
-inline Strided strided(const char* op, const char* name, const Tensor& t) {
-  return {static_cast<char*>(t.data_ptr()), element_of(op, name, t.scalar_type()), t.dim(),
-          t.sizes().data(), t.strides().data()};
+inline Strided strided(const char* op, const char* name, const Tensor& t, bool integers = false) {
+  return {static_cast<char*>(t.data_ptr()), element_of(op, name, t.scalar_type(), integers),
+          t.dim(), t.sizes().data(), t.strides().data()};
 }
 
 inline std::string shape_of(const Strided& t) {
@@ -63,6 +66,7 @@ struct NamedList {
   const char* name;
   const TensorList& tensors;
   bool written;
+  bool integers = false;  // of 16 bits
 };
 
 // One call of an op on lists of tensors. Checks that nothing outside of them would be touched, then
@@ -76,7 +80,7 @@ class Call {
       same_length(list.name, list.tensors.size());
       for (size_t i = 0; i < list.tensors.size(); ++i) {
         const Tensor& t = list.tensors[i];
-        tensors_.push_back(strided(op, list.name, t));
+        tensors_.push_back(strided(op, list.name, t, list.integers));
         const Strided& s = tensors_.back();
         STD_TORCH_CHECK(t.device() == leader.tensors[0].device(), op, ": ", list.name, "[", i,
                         "] must be on the device of ", leader.name, "[0]");
@@ -137,6 +141,11 @@ class Call {
     return numbers(name, t);
   }
 
+  // One that may be left out.
+  Number number(const char* name, const std::optional<Tensor>& t, double otherwise) {
+    return t ? number(name, *t) : Number(otherwise);
+  }
+
   // Numbers to be read on the device, brought there if they are not.
   Number numbers(const char* name, const Tensor& t) {
     const Strided s = strided(op_, name, t);
@@ -158,9 +167,9 @@ class Call {
     return {true, 0, static_cast<const int64_t*>(there.data_ptr())};
   }
 
-  // A float64 number for every matrix of the first list; those of empty matrices are 0.
+  // What the op measures of every matrix of the first list, in float64; 0 of empty ones.
   template <class Op>
-  Tensor norms(const Op& op) {
+  Tensor measured(const Op& op) {
     int64_t count = 0;
     for (size_t i = 0; i < size(); ++i) count += matrices((*this)(0, i));
     const auto on = size() ? std::optional(device()) : std::nullopt;

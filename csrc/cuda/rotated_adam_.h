@@ -10,7 +10,7 @@ namespace orthonorm::cuda {
 struct RotatedAdamOp {
   static constexpr int lists = 3;
   static constexpr unsigned reads = 0b111, writes = 0b111;
-  static constexpr bool sums = false;
+  static constexpr Measure measure = Measure::nothing;
   template <class A>
   using Constants = RotatedAdam<A>;
 

@@ -49,9 +49,24 @@ __device__ inline SquareSum square(double x) {
   return {unit * unit, exponent};
 }
 
-// Squares that one thread adds: of floats exactly, in double, of doubles against their peak so far.
-template <class A>
-struct Squares {
+// What a pass measures of every matrix, in double, from what its op returns for every element.
+enum class Measure { nothing, norm, sum };
+
+// What one thread adds up, and what a matrix's total means.
+template <Measure measure, class A>
+struct Adder {
+  using Total = double;
+  double sum = 0;
+
+  __device__ void add(double x) { sum += x; }
+  __device__ double total() const { return sum; }
+  __device__ static double result(double total) { return total; }
+};
+
+// Squares: of floats exactly, in double, of doubles against their peak so far.
+template <>
+struct Adder<Measure::norm, float> {
+  using Total = SquareSum;
   double sum = 0;
 
   __device__ void add(float x) {
@@ -59,27 +74,32 @@ struct Squares {
     sum = std::fma(wide, wide, sum);
   }
   __device__ SquareSum total() const { return {sum, 0}; }
+  __device__ static double result(const SquareSum& total) { return total.norm(); }
 };
 
 template <>
-struct Squares<double> {
+struct Adder<Measure::norm, double> {
+  using Total = SquareSum;
   SquareSum sum;
 
   __device__ void add(double x) { sum = sum + square(x); }
   __device__ SquareSum total() const { return sum; }
+  __device__ static double result(const SquareSum& total) { return total.norm(); }
 };
 
-// norms[first + b] of every matrix of a table, a block each, from the sums of its tiles in order.
-template <int N>
+// results[first + b] of every matrix of a table, a block each, from the sums of its tiles in order.
+template <int N, Measure measure>
 __global__ void __launch_bounds__(256)
-    norms_kernel(ORTHONORM_CONSTANT(Table<N>) table, const SquareSum* sums, double* norms) {
+    results_kernel(ORTHONORM_CONSTANT(Table<N>) table,
+                   const typename Adder<measure, float>::Total* sums, double* results) {
+  using Sum = Adder<measure, float>;
   const Entry<N>& entry = locate<&Entry<N>::slot>(table, blockIdx.x);
   const int64_t b = blockIdx.x - entry.slot;
-  const SquareSum* own = sums + entry.first_tile + b * entry.tiles;
-  SquareSum total;
+  const auto* own = sums + entry.first_tile + b * entry.tiles;
+  typename Sum::Total total{};
   for (uint32_t i = threadIdx.x; i < entry.tiles; i += 256) total = total + own[i];
   total = block_sum<256>(total);
-  if (threadIdx.x == 0) norms[entry.first + b] = total.norm();
+  if (threadIdx.x == 0) results[entry.first + b] = Sum::result(total);
 }
 
 }  // namespace orthonorm::cuda

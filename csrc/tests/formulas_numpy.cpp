@@ -60,14 +60,15 @@ void define(py::module_& m) {
   m.def(
       "adamw_step",
       [](X w, X g, X m, X v, double t, double lr, double beta1, double beta2, double eps,
-         double weight_decay, bool decay_first, bool correct_eps) {
-        const AdamWRule rule{lr, beta1, beta2, eps, weight_decay, decay_first, correct_eps};
+         double weight_decay, bool decay_first, bool correct_eps, double grad_scale) {
+        const AdamWRule rule{lr,           beta1,       beta2,       eps,
+                             weight_decay, decay_first, correct_eps, grad_scale};
         const AdamWStep<A> c(rule, t);
         return each<A>([&](A& w, A& g, A& m, A& v) { adamw_step(c, w, g, m, v); }, w, g, m, v);
       },
       exactly("w"), exactly("g"), exactly("m"), exactly("v"), py::arg("t"), py::arg("lr"),
       py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-      py::arg("decay_first"), py::arg("correct_eps"));
+      py::arg("decay_first"), py::arg("correct_eps"), py::arg("grad_scale"));
   m.def(
       "decayed_update",
       [](X w, X u, double lr, double weight_decay, double factor) {
@@ -76,12 +77,23 @@ void define(py::module_& m) {
       },
       exactly("w"), exactly("u"), py::arg("lr"), py::arg("weight_decay"), py::arg("factor"));
   m.def(
+      "update_halves",
+      [](X w, X u, X mantissa, double lr, double weight_decay, double factor) {
+        const DecayedUpdate<A> c(lr, weight_decay, factor);
+        const auto f = [&](A& w, A& u, A& rest) { decayed_update(c, w, u, rest); };
+        return each<A>(f, w, u, mantissa);
+      },
+      exactly("w"), exactly("u"), exactly("mantissa"), py::arg("lr"), py::arg("weight_decay"),
+      py::arg("factor"));
+  m.def(
       "muon_prologue",
-      [](X g, X b, double mu, bool nesterov) {
-        const auto f = [&](A& g, A& b) { g = muon_prologue(static_cast<A>(mu), nesterov, g, b); };
+      [](X g, X b, double mu, bool nesterov, double grad_scale, double found_inf) {
+        const MuonPrologue<A> c(mu, nesterov, grad_scale, found_inf);
+        const auto f = [&](A& g, A& b) { g = muon_prologue(c, g, b); };
         return each<A>(f, g, b);  // the update comes back in the place of g
       },
-      exactly("g"), exactly("b"), py::arg("mu"), py::arg("nesterov"));
+      exactly("g"), exactly("b"), py::arg("mu"), py::arg("nesterov"), py::arg("grad_scale"),
+      py::arg("found_inf"));
 }
 
 }  // namespace

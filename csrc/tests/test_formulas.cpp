@@ -150,8 +150,8 @@ void test_muon_prologue(bool nesterov) {
     A b = static_cast<A>(random());
     W B = b;
     const W terms = std::fabs(B) + std::fabs(static_cast<W>(g));
-    const A u = muon_prologue(static_cast<A>(0.95), nesterov, g, b);
-    const W U = muon_prologue(static_cast<W>(0.95), nesterov, static_cast<W>(g), B);
+    const A u = muon_prologue(MuonPrologue<A>(0.95, nesterov), g, b);
+    const W U = muon_prologue(MuonPrologue<W>(0.95, nesterov), static_cast<W>(g), B);
     near(b, B, terms, 4, "muon_prologue b");
     near(u, U, terms, 8, "muon_prologue u");
     CHECK(nesterov || u == b, "without Nesterov the update is the average");

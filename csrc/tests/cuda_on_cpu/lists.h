@@ -42,14 +42,18 @@ class Values {
   }
 
   // Element i in the order of indices, in double; what is set is rounded to the dtype.
-  double operator[](int64_t i) const { return load<double>(memory_.data() + byte(i), type_); }
-  void set(int64_t i, double x) { store(memory_.data() + byte(i), type_, x); }
+  double operator[](int64_t i) const {
+    return load<double>(memory_.data() + byte(i), type_, type_ == Element::i16);
+  }
+  void set(int64_t i, double x) {
+    store(memory_.data() + byte(i), type_, x, type_ == Element::i16);
+  }
 
   void fill(int seed, bool positive = false) {
     std::mt19937 engine(seed);
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < count_; ++i) {
-      const double x = normal(engine);
+      const double x = normal(engine) * (type_ == Element::i16 ? 5000 : 1);
       set(i, positive ? std::fabs(x) : x);
     }
   }

@@ -4,6 +4,8 @@
 #include "cuda/adamw_step_.h"
 #include "cuda/decayed_update_.h"
 #include "cuda/divide_each.h"
+#include "cuda/elementwise_moment_.h"
+#include "cuda/inner.h"
 #include "cuda/magnitude.h"
 #include "cuda/muon_prologue_.h"
 #include "cuda/rotated_adam_.h"
@@ -87,7 +89,7 @@ void test_magnitude() {
 }
 
 void test_decayed_update() {
-  const DecayedUpdateOp op{Number(0.1), 0.5};
+  const DecayedUpdateOp op{{Number(0.1), 0.5}};
   const auto check = [](const auto& before, const auto& after, const double*, double unit) {
     for (int64_t i = 0; i < before[0].count(); ++i) {
       double w = before[0][i], terms = std::fabs(w) + std::fabs(before[1][i]);
@@ -122,7 +124,7 @@ void test_adamw() {
   Memory memory;
   const Device device = memory.device();
   for (size_t i = 0; i < shapes.size(); ++i) made.emplace_back(rule, 0);
-  auto counts = counted(device, Number(rule.lr), rule, made.data());
+  auto counts = counted(device, {Number(rule.lr)}, rule, made.data());
   for (float& t : steps) counts.add({{reinterpret_cast<char*>(&t), f32, 0, nullptr, nullptr}});
   counts.finish();
   for (const float t : steps) near(t, 5, 0, "adamw_step_ steps");
@@ -150,7 +152,7 @@ void test_muon_prologue() {
       const double g = before[0][i];
       double b = before[1][i];
       const double terms = std::fabs(g) + std::fabs(b);
-      exact.set(i, muon_prologue(0.95, true, g, b));
+      exact.set(i, muon_prologue(MuonPrologue<double>(0.95, true), g, b));
       near(after[1], i, b, 4 * unit * terms, "muon_prologue_ b");
       near(after[2], i, exact[i], 8 * unit * terms, "muon_prologue_ u");
     }
@@ -172,6 +174,81 @@ void test_divide_each() {
   run(op, Unit::matrix, 0, {{f32, f32}, {f32, bf16}, {bf16, f16}, {f64, f64}, {f32, f64}}, check);
 }
 
+void test_inner() {
+  const auto check = [](const auto& before, const auto&, const double* sums, double) {
+    const int64_t size = before[0].matrix();
+    for (int64_t b = 0; size && b < before[0].count() / size; ++b) {
+      long double sum = 0, terms = 0;
+      for (int64_t i = b * size; i < (b + 1) * size; ++i) {
+        const long double product = static_cast<long double>(before[0][i]) * before[1][i];
+        sum += product;
+        terms += std::fabs(product);
+      }
+      near(sums[b], static_cast<double>(sum), 0x1p-47 * static_cast<double>(terms), "inner");
+    }
+  };
+  run(InnerOp(), Unit::matrix, 0, {{f32, f32}, {bf16, f16}, {f64, f32}}, check);
+}
+
+void test_elementwise_moment() {
+  const ElementwiseMomentOp op{0.99, 1e-3, Number(2.0)};
+  const auto check = [](const auto& before, const auto& after, const double* norms, double unit) {
+    const ElementwiseMoment<double> c(0.99, 1e-3, 2.0);
+    Values exact(before[0].sizes(), f64, Lay::packed);
+    for (int64_t i = 0; i < before[0].count(); ++i) {
+      double v = before[0][i], x = before[1][i];
+      elementwise_moment(c, v, x);
+      exact.set(i, x);
+      near(after[0], i, v, 8 * unit * v, "elementwise_moment_ v");
+      near(after[1], i, x, 16 * unit * std::fabs(x), "elementwise_moment_ x");
+    }
+    check_norms(exact, norms, 16 * unit, "elementwise_moment_ norms");
+  };
+  run(op, Unit::matrix, 0b01, {{f32, f32}, {f32, bf16}, {f64, f64}}, check);
+}
+
+// Halves of weights of which the lower ones begin at random: their floats are updated exactly.
+void test_halves() {
+  const auto check = [](const auto& before, const auto& after, const double*, double) {
+    for (int64_t i = 0; i < before[0].count(); ++i) {
+      float w = joined(before[0][i], before[2][i]);
+      decayed_update(DecayedUpdate<float>(0.1, 0.5, 0.7), w, static_cast<float>(before[1][i]));
+      near(joined(after[0][i], after[2][i]), w, 0, "decayed_update_ of halves");
+      near(after[0], i, w, 0x1p-8 * std::fabs(w), "decayed_update_ of halves, weight");
+    }
+  };
+  run(HalvesUpdateOp{{Number(0.1), 0.5}}, Unit::tensor, 0, {{bf16, f32, i16}, {bf16, bf16, i16}},
+      check);
+}
+
+// Nothing is written where an infinity was found, but updates are.
+void test_found_inf() {
+  const auto unchanged = [](const auto& before, const auto& after, const double*, double) {
+    for (size_t k = 0; k < before.size(); ++k) {
+      for (int64_t i = 0; i < before[k].count(); ++i) near(after[k][i], before[k][i], 0, "skipped");
+    }
+  };
+  const auto momentum = [](const auto& before, const auto& after, const double*, double) {
+    for (int64_t i = 0; i < before[1].count(); ++i) near(after[1][i], before[1][i], 0, "skipped");
+  };
+  const float found = 2;
+  const Number inf(reinterpret_cast<const char*>(&found), f32, 0);
+  const AdamWRule rule{1e-2, 0.9, 0.99, 1e-3, 0.1, false, true};
+  const std::vector<AdamWStep<double>> made(shapes.size(), AdamWStep<double>(rule, 3));
+  run(DecayedUpdateOp{{Number(0.1), 0.5}, {}, inf}, Unit::tensor, 0, {{bf16, f32}}, unchanged);
+  run(AdamWOp{made.data(), {}, inf}, Unit::tensor, 0b1000, {{f32, f32, bf16, f32}}, unchanged);
+  run(MuonPrologueOp{Number(0.95), true, Number(4), inf}, Unit::matrix, 0, {{f32, f32, f32}},
+      momentum);
+  std::vector<float> steps(shapes.size(), 4);
+  auto counted_steps = made;
+  Memory memory;
+  const Device device = memory.device();
+  auto counts = counted(device, {Number(0.1), Number(1), inf}, rule, counted_steps.data());
+  for (float& t : steps) counts.add({{reinterpret_cast<char*>(&t), f32, 0, nullptr, nullptr}});
+  counts.finish();
+  for (const float t : steps) near(t, 4, 0, "adamw_step_ steps, skipped");
+}
+
 }  // namespace
 
 // "few": for ThreadSanitizer, which needs a thread for each of CUDA's.
@@ -187,6 +264,10 @@ int main(int count, char**) {
   test_adamw();
   test_muon_prologue();
   test_divide_each();
+  test_inner();
+  test_elementwise_moment();
+  test_halves();
+  test_found_inf();
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);
   return failures != 0;
 }

@@ -2,6 +2,10 @@
 
 Scheduled numbers (`lr`, `momentum`) are one-element tensors on the parameters' device, so changing
 them neither recompiles nor synchronizes. No op writes a gradient.
+
+So are the numbers of torch.amp.GradScaler: gradients are `grad_scale` times what they stand for,
+and where `found_inf` is not 0, what a step keeps (weights, state, step counts) stays as it is, to
+the bit.
 """
 
 from __future__ import annotations
@@ -11,14 +15,38 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
+from .mantissa import joined, split_
 from .newton_schulz import norms_of
 from .normalize import accumulator
 from .rounding import write
 
+BF16 = torch.bfloat16
+
+
+def kept(found_inf: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    """`new`, or `old` in its dtype where `found_inf` is not 0."""
+    if found_inf is None:
+        return new
+    return torch.where(found_inf.to(new.device).reshape(()) != 0, old.to(new.dtype), new)
+
+
+def unscaled(g: Tensor, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """g / grad_scale, as GradScaler.unscale_ computes it: times the inverse, taken in float64."""
+    if grad_scale is None:
+        return g.to(dtype)
+    return g.to(dtype) * grad_scale.to(g.device, torch.float64).reshape(()).reciprocal().to(dtype)
+
+
+def check_flags(name: str, beside: list[Tensor], **flags: Tensor | None) -> None:
+    for label, value in flags.items():
+        if value is not None:
+            check.scalar(name, label, value, beside)
+
 
 @op(
     "muon_prologue_(Tensor[] grads, Tensor(a!)[] momentum_buffers, Tensor(b!)[] updates, "
-    "Tensor momentum, bool nesterov=True) -> Tensor"
+    "Tensor momentum, bool nesterov=True, Tensor? grad_scale=None, Tensor? found_inf=None) "
+    "-> Tensor"
 )
 def muon_prologue_(
     grads: list[Tensor],
@@ -26,11 +54,13 @@ def muon_prologue_(
     updates: list[Tensor],
     momentum: Tensor,
     nesterov: bool = True,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
     """B <- mu B + (1-mu) G;  U = mu B + (1-mu) G if nesterov else B;  returns |U|_F.
 
     One pass: reads G and B, writes B and U (in the dtype of `updates`), and measures U before it is
-    rounded, as `magnitude` does.
+    rounded, as `magnitude` does. U is written whatever `found_inf` is.
 
     Shapes: entry i of the three lists agree, (..., m, n); the norms are 1-D float64.
     """
@@ -38,10 +68,10 @@ def muon_prologue_(
     for g, b, u in zip(grads, momentum_buffers, updates, strict=True):
         dtype = accumulator(g, b, u)
         mu = momentum.to(dtype)
-        x, new = g.to(dtype), b.to(dtype)
-        new = x + mu * (new - x)
+        x, old = unscaled(g, grad_scale, dtype), b.to(dtype)
+        new = x + mu * (old - x)
         out = x + mu * (new - x) if nesterov else new
-        b.copy_(new)
+        b.copy_(kept(found_inf, b, new))
         u.copy_(out)
         norms.append(out)
     return norms_of(norms)
@@ -54,6 +84,8 @@ def _(
     updates: list[Tensor],
     momentum: Tensor,
     nesterov: bool = True,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     name = "muon_prologue_"
     check.tensors(name, "grads", grads, min_dim=2)
@@ -61,11 +93,13 @@ def _(
     check.tensors(name, "updates", updates, min_dim=2)
     check.same_shapes(name, grads=grads, momentum_buffers=momentum_buffers, updates=updates)
     check.scalar(name, "momentum", momentum, grads)
+    check_flags(name, grads, grad_scale=grad_scale, found_inf=found_inf)
 
 
 @op(
     "decayed_update_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float weight_decay, "
-    "float[] factors, Tensor? rounding=None) -> ()"
+    "float[] factors, Tensor? rounding=None, Tensor? found_inf=None, "
+    "Tensor(b!)[]? mantissas=None) -> ()"
 )
 def decayed_update_(
     params: list[Tensor],
@@ -74,19 +108,28 @@ def decayed_update_(
     weight_decay: float,
     factors: list[float],
     rounding: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     """W_i <- (1 - lr weight_decay) W_i - lr factor_i U_i, in one pass, rounded once.
 
     `rounding`, one int64 number, rounds bfloat16 weights stochastically by that seed
-    (`rounding.py`).
+    (`rounding.py`). With `mantissas`, W_i is the float32 number of which a bfloat16 weight and its
+    int16 mantissa are the halves (`mantissa.py`).
 
-    Shapes: W_i and U_i agree, any number of dimensions; factors has one number per tensor.
+    Shapes: W_i, U_i and mantissas[i] agree, any number of dimensions; factors has one number per
+    tensor.
     """
-    for w, u, factor in zip(params, updates, factors, strict=True):
-        dtype = accumulator(w, u)
+    for i, (w, u, factor) in enumerate(zip(params, updates, factors, strict=True)):
+        old = w if mantissas is None else joined(w, mantissas[i])
+        dtype = accumulator(old, u)
         rate = lr.to(torch.float64)
         decay, step = (1 - rate * weight_decay).to(dtype), (rate * factor).to(dtype)
-        write(w, decay * w.to(dtype) - step * u.to(dtype), rounding)
+        new = kept(found_inf, old, decay * old.to(dtype) - step * u.to(dtype))
+        if mantissas is None:
+            write(w, new, rounding)
+        else:
+            split_(w, mantissas[i], new.to(torch.float32))
 
 
 @decayed_update_.check
@@ -97,6 +140,8 @@ def _(
     weight_decay: float,
     factors: list[float],
     rounding: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     name = "decayed_update_"
     check.tensors(name, "params", params)
@@ -106,13 +151,29 @@ def _(
     check.scalar(name, "lr", lr, params)
     check.number(name, "weight_decay", weight_decay, 0.0)
     check.seed(name, "rounding", rounding, params)
+    check_flags(name, params, found_inf=found_inf)
+    if mantissas is not None:
+        check_halves(name, params, mantissas, rounding)
+
+
+def check_halves(
+    name: str, params: list[Tensor], mantissas: list[Tensor], rounding: Tensor | None
+) -> None:
+    if rounding is not None:
+        raise ValueError(f"{name}: rounding must be None beside mantissas, which lose nothing")
+    for label, values, dtype in (("params", params, BF16), ("mantissas", mantissas, torch.int16)):
+        for i, t in enumerate(values):
+            if not isinstance(t, Tensor) or t.dtype != dtype:
+                got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+                raise TypeError(f"{name}: {label}[{i}] must be {dtype} with mantissas, got {got}")
+    check.same_shapes(name, params=params, mantissas=mantissas)
 
 
 @op(
     "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
     "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool decay_first=True, bool correct_eps=True, "
-    "Tensor? rounding=None) -> ()"
+    "Tensor? rounding=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 def adamw_step_(
     params: list[Tensor],
@@ -128,6 +189,8 @@ def adamw_step_(
     decay_first: bool = True,
     correct_eps: bool = True,
     rounding: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), m and v decayed averages of G and G^2.
 
@@ -140,12 +203,12 @@ def adamw_step_(
     Shapes: entry i of the first four lists agree; steps[i] has one element, float32 or float64.
     """
     for w, g, m, v, step in zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True):
-        step.add_(1)
+        step.copy_(kept(found_inf, step, step + 1))
         t = step.to(torch.float64)
         rate = lr.to(torch.float64)
         correct1, correct2 = 1 - beta1**t, (1 - beta2**t).sqrt()
         dtype = accumulator(w, g, m, v)
-        x = g.to(dtype)
+        x = unscaled(g, grad_scale, dtype)
         new_m = beta1 * m.to(dtype) + (1 - beta1) * x
         new_v = beta2 * v.to(dtype) + (1 - beta2) * x * x
         size = (rate * correct2 / correct1).to(dtype)
@@ -155,9 +218,9 @@ def adamw_step_(
         decay = (1 - rate * weight_decay).to(dtype)
         old = w.to(dtype)
         new = decay * old - update if decay_first else decay * (old - update)
-        write(w, new, rounding)
-        m.copy_(new_m)
-        v.copy_(new_v)
+        write(w, kept(found_inf, w, new), rounding)
+        m.copy_(kept(found_inf, m, new_m))
+        v.copy_(kept(found_inf, v, new_v))
 
 
 @adamw_step_.check
@@ -175,6 +238,8 @@ def _(
     decay_first: bool = True,
     correct_eps: bool = True,
     rounding: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     name = "adamw_step_"
     lists = dict(params=params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
@@ -191,3 +256,6 @@ def _(
     check.number(name, "eps", eps, 0.0)
     check.number(name, "weight_decay", weight_decay, 0.0)
     check.seed(name, "rounding", rounding, params)
+    check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
+    if found_inf is not None:  # which no host reads, so none could count
+        check.same_device(name, params=params, steps=steps)

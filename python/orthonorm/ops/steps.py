@@ -16,7 +16,7 @@ from .. import _checks as check
 from .._library import op
 from .newton_schulz import check_iteration, newton_schulz
 from .normalize import rotated_adam_
-from .passes import decayed_update_, muon_prologue_
+from .passes import check_flags, check_halves, decayed_update_, muon_prologue_
 from .rotations import rotate_, rotate_back_
 
 
@@ -24,7 +24,8 @@ from .rotations import rotate_, rotate_back_
     "muon_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, "
     "Tensor momentum, float weight_decay, float[] factors, float[] coefficients, int[] restarts, "
     'bool nesterov=True, str form="auto", str precision="auto", str scale="frobenius", '
-    "float eps=0.0, float safety=1.0, Tensor? rounding=None) -> ()",
+    "float eps=0.0, float safety=1.0, Tensor? rounding=None, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None, Tensor(c!)[]? mantissas=None) -> ()",
     composite=True,
 )
 def muon_step_(
@@ -44,6 +45,9 @@ def muon_step_(
     eps: float = 0.0,
     safety: float = 1.0,
     rounding: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     """W <- (1 - lr wd) W - lr factor polar(U), U the (Nesterov) momentum: one Muon step on a list.
 
@@ -56,7 +60,9 @@ def muon_step_(
         states = [momentum_buffers[i] for i in rows]
         batches = stacks_of(momentum_buffers, part)
         updates = [u for batch in batches for u in batch.unbind()]
-        norms = muon_prologue_([grads[i] for i in rows], states, updates, momentum, nesterov)
+        norms = muon_prologue_(
+            [grads[i] for i in rows], states, updates, momentum, nesterov, grad_scale, found_inf
+        )
         polars = newton_schulz(
             batches, coefficients, restarts, form, precision, scale, eps, safety, norms
         )
@@ -67,6 +73,8 @@ def muon_step_(
             weight_decay,
             [factors[i] for i in rows],
             rounding,
+            found_inf,
+            None if mantissas is None else [mantissas[i] for i in rows],
         )
 
 
@@ -82,9 +90,11 @@ def work_parts(tensors: list[Tensor]) -> list[list[list[int]]]:
     return parts(tensors, max(*(t.numel() for t in tensors), limit))
 
 
-def stacks_of(tensors: list[Tensor], part: list[list[int]]) -> list[Tensor]:
-    """Work buffers (k, *shape) for the batches of equal shapes of a part."""
-    return [tensors[k[0]].new_empty((len(k), *tensors[k[0]].shape)) for k in part]
+def stacks_of(
+    tensors: list[Tensor], part: list[list[int]], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Work buffers (k, *shape), of the tensors' dtype or another, for a part's batches."""
+    return [tensors[k[0]].new_empty((len(k), *tensors[k[0]].shape), dtype=dtype) for k in part]
 
 
 def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:
@@ -125,6 +135,9 @@ def _(
     eps: float = 0.0,
     safety: float = 1.0,
     rounding: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     name = "muon_step_"
     lists = dict(params=params, grads=grads, momentum_buffers=momentum_buffers)
@@ -137,6 +150,9 @@ def _(
     check.number(name, "weight_decay", weight_decay, 0.0)
     check_iteration(name, grads, coefficients, restarts, form, precision, scale, eps, safety)
     check.seed(name, "rounding", rounding, params)
+    check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
+    if mantissas is not None:
+        check_halves(name, params, mantissas, rounding)
 
 
 @op(

@@ -20,17 +20,28 @@ from ..distributed.plan import Bucket
 from ..ops import adamw_step_, magnitude
 from ..ops.steps import stacks_of, work_parts
 from ..polar import Polynomial
+from .amp import flags_of, unless
 from .constraints import constrain_
 from .decay import decayed_update
 from .groups import Groups
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
-from .state import Batch, Updates, adamw_state, check_state, matrix_batch, without_state
+from .state import (
+    MOMENTUM,
+    Batch,
+    Updates,
+    adamw_state,
+    check_state,
+    halved,
+    held,
+    matrix_batch,
+    unheld,
+    without_state,
+)
 from .telemetry import Probe, read
 from .tensors import is_distributed, local, meets_owner
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
-MOMENTUM = "momentum_buffer"
 
 
 class MatrixOptimizer(Groups):
@@ -50,13 +61,14 @@ class MatrixOptimizer(Groups):
     `companion`: overrides of ADAMW_DEFAULTS for groups with rule="adamw".
 
     `alike(p, group)`: parameters of different values meet in no call of `direction`.
-    `finish(params, group)`: what follows the update (default nothing).
+    `finish(params, group)`: what follows the update (default nothing), if `finishes` says so.
     `elementwise`: `direction` acts on every entry alone.
     `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
         nor batch.grads. Of a matrix that is sharded over ranks, only updates then travel to the
         rank that computes its direction; without it, parameters, gradients and all state do.
 
-    A rule that is not of that form writes `update(batch, group)` instead.
+    A rule that is not of that form writes `update(batch, group)` instead, and says `mantissas =
+    False` if it writes weights itself.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -76,12 +88,17 @@ class MatrixOptimizer(Groups):
         self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, but for state of dtypes of its own beside halved weights, which it keeps."""
+        super().load_state_dict({**state_dict, "state": held(state_dict["state"])})
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill what a foreign or older state dict lacks (torch.optim.Muon's has no rule).
 
         load_state_dict and unpickling end here: what does not fit leaves everything as it was.
         """
         before = dict(self.__dict__)
+        unheld(state["state"])
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
         self._ones, self._seen, self.plans, self._probes = {}, {}, {}, {}
@@ -146,29 +163,34 @@ class MatrixOptimizer(Groups):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
-        kinds = [self.alike(p, group) for p in batch.owners]
+        kinds = [(self.alike(p, group), halved(p, group)) for p in batch.owners]
         different = list(dict.fromkeys(kinds))
         for kind in different:
             rows = [i for i, k in enumerate(kinds) if k == kind]
-            self._update_alike(batch.part(rows) if len(different) > 1 else batch, group)
+            self.update_alike(batch.part(rows) if len(different) > 1 else batch, group)
 
-    def _update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
+    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
+        """`update` of matrices that one call of `direction` takes."""
         device = batch.params[0].device
+        flags, dtype = flags_of(self, device), torch.float32 if batch.mantissas else None
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
         probe = self.probe(group)
         for part in work_parts(batch.params):
             some = batch.part([i for rows in part for i in rows])
-            updates = updates_from(some, stacks_of(batch.params, part), mu, group)
-            if probe:
-                probe.add_updates(updates)
-            updates = self.direction(updates, some, group)
+            with unless(flags.found_inf, some.written_by_rules(group)):
+                stacks = stacks_of(batch.params, part, dtype)
+                updates = updates_from(some, stacks, mu, group, flags)
+                if probe:
+                    probe.add_updates(updates)
+                updates = self.direction(updates, some, group)
             factors = self.factors(some, group)
             if probe:
                 probe.add_directions(updates, factors, lr)
             decayed_update(
-                some.params, updates.matrices, lr, self.weight_decay(group), factors, group
-            )
+                some.params, updates.matrices, lr, self.weight_decay(group), factors, group,
+                flags.found_inf, some.mantissas,
+            )  # fmt: skip
 
     def factors(self, batch: Batch, group: dict[str, Any]) -> list[float]:
         pairs = zip(batch.params, batch.owners, strict=True)
@@ -320,6 +342,8 @@ class MatrixOptimizer(Groups):
             group["weight_decay"],
             group["decay_first"],
             group["correct_eps"],
+            None,
+            *flags_of(self, params[0].device),
         )
         if probe := self.probe(group):
             probe.add_momenta([local(s["exp_avg"]) for s in states])

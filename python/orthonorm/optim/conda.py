@@ -47,6 +47,7 @@ class Conda(MatrixOptimizer):
     counts_steps = True
     companion: ClassVar[dict[str, Any]] = {"decay_first": False, "correct_eps": False}
     decays = ("decoupled",)
+    mantissas = False
     rules: ClassVar[dict[str, Rule]] = {"update_proj_gap": whole(1), "scale": at_least(0.0)}
 
     def __init__(

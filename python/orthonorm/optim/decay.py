@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..nn.lipschitz import hard_cap
 from ..ops import decayed_update_
+from ..ops.mantissa import joined
 from .constraints import size
 
 
@@ -26,16 +27,19 @@ def decayed_update(
     weight_decay: float,
     factors: Sequence[float],
     group: Mapping[str, Any],
+    found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     """Write the step; the updates may be written too."""
-    kind = group["decay"]
+    kind, rest = group["decay"], (None, found_inf, mantissas)
     if weight_decay == 0 or kind == "decoupled":
-        decayed_update_.overload(params, updates, lr, weight_decay, list(factors))
+        decayed_update_.overload(params, updates, lr, weight_decay, list(factors), *rest)
         return
-    for w, u, factor in zip(params, updates, factors, strict=True):
+    for i, (w, u, factor) in enumerate(zip(params, updates, factors, strict=True)):
+        w = w if mantissas is None else joined(w, mantissas[i])
         if kind == "cautious":
             kept = torch.where(u * w >= 0, w, 0.0)
         else:
             kept = w - hard_cap(w, size(w, group["bound"]))
         u.mul_(factor).add_(kept, alpha=weight_decay)
-    decayed_update_.overload(params, updates, lr, 0.0, [1.0] * len(updates))
+    decayed_update_.overload(params, updates, lr, 0.0, [1.0] * len(updates), *rest)

@@ -24,7 +24,9 @@ class Groups(torch.optim.Optimizer):
     min_dim: ClassVar[int] = 2
     self_contained: ClassVar[bool] = False
     counts_steps: ClassVar[bool] = False
-    _capturable = False
+    finishes: ClassVar[bool] = False
+    mantissas: ClassVar[bool] = True  # whether the rule writes weights as the base does
+    _asked: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class Groups(torch.optim.Optimizer):
                 f"{self.name}: params must be parameters, named parameters or param groups, "
                 f"got {type(params).__name__}"
             )
-        common, self._capturable = self._without_torchs(common)
+        common, self._asked = self._without_torchs(common)
         if unknown := set(common) - set(COMMON) - set(settings) - {"adamw"}:
             raise TypeError(f"{self.name}: got unexpected keyword arguments {sorted(unknown)}")
         adamw = common.get("adamw")
@@ -61,6 +63,9 @@ class Groups(torch.optim.Optimizer):
         self._check_settings({"rule": "adamw", **self._adamw})
         super().__init__(params, settings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_asked": self._asked, "_adamw": self._adamw}
+
     @property
     def name(self) -> str:
         return type(self).__name__
@@ -74,7 +79,7 @@ class Groups(torch.optim.Optimizer):
             raise TypeError(f"{self.name}: a param group must be a dict, got {type(param_group)}")
         if "params" not in param_group:
             raise ValueError(f"{self.name}: a group must have params, got {sorted(param_group)}")
-        group, capturable = self._without_torchs(param_group)
+        group, asked = self._without_torchs(param_group)
         known = self.group_defaults(group)
         if unknown := set(group) - set(known) - set(FOREIGN):
             raise ValueError(
@@ -90,30 +95,46 @@ class Groups(torch.optim.Optimizer):
                 added.pop(key, None)
             self._check_settings(added)
             self._check_params(added)
-            if capturable or self._capturable:
-                self._check_capturable(added)
+            if "capturable" in asked | self._asked and (reason := self._host_decides(added)):
+                raise ValueError(f"{self.name}: capturable must be False here: {reason}")
         except Exception:
             self.param_groups.pop()
             raise
 
-    def _without_torchs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """What is left of keywords without settings.TORCH, which are checked, and `capturable`."""
+    def _without_torchs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+        """What is left of keywords without settings.TORCH, which are checked; those asked for."""
         for key in given.keys() & TORCH.keys():
             TORCH[key](self.name, key, given[key])
         if given.get("differentiable"):
             raise ValueError(f"{self.name}: differentiable must be False: steps have no gradient")
         left = {key: value for key, value in given.items() if key not in TORCH}
-        return left, bool(given.get("capturable", False))
+        return left, frozenset(key for key in given.keys() & TORCH.keys() if given[key])
 
-    def _check_capturable(self, group: Mapping[str, Any]) -> None:
+    def _host_decides(self, group: Mapping[str, Any]) -> str:
+        """What a step of the group asks the host, or nothing."""
         reasons = {
             "its rule counts steps on the host": group["rule"] == "matrix" and self.counts_steps,
             "nonfinite other than 'propagate' reads norms": group["nonfinite"] != "propagate",
             "telemetry is asked for by the host": bool(group["telemetry"]),
         }
-        for reason, holds in reasons.items():
-            if holds:
-                raise ValueError(f"{self.name}: capturable must be False here: {reason}")
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves its scale and `found_inf` to the step, by torch's name.
+
+        Asked for with `fused=True`; the step then reads both on the device. Without, and where the
+        host decides anyway, a rule reads gradients besides its updates, a constraint or `finish`
+        follows the update or parameters are sharded, the scaler unscales the gradients and reads
+        `found_inf` on the host before it calls the step.
+        """
+        return "fused" in self._asked and all(map(self._reads_flags, self.param_groups))
+
+    def _reads_flags(self, group: Mapping[str, Any]) -> bool:
+        if self._host_decides(group) or any(map(is_distributed, group["params"])):
+            return False
+        plain = self.self_contained and not self.finishes
+        return group["rule"] == "adamw" or (plain and group["constraint"] is None)
 
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
         rule = group.get("rule", self.defaults["rule"])
@@ -130,6 +151,10 @@ class Groups(torch.optim.Optimizer):
                 rule(self.name, key, value)
         if group["rule"] == "matrix":
             check.choice(self.name, "decay", group["decay"], self.decays)
+            if group["mantissa"] and not self.mantissas:
+                raise ValueError(f"{self.name}: mantissa must be False, its step keeps none")
+            if group["mantissa"] and group["constraint"] is not None:
+                raise ValueError(f"{self.name}: constraint must be None with mantissa=True")
             self.check_group(group)
             if any(group[key] is not None for key in VIEW_DEFAULTS):
                 self._check_views(group)
@@ -149,6 +174,8 @@ class Groups(torch.optim.Optimizer):
             check.not_expanded(label, p)
         if group["rule"] == "matrix":
             self._check_views(group)
+            if group["mantissa"] and any(map(is_distributed, params)):
+                raise ValueError(f"{self.name}: mantissa must be False for sharded parameters")
         self.check_shardings(group)
 
     def check_shardings(self, group: Mapping[str, Any]) -> None:

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from ..ops import muon_prologue_
-from .state import Batch, Updates
+from ..ops.passes import unscaled
+from .amp import NO_FLAGS, Flags
+from .state import MOMENTUM, Batch, Updates
 
 
 def updates_from(
-    batch: Batch, stacks: list[Tensor], mu: Tensor | None, group: Mapping[str, Any]
+    batch: Batch,
+    stacks: list[Tensor],
+    mu: Tensor | None,
+    group: Mapping[str, Any],
+    flags: Flags = NO_FLAGS,
 ) -> Updates:
     """B <- mu B + (1-mu) G, U = mu B + (1-mu) G if nesterov else B; heavy ball: G for (1-mu) G.
 
@@ -22,12 +28,18 @@ def updates_from(
     updates = Updates(stacks)
     if mu is None:
         torch._foreach_copy_(updates.matrices, batch.grads)
+        if flags.grad_scale is not None:
+            torch._foreach_div_(updates.matrices, flags.grad_scale)
         return updates
-    momenta, nesterov = batch.state["momentum_buffer"], group.get("nesterov", False)
+    momenta, nesterov = batch.state[MOMENTUM], group.get("nesterov", False)
     if not group["heavy_ball"]:
-        norms = muon_prologue_.overload(batch.grads, momenta, updates.matrices, mu, nesterov)
+        norms = muon_prologue_.overload(
+            batch.grads, momenta, updates.matrices, mu, nesterov, *flags
+        )
         return Updates(stacks, norms)
     for b, g, u in zip(momenta, batch.grads, updates.matrices, strict=True):
-        b.copy_(mu.to(torch.promote_types(b.dtype, torch.float32)) * b + g)
-        u.copy_(mu.to(torch.promote_types(b.dtype, torch.float32)) * b + g if nesterov else b)
+        dtype = torch.promote_types(b.dtype, torch.float32)
+        x = unscaled(g, flags.grad_scale, dtype)
+        b.copy_(mu.to(dtype) * b + x)
+        u.copy_(mu.to(dtype) * b + x if nesterov else b)
     return updates

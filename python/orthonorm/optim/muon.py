@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from ..ops import muon_step_
 from ..polar import Polynomial
+from .amp import flags_of
 from .orthogonal import Orthogonalizing
 from .settings import Common
 from .state import Batch, Updates
@@ -72,15 +73,16 @@ class Muon(Orthogonalizing):
     def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
         return self.polynomial(group)
 
-    def update(self, batch: Batch, group: dict[str, Any]) -> None:
+    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
         """The whole step as one op, where it is that of Muon."""
         if group["heavy_ball"] or group["decay"] != "decoupled" or self.probe(group):
-            super().update(batch, group)
+            super().update_alike(batch, group)
             return
         p, device = self.polynomial(group), batch.params[0].device
         muon_step_.overload(
             batch.params, batch.grads, batch.state["momentum_buffer"],
             self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
             self.factors(batch, group), p.coefficients, p.restarts, group["nesterov"],
-            group["method"], p.precision, p.scale, group["eps"], p.safety,
+            group["method"], p.precision, p.scale, group["eps"], p.safety, None,
+            *flags_of(self, device), batch.mantissas,
         )  # fmt: skip

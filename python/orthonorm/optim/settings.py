@@ -24,9 +24,15 @@ class Common(TypedDict, total=False):
     decay: how weight_decay acts (decay.py): "decoupled", "cautious" or "clipped".
     constraint: what W is mapped to after the step, a name of constraints.CONSTRAINTS or None.
     telemetry: measure every so many steps what `optimizer.telemetry()` tells (0: never).
+    mantissa: True keeps beside every bfloat16 weight what it lacks of a float32 one, 2 bytes, and
+        state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). Not for
+        sharded parameters, nor with a constraint.
     bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
     adamw: settings of groups with rule="adamw" (ADAMW_DEFAULTS says which).
-    foreach, fused: as torch.optim's; steps work on lists of tensors whatever is said.
+    foreach: as torch.optim's; steps work on lists of tensors whatever is said.
+    fused: True has torch.amp.GradScaler leave unscaling and skipping to the step, as with
+        torch.optim's fused optimizers, where no host decides: no synchronization
+        (`Groups._step_supports_amp_scaling`). Steps are fused whatever is said.
     capturable: True is refused where a CUDA graph would repeat what the host decided: rules that
         count steps, `nonfinite` other than "propagate", telemetry.
     differentiable: only False.
@@ -37,6 +43,7 @@ class Common(TypedDict, total=False):
     heavy_ball: bool
     decay: str
     constraint: str | None
+    mantissa: bool
     bound: float
     telemetry: int
     adamw: Mapping[str, Any] | None
@@ -52,6 +59,7 @@ COMMON: dict[str, Any] = {
     "heavy_ball": False,
     "decay": "decoupled",
     "constraint": None,
+    "mantissa": False,
     "bound": 1.0,
     "telemetry": 0,
     **VIEW_DEFAULTS,
@@ -138,6 +146,7 @@ RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has i
     "nonfinite": one_of(*NONFINITE),
     "maximize": FLAG,
     "heavy_ball": FLAG,
+    "mantissa": FLAG,
     "bound": positive,
     "telemetry": whole(0),
     "constraint": lambda name, key, value: check.choice(name, key, value, (None, *CONSTRAINTS)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum_buffer"
+MANTISSA = "mantissa"
+
+
+def halved(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether `p` is half of a float32 weight, its state has the other half (ops/mantissa.py) and
+    is of float32 too."""
+    return p.dtype == torch.bfloat16 and bool(group.get("mantissa"))
 
 
 class Batch(NamedTuple):
@@ -27,6 +36,17 @@ class Batch(NamedTuple):
     owners: list[Tensor]  # the parameter each matrix is a view of
     steps: list[int]  # of each matrix, this one included; 0 for rules that do not count
     prepared: Any = None  # what `prepare` returned
+    halves: Sequence[Any] = ()  # mantissas of the `halved`, None for others; or nothing
+
+    @property
+    def mantissas(self) -> list[Tensor] | None:
+        """The other halves of matrices that are alike, or None."""
+        return list(self.halves) if self.halves and self.halves[0] is not None else None
+
+    def written_by_rules(self, group: Mapping[str, Any]) -> list[Tensor]:
+        """State that no op writes which knows when to leave it."""
+        own = {k: v for k, v in self.state.items() if k != MOMENTUM or group["heavy_ball"]}
+        return [t for tensors in own.values() for t in tensors]
 
     def part(self, rows: list[int]) -> Batch:
         return Batch(
@@ -35,6 +55,7 @@ class Batch(NamedTuple):
             {key: [values[i] for i in rows] for key, values in self.state.items()},
             [self.owners[i] for i in rows],
             [self.steps[i] for i in rows],
+            halves=[self.halves[i] for i in rows] if self.halves else (),
         )
 
 
@@ -74,7 +95,7 @@ def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, 
     found = dict.fromkeys(opt.elementwise_state(group), check.shape(p))
     for _, named in matrix_shapes(opt, p, group):
         found |= {key: shape for _, key, shape in named}
-    return found
+    return found | ({MANTISSA: check.shape(p)} if halved(p, group) else {})
 
 
 Shapes = list[tuple[Tensor, list[tuple[str, str, tuple[int, ...]]]]]
@@ -102,7 +123,10 @@ def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None
     if 0 < len(missing) < len(wanted):
         raise ValueError(f"{label}: state must have {sorted(wanted)}, got {sorted(state)}")
     for key in wanted.keys() & state.keys():
-        check.tensor(label, f"state {key!r}", state[key])
+        if key != MANTISSA:
+            check.tensor(label, f"state {key!r}", state[key])
+        elif state[key].dtype != torch.int16:
+            raise TypeError(f"{label}: state {key!r} must be int16, got {state[key].dtype}")
         check.equal_shape(label, f"state {key!r}", state[key], wanted[key])
         check.same_device(label, parameter=[p], state=[state[key]])
 
@@ -130,29 +154,40 @@ def matrix_state_of(
     opt: MatrixOptimizer, p: Tensor, group: dict[str, Any], shapes: Shapes
 ) -> dict[str, Any]:
     """The state of a parameter, made where it is new."""
-    state = opt.state[p]
-    for key in opt.elementwise_state(group):
+    state, dtype = opt.state[p], torch.float32 if halved(p, group) else p.dtype
+    dtypes = dict.fromkeys(opt.elementwise_state(group), dtype)
+    if halved(p, group):
+        dtypes[MANTISSA] = torch.int16
+    for key, kind in dtypes.items():
         if key not in state:
-            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[key] = torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format)
     for x, named in shapes:
         for _, key, shape in named:
             if key not in state:
-                state[key] = state_zeros(p, shape, x.dim() - 2)
+                state[key] = state_zeros(p, shape, x.dim() - 2).to(dtype)
     return state
 
 
 def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
     """Matrix views of parameters, gradients and state that are whole on this rank."""
-    batch = Batch([], [], {}, [], [])
+    halves: list[Any] = []
+    batch = Batch([], [], {}, [], [], halves=halves)
     for p in params:
         shapes, data = matrix_shapes(opt, p, group), local(p)
         state = matrix_state_of(opt, p, group, shapes)
         step = state.get("step", 0) + 1 if opt.counts_steps else 0
         pieces = [x for x, _ in shapes] if data is p else matrices(data, data, group)
         batch.params.extend(pieces)
-        batch.grads.extend(matrices(local(p.grad), data, group))
+        grad = local(p.grad)
+        if halved(p, group) and not opt.self_contained:
+            grad = grad.float()  # as the rule would read it beside a float32 weight
+        batch.grads.extend(matrices(grad, data, group))
         batch.owners.extend([p] * len(pieces))
         batch.steps.extend([step] * len(pieces))
+        if halved(p, group):
+            halves.extend(matrices(state[MANTISSA], data, group))
+        else:
+            halves.extend([None] * len(pieces))
         for key in opt.elementwise_state(group):
             batch.state.setdefault(key, []).extend(matrices(local(state[key]), data, group))
         for _, named in shapes:
@@ -172,3 +207,27 @@ def adamw_state(opt: MatrixOptimizer, params: list[Tensor]) -> list[dict[str, Te
             for key in ADAMW_STATE:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
     return [opt.state[p] for p in params]
+
+
+class Held:
+    """A tensor that torch's `load_state_dict` does not take for one, and so does not cast."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def held(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of halved parameters, in a state dict, in `Held`: its dtypes are not theirs."""
+    return {
+        key: {k: Held(t) for k, t in state.items()} if MANTISSA in state else state
+        for key, state in saved.items()
+    }
+
+
+def unheld(state: Mapping[Any, Any]) -> None:
+    """Take the tensors out again, to their parameter's device."""
+    for p, named in state.items():
+        for key, value in named.items():
+            if isinstance(value, Held):
+                tensor = value.tensor
+                named[key] = tensor.to(p.device) if isinstance(tensor, Tensor) else tensor

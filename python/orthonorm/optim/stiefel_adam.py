@@ -53,6 +53,7 @@ class StiefelAdam(MatrixOptimizer):
 
     counts_steps = True
     decays = ("decoupled",)
+    mantissas = False
     rules: ClassVar[dict[str, Rule]] = {"metric": number_below(1.0)}
 
     def __init__(

@@ -1,0 +1,27 @@
+// A float in two halves: a bfloat16 weight, and what its bits lack of the float's; torch-free.
+//
+// `ops/mantissa.py` defines them. Both halves travel through kernels as numbers: -2^15 to 2^15 - 1
+// are exact in any arithmetic.
+#pragma once
+
+#include "elements.h"
+
+namespace orthonorm {
+
+template <class A>
+ORTHONORM_HD inline float joined(A weight, A mantissa) {
+  const uint32_t high = bit_cast<uint32_t>(static_cast<float>(weight));
+  return bit_cast<float>(high + static_cast<uint32_t>(static_cast<int32_t>(mantissa)));
+}
+
+// The nearest bfloat16, ties away from zero, and the rest; NaN is one NaN.
+template <class A>
+ORTHONORM_HD inline void split(float x, A& weight, A& mantissa) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t high = (bits + 0x8000u) & 0xffff0000u;
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  weight = static_cast<A>(bit_cast<float>(nan ? 0x7fc00000u : high));
+  mantissa = static_cast<A>(nan ? 0 : static_cast<int32_t>(bits - high));
+}
+
+}  // namespace orthonorm

@@ -1,0 +1,40 @@
+"""What torch.amp.GradScaler leaves to a step: flags on the device, which no host reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.passes import kept
+
+
+class Flags(NamedTuple):
+    """One-element tensors on the parameters' device, or None."""
+
+    grad_scale: Tensor | None = None  # gradients are this times what they stand for
+    found_inf: Tensor | None = None  # not 0: parameters and state stay as they are
+
+
+NO_FLAGS = Flags()
+
+
+def flags_of(optimizer: object, device: torch.device) -> Flags:
+    """The attributes that GradScaler.step sets for the time of an optimizer's step."""
+    given = (getattr(optimizer, name, None) for name in Flags._fields)
+    return Flags(*(None if t is None else t.to(device, non_blocking=True) for t in given))
+
+
+@contextmanager
+def unless(found_inf: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
+    """What is written to `tensors` within is undone where `found_inf` is not 0."""
+    if found_inf is None:
+        yield
+        return
+    before = [t.clone() for t in tensors]
+    yield
+    for t, old in zip(tensors, before, strict=True):
+        t.copy_(kept(found_inf, old, t))

@@ -1,0 +1,257 @@
+"""GradScaler's flags read on the device, and float32 weights kept as bfloat16 and a mantissa."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from orthonorm import optim
+from orthonorm._library import OPS
+from orthonorm.ops.mantissa import joined, split_
+from passes import BF16, F32, F64, LISTS, MIXES, check_errors, make, mapped, mutated, run
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHAPES = [(5, 7), (41, 70), (2, 3, 65), (1, 1)]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(INTEGERS[t.element_size()])
+
+
+# ---- ops: called by the tests of the other backends too ------------------------------------------
+def check_flags() -> None:
+    """A scale is divided out; a found infinity leaves what is kept as it is, to the bit."""
+    for name in ("muon_prologue_", "decayed_update_", "adamw_step_"):
+        for mix in ("float32", "half-weights"):
+            arguments = mapped(make(name, SHAPES, MIXES[mix]), signed_zero)
+            if name != "decayed_update_":
+                check_errors(name, arguments | {"grad_scale": torch.tensor(3.0)})
+            infinite = mapped(arguments, torch.clone)
+            infinite[LISTS[name][1 if name != "muon_prologue_" else 0]][1].fill_(math.inf)
+            after = run(OPS[name], name, infinite | {"found_inf": torch.tensor(2.0)})
+            for label in set(mutated(name)) - {"updates"}:
+                pairs = zip(after[label], arguments[label], strict=True)
+                assert all(torch.equal(bits(a), bits(b)) for a, b in pairs), (name, label)
+
+
+def signed_zero(t: Tensor) -> Tensor:
+    if t.dim():
+        t.view(-1)[0] = -0.0
+    return t
+
+
+def check_halves() -> None:
+    """Weights and mantissas are float32 weights, to the bit, whatever the updates' dtype."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (F32, BF16, F64):
+        halves = [
+            torch.randn(s, generator=generator).to(BF16) for s in [*SHAPES, (2049, 4), (0, 3)]
+        ]
+        halves[1] = halves[1].mT.contiguous().mT
+        mantissas = [torch.zeros_like(w, dtype=torch.int16) for w in halves]
+        whole = [w.float() for w in halves]
+        for step in range(5):
+            updates = [torch.randn(w.shape, generator=generator).to(dtype) for w in whole]
+            given = (updates, torch.tensor(0.01 * step), 0.1, [0.7] * len(whole), None)
+            OPS["decayed_update_"](halves, *given, torch.tensor(0.0), mantissas)
+            OPS["decayed_update_"](whole, *given)
+        for w, m, x in zip(halves, mantissas, whole, strict=True):
+            assert torch.equal(bits(joined(w, m)), bits(x))
+            assert ((w.float() - x).abs() <= x.abs() * 2.0**-8).all()
+
+
+def test_flags() -> None:
+    check_flags()
+
+
+def test_halves() -> None:
+    check_halves()
+
+
+def test_split_is_nearest_and_exact() -> None:
+    """Every float32 of a fine grid of bits: ends of ranges, subnormal, infinite, zeros of both
+    signs."""
+    pattern = torch.arange(-(2**31), 2**31, 9973, dtype=torch.int64).to(torch.int32)
+    x = torch.cat([pattern.view(F32), torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e-45])])
+    w, m = torch.empty(x.shape, dtype=BF16), torch.empty(x.shape, dtype=torch.int16)
+    split_(w, m, x)
+    real = ~x.isnan()
+    assert torch.equal(bits(joined(w, m))[real], bits(x)[real]) and w[~real].isnan().all()
+    nearest, tied = x.to(BF16), m == -(2**15)
+    assert torch.equal(bits(w)[real & ~tied], bits(nearest)[real & ~tied]) and tied.any()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ({"mantissas": [torch.zeros(3, 4)]}, TypeError, r"mantissas\[0\] must be torch.int16"),
+        ({"mantissas": [torch.zeros(3, 5, dtype=torch.int16)]}, ValueError, "shape"),
+        ({"mantissas": []}, ValueError, "equal lengths"),
+        ({"rounding": torch.tensor(1)}, ValueError, "rounding must be None"),
+        ({"params": [torch.ones(3, 4)]}, TypeError, r"params\[0\] must be torch.bfloat16"),
+        ({"found_inf": torch.zeros(2)}, ValueError, "found_inf must have one element"),
+    ],
+)
+def test_errors(given: dict[str, Any], error: type[Exception], match: str) -> None:
+    arguments: dict[str, Any] = {
+        "params": [torch.ones(3, 4, dtype=BF16)], "updates": [torch.ones(3, 4)],
+        "lr": torch.tensor(0.1), "weight_decay": 0.0, "factors": [1.0],
+        "mantissas": [torch.zeros(3, 4, dtype=torch.int16)], **given,
+    }  # fmt: skip
+    before = arguments["params"][0].clone()
+    with pytest.raises(error, match=f"decayed_update_: .*{match}"):
+        OPS["decayed_update_"](**arguments)
+    assert torch.equal(arguments["params"][0], before)
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+class HostReads(TorchDispatchMode):
+    """Refuses whatever makes a host wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._opname not in ("_local_scalar_dense", "item", "is_nonzero"), func
+        return func(*args, **(kwargs or {}))
+
+
+def parameters(dtype: torch.dtype = F32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((12, 7), (7, 12), (2, 9, 9))
+    return [nn.Parameter(torch.randn(s, generator=generator).to(BF16).to(dtype)) for s in shapes]
+
+
+def set_grads(step: int, *lists: list[nn.Parameter], scale: float = 1.0) -> None:
+    for params in lists:
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            grad = torch.randn(p.shape, generator=generator).to(BF16)
+            p.grad = (grad.float() * scale).to(p.dtype)
+
+
+def numbers(opt: Any) -> list[Tensor]:
+    tensors = [p.detach() for group in opt.param_groups for p in group["params"]]
+    return tensors + [t for s in opt.state.values() for t in s.values() if isinstance(t, Tensor)]
+
+
+SERVED = {
+    "Muon": (optim.Muon, {}),
+    "Muon, heavy ball": (optim.Muon, {"heavy_ball": True, "decay": "cautious"}),
+    "NorMuon": (optim.NorMuon, {}),
+    "Signum": (optim.Signum, {}),
+    "SCALE": (optim.SCALE, {}),
+    "AdamW": (optim.AdamW, {}),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_flags_reach_the_step_unread(name: str) -> None:
+    """Three steps, one of them skipped, are two steps; no number is read on the host."""
+    make_one, settings = SERVED[name]
+    ours, theirs = parameters(), parameters()
+    a, b = make_one(ours, fused=True, **settings), make_one(theirs, **settings)
+    a = copy.deepcopy(a)  # which keeps what was asked for
+    ours = a.param_groups[0]["params"]
+    assert a._step_supports_amp_scaling and not b._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    scaler.scale(torch.ones(()))
+    for step in range(4):
+        if step == 1:
+            set_grads(step, ours)
+            ours[1].grad.view(-1)[0] = math.inf
+            before = [t.clone() for t in numbers(a)]
+        else:
+            set_grads(step, ours, scale=scaler.get_scale())
+            set_grads(step, theirs)
+            b.step()
+        with HostReads():
+            scaler.step(a)
+        scaler.update()
+        if step == 1:
+            same = zip(numbers(a), before, strict=True)
+            assert all(torch.equal(bits(x), bits(y)) for x, y in same)
+    assert all(torch.equal(x, y) for x, y in zip(numbers(a), numbers(b), strict=True))
+
+
+def test_host_reads_are_seen() -> None:
+    for read in (float, bool, Tensor.item):
+        with pytest.raises(AssertionError), HostReads():
+            read(torch.ones(()))
+
+
+def test_a_first_step_may_be_skipped() -> None:
+    params = parameters()
+    opt = optim.Muon([{"params": params[:2]}, {"params": params[2:], "rule": "adamw"}], fused=True)
+    before = [p.detach().clone() for p in params]
+    set_grads(0, params)
+    opt.found_inf, opt.grad_scale = torch.tensor(1.0), torch.tensor(2.0)
+    opt.step()
+    assert all(torch.equal(x, y) for x, y in zip(params, before, strict=True))
+    assert all((t == 0).all() for s in opt.state.values() for t in s.values())
+
+
+@pytest.mark.parametrize(
+    "opt",
+    [
+        lambda p: optim.Conda(p, fused=True),
+        lambda p: optim.AdaGO(p, fused=True),
+        lambda p: optim.ScionLight(p, fused=True),
+        lambda p: optim.Muon(p, fused=True, nonfinite="skip"),
+        lambda p: optim.Muon(p, fused=True, telemetry=1),
+        lambda p: optim.Muon(p, fused=True, constraint="normalize"),
+        lambda p: optim.Muon(p),
+    ],
+)
+def test_the_scaler_decides_where_the_host_does(opt: Any) -> None:
+    assert not opt(parameters())._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize(
+    ("make_one", "settings"),
+    [
+        (optim.Muon, {}), (optim.Muon, {"decay": "cautious", "heavy_ball": True}),
+        (optim.NorMuon, {}), (optim.Shampoo, {}), (optim.SOAP, {}), (optim.AdaMuon, {}),
+    ],
+)  # fmt: skip
+def test_halves_are_float32_weights(make_one: Any, settings: dict[str, Any]) -> None:
+    """To the bit, with state in float32, through a state dict; float32 weights beside them too."""
+    halves, whole = parameters(BF16), parameters(F32)
+    halves[1] = nn.Parameter(halves[1].detach().float())  # of another dtype in the same group
+    a = make_one(halves, mantissa=True, weight_decay=0.1, **settings)
+    b = make_one(whole, weight_decay=0.1, **settings)
+    for step in range(5):
+        set_grads(step, halves, whole)
+        a.step()
+        b.step()
+        if step == 2:
+            saved = copy.deepcopy(a.state_dict())
+            a = make_one(halves, mantissa=True, weight_decay=0.1, **settings)
+            a.load_state_dict(saved)
+    for p, q in zip(halves, whole, strict=True):
+        state = a.state[p]
+        p = joined(p.detach(), state["mantissa"]) if p.dtype == BF16 else p
+        assert torch.equal(p, q)
+        assert all(torch.equal(state[k], v) for k, v in b.state[q].items() if k != "step")
+    assert "mantissa" not in a.state[halves[1]]
+
+
+def test_halves_may_be_skipped() -> None:
+    params = parameters(BF16)
+    opt = optim.Muon(params, mantissa=True, fused=True)
+    set_grads(0, params)
+    opt.step()
+    before = [t.clone() for t in numbers(opt)]
+    opt.found_inf = torch.tensor(1.0)
+    opt.step()
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(numbers(opt), before, strict=True))
+
+
+def test_halves_where_they_cannot_be() -> None:
+    for cls in (optim.Conda, optim.StiefelAdam):
+        with pytest.raises(ValueError, match=f"{cls.__name__}: mantissa must be False"):
+            cls(parameters(BF16), mantissa=True)
+    with pytest.raises(ValueError, match="Muon: constraint must be None with mantissa=True"):
+        optim.Muon(parameters(BF16), mantissa=True, constraint="normalize")
