@@ -310,6 +310,11 @@ _ROWS = (
         shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
     Case(
+        "normuon_step_", makers.normuon_step, polynomial_flops, dtypes=_STATES,
+        variants=({"precision": "full", "factors": makers.factors, "norm_eps": 0.5},),
+        shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
+    ),
+    Case(
         "conda_step_", makers.conda_step, rotation_flops, dtypes=_STATES,
         variants=({"weight_decay": 0.0},), shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),

@@ -223,6 +223,11 @@ def muon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     }
 
 
+def normuon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    moments = each(inputs.moment, "row_moments", [(*s[:-1], 1) for s in shapes])
+    return {**muon_step(shapes, inputs), "row_moments": moments, "beta2": 0.95, "norm_eps": 1e-10}
+
+
 def conda_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     scales = [0.02 + 0.01 * i for i in range(len(shapes))]
     return {

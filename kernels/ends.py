@@ -1,7 +1,8 @@
 """What becomes of a product's tile: it is stored, or it ends an optimizer's step where it is.
 
 An end is a Triton function that kernels take as a constant, with its numbers (behind a kernel's
-own, `NUMBERS` of them) and two tensors of its choice. Arithmetic is float32, rounded once.
+own, `NUMBERS` of them) and two tensors of its choice; (i, j) is the tile's corner. A kernel's
+entries have the sides of the result just before EXTRA but one. Arithmetic is float32, rounded once.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from . import elementwise as each
 from . import tables, tiles
+from .rounding import rounded
 
 NUMBERS = tl.constexpr(5)
+GRAIN = tl.constexpr(32)  # no tile has shorter sides
 
 
 @triton.jit
 def store(
-    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second
+    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
+    batch, i, j,
 ):  # fmt: skip
     """out <- value."""
     tl.store(at, value.to(at.dtype.element_ty), mask=mask)
@@ -28,7 +32,8 @@ def store(
 
 @triton.jit
 def update(
-    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second
+    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
+    batch, i, j,
 ):  # fmt: skip
     """out <- kept out - step value, kept = base + slope first[0].
 
@@ -42,14 +47,84 @@ def update(
     if second is not None:
         step *= tl.load(second + tiles.field(entries, count, entry, EXTRA + 1)).to(tl.float64)
     step = tl.where(tiles.number(numbers, 2) != 0, kept * step, step)
-    old = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    new = kept.to(tl.float32) * old - step.to(tl.float32) * value
+    new = updated(at, value, mask, kept, step)
     tl.store(at, new.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def updated(at, value, mask, kept, step):
+    """kept out - step value."""
+    old = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return kept.to(tl.float32) * old - step.to(tl.float32) * value
+
+
+@triton.jit
+def rounded_update(
+    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
+    batch, i, j,
+):  # fmt: skip
+    """`update` by first[0] times the factor, rounded by the seed second[0] if out is bfloat16.
+
+    The entry's item is the address where the weight begins.
+    """
+    rate = tl.load(first).to(tl.float64)
+    kept = tiles.number(numbers, 0) + tiles.number(numbers, 1) * rate
+    step = rate * tiles.field(entries, count, entry, EXTRA).to(tl.float64, bitcast=True)
+    base = tiles.field(entries, count, entry, EXTRA + 1)
+    TYPE: tl.constexpr = at.dtype.element_ty
+    new = rounded(updated(at, value, mask, kept, step), at, base, second, TYPE)
+    tl.store(at, new.to(TYPE), mask=mask)
+
+
+@triton.jit
+def store_squares(
+    value, mask, AXIS: tl.constexpr, entries, count, entry, EXTRA: tl.constexpr, sums, batch,
+    line, lines, place, length,
+):  # fmt: skip
+    """The squares of a tile, added along AXIS, to the slot of its place along the lines.
+
+    A matrix has lines x slots of them from the entry's item on, one slot for GRAIN places; of those
+    that a tile covers it fills the first.
+    """
+    total = tl.sum(tl.where(mask, value * value, 0.0), axis=AXIS)
+    slot = batch * tl.cdiv(length, GRAIN) + place // GRAIN
+    at = sums + tiles.field(entries, count, entry, EXTRA + 1) + slot * lines + line
+    local = tl.arange(0, total.shape[0])
+    tl.store(at + local, total, mask=local < lines - line)
+
+
+@triton.jit
+def row_squares(
+    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
+    batch, i, j,
+):  # fmt: skip
+    """out <- value; and the sums of its squares along rows, to first."""
+    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+    rows = tiles.field(entries, count, entry, EXTRA - 3)
+    columns = tiles.field(entries, count, entry, EXTRA - 2)
+    store_squares(
+        value, mask, 1, entries, count, entry, EXTRA, first, batch, i, rows, j, columns
+    )  # fmt: skip
+
+
+@triton.jit
+def column_squares(
+    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
+    batch, i, j,
+):  # fmt: skip
+    """`row_squares` of the transpose."""
+    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+    rows = tiles.field(entries, count, entry, EXTRA - 3)
+    columns = tiles.field(entries, count, entry, EXTRA - 2)
+    store_squares(
+        value, mask, 0, entries, count, entry, EXTRA, first, batch, j, columns, i, rows
+    )  # fmt: skip
+
+
+@triton.jit
 def adam(
-    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second
+    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
+    batch, i, j,
 ):  # fmt: skip
     """out <- C / (sqrt(D) + eps), C and D the averages of the value and of its square."""
     each.adam(at, c_at, d_at, value, mask, numbers, tl.float32)
@@ -62,6 +137,15 @@ class End(NamedTuple):
     numbers: tuple[float, ...] = ()
     first: Tensor | None = None
     second: Tensor | None = None
+    turned: Any = None  # the function where matrices are iterated as their transposes, if another
+
+    def facing(self, turned: bool) -> End:
+        return self._replace(function=self.turned) if turned and self.turned else self
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether results depend on the tile, which must not depend on company then."""
+        return self.function in (row_squares, column_squares)
 
     @property
     def padded(self) -> tuple[float, ...]:
@@ -76,6 +160,21 @@ PLAIN: Extra = (tables.bits(1.0), 0)
 def muon(lr: Tensor, weight_decay: float) -> End:
     """W <- (1 - lr weight_decay) W - lr factor value."""
     return End(update, (1.0, -weight_decay, 0.0), lr, lr)
+
+
+def muon_rounded(lr: Tensor, weight_decay: float, seed: Tensor) -> End:
+    """`muon`, bfloat16 weights rounded stochastically; items are where weights begin."""
+    return End(rounded_update, (1.0, -weight_decay), lr, seed)
+
+
+def squares(sums: Tensor) -> End:
+    """The value, and sums of its squares along rows: float32, lines x slots of each matrix."""
+    return End(row_squares, first=sums, turned=column_squares)
+
+
+def slots(length: int) -> int:
+    """Sums of a line."""
+    return triton.cdiv(length, GRAIN.value)
 
 
 def conda(lr: Tensor, weight_decay: float, scales: Tensor) -> End:

@@ -8,7 +8,7 @@ across), matrices; then X and the moments (`tables.View`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -128,24 +128,15 @@ def scale(
         out += ALONG * out_along
 
 
-@triton.jit(do_not_specialize=["count"])
-def moments_kernel(
-    table, count, factors, sums, parts, STEPS: tl.constexpr,
-    X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
+@triton.jit
+def average(
+    table, entries, count, entry, batch, first, lines, length, total, factors, sums,
+    V: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+    EPS_AT: tl.constexpr,
 ):  # fmt: skip
-    """v <- beta2 v + (1 - beta2) mean x^2 of every line, its factor, and sums for norms and means.
-
-    Numbers: beta2, 1 - beta2, eps.
-    """
-    entries = table + 3
-    entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
-    x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
-    x = tiles.corner(x, across, along, first, 0, ALIGNED)
-    if parts is not None:
-        parts = part(entries, count, entry, length, parts)
-    total = squares(x, across, along, lines, length, parts, LINES, ALONG)
-    v, step, _ = tiles.matrix(entries, count, entry, batch, HEAD + 4, V_TYPE, 2, False)
+    """v <- beta2 v + (1 - beta2) total / length of every line, its factor, and sums for norms and
+    means; v's fields begin at V. Numbers: beta2, 1 - beta2, eps."""
+    v, step, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
     line = tl.arange(0, LINES)
     v_at = v + (first + line) * step
     old = tl.load(v_at, mask=line < lines, other=0.0).to(tl.float64)
@@ -164,6 +155,26 @@ def moments_kernel(
     tl.store(at + 2, tl.sum(tl.where(real, new, 0.0), axis=0))
 
 
+@triton.jit(do_not_specialize=["count"])
+def moments_kernel(
+    table, count, factors, sums, parts, STEPS: tl.constexpr,
+    X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
+):  # fmt: skip
+    """`average` of the squares of X."""
+    entries = table + 3
+    entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
+    x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
+    if parts is not None:
+        parts = part(entries, count, entry, length, parts)
+    total = squares(x, across, along, lines, length, parts, LINES, ALONG)
+    average(
+        table, entries, count, entry, batch, first, lines, length, total, factors, sums,
+        HEAD + 4, V_TYPE, WIDE, LINES, EPS_AT,
+    )  # fmt: skip
+
+
 @triton.jit
 def matrix_sum(entries, count, entry, batch, sums, which, LANES: tl.constexpr):
     """Sum `which` of all programs of a matrix, in order."""
@@ -176,6 +187,23 @@ def matrix_sum(entries, count, entry, batch, sums, which, LANES: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
+@triton.jit
+def factor_of(
+    entries, count, entry, batch, first, lines, factors, sums,
+    LINES: tl.constexpr, KEEP_NORM: tl.constexpr,
+):  # fmt: skip
+    """The factors of this program's lines, such that the matrix keeps its norm if KEEP_NORM."""
+    line = tl.arange(0, LINES)
+    slot = tiles.field(entries, count, entry, 4)
+    slot += batch * tiles.field(entries, count, entry, 2) + first
+    factor = tl.load(factors + slot + line, mask=line < lines, other=0.0)
+    if KEEP_NORM:
+        before = matrix_sum(entries, count, entry, batch, sums, 0, 128)
+        after = matrix_sum(entries, count, entry, batch, sums, 1, 128)
+        factor = factor * tl.where(after == 0, 0.0, tl.sqrt(before / after))
+    return factor
+
+
 @triton.jit(do_not_specialize=["count"])
 def rescale_kernel(
     table, count, factors, sums, STEPS: tl.constexpr,
@@ -185,14 +213,9 @@ def rescale_kernel(
     """x <- x times the factor of its line, to the norm it had if KEEP_NORM."""
     entries = table + 3
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
-    line = tl.arange(0, LINES)
-    slot = tiles.field(entries, count, entry, 4)
-    slot += batch * tiles.field(entries, count, entry, 2) + first
-    factor = tl.load(factors + slot + line, mask=line < lines, other=0.0)
-    if KEEP_NORM:
-        before = matrix_sum(entries, count, entry, batch, sums, 0, 128)
-        after = matrix_sum(entries, count, entry, batch, sums, 1, 128)
-        factor = factor * tl.where(after == 0, 0.0, tl.sqrt(before / after))
+    factor = factor_of(
+        entries, count, entry, batch, first, lines, factors, sums, LINES, KEEP_NORM
+    )  # fmt: skip
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
     x = tiles.corner(x, across, along, first, 0, ALIGNED)
     scale(
@@ -258,22 +281,30 @@ class Sizes(NamedTuple):
     across: int = 0
     parts: int = 0
 
-    def and_of(self, batch: int, rows: int, columns: int, programs: int) -> Sizes:
-        more = (rows, columns, programs * columns)
+    def and_of(self, batch: int, rows: int, columns: int, parts: int) -> Sizes:
+        more = (rows, columns, parts)
         return Sizes(*(size + batch * n for size, n in zip(self, more, strict=True)))
 
 
 def groups(
-    X: Sequence[Tensor], *others: Sequence[Tensor], columns: bool, whole: bool, parts: bool = False
+    X: Sequence[Tensor],
+    *others: Sequence[Tensor],
+    columns: bool,
+    whole: bool,
+    parts: bool = False,
+    slots: Callable[[int], int] | None = None,
+    extras: Sequence[tables.Entry] = (),
 ) -> tuple[list[Group], Sizes]:
     """Tuples of tensors as lines, by dtypes, order and alignment; and the sizes of all.
 
     `columns` makes columns the lines. `whole`: the first others are of the shape of X, not one
-    number per line.
+    number per line. A matrix's parts are a sum for every place across of every program, or, by
+    `slots`, so many of every line. `extras` are further int64 fields of each item.
     """
     rows: list[tuple[Any, tables.Entry]] = []
     sizes = Sizes()
-    for tensors in zip(X, *others, strict=True):
+    extras = extras or [()] * len(X)
+    for *tensors, extra in zip(X, *others, extras, strict=True):
         for found in tables.views(*tensors):
             if columns:
                 found = tuple(v.mT for v in found)
@@ -285,9 +316,10 @@ def groups(
             blocks = blocks_of(X[0].device, order, parts)
             size = triton.cdiv(x.rows, blocks[0])
             head = (x.batch * size, size, x.rows, x.columns, *sizes, x.batch)
-            entry = (*head, *(f for v in found for f in v.fields))
+            entry = (*head, *(f for v in found for f in v.fields), *extra)
             rows.append(((tuple(v.dtype for v in found), order, aligned, blocks), entry))
-            sizes = sizes.and_of(x.batch, x.rows, x.columns, size)
+            sums = x.rows * slots(x.columns) if slots else size * x.columns
+            sizes = sizes.and_of(x.batch, x.rows, x.columns, sums)
     launches = []
     for (dtypes, order, aligned, blocks), entries in tables.grouped(rows).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32

@@ -38,15 +38,18 @@ def muon_step_(
     iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
     tensors, flags = (params, grads, momentum_buffers), (grad_scale, found_inf)
     wide = any(t.dtype == torch.float64 for some in tensors for t in some)
-    # the end of a product rounds to nearest, and always writes
-    stochastic = rounding is not None and any(w.dtype == torch.bfloat16 for w in params)
-    if not params or wide or stochastic or found_inf is not None or mantissas is not None:
+    if not params or wide or found_inf is not None or mantissas is not None:
         arguments = (*tensors, lr, momentum, weight_decay, factors, coefficients, restarts)
         return ops.muon_step_.definition(
             *arguments, nesterov, *iteration[2:], rounding, *flags, mantissas
         )
-    end = ends.muon(lr.to(params[0].device), weight_decay)
-    extras = [(tables.bits(factor), 0) for factor in factors]
+    lr, device = lr.to(params[0].device), params[0].device
+    end = ends.muon(lr, weight_decay)
+    items = [0] * len(params)
+    if rounding is not None and any(w.dtype == torch.bfloat16 for w in params):
+        end = ends.muon_rounded(lr, weight_decay, rounding.to(device))
+        items = [w.data_ptr() for w in params]
+    extras = [(tables.bits(factor), item) for factor, item in zip(factors, items, strict=True)]
     sizes = [b.numel() for b in momentum_buffers]
     for part in tables.stretches(sizes, max(*sizes, ACCELERATOR_WORK)):
         weights, states = params[part], momentum_buffers[part]
@@ -56,4 +59,5 @@ def muon_step_(
         if rows:
             polars = iteration.rest(updates, rows, norms)
             some = [weights[i] for i in rows]
-            decayed_update_(some, polars, lr, weight_decay, [factors[part][i] for i in rows])
+            scales = [factors[part][i] for i in rows]
+            decayed_update_(some, polars, lr, weight_decay, scales, rounding)

@@ -61,16 +61,18 @@ class Stack(NamedTuple):
         """a X + b B X; the last one to the target."""
         if last:
             out, end, extras = self.target
-            out = [wide(o) for o in out]
         else:
             out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]
             end, extras = ends.STORE, [ends.PLAIN] * len(X)
-        products = [
-            plain(left, x, x, o, extra)
-            for *tensors, extra in zip(X, self.parts(B, X), out, extras, strict=True)
-            for x, left, o in tables.views(*tensors)
-        ]
-        product("product", products, B.device, B.dtype, b, a, end)
+        rows = zip(X, self.parts(B, X), map(wide, out), extras, strict=True)
+        facing = (end.facing(o.shape[-2] > o.shape[-1]) for o in out)
+        for how, some in tables.grouped(zip(facing, rows, strict=True)).items():
+            products = [
+                plain(left, x, x, o, extra)
+                for *tensors, extra in some
+                for x, left, o in tables.views(*tensors)
+            ]
+            product("product", products, B.device, B.dtype, b, a, how)
         return out
 
     def direct(self, X: list[Tensor], triples: Triples) -> None:

@@ -78,6 +78,47 @@ def elements(
     return address + tiles.square(rows, columns, down, across)
 
 
+@triton.jit
+def place(
+    entries, count, tile, STEPS: tl.constexpr, ALIGNED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile's entry, matrix, row and column among tiles, corner, and what of M, N and K is left
+    from there on."""
+    entry = tiles.locate(entries, count, tile, STEPS)
+    size = tiles.field(entries, count, entry, 1)
+    M = tiles.side(entries, count, entry, 2, ALIGNED)
+    N = tiles.side(entries, count, entry, 3, ALIGNED)
+    K = tiles.side(entries, count, entry, 4, ALIGNED)
+    inside = tile - tiles.field(entries, count, entry, 0)
+    batch = inside // size
+    inside = inside % size
+    if SYMMETRIC:
+        row, column = tiles.triangle(inside)
+    else:
+        row, column = tiles.striped(inside, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
+    i = row * BLOCK_M
+    j = column * BLOCK_N
+    return entry, batch, row, column, i, j, M - i.to(tl.int32), N - j.to(tl.int32), K
+
+
+@triton.jit
+def mirrored(
+    acc, diagonal, entries, count, entry, batch, i, j, M, N, rows, columns,
+    TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """A tile of a symmetric result: its transpose stored where that belongs, or its upper half
+    replaced by that of the transpose on the diagonal."""
+    mirror = tl.trans(acc)
+    if diagonal:
+        acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
+    else:
+        at = elements(entries, count, entry, batch, 4, j, i, columns, rows, TYPE, ORDER, ALIGNED)
+        mask = (columns < N)[:, None] & (rows < M)[None, :]
+        tl.store(at, mirror.to(TYPE), mask=mask)
+    return acc
+
+
 @triton.jit(do_not_specialize=["count", "total"])
 def product_kernel(
     table, count, total, first, second, STEPS: tl.constexpr,
@@ -93,22 +134,9 @@ def product_kernel(
     numbers = table + 2
     entries = numbers + ends.NUMBERS
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
-        entry = tiles.locate(entries, count, tile, STEPS)
-        size = tiles.field(entries, count, entry, 1)
-        M = tiles.side(entries, count, entry, 2, ALIGNED)
-        N = tiles.side(entries, count, entry, 3, ALIGNED)
-        K = tiles.side(entries, count, entry, 4, ALIGNED)
-        inside = tile - tiles.field(entries, count, entry, 0)
-        batch = inside // size
-        inside = inside % size
-        if SYMMETRIC:
-            row, column = tiles.triangle(inside)
-        else:
-            row, column = tiles.striped(inside, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
-        i = row * BLOCK_M
-        j = column * BLOCK_N
-        M -= i.to(tl.int32)
-        N -= j.to(tl.int32)
+        entry, batch, row, column, i, j, M, N, K = place(
+            entries, count, tile, STEPS, ALIGNED, SYMMETRIC, BLOCK_M, BLOCK_N
+        )
         acc = alpha * multiply(
             entries, count, entry, batch, i, j, M, N, K,
             A_TYPE, B_TYPE, A_ORDER, B_ORDER, ALIGNED, DOT_TYPE, PRECISION,
@@ -129,17 +157,14 @@ def product_kernel(
         if ADDED:
             acc += beta * tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
         if SYMMETRIC:
-            mirror = tl.trans(acc)
-            if row == column:
-                acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
-            else:
-                mirror_at = elements(
-                    entries, count, entry, batch, 4, j, i, columns, rows,
-                    OUT_TYPE, OUT_ORDER, ALIGNED,
-                )  # fmt: skip
-                mask_mirror = (columns < N)[:, None] & (rows < M)[None, :]
-                tl.store(mirror_at, mirror.to(OUT_TYPE), mask=mask_mirror)
-        END(out_at, acc, mask, c_at, d_at, numbers, entries, count, entry, EXTRA, first, second)
+            acc = mirrored(
+                acc, row == column, entries, count, entry, batch, i, j, M, N, rows, columns,
+                OUT_TYPE, OUT_ORDER, ALIGNED,
+            )  # fmt: skip
+        END(
+            out_at, acc, mask, c_at, d_at, numbers, entries, count, entry, EXTRA, first, second,
+            batch, i, j,
+        )  # fmt: skip
 
 
 def served(op: str, dtype: torch.dtype, *tensors: Tensor) -> bool:
@@ -158,15 +183,17 @@ def fitting(
     end: End = ends.STORE,
 ) -> list[Config]:
     """Records whose tiles fit the registers: C read across and out written along takes twice, an
-    end that reads as well, one of three tensors more, and so do 64-bit offsets of every element."""
+    end that reads as well, one of three tensors more, and so do 64-bit offsets of every element.
+    One record, the largest, for an end whose results depend on the tile."""
     limit = 128 * 256
     if c_order != out_order or d_order != out_order or end.function is not ends.store:
         limit = 128 * 128
-    if end.function is ends.adam:
+    if end.function in (ends.adam, ends.rounded_update):
         limit = 128 * 64
     if not aligned:
         limit = 64 * 64
-    return [c for c in choices if c.block_m * c.block_n <= limit]
+    fit = [c for c in choices if c.block_m * c.block_n <= limit]
+    return fit[:1] if end.one_tile else fit
 
 
 class Factors(NamedTuple):

@@ -16,9 +16,8 @@ from .ends import End, Extra
 
 EXTRA = tl.constexpr(4)  # fields: first program, short side, long side, first matrix; of the end
 HEAD = tl.constexpr(6)  # then X and out
-NUMBERS = tl.constexpr(
-    2
-)  # eps, safety, those of the end; the coefficients stand behind the entries
+# eps, safety, those of the end; the coefficients stand behind the entries
+NUMBERS = tl.constexpr(2)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -80,7 +79,10 @@ def iterate_kernel(
         entries, count, entry, batch, HEAD + 4, OUT_TYPE, OUT_ORDER, ALIGNED
     )
     out += tiles.square(rows, columns, down, across)
-    END(out, y.to(tl.float32), mask, out, out, numbers, entries, count, entry, EXTRA, first, second)
+    END(
+        out, y.to(tl.float32), mask, out, out, numbers, entries, count, entry, EXTRA, first, second,
+        batch, 0, 0,
+    )  # fmt: skip
 
 
 def block(side: int) -> int:
@@ -88,17 +90,18 @@ def block(side: int) -> int:
 
 
 def rows(
-    X: list[Tensor], out: list[Tensor], extras: Sequence[Extra]
+    X: list[Tensor], out: list[Tensor], end: End, extras: Sequence[Extra]
 ) -> Iterator[tuple[object, tables.Entry]]:
     """What each launch has in common, and the entries: wide, whatever the tensor is."""
     first = 0
     for *pair, extra in zip(X, out, extras, strict=True):
         for x, y in tables.views(*pair):
-            if x.rows > x.columns:
+            tall = x.rows > x.columns
+            if tall:
                 x, y = x.mT, y.mT
             if x.batch:
                 entry = (x.batch, x.rows, x.columns, first, *extra, *x.fields, *y.fields)
-                yield key(x, y), entry
+                yield (end.facing(tall).function, key(x, y)), entry
             first += x.batch
 
 
@@ -147,10 +150,10 @@ def small_iterations(
     """`small_newton_schulz` with an end of its products."""
     norms = None if norms is None else norms.to(torch.float64).contiguous()
     arch, _ = configs.device_of(X[0].device)
-    for launch, entries in tables.grouped(rows(X, out, extras)).items():
+    for (function, launch), entries in tables.grouped(rows(X, out, end, extras)).items():
         table = tables.table(entries, (eps, safety, *end.padded), X[0].device, coefficients)
         iterate_kernel[(table.tiles,)](
             table.data, table.count, len(coefficients) // 3, norms, end.first, end.second,
-            table.steps, *launch, tables.TYPES[dtype], scale, end.function,
+            table.steps, *launch, tables.TYPES[dtype], scale, function,
             num_warps=warps(arch, *launch[-2:]), num_stages=1, **FUSION,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from .passes import adamw_step_, decayed_update_, muon_prologue_
 from .rotations import rotate_, rotate_back_
 from .spectral import gram_iteration, power_iteration_, spectral_norm
 from .spectral_normalization import spectral_normalization_, spectral_normalization_gradient
-from .steps import conda_step_, muon_step_
+from .steps import conda_step_, muon_step_, normuon_step_
 from .words import (
     apply,
     direct_polynomial,
@@ -48,6 +48,7 @@ __all__ = [
     "muon_prologue_",
     "muon_step_",
     "newton_schulz",
+    "normuon_step_",
     "power_iteration_",
     "rotate_",
     "rotate_back_",

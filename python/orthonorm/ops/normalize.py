@@ -253,9 +253,8 @@ def factored_moment_(
         _apply_moment(x, g, inverse(ratio * new_c, eps, eps_at), keep_norm)
 
 
-def _check_moment(
-    name: str, X: list[Tensor], beta2: float, eps: float, eps_at: str, **moments: list[Tensor]
-) -> None:
+def check_moments(name: str, X: list[Tensor], **moments: list[Tensor]) -> None:
+    """Moments of the lines of X, one number a line: "row_moments", or of columns."""
     check.tensors(name, "X", X, min_dim=2)
     for label, values in moments.items():
         check.tensors(name, label, values, min_dim=2)
@@ -266,6 +265,12 @@ def _check_moment(
         for i, (x, v) in enumerate(zip(X, values, strict=True)):
             wanted = (*x.shape[:-1], 1) if rows else (*x.shape[:-2], 1, x.shape[-1])
             check.equal_shape(name, f"{label}[{i}]", v, wanted)
+
+
+def _check_moment(
+    name: str, X: list[Tensor], beta2: float, eps: float, eps_at: str, **moments: list[Tensor]
+) -> None:
+    check_moments(name, X, **moments)
     check.fraction(name, "beta2", beta2)
     check.number(name, "eps", eps, 0.0)
     check.choice(name, "eps_at", eps_at, EPS_AT)

@@ -7,7 +7,7 @@ them neither recompiles nor synchronizes. No op writes a gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._library import op
 from .newton_schulz import check_iteration, newton_schulz
-from .normalize import rotated_adam_
+from .normalize import check_moments, rotated_adam_, row_moment_
 from .passes import check_flags, check_halves, decayed_update_, muon_prologue_
 from .rotations import rotate_, rotate_back_
 
@@ -55,27 +55,77 @@ def muon_step_(
     shapes are iterated as batches, as many at a time as fit one work buffer, of the size of the
     largest matrix or WORK.
     """
+    how = (coefficients, restarts, form, precision, scale, eps, safety)
+    flags = (grad_scale, found_inf)
+    for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how, flags):
+        weights, some = ([values[i] for i in rows] for values in (params, factors))
+        halves = None if mantissas is None else [mantissas[i] for i in rows]
+        rest = (rounding, found_inf, halves)
+        decayed_update_(weights, polars, lr, weight_decay, some, *rest)
+
+
+def _polars(
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    momentum: Tensor,
+    nesterov: bool,
+    how: tuple[list[float], list[int], str, str, str, float, float],
+    flags: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Momentum, updated, and the polar factors of what follows from it, in buffers of their own: of
+    as many matrices at a time as fit one work buffer, by their numbers in the list."""
     for part in work_parts(momentum_buffers):
         rows = [i for batch in part for i in batch]
         states = [momentum_buffers[i] for i in rows]
         batches = stacks_of(momentum_buffers, part)
         updates = [u for batch in batches for u in batch.unbind()]
         norms = muon_prologue_(
-            [grads[i] for i in rows], states, updates, momentum, nesterov, grad_scale, found_inf
+            [grads[i] for i in rows], states, updates, momentum, nesterov, *flags
         )
-        polars = newton_schulz(
-            batches, coefficients, restarts, form, precision, scale, eps, safety, norms
-        )
-        decayed_update_(
-            [params[i] for i in rows],
-            [u for batch in polars for u in batch.unbind()],
-            lr,
-            weight_decay,
-            [factors[i] for i in rows],
-            rounding,
-            found_inf,
-            None if mantissas is None else [mantissas[i] for i in rows],
-        )
+        yield rows, [u for batch in newton_schulz(batches, *how, norms) for u in batch.unbind()]
+
+
+@op(
+    "normuon_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] row_moments, Tensor lr, Tensor momentum, float weight_decay, float[] factors, "
+    "float beta2, float norm_eps, float[] coefficients, int[] restarts, bool nesterov=True, "
+    'str form="auto", str precision="auto", str scale="frobenius", float eps=0.0, '
+    "float safety=1.0) -> ()",
+    composite=True,
+)
+def normuon_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    row_moments: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    beta2: float,
+    norm_eps: float,
+    coefficients: list[float],
+    restarts: list[int],
+    nesterov: bool = True,
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+) -> None:
+    """W <- (1 - lr wd) W - lr factor N, N = O / (sqrt(v) + norm_eps) at |O|_F, O = polar(U).
+
+    NorMuon's step on a list (zichongli5/NorMuon): `muon_step_` with `row_moment_` between its
+    polynomial and its update; the arguments of both mean the same here. A kernel may sum the rows'
+    squares where the polynomial's last product ends, before O is rounded.
+
+    Shapes: W, G and B of entry i are (..., m, n), v (..., m, 1).
+    """
+    how = (coefficients, restarts, form, precision, scale, eps, safety)
+    for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how):
+        row_moment_([row_moments[i] for i in rows], polars, beta2, norm_eps)
+        some = [factors[i] for i in rows]
+        decayed_update_([params[i] for i in rows], polars, lr, weight_decay, some)
 
 
 WORK = 5 * 2**20  # elements: enough small matrices at a time to keep every thread busy
@@ -117,6 +167,26 @@ def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:
     return found
 
 
+def _check_muon(
+    name: str,
+    lists: dict[str, list[Tensor]],
+    lr: Tensor,
+    momentum: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    how: tuple[list[float], list[int], str, str, str, float, float],
+) -> None:
+    for label, values in lists.items():
+        check.tensors(name, label, values, min_dim=2)
+    params = lists["params"]
+    check.same_shapes(name, **lists)
+    check.same_lengths(name, params=params, factors=factors)
+    for label, value in (("lr", lr), ("momentum", momentum)):
+        check.scalar(name, label, value, params)
+    check.number(name, "weight_decay", weight_decay, 0.0)
+    check_iteration(name, lists["grads"], *how)
+
+
 @muon_step_.check
 def _(
     params: list[Tensor],
@@ -139,20 +209,42 @@ def _(
     found_inf: Tensor | None = None,
     mantissas: list[Tensor] | None = None,
 ) -> None:
-    name = "muon_step_"
     lists = dict(params=params, grads=grads, momentum_buffers=momentum_buffers)
-    for label, values in lists.items():
-        check.tensors(name, label, values, min_dim=2)
-    check.same_shapes(name, **lists)
-    check.same_lengths(name, params=params, factors=factors)
-    for label, value in (("lr", lr), ("momentum", momentum)):
-        check.scalar(name, label, value, params)
-    check.number(name, "weight_decay", weight_decay, 0.0)
-    check_iteration(name, grads, coefficients, restarts, form, precision, scale, eps, safety)
-    check.seed(name, "rounding", rounding, params)
-    check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
+    how = (coefficients, restarts, form, precision, scale, eps, safety)
+    _check_muon("muon_step_", lists, lr, momentum, weight_decay, factors, how)
+    check.seed("muon_step_", "rounding", rounding, params)
+    check_flags("muon_step_", params, grad_scale=grad_scale, found_inf=found_inf)
     if mantissas is not None:
-        check_halves(name, params, mantissas, rounding)
+        check_halves("muon_step_", params, mantissas, rounding)
+
+
+@normuon_step_.check
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    row_moments: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    beta2: float,
+    norm_eps: float,
+    coefficients: list[float],
+    restarts: list[int],
+    nesterov: bool = True,
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+) -> None:
+    lists = dict(params=params, grads=grads, momentum_buffers=momentum_buffers)
+    how = (coefficients, restarts, form, precision, scale, eps, safety)
+    _check_muon("normuon_step_", lists, lr, momentum, weight_decay, factors, how)
+    check_moments("normuon_step_", params, row_moments=row_moments)
+    check.fraction("normuon_step_", "beta2", beta2)
+    check.number("normuon_step_", "norm_eps", norm_eps, 0.0)
 
 
 @op(

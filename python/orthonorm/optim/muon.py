@@ -75,14 +75,11 @@ class Muon(Orthogonalizing):
 
     def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
         """The whole step as one op, where it is that of Muon."""
-        if group["heavy_ball"] or group["decay"] != "decoupled" or self.probe(group):
+        if self.in_parts(group):
             super().update_alike(batch, group)
             return
-        p, device = self.polynomial(group), batch.params[0].device
         muon_step_.overload(
             batch.params, batch.grads, batch.state["momentum_buffer"],
-            self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
-            self.factors(batch, group), p.coefficients, p.restarts, group["nesterov"],
-            group["method"], p.precision, p.scale, group["eps"], p.safety, None,
-            *flags_of(self, device), batch.mantissas,
+            *self.scheduled(batch, group), *self.iteration(group), None,
+            *flags_of(self, batch.params[0].device), batch.mantissas,
         )  # fmt: skip

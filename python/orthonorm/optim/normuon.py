@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import column_moment_, row_moment_
+from ..ops import column_moment_, normuon_step_, row_moment_
+from .amp import flags_of
 from .norms import to_rms
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import Rule, at_least, one_of
@@ -82,6 +83,19 @@ class NorMuon(Orthogonalizing):
                 moments, matrices = map(list, zip(*pairs, strict=True))
                 op.overload(moments, matrices, group["beta2"], group["norm_eps"], "outside", keep)
         return factors if keep else to_rms(factors, 0.2)
+
+    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
+        """The whole step as one op, where rows are normalized and the norm is kept."""
+        flags = flags_of(self, batch.params[0].device)
+        other = group["axis"] != "row" or group["rescale"] != "norm" or self.in_parts(group)
+        if other or batch.mantissas or any(flag is not None for flag in flags):
+            super().update_alike(batch, group)
+            return
+        normuon_step_.overload(
+            batch.params, batch.grads, batch.state["momentum_buffer"], batch.state["row_moment"],
+            *self.scheduled(batch, group), group["beta2"], group["norm_eps"],
+            *self.iteration(group),
+        )  # fmt: skip
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         return super().factor(x, owner, group) if group["rescale"] == "norm" else 1.0

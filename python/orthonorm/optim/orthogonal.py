@@ -10,7 +10,7 @@ from ..ops.newton_schulz import FORMS, PRECISIONS
 from ..polar import Polynomial, polynomial
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of
-from .state import Updates
+from .state import Batch, Updates
 
 
 class NewtonSchulz(Common, total=False):
@@ -70,3 +70,21 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
             group["eps"], p.safety, updates.norms,
         )  # fmt: skip
         return Updates(factors)
+
+    # ---- arguments of ops that are whole steps ------------------------------------------------
+
+    def in_parts(self, group: dict[str, Any]) -> bool:
+        """Whether a step is none of theirs: other momentum or decay, or measured on its way."""
+        return group["heavy_ball"] or group["decay"] != "decoupled" or bool(self.probe(group))
+
+    def scheduled(self, batch: Batch, group: dict[str, Any]) -> tuple[Any, ...]:
+        """lr, momentum, weight_decay, factors."""
+        device = batch.params[0].device
+        numbers = (self.scalar(group, "lr", device), self.momentum(group, device))
+        return (*numbers, group["weight_decay"], self.factors(batch, group))
+
+    def iteration(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """From coefficients on."""
+        p = self.polynomial(group)
+        how = (group["nesterov"], group["method"], p.precision, p.scale, group["eps"], p.safety)
+        return (p.coefficients, p.restarts, *how)

@@ -1,0 +1,148 @@
+"""NorMuon's step on a list: the iterations' last product also adds the squares of every row, so one
+pass over its result is left, which normalizes and writes the weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from orthonorm import ops
+from orthonorm.ops.steps import ACCELERATOR_WORK
+from torch import Tensor
+
+from . import ends, lines, tables, tiles
+from .muon_prologue import muon_prologue_
+from .newton_schulz import Iteration, Target
+
+NUMBERS = tl.constexpr(4)  # beta2, 1 - beta2, eps, weight decay
+W, X, V, FACTOR = (tl.constexpr(lines.HEAD.value + k) for k in (0, 4, 8, 12))  # fields of these
+
+
+@triton.jit(do_not_specialize=["count"])
+def row_moments_kernel(
+    table, count, parts, factors, sums, STEPS: tl.constexpr,
+    V_TYPE: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """`lines.average` of the squares that products have added, slot by slot."""
+    entries = table + NUMBERS
+    entry, batch, first, left, length = lines.place(entries, count, STEPS, False, LINES)
+    rows = tiles.field(entries, count, entry, 2)
+    line = tl.arange(0, LINES)
+    slots = tl.cdiv(length, ends.GRAIN)
+    at = parts + tiles.field(entries, count, entry, lines.PARTS) + batch * slots * rows
+    at += first + line
+    total = tl.zeros((LINES,), dtype=tl.float64)
+    for _ in tl.range(0, slots):
+        total += tl.load(at, mask=line < left, other=0.0).to(tl.float64)
+        at += rows
+    lines.average(
+        table, entries, count, entry, batch, first, left, length, total, factors, sums,
+        V, V_TYPE, tl.float32, LINES, 0,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def normalized_update_kernel(
+    table, count, factors, sums, lr, STEPS: tl.constexpr, W_TYPE: tl.constexpr,
+    X_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+    LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """W <- (1 - lr weight_decay) W - lr factor O, every row of O times its own factor as well."""
+    entries = table + NUMBERS
+    entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
+    factor = lines.factor_of(entries, count, entry, batch, first, left, factors, sums, LINES, True)
+    rate = tl.load(lr).to(tl.float64)
+    kept = (1.0 - rate * tiles.number(table, 3)).to(WIDE)
+    scale = tiles.field(entries, count, entry, FACTOR).to(tl.float64, bitcast=True)
+    steps = (rate * scale * factor).to(WIDE)
+    w, w_across, w_along = tiles.matrix(entries, count, entry, batch, W, W_TYPE, X_ORDER, ALIGNED)
+    x, across, along = tiles.matrix(entries, count, entry, batch, X, X_TYPE, X_ORDER, ALIGNED)
+    w = tiles.corner(w, w_across, w_along, first, 0, ALIGNED)
+    x = tiles.corner(x, across, along, first, 0, ALIGNED)
+    line = tl.arange(0, LINES)
+    place = tl.arange(0, ALONG)
+    w_at = tiles.square(line, place, w_across, w_along)
+    x_at = tiles.square(line, place, across, along)
+    for start in tl.range(0, length, ALONG):
+        mask = (line < left)[:, None] & (place < length - start)[None, :]
+        old = tl.load(w + w_at, mask=mask, other=0.0).to(WIDE)
+        value = tl.load(x + x_at, mask=mask, other=0.0).to(WIDE)
+        tl.store(w + w_at, (kept * old - steps[:, None] * value).to(W_TYPE), mask=mask)
+        w += ALONG * w_along
+        x += ALONG * along
+
+
+def normuon_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    row_moments: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    weight_decay: float,
+    factors: list[float],
+    beta2: float,
+    norm_eps: float,
+    coefficients: list[float],
+    restarts: list[int],
+    nesterov: bool = True,
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+) -> None:
+    iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
+    tensors = (params, grads, momentum_buffers, row_moments)
+    wide = any(t.dtype == torch.float64 for some in tensors for t in some)
+    if not params or wide or any(iteration.key(b) is None for b in momentum_buffers):
+        numbers = (lr, momentum, weight_decay, factors, beta2, norm_eps, coefficients, restarts)
+        return ops.normuon_step_.definition(*tensors, *numbers, nesterov, *iteration[2:])
+    numbers = (beta2, 1 - beta2, norm_eps, weight_decay)
+    lr = lr.to(params[0].device)
+    sizes = [b.numel() for b in momentum_buffers]
+    for part in tables.stretches(sizes, max(*sizes, ACCELERATOR_WORK)):
+        states = momentum_buffers[part]
+        updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in states]
+        norms = muon_prologue_(grads[part], states, updates, momentum, nesterov)
+        sums = polars_(iteration, updates, norms)
+        lists = (params[part], updates, row_moments[part])
+        update_(*lists, sums, lr, numbers, factors[part])
+
+
+def polars_(iteration: Iteration, X: list[Tensor], norms: Tensor) -> Tensor:
+    """X <- its polynomials; the sums of their squares along rows, by `ends.store_squares`."""
+    counts = [math.prod(x.shape[:-1]) * ends.slots(x.shape[-1]) for x in X]
+    # a slot that no tile of a launch begins in stays 0
+    sums = torch.zeros(sum(counts), dtype=torch.float32, device=X[0].device)
+    firsts = itertools.accumulate([0, *counts[:-1]])
+    extras = [(ends.PLAIN[0], first) for first in firsts]
+    iteration.run(X, Target(X, ends.squares(sums), extras), norms)
+    return sums
+
+
+def update_(
+    params: list[Tensor], polars: list[Tensor], moments: list[Tensor], squares: Tensor, lr: Tensor,
+    numbers: tuple[float, ...], factors: list[float],
+) -> None:  # fmt: skip
+    """Moments from sums of squares, and weights from them: two launches, one pass."""
+    device = params[0].device
+    launches, sizes = lines.groups(
+        params, polars, moments, columns=False, whole=True, slots=ends.slots,
+        extras=[(tables.bits(f),) for f in factors],
+    )  # fmt: skip
+    scales = torch.empty(sizes.lines, dtype=torch.float64, device=device)
+    for group in launches:
+        table = tables.table(group.entries, numbers, device)
+        sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
+        row_moments_kernel[(table.tiles,)](
+            table.data, table.count, squares, scales, sums, table.steps, group.types[2],
+            group.blocks[0], **lines.OPTIONS,
+        )  # fmt: skip
+        normalized_update_kernel[(table.tiles,)](
+            table.data, table.count, scales, sums, lr, table.steps, *group.constants(0, 1),
+            **lines.OPTIONS,
+        )  # fmt: skip
