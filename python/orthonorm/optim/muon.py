@@ -69,7 +69,7 @@ class Muon(Orthogonalizing):
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         return self.polar(updates, group)
 
-    def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
+    def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
         return self.polynomial(group)
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from .tensors import local, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
+    from ..distributed.spread import Spread
     from .base import MatrixOptimizer
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     owners: list[Tensor]  # the parameter each matrix is a view of
     steps: list[int]  # of each matrix, this one included; 0 for rules that do not count
     prepared: Any = None  # what `prepare` returned
+    spread: Spread | None = None  # the ranks of which this one has a part of every long side
 
     def part(self, rows: list[int]) -> Batch:
         return Batch(
