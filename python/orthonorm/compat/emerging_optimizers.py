@@ -18,8 +18,9 @@ from torch import Tensor
 from .. import _checks as check
 from .. import polar
 from ..coefficients import COEFFICIENTS, Coefficients, PastEnd
-from ..ops import apply, divide_each, gram, gram_polynomial, magnitude
-from ..ops.words import segments, triples_of
+from ..distributed.spread import Spread, finished
+from ..ops import divide_each
+from ..ops.words import triples_of
 from ..optim.settings import ADJUST
 from ..polar import polynomial
 
@@ -104,13 +105,11 @@ def _spread(
     p = polynomial(coefficients, steps, method="gram", precision="float32")
     columns = x.shape[-1] * dist.get_world_size(group)
     restarts = p.restarts if x.shape[-2] <= columns else list(range(1, steps))
-    squares = magnitude([x]).square()
-    dist.all_reduce(squares, group=group)
-    X = divide_each(x, p.safety * squares.sqrt().clamp(min=eps), torch.float32)
-    for segment in segments(triples_of(p.coefficients), restarts):
-        R = gram(X)
-        dist.all_reduce(R, group=group)
-        X = apply(X, gram_polynomial(R, [c for triple in segment for c in triple]), 0.0)
+    spread = Spread(group)
+    norms = finished(spread.norms([x]))
+    X = divide_each(x, p.safety * norms.clamp(min=eps), torch.float32)
+    triples = triples_of(p.coefficients)
+    (X,) = finished(spread.polynomial([X], triples, restarts, torch.float32))
     return X.mT.contiguous() if transpose else X
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .agreement import reporting
-from .plan import Bucket, Travel
+from .plan import Bucket
+from .spread import Travel
 
 Tensors = list[list[Tensor]]  # of every item, of every traveler
 

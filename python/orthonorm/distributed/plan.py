@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..optim.tensors import Box, Ranks, ranks_of
+from .spread import Spread
 
 BUCKET = 2**27  # bytes of whole matrices a rank holds at a time; one parameter may be more
-
-T = TypeVar("T")
-Travel = Generator[None, None, T]  # yields where a collective is on its way
 
 
 class Traveler(NamedTuple):
@@ -49,9 +46,7 @@ class Item(NamedTuple):
     replicas: tuple[Hashable, ...]  # ranks of equal entries hold a whole parameter together
     cost: float  # multiply-adds of one product with the short side, of all its matrices
     owner: int = 0
-    summed: dist.ProcessGroup | None = None  # in place of an owner: who sums its Gram matrix
-    sums: int = 0  # how often in a step
-    reduced: int = 0  # bytes of all sums
+    spread: Spread | None = None  # in place of an owner: the ranks that sum its Gram matrix
 
     def sends(self, holder: int) -> bool:
         """Whether the owner has its block from this holder, not from one with a copy."""
@@ -65,11 +60,11 @@ class Bucket(NamedTuple):
     items: tuple[Item, ...]
 
     @property
-    def summed(self) -> dist.ProcessGroup | None:
-        return self.items[0].summed
+    def spread(self) -> Spread | None:
+        return self.items[0].spread
 
     def owned(self, rank: int) -> list[Item]:
-        return [x for x in self.items if x.owner == rank and self.summed is None]
+        return [x for x in self.items if x.owner == rank and self.spread is None]
 
     def outbound(self, holder: int, owner: int) -> int:
         """Bytes that a holder of blocks sends to an owner."""
@@ -106,8 +101,8 @@ def buckets(
     """Costly parameters first, so that those of a bucket are of a size and their owners balance."""
     kinds: dict[Hashable, list[Item]] = {}
     for item in items:
-        p, summed = item.param, item.summed
-        key = (ranks_of(p), alike(p), summed, p.dtype if summed else None)
+        p, spread = item.param, item.spread
+        key = (ranks_of(p), alike(p), spread, p.dtype if spread else None)
         kinds.setdefault(key, []).append(item)
     found = []
     for kind in kinds.values():

@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 from ..optim.tensors import is_distributed, sharded_dims
 from .agreement import communicates, exchanged, scope
+from .plan import Bucket
 from .shards import new_plan
+from .spread import Sums
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -19,7 +21,8 @@ class Communication(NamedTuple):
 
     buckets: how many buckets of sharded matrices have owners, with two all-to-alls each.
     sent, received: bytes that this rank exchanges with others in them.
-    summed: bytes of Gram matrices in all-reduces, which a ring sends up to twice.
+    summed: bytes of Gram matrices and what belongs to them in all-reduces, which a ring sends up to
+        twice; of the next step, as rules may sum more at a refresh.
     local: parameters updated without communication.
     launches: collectives in all: all-to-alls, gathers of 8 bytes by which ranks agree (one a step,
         and one a bucket whose whole update is at owners), sums of Gram matrices and the gather of
@@ -61,9 +64,10 @@ def comm_report(optimizer: MatrixOptimizer) -> Communication:
         kept += len(params) - len(cut)
         for bucket in new_plan(optimizer, cut, group):
             rank, ranks = bucket.ranks.rank, range(bucket.ranks.size)
-            if bucket.summed is not None:
-                summed += sum(x.reduced for x in bucket.items)
-                launches += 1 + bucket.items[0].sums
+            if bucket.spread is not None:
+                found = sums_of(optimizer, bucket, group)
+                summed += sum(sum(x.bytes) for x in found)
+                launches += max(len(x.bytes) + x.norms for x in found)
                 continue
             buckets += 1
             others = [r for r in ranks if r != rank]
@@ -74,6 +78,17 @@ def comm_report(optimizer: MatrixOptimizer) -> Communication:
             all_work += sum(x.cost for x in bucket.items)
     share = mine / all_work if all_work else 0.0
     return Communication(buckets, sent, received, summed, kept, launches + len(scopes), share)
+
+
+def sums_of(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> list[Sums]:
+    """What the next step sums of a bucket."""
+    found = []
+    for x in bucket.items:
+        step = opt.state.get(x.param, {}).get("step", 0) + 1 if opt.counts_steps else 1
+        sums = opt.sums(x.param, group, step)
+        assert sums is not None
+        found.append(sums)
+    return found
 
 
 def reductions(params: list[Any], group: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,8 @@ from ..optim.views import VIEW_DEFAULTS, matrices
 from . import gram
 from .agreement import all_succeed
 from .exchange import Tensors, from_owners, interleaved, to_owners
-from .plan import Bucket, Item, Travel, buckets, cost, state_traveler, traveler
+from .plan import Bucket, Item, buckets, cost, state_traveler, traveler
+from .spread import Travel
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -29,8 +31,8 @@ def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> l
     """Buckets of sharded parameters; the same on every rank that agrees on the parameters."""
     kinds = [opt.alike(p, group) for p in params]
     settings = [group.get(k) for k in (*VIEW_DEFAULTS, "method")]
-    polynomial = opt.polar_alone(params[0], group)
-    key = [*map(id, params), *kinds, *settings, opt.on_shards(group), polynomial]
+    ways = (opt.on_shards(group), opt.on_lines(group), opt.polar_first(params[0], group))
+    key = [*map(id, params), *kinds, *settings, *ways]
     if opt.plans.get(id(group), (None,))[0] != key:
         opt.plans[id(group)] = (key, new_plan(opt, params, group))
     for p in params:
@@ -53,7 +55,7 @@ def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
     ]  # fmt: skip
     travelers = (*first, *(like for _ in traveling(opt, group)), *states)
     item = Item(p, travelers, ranks.replicas(p.placements), cost([x for x, _ in shapes]))
-    return gram.summed(opt, item, group) if opt.on_shards(group) else item
+    return gram.spread_of(opt, item, group)
 
 
 def traveling(opt: MatrixOptimizer, group: dict[str, Any]) -> list[str]:
@@ -63,8 +65,13 @@ def traveling(opt: MatrixOptimizer, group: dict[str, Any]) -> list[str]:
 
 
 def update(opt: MatrixOptimizer, plan: list[Bucket], group: dict[str, Any]) -> None:
-    way = update_rows if opt.on_shards(group) else update_whole
-    interleaved(way(opt, bucket, group) for bucket in plan)
+    interleaved(way(opt, bucket, group)(opt, bucket, group) for bucket in plan)
+
+
+def way(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Callable[..., Travel[None]]:
+    if opt.on_shards(group):
+        return update_rows
+    return update_whole if bucket.spread is None else gram.update_lines
 
 
 # ---- momentum and decay on rows, directions at owners --------------------------------------------
@@ -80,8 +87,8 @@ def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> 
     if rows.params:  # a rank may hold no row of a whole bucket
         mu = opt.momentum(group, device) if opt.momentum_key in rows.state else None
         updates_from(rows, updates.stacks, mu, group)
-    if bucket.summed is not None:
-        yield from gram.directions(opt, bucket, blocks, group)
+    if bucket.spread is not None:
+        yield from gram.directions(opt, bucket, states, blocks, group)
     elif not opt.elementwise:
         keys = traveling(opt, group)
         carried = [

@@ -58,7 +58,7 @@ def muon_step_(
     how = (coefficients, restarts, form, precision, scale, eps, safety)
     flags = (grad_scale, found_inf)
     for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how, flags):
-        weights, some = ([values[i] for i in rows] for values in (params, factors))
+        weights, some = [params[i] for i in rows], [factors[i] for i in rows]
         halves = None if mantissas is None else [mantissas[i] for i in rows]
         rest = (rounding, found_inf, halves)
         decayed_update_(weights, polars, lr, weight_decay, some, *rest)

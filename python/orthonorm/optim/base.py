@@ -17,8 +17,10 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed import agreement, shards
 from ..distributed.plan import Bucket
+from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
 from ..ops import adamw_step_, magnitude
 from ..ops.steps import stacks_of, work_parts
+from ..ops.words import segments, triples_of
 from ..polar import Polynomial
 from .amp import flags_of, unless
 from .constraints import constrain_
@@ -67,12 +69,16 @@ class MatrixOptimizer(Groups):
         nor batch.grads. Of a matrix that is sharded over ranks, only updates then travel to the
         rank that computes its direction; without it, parameters, gradients and all state do.
 
+    `by_lines`: `prepare` takes what it needs of a whole long side from Gram matrices, which it sums
+        over `batch.spread`, and `sums` tells; `update` acts on each of its lines alone.
+
     A rule that is not of that form writes `update(batch, group)` instead, and says `mantissas =
     False` if it writes weights itself.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = False
+    by_lines: ClassVar[bool] = False
     momentum_key: ClassVar[str] = MOMENTUM
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
@@ -132,9 +138,21 @@ class MatrixOptimizer(Groups):
         """The step of every matrix, before lr and factor: a subclass writes this, or `update`."""
         raise NotImplementedError(f"{self.name} writes neither `direction` nor `update`")
 
-    def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
-        """Newton-Schulz's polynomial, where `direction` is its value at the update and no more."""
+    def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
+        """Newton-Schulz's polynomial, where `direction` is `after_polar` of its value."""
         return None
+
+    def after_polar(self, parts: list[Part], spread: Spread, group: dict[str, Any]) -> Travel[None]:
+        """What `direction` makes of polar factors, on a rank that has parts of them: written."""
+        yield from ()
+
+    def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums | None:
+        """What step number `step` sums if p's long side is cut; None where its rule cannot."""
+        polynomial = self.polar_first(p, group)
+        if polynomial is None or polynomial.scale != "frobenius":
+            return None
+        times = len(segments(triples_of(polynomial.coefficients), polynomial.restarts))
+        return Sums((folded_size(min(p.shape)) * sum_dtype(p).itemsize,) * times, norms=1)
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         """The number that multiplies the direction of matrix x, a view of `owner`."""
@@ -158,8 +176,11 @@ class MatrixOptimizer(Groups):
 
     def on_shards(self, group: dict[str, Any]) -> bool:
         """Whether ranks that hold rows of a matrix need its owner for the direction alone."""
-        elementwise = group["decay"] in ("decoupled", "cautious") and group["constraint"] is None
-        return self.self_contained and elementwise
+        return self.self_contained and elementwise_end(group)
+
+    def on_lines(self, group: dict[str, Any]) -> bool:
+        """Whether ranks that hold lines of a long side can make its update themselves."""
+        return self.by_lines and elementwise_end(group)
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
@@ -360,3 +381,8 @@ class MatrixOptimizer(Groups):
         if device not in self._ones:
             self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
         return self._ones[device] * value
+
+
+def elementwise_end(group: Mapping[str, Any]) -> bool:
+    """Whether decay and constraint leave every entry of W to itself."""
+    return group["decay"] in ("decoupled", "cautious") and group["constraint"] is None

@@ -10,11 +10,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import _checks as check
+from ..distributed.spread import Sums, folded_size, sum_dtype
 from ..ops import conda_step_
 from ..ops.newton_schulz import divide, frobenius
 from ..ops.rotations import rotated, rotated_back
 from .base import MatrixOptimizer
-from .settings import Common, Rule, at_least, whole
+from .settings import Common, Rule, at_least, one_of, whole
 from .stacks import alike, stacked, write_
 from .state import Batch
 
@@ -34,6 +35,8 @@ class Conda(MatrixOptimizer):
         weight_decay: decoupled, applied to the updated weight with the raw lr.
         update_proj_gap: steps between refreshes of Q (at steps 1, 1 + gap, ...).
         scale: factor s on matrix updates (the authors' runs use 0.25).
+        method: "gram": where ranks have parts of a long side, they sum Gram matrices instead of
+            sending all to an owner ("auto"), if less is sent so.
         **common: what every optimizer takes, see `settings.Common`; `adamw` has lr, betas, eps,
             weight_decay and nonfinite of this optimizer unless it is told otherwise.
 
@@ -48,7 +51,9 @@ class Conda(MatrixOptimizer):
     companion: ClassVar[dict[str, Any]] = {"decay_first": False, "correct_eps": False}
     decays = ("decoupled",)
     mantissas = False
-    rules: ClassVar[dict[str, Rule]] = {"update_proj_gap": whole(1), "scale": at_least(0.0)}
+    by_lines = True
+    rules: ClassVar[dict[str, Rule]] = {"update_proj_gap": whole(1), "scale": at_least(0.0),
+             "method": one_of("auto", "gram")}  # fmt: skip
 
     def __init__(
         self,
@@ -60,10 +65,11 @@ class Conda(MatrixOptimizer):
         *,
         update_proj_gap: int = 2000,
         scale: float = 0.25,
+        method: str = "auto",
         **common: Unpack[Common],
     ) -> None:
         shared = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        settings = dict(shared, update_proj_gap=update_proj_gap, scale=scale)
+        settings = dict(shared, update_proj_gap=update_proj_gap, scale=scale, method=method)
         super().__init__(params, settings, common, [*shared, "nonfinite"])
 
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -75,13 +81,21 @@ class Conda(MatrixOptimizer):
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
         for m, q in zip(momenta, bases, strict=True):
             check.same_dtype("Conda", exp_avg=m, basis=q)
-        found = []
-        for rows, t in alike(batch):
-            if (t - 1) % group["update_proj_gap"] == 0:
-                Q, M, G = (stacked([values[i] for i in rows])
-                           for values in (bases, momenta, batch.grads))  # fmt: skip
-                found.append((rows, refreshed(Q, M, G, group["betas"][0])))
-        return found
+        due, grams, gap = [], [], group["update_proj_gap"]
+        for rows in (rows for rows, t in alike(batch) if (t - 1) % gap == 0):
+            Q, M, G = (stacked([values[i] for i in rows])
+                       for values in (bases, momenta, batch.grads))  # fmt: skip
+            due.append(rows)
+            grams.append(momentum_gram(Q, M, G, group["betas"][0], batch.spread is None))
+        if batch.spread is not None:
+            grams = batch.spread.total(grams)
+        dtypes = [bases[rows[0]].dtype for rows in due]
+        return [(r, eigenbasis(A).to(d)) for r, A, d in zip(due, grams, dtypes, strict=True)]
+
+    def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums:
+        """The basis, kept in parts, and at a refresh half of the momentum's Gram matrix."""
+        k, due = min(p.shape), (step - 1) % group["update_proj_gap"] == 0
+        return Sums((k * k * sum_dtype(p).itemsize, *([folded_size(k) * 8] * due)))
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -101,20 +115,27 @@ class Conda(MatrixOptimizer):
         )  # fmt: skip
 
 
-def refreshed(basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float) -> Tensor:
-    """Eigenvectors, descending, of the Gram of beta1 M + (1-beta1) G, M turned back from `basis`.
+def momentum_gram(
+    basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float, scaled: bool
+) -> Tensor:
+    """The Gram matrix of X = beta1 M + (1-beta1) G, M turned back from `basis`, on the short side.
 
-    Everything in float64, on the short side; the result in the dtype of `basis`. A non-finite
-    matrix takes the identity: `eigh` would raise, and its update is not finite anyway.
+    In float64; `scaled`: of X / |X|_F, so that no square of a float64 overflows.
     """
     M = rotated_back(momentum.double(), basis.double())  # zero at the first step, as the basis is
     X = beta1 * M + (1 - beta1) * grad.double()
-    X = divide(X, frobenius(X), torch.float64)
-    A = X.mT @ X if X.shape[-2] >= X.shape[-1] else X @ X.mT
+    X = divide(X, frobenius(X), torch.float64) if scaled else X
+    return X.mT @ X if X.shape[-2] >= X.shape[-1] else X @ X.mT
+
+
+def eigenbasis(A: Tensor) -> Tensor:
+    """Eigenvectors, descending; the identity of a matrix that is not finite.
+
+    `eigh` would raise, and its update is not finite anyway.
+    """
     finite = A.isfinite().all(-1).all(-1)[..., None, None]
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    Q = torch.linalg.eigh(torch.where(finite, A, identity)).eigenvectors.flip(-1)
-    return Q.to(basis.dtype)
+    return torch.linalg.eigh(torch.where(finite, A, identity)).eigenvectors.flip(-1)
 
 
 def turned(momentum: Tensor, basis: Tensor, new: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Muon(Orthogonalizing):
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         return self.polar(updates, group)
 
-    def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
+    def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
         return self.polynomial(group)
 
     def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:

@@ -5,12 +5,17 @@ O = polar(mu B + (1-mu) G), v_i <- beta2 v_i + (1-beta2) mean_j O_ij^2, one numb
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..distributed.spread import Part, Spread, Sums, Travel
 from ..ops import column_moment_, normuon_step_, row_moment_
+from ..ops.normalize import inverse
+from ..polar import Polynomial
 from .amp import flags_of
 from .norms import to_rms
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
@@ -96,6 +101,40 @@ class NorMuon(Orthogonalizing):
             *self.scheduled(batch, group), group["beta2"], group["norm_eps"],
             *self.iteration(group),
         )  # fmt: skip
+
+    def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
+        return self.polynomial(group)
+
+    def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums | None:
+        found, lines = super().sums(p, group, step), p.shape[1 if self.columns(p, group) else 0]
+        return found and found._replace(bytes=(*found.bytes, 2 * 8 * lines))
+
+    def after_polar(self, parts: list[Part], spread: Spread, group: dict[str, Any]) -> Travel[None]:
+        """One sum of the squares of all lines, and of the moments, of which ranks keep parts."""
+        squares = []
+        for x in parts:
+            along, across = self.axes(x, group)
+            square = torch.zeros_like(x.state["row_moment"], dtype=torch.float64)
+            mine = x.block.double().square().sum(along, keepdim=True)
+            square.narrow(across, *x.box[across]).copy_(mine)
+            squares.append(square)
+        moments = [x.state["row_moment"].double() for x in parts]
+        sums = yield from spread.sums([*squares, *moments])
+        beta2, keep = group["beta2"], group["rescale"] == "norm"
+        for x, square, old in zip(parts, sums[: len(parts)], sums[len(parts) :], strict=True):
+            along, across = self.axes(x, group)
+            v = beta2 * old + (1 - beta2) * square / x.shape[along]
+            x.state["row_moment"].copy_(v)
+            lines = inverse(v, group["norm_eps"], "outside")
+            after = (square * lines * lines).sum()
+            before = square.sum() if keep else 0.2**2 * math.prod(x.shape)
+            lines = lines * torch.where(after == 0, 0.0, (before / after).sqrt())
+            x.block.mul_(lines.narrow(across, *x.box[across]))
+
+    def axes(self, x: Part, group: dict[str, Any]) -> tuple[int, int]:
+        """Along which dimension squares are added up, and the other one."""
+        whole = torch.empty(x.shape, device="meta")
+        return (-2, -1) if self.columns(whole, group) else (-1, -2)
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         return super().factor(x, owner, group) if group["rescale"] == "norm" else 1.0

@@ -113,7 +113,7 @@ class Scion(Orthogonalizing):
             return to_signs(updates)
         return Updates([lines(u, norm, group) for u in updates.stacks])
 
-    def polar_alone(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
+    def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
         return self.polynomial(group) if norm_of(p, group).startswith("spectral") else None
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:

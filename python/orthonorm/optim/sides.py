@@ -26,13 +26,18 @@ def side_shapes(x: Tensor, group: dict[str, Any], *kinds: str) -> dict[str, tupl
     return shapes
 
 
+def side_grams(grams: Sequence[Tensor], G: Tensor) -> list[Tensor]:
+    """G G^T, G^T G; empty for a side that is not there."""
+    return [gram.overload(X) if A.numel() else A for A, X in zip(grams, (G, G.mT), strict=True)]
+
+
 def averaged(
-    grams: Sequence[Tensor], G: Tensor, beta: float, weights: Sequence[float]
+    grams: Sequence[Tensor], new: Sequence[Tensor], beta: float, weights: Sequence[float]
 ) -> list[Tensor]:
     """beta L + weight G G^T, beta R + weight G^T G; a side that is not there stays empty."""
     return [
-        beta * A + weight * gram.overload(X) if A.numel() else A
-        for A, weight, X in zip(grams, weights, (G, G.mT), strict=True)
+        beta * A + weight * B if A.numel() else A
+        for A, B, weight in zip(grams, new, weights, strict=True)
     ]
 
 

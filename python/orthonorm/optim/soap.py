@@ -7,6 +7,7 @@ G^T G; c_t = sqrt(1-beta2^t) / (1-beta1^t).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import _checks as check
+from ..distributed.spread import Sums, folded_size, sum_dtype
 from ..ops import rotated_adam_
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, optional, whole
-from .sides import SIDES, averaged, between, eigenvectors, side_shapes
+from .sides import SIDES, averaged, between, eigenvectors, side_grams, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates, by_step
+from .tensors import is_distributed, sharded_dims
 
 
 class Side(NamedTuple):
@@ -44,6 +47,9 @@ class SOAP(MatrixOptimizer):
             sorted by the new order; eps is added to the uncorrected root. "study"
             (arXiv:2510.25000): a refresh is a new eigendecomposition, V keeps its index; eps is
             added to the corrected root; bias correction counts the first step.
+        method: "gram": where ranks have parts of a long side that is not rotated (max_precond_dim),
+            they sum Gram matrices of the short one instead of sending all to an owner ("auto"), if
+            less is sent so.
         **common: what every optimizer takes, see `settings.Common`.
 
     The first step only measures L, R and their bases; L and R take in a gradient after it was
@@ -56,11 +62,13 @@ class SOAP(MatrixOptimizer):
 
     state_names = ("exp_avg", "exp_avg_sq")
     counts_steps = True
+    by_lines = True
     rules: ClassVar[dict[str, Rule]] = {
         "shampoo_beta": optional(check.fraction),
         "precondition_frequency": whole(1),
         "max_precond_dim": whole(0),
         "variant": one_of("soap", "study"),
+        "method": one_of("auto", "gram"),
     }
 
     def __init__(
@@ -75,12 +83,13 @@ class SOAP(MatrixOptimizer):
         max_precond_dim: int = 10000,
         *,
         variant: str = "soap",
+        method: str = "auto",
         **common: Unpack[Common],
     ) -> None:
         settings = dict(
             lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
             precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim,
-            variant=variant,
+            variant=variant, method=method,
         )  # fmt: skip
         super().__init__(params, settings, common)
 
@@ -91,12 +100,12 @@ class SOAP(MatrixOptimizer):
         """What follows a step: the new averages of matrices of one shape and step, and new bases
         where these are due."""
         beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
-        found = []
-        for rows, t in alike(batch):
+        chunks, found = list(alike(batch)), []
+        for (rows, t), new in zip(chunks, self.new_grams(batch, chunks), strict=True):
             state = {key: stacked([values[i] for i in rows])
                      for key, values in batch.state.items() if key.startswith(SIDES)}  # fmt: skip
-            G = stacked([batch.grads[i] for i in rows])
-            grams = averaged([state[f"{s}_gram"] for s in SIDES], G, beta, (1 - beta, 1 - beta))
+            old = [state[f"{side}_gram"] for side in SIDES]
+            grams = averaged(old, new, beta, (1 - beta, 1 - beta))
             due = (t - 1) % group["precondition_frequency"] == 0
             qr = t > 1 and group["variant"] == "soap"
             sides = [
@@ -105,6 +114,46 @@ class SOAP(MatrixOptimizer):
             ]
             found.append((rows, sides))
         return found
+
+    def new_grams(
+        self, batch: Batch, chunks: list[tuple[list[int], int]]
+    ) -> Iterable[list[Tensor]]:
+        """G G^T and G^T G of each chunk, by the sides there are; of parts of matrices, summed."""
+
+        def of(rows: list[int]) -> list[Tensor]:
+            sides = [[batch.state[f"{side}_gram"][i] for i in rows] for side in SIDES]
+            return side_grams([stacked(s) for s in sides], stacked([batch.grads[i] for i in rows]))
+
+        made = (of(rows) for rows, _ in chunks)  # one after the other, as they are taken
+        if batch.spread is None:
+            return made
+        grams = [A for pair in made for A in pair]
+        rows = [i for i, A in enumerate(grams) if A.numel()]
+        for i, A in zip(rows, batch.spread.total([grams[i] for i in rows]), strict=True):
+            grams[i] = A
+        return [grams[i : i + 2] for i in range(0, len(grams), 2)]
+
+    def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums:
+        """Gram and basis of the short side, kept in parts, and half of the new Gram matrix."""
+        k = min(p.shape)
+        if k > group["max_precond_dim"]:
+            return Sums(())
+        size = sum_dtype(p).itemsize
+        return Sums((2 * k * k * size, folded_size(k) * size))
+
+    def check_shardings(self, group: Mapping[str, Any]) -> None:
+        super().check_shardings(group)
+        for i, p in enumerate(group["params"]):
+            if group.get("method") != "gram" or not is_distributed(p) or p.dim() != 2:
+                continue
+            long, largest = max(p.shape), group["max_precond_dim"]
+            cut = [p.placements[d].dim for d in sharded_dims(p)]
+            if any(p.shape[d] > min(p.shape) for d in cut) and long <= largest:
+                raise ValueError(
+                    f"{self.name}: method='gram' must have max_precond_dim below {long}, the long "
+                    f"side of parameter {self.label(group, i)}, which is cut along it: that side's "
+                    f"factor needs the whole matrix; got {largest}"
+                )
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Matrices at their first step only start their averages and bases."""

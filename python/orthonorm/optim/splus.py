@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from .base import MatrixOptimizer
 from .norms import to_signs
 from .settings import Common, Rule, whole
-from .sides import SIDES, averaged, between, eigenvectors, side_shapes
+from .sides import SIDES, averaged, between, eigenvectors, side_grams, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
 
@@ -75,7 +75,7 @@ class SPlus(MatrixOptimizer):
         for rows, t in alike(batch):
             old = [stacked([batch.state[f"{side}_gram"][i] for i in rows]) for side in SIDES]
             G = stacked([batch.grads[i] for i in rows])
-            grams = averaged(old, G, beta2, (1 - beta2, 1 - beta2))
+            grams = averaged(old, side_grams(old, G), beta2, (1 - beta2, 1 - beta2))
             new = {f"{side}_gram": A for side, A in zip(SIDES, grams, strict=True)}
             if t == 1 or t % frequency == 0:
                 new |= {f"{side}_basis": eigenvectors(A)

@@ -14,6 +14,7 @@ from .tensors import local, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
+    from ..distributed.spread import Spread
     from .base import MatrixOptimizer
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     steps: list[int]  # of each matrix, this one included; 0 for rules that do not count
     prepared: Any = None  # what `prepare` returned
     halves: Sequence[Any] = ()  # mantissas of the `halved`, None for others; or nothing
+    spread: Spread | None = None  # the ranks of which this one has a part of every long side
 
     @property
     def mantissas(self) -> list[Tensor] | None:
