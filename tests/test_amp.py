@@ -73,6 +73,14 @@ def test_halves() -> None:
     check_halves()
 
 
+def test_opcheck() -> None:
+    w, m = torch.randn(5, 7).to(BF16), torch.zeros(5, 7, dtype=torch.int16)
+    numbers = (torch.tensor(0.1), 0.1, [1.0], None, torch.tensor(0.0))
+    torch.library.opcheck(
+        OPS["decayed_update_"].overload, ([w], [torch.randn(5, 7)], *numbers, [m])
+    )
+
+
 def test_split_is_nearest_and_exact() -> None:
     """Every float32 of a fine grid of bits: ends of ranges, subnormal, infinite, zeros of both
     signs."""

@@ -69,9 +69,11 @@ def test_the_companion_inherits_maximize(row: Row) -> None:
 
 
 @ALL
-def test_grad_scaler_skips_and_unscales(row: Row) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_skips_and_unscales(row: Row, fused: bool) -> None:
+    """By itself, or, where the rule can, by flags that the step reads."""
     ours, theirs = make(torch.float32, SHAPES), make(torch.float32, SHAPES)
-    a, b = build(row, ours), build(row, theirs)
+    a, b = build(row, ours, fused=fused), build(row, theirs)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     run(a, ours, 1)
     run(b, theirs, 1)
