@@ -18,10 +18,10 @@ ORTHONORM_HD inline float joined(A weight, A mantissa) {
 template <class A>
 ORTHONORM_HD inline void split(float x, A& weight, A& mantissa) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t high = (bits + 0x8000u) & 0xffff0000u;
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  weight = static_cast<A>(bit_cast<float>(nan ? 0x7fc00000u : high));
-  mantissa = static_cast<A>(nan ? 0 : static_cast<int32_t>(bits - high));
+  const uint32_t real = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000u : bits;
+  const uint32_t high = (real + 0x8000u) & 0xffff0000u;
+  weight = static_cast<A>(bit_cast<float>(high));
+  mantissa = static_cast<A>(static_cast<int32_t>(real - high));
 }
 
 }  // namespace orthonorm

@@ -20,8 +20,9 @@ void decayed_update_(const TensorList& params, const TensorList& updates, const 
                      double weight_decay, const std::vector<double>& factors,
                      const std::optional<Tensor>& rounding, const std::optional<Tensor>& found_inf,
                      const std::optional<TensorList>& mantissas) {
-  std::vector<NamedList> lists{{"params", params, true}, {"updates", updates, false}};
+  std::vector<NamedList> lists{{"params", params, true}};
   if (mantissas) lists.push_back({"mantissas", *mantissas, true, true});
+  lists.push_back({"updates", updates, false});
   Call call("decayed_update_", lists);
   call.same_shapes(0);
   call.same_length("factors", factors.size());

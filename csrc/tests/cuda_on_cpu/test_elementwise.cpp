@@ -211,13 +211,13 @@ void test_elementwise_moment() {
 void test_halves() {
   const auto check = [](const auto& before, const auto& after, const double*, double) {
     for (int64_t i = 0; i < before[0].count(); ++i) {
-      float w = joined(before[0][i], before[2][i]);
-      decayed_update(DecayedUpdate<float>(0.1, 0.5, 0.7), w, static_cast<float>(before[1][i]));
-      near(joined(after[0][i], after[2][i]), w, 0, "decayed_update_ of halves");
+      float w = joined(before[0][i], before[1][i]);
+      decayed_update(DecayedUpdate<float>(0.1, 0.5, 0.7), w, static_cast<float>(before[2][i]));
+      near(joined(after[0][i], after[1][i]), w, 0, "decayed_update_ of halves");
       near(after[0], i, w, 0x1p-8 * std::fabs(w), "decayed_update_ of halves, weight");
     }
   };
-  run(HalvesUpdateOp{{Number(0.1), 0.5}}, Unit::tensor, 0, {{bf16, f32, i16}, {bf16, bf16, i16}},
+  run(HalvesUpdateOp{{Number(0.1), 0.5}}, Unit::tensor, 0, {{bf16, i16, f32}, {bf16, i16, bf16}},
       check);
 }
 
