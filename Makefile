@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.version.cuda is not None))" 2>/dev/null)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test frameworks docs bench optimizers results lint cpp cuda clean help
+.PHONY: demo test frameworks docs bench optimizers results lint cpp cuda wheel-cuda clean help
 
 help:
 	@echo "make demo   train a small language model with AdamW, Muon and Conda (about five minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs   API reference and guides in build/docs; make frameworks (Trainer, Lightning, ...)"
 	@echo "make bench  time the ops against their peers; make lint; make cpp (C++ tests, sanitizers);"
 	@echo "make cuda   compile the CUDA kernels with nvcc, no GPU needed, and report on them"
+	@echo "make wheel-cuda   the wheel with CUDA kernels in dist/cuda13, by nvcc 13 and a CUDA 13 torch"
 
 $(VENV)/installed:
 	$(PYTHON) -m venv $(if $(filter 1,$(HAS_CUDA_TORCH)),--system-site-packages) $(VENV)
@@ -67,6 +68,9 @@ cuda: $(VENV)/built
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -DWITH_CUDA=ON -DBUILD_TESTING=OFF
 	cmake --build build/cuda -j 2 --target _C_cuda
 	$(PY) -m orthonorm.bench.cuda_report --out bench/results/cuda_compile.json
+
+wheel-cuda: $(VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=$(PY) .ci/wheel-cuda
 
 clean:
 	rm -rf build dist $(VENV) runs python/*.egg-info python/orthonorm/*.so

@@ -168,6 +168,21 @@ def row(found: list[dict[str, Any]]) -> tuple[str, ...]:
 HEAD = ("ranks", "sharded", "copies", "faster", "waiting", "sent a rank", "summed", "largest work")
 
 
+def table(name: str, record: dict[str, Any]) -> str:
+    """A record as README's table."""
+    where, cores = record["environment"], record["cores"]
+    rows = [HEAD, ("---",) * len(HEAD), *(row(found) for found in record["runs"].values())]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    note = (
+        f"Muon's step over {record['layers']} blocks of GPT-2 small "
+        f"([{name}](bench/results/{name})): {where['device']}, {cores} cores, one thread a rank, "
+        f"gloo, torch {where['torch']}, {where['date'][:10]}. Sharded: rows of every matrix on "
+        "each rank; copies: all of it on every rank, as under DDP. Waiting: the share of the "
+        f"sharded step in which a rank waits for others. More than {cores} ranks share the cores."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.worker:

@@ -16,13 +16,14 @@ from typing import Any
 
 from orthonorm.examples import comparison
 
-from . import page, records, support
+from . import page, ranks, records, support
 from .records import Run
 
 FOLDER = Path(__file__).parent / "results"
 INDEX = FOLDER / "index.html"
 README = FOLDER.parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- bench results:[^>]*-->\n).*?(<!-- end of bench results -->)", re.S)
+RANKS = re.compile(r"(<!-- ranks:[^>]*-->\n).*?(<!-- end of ranks -->)", re.S)
 OPTIMIZERS = re.compile(r"(<!-- optimizers:[^>]*-->\n).*?(<!-- end of optimizers -->)", re.S)
 
 
@@ -116,7 +117,18 @@ def readme(text: str, found: dict[str, Run], folder: Path = FOLDER) -> str:
     if not any(run.environment["device"].startswith("NVIDIA") for run in found.values()):
         tables.append("GPU: not measured.")
     body = "\n\n".join(tables)
-    return replaced(replaced(text, BLOCK, body), OPTIMIZERS, optimizers(folder))
+    blocks = {BLOCK: body, OPTIMIZERS: optimizers(folder), RANKS: scaling(folder)}
+    for block, what in blocks.items():
+        text = replaced(text, block, what)
+    return text
+
+
+def scaling(folder: Path) -> str:
+    """The step on several ranks, by the newest record."""
+    paths = sorted(folder.glob("ranks-*.json"))
+    if not paths:
+        return "Steps on several ranks: not measured."
+    return ranks.table(paths[-1].name, json.loads(paths[-1].read_text()))
 
 
 def optimizers(folder: Path) -> str:

@@ -327,7 +327,11 @@ def a_monitor_measures_whole_matrices(context: Context) -> None:
     with ours, theirs:
         train(model, range(2), context.rank, opt, twin)
     assert not ours.failures and len(ours.rows) > 50
-    assert {row[:4]: row.value for row in ours.rows} == {row[:4]: row.value for row in theirs.rows}
+    found, exact = ({row[:4]: row.value for row in m.rows} for m in (ours, theirs))
+    assert found.keys() == exact.keys()
+    for key, value in exact.items():  # updates are measured in parts: sums in another order
+        size = 64 * torch.finfo(torch.float32).eps if key[1] == "updates" else 0.0
+        assert abs(found[key] - value) <= size * value, (key, found[key], value)
 
 
 @case(2)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from distributed_pairs import counted, whole
 from distributed_registry import Context, case, raises
-from orthonorm import optim
+from orthonorm import monitor, optim
 from orthonorm.distributed import comm_report
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import init_device_mesh as device_mesh
 
 TALL = ((400, 24), (301, 7), (9, 2), (160, 1))  # (9, 2): nothing on the last of four ranks
@@ -143,3 +143,48 @@ def sums_of_gram_matrices_do_not_depend_on_scale_and_keep_what_is_not_finite(
     assert all(torch.equal(found[0][i], found[2][i]) for i in (0, 1, 3))
     assert not found[0][2].isfinite().any() and found[0][0].isfinite().all()
     assert torch.equal(found[0][1], (1 - 0.02 * 0.1) * start[1])
+
+
+@case(2, 4)
+def spectral_norms_of_parts_are_those_of_the_whole(context: Context) -> None:
+    """Nothing is gathered; err <= 2 err of torch in the same dtype, both against float64."""
+    mesh = device_mesh("cpu", (context.world,))
+    torch.manual_seed(0)
+    shapes = ((40, 24), (24, 41), (9, 2), (1, 16), (5, 5))
+    start = [torch.randn(s) for s in shapes]
+    start[-1] = start[-1] * 0
+    gathers, full_tensor = [0], DTensor.full_tensor
+
+    def gathered(self: DTensor) -> Tensor:
+        gathers[0] += 1
+        return full_tensor(self)
+
+    for places in ([Shard(0)], [Shard(1)]):
+        DTensor.full_tensor = gathered
+        try:
+            found = measured([distribute_tensor(t, mesh, places) for t in start])
+        finally:
+            DTensor.full_tensor = full_tensor
+        with orthonorm.reference():
+            theirs = measured(start)
+            truth = measured([t.double() for t in start])
+        assert found.keys() == truth.keys() and len(found) == 2 * 3 * len(shapes)
+        for key, exact in truth.items():
+            error, allowed = (abs(x[key] - exact) for x in (found, theirs))
+            assert error <= 2 * allowed + 2 * torch.finfo(torch.float32).eps * exact, (key, places)
+        one = distribute_tensor(start[0], mesh, places)
+        exact = orthonorm.spectral_norm(start[0].double(), 32)
+        assert abs(monitor.sigma_1(one) - exact) <= 4 * torch.finfo(torch.float32).eps * exact
+    assert gathers == [0]
+
+
+def measured(tensors: list[Tensor]) -> dict[Any, float]:
+    """Two steps of a Monitor on weights, the second from the vectors of the first."""
+    model = nn.ParameterList([nn.Parameter(t) for t in tensors])
+    with monitor.Monitor(
+        model, 1, kinds=("weights",), metrics=("sigma_1", "frobenius", "stable_rank"), budget=None
+    ) as watching:
+        for _ in range(2):
+            watching.step()
+    assert not watching.failures, watching.failures
+    return {row[:4]: row.value for row in watching.rows}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import orthonorm
 import pytest
+import torch
 from orthonorm import LOADED, OPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +45,18 @@ def test_library_uses_only_the_stable_abi() -> None:
     foreign = [s for s in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)|_?Py[A-Z]", s)]
     assert not foreign, foreign
     assert any(s.startswith(("torch_", "aoti_torch_")) for s in symbols)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
+def test_a_wheel_for_cuda_asks_for_its_torch() -> None:
+    env = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / ".ci" / "wheel-cuda")]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and found.stderr.count("\n") == 1, found
+    assert (
+        f"must be built for CUDA 13 (make wheel-cuda TORCH=...), got torch {torch.__version__}"
+        in found.stderr
+    )
 
 
 def test_version_is_the_changelogs() -> None:

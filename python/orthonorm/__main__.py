@@ -14,6 +14,10 @@ from . import LOADED, OPS, __version__
 
 COMMANDS = {
     "bench": ("orthonorm.bench.__main__", "time ops and optimizer steps against their peers"),
+    "convert": (
+        "orthonorm.convert",
+        "turn another library's optimizer state into one to load here",
+    ),
     "train": ("orthonorm.examples.train_lm", "train a small language model on real text"),
 }
 DEVICES = ("CPU", "CUDA")

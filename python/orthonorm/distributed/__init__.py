@@ -11,9 +11,11 @@ owner: matrices that are cut (FSDP2, HSDP, tensor parallel, both at once). Momen
     rules that need more than updates and state (Conda, SOAP, Shampoo, ...), and of constraints and
     clipped decay, everything travels to the owner, parameters, gradients and all state. The results
     are those of one process, bit for bit.
-gram: Muon and Scion with method="gram", where a matrix is cut along its long side and less is sent
-    so: n x n Gram matrices are summed, updates travel nowhere. Every rank then iterates every such
-    matrix, so this is for slow networks; results are within the rounding of one process's.
+gram: Muon, Scion, NorMuon, Conda and SOAP (whose long sides must be beyond max_precond_dim: their
+    factor needs the whole matrix) with method="gram", where a matrix is cut along its long side and
+    less is sent so: n x n Gram matrices are summed, updates travel nowhere. Every rank then
+    computes for every such matrix, so this is for slow networks; results are within the rounding of
+    one process's. `orthonorm.monitor` measures sigma_1 of cut matrices in the same way.
 """
 
 from .report import Communication, comm_report

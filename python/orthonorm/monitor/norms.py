@@ -12,6 +12,7 @@ from ..exact import polar_exact
 from ..ops.newton_schulz import frobenius as frobenius_of
 from ..ops.normalize import accumulator
 from ..spectral import spectral_norm
+from .shards import part_norms, spread_of
 
 SPECTRUM_LIMIT = 256  # short sides up to which an SVD beats iterations of products on a CPU
 
@@ -41,7 +42,8 @@ def sigma_1(X: Tensor, steps: int = 32, limit: int = SPECTRUM_LIMIT) -> Tensor:
     """max |X v| / |v|: the SVD's where the short side is at most `limit`, else power iteration.
 
     Args:
-        X: (..., m, n).
+        X: (..., m, n). A DTensor of which each rank has some rows or columns is iterated by local
+            products and sums of vectors; all of its ranks must call.
         steps: power steps, one pass over X each; the result is then a lower bound of sigma_1 with
             relative error (sigma_2 / sigma_1)^(4 steps).
         limit: 0 iterates whatever the size.
@@ -49,6 +51,9 @@ def sigma_1(X: Tensor, steps: int = 32, limit: int = SPECTRUM_LIMIT) -> Tensor:
     Returns: (...), float64 if X is, else float32.
     """
     check.tensor("sigma_1", "X", X, min_dim=2)
+    if spread := spread_of(X):
+        check.integer("sigma_1", "steps", steps, 1)
+        return part_norms([X], spread, steps, [None]).top[0]
     if min(X.shape[-2:]) <= limit:
         return singular_values(X)[..., :1].sum(-1)  # 0 for a matrix without entries
     return spectral_norm(X.detach(), steps)

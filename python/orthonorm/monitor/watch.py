@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,21 @@ from .. import ops
 from ..ops.spectral import start_vector
 from .alignment import AlignmentAlarm, spectral_alignment
 from .guard import Guard, warn_of
-from .metrics import METRICS, NORMS, Named, batches, check_rules, choose, known, serves, stack
+from .metrics import (
+    METRICS,
+    NORMS,
+    Known,
+    Named,
+    batches,
+    check_rules,
+    choose,
+    known,
+    serves,
+    stack,
+)
 from .records import Records, Row, plot, write_csv, write_json
-from .shards import gathered, on_any_rank
+from .shards import FROM_PARTS, cut_among, gathered, on_any_rank, part_norms
+from .watched import find
 
 KINDS = ("weights", "gradients", "updates", "activations")
 POWER_STEPS = 16  # from the vectors of the last measurement
@@ -55,7 +66,8 @@ class Monitor:
     `failures`. A measurement that would take `seconds` beyond `budget` of the time since the first
     step is put off to the next multiple of `every`, and counted in `put_off`. Memory: the rows
     kept, two vectors per matrix, `tokens` inputs per layer, and during a measured step() a copy of
-    the weights for their updates. DTensors (so after `fully_shard`) are gathered on every rank.
+    the weights for their updates. DTensors (so after `fully_shard`) are gathered on every rank,
+    but matrices for metrics among sigma_1, |X|_F and what these give: their products are local.
 
     Args:
         model: its parameters are watched.
@@ -105,7 +117,7 @@ class Monitor:
         aligned = {("activations", "sign_diversity"): AlignmentAlarm()}
         self.rules = aligned if rules is None else check_rules(rules, self.metrics)
         self.on_alarm = on_alarm or warn_of
-        self._find(include, exclude)
+        self._parameters, self._layers, self._flat = find(model, include, exclude)
         self.alarms: list[Row] = []
         self._guard = Guard()
         self.failures = self._guard.failures
@@ -113,6 +125,7 @@ class Monitor:
         self.seconds = self._last_cost = 0.0
         self._started: float | None = None
         self._vectors: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._part_vectors: dict[tuple[str, str], Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._layer_hooks: list[Any] = []
@@ -126,35 +139,6 @@ class Monitor:
             register_optimizer_step_post_hook(self._post_step),
         ]
         self._arm()
-
-    def _find(self, include: Sequence[str], exclude: Sequence[str]) -> None:
-        """Which parameters and layers are watched, by name."""
-
-        def wanted(name: str) -> bool:
-            return any(fnmatchcase(name, p) for p in include) and not any(
-                fnmatchcase(name, p) for p in exclude
-            )
-
-        self._parameters = {
-            name: p
-            for name, p in self.model.named_parameters()
-            if wanted(name) and not nn.parameter.is_lazy(p) and p.dim() >= 2 and p.numel() > 0
-        }
-        self._layers = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and wanted(f"{name}.weight".lstrip("."))
-        }
-        self._flat = {
-            id(p)
-            for m in self.model.modules()
-            if isinstance(m, nn.modules.conv._ConvNd)
-            for p in m.parameters(recurse=False)
-        }
-        if not self._parameters:
-            raise ValueError(
-                f"monitor: include must match a parameter of two or more dimensions, got {include}"
-            )
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -188,7 +172,7 @@ class Monitor:
                 held = [n for n in self._held(optimizer) if n in self._before]
                 with self._timed():
                     changes = {n: self._parameters[n].detach() - self._before.pop(n) for n in held}
-                    self._measure("updates", self._matrices(changes))
+                    self._measure_parameters("updates", changes)
             if self._leader() is optimizer:
                 self._end()
 
@@ -269,14 +253,34 @@ class Monitor:
         """What can be measured before the weights change."""
         with self._timed():
             if "weights" in self.kinds:
-                self._measure("weights", self._matrices(parameters))
+                self._measure_parameters("weights", parameters)
             if "gradients" in self.kinds:
                 grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-                self._measure("gradients", self._matrices(grads))
+                self._measure_parameters("gradients", grads)
             if self._inputs:
                 self._measure("activations", list(self._inputs.items()))
                 self._align()
                 self._inputs.clear()
+
+    def _measure_parameters(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        """Adds the rows of the kind's metrics; nothing is gathered where parts give them all."""
+        metrics, rows = self.metrics.get(kind, NORMS), list[Row]()
+        cut = cut_among(tensors) if set(metrics) <= set(FROM_PARTS) else {}
+        for (spread, _), names in cut.items():
+            with self._guard(f"{kind} of {names[0]}"):
+                some, keys = [tensors[n] for n in names], [(kind, n) for n in names]
+                start = [self._part_vectors.get(key) for key in keys]
+                found = part_norms(some, spread, POWER_STEPS, start)
+                self._part_vectors.update(zip(keys, found.v, strict=True))
+                for metric in metrics:
+                    for n, t, top, size in zip(names, some, found.top, found.size, strict=True):
+                        shape = torch.empty(1, *t.shape, device="meta")
+                        value = METRICS[metric].compute(Known(shape, top, size, None))
+                        rows.append(Row(self.steps, kind, n, metric, value.item()))
+        self._record(rows)
+        measured = {n for names in cut.values() for n in names}
+        rest = {n: t for n, t in tensors.items() if n not in measured}
+        self._measure(kind, self._matrices(rest))
 
     def _matrices(self, tensors: Mapping[str, Tensor]) -> Named:
         out: Named = []

@@ -1,0 +1,48 @@
+"""Which parameters and layers of a model a Monitor watches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Watched(NamedTuple):
+    """By name; `flat` are the ids of convolutions' weights, which are seen as out x rest."""
+
+    parameters: dict[str, Tensor]
+    layers: dict[str, nn.Linear]
+    flat: set[int]
+
+
+def find(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> Watched:
+    """Parameters of two or more dimensions and linear layers whose names match."""
+
+    def wanted(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in include) and not any(
+            fnmatchcase(name, p) for p in exclude
+        )
+
+    parameters: dict[str, Tensor] = {
+        name: p
+        for name, p in model.named_parameters()
+        if wanted(name) and not nn.parameter.is_lazy(p) and p.dim() >= 2 and p.numel() > 0
+    }
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and wanted(f"{name}.weight".lstrip("."))
+    }
+    flat = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, nn.modules.conv._ConvNd)
+        for p in m.parameters(recurse=False)
+    }
+    if not parameters:
+        raise ValueError(
+            f"monitor: include must match a parameter of two or more dimensions, got {include}"
+        )
+    return Watched(parameters, layers, flat)
