@@ -257,6 +257,7 @@ def test_training_is_the_same_with_and_without() -> None:
     [({"every": 0}, "every must be at least 1, got 0"), ({"kinds": ["biases"]}, "kinds must be"),
      ({"metrics": ["sigma"]}, "metrics of weights must be one of"), ({"budget": 2.0}, "budget"),
      ({"rules": {("weights", "rankme"): bool}}, "rules must be of"),
+     ({"rules": {("weigths", "frobenius"): bool}}, "kind of rules must be one of 'weights', 'grad"),
      ({"include": ["x*"]}, "include must match"), ({"out": "rows.txt"}, "out must end in")],
 )  # fmt: skip
 def test_bad_arguments(options: dict, text: str) -> None:

@@ -209,6 +209,7 @@ void test_order_of_sweeps() {
 struct List {
   std::vector<Matrix> matrices;
   std::vector<Stored<float>> floats;
+  std::vector<std::vector<float>> quotients;  // W / sigma, W itself for 0
   std::vector<std::vector<double>> left, right;
   mutable std::vector<std::vector<double>> new_left, new_right;
   mutable std::vector<double> sigmas;
@@ -224,9 +225,12 @@ struct List {
     new_left = left, new_right = right;
     sigmas.assign(floats.size(), -1);
     auto scaled = floats;
+    quotients.clear();
     for (auto& w : scaled) {
       for (float& x : w.memory) x = static_cast<float>(x * scale);
-      matrices.push_back({w.source(), w.rows, w.cols, rule});
+      quotients.emplace_back(w.memory.size(), -1.0f);
+      const Target to{quotients.back().data(), w.cols, 1};
+      matrices.push_back({w.source(), w.rows, w.cols, rule, to});
     }
     const auto team = [](int64_t n, const auto& f) {
       std::vector<std::thread> members;
@@ -235,6 +239,17 @@ struct List {
       for (auto& member : members) member.join();
     };
     iterate(matrices, *this, threads, team, isa());
+    for (size_t i = 0; i < scaled.size(); ++i) check_quotient(scaled[i].memory, i);
+  }
+
+  // In double, rounded once or by ties to the other side; NaN throughout where sigma is.
+  void check_quotient(const std::vector<float>& w, size_t i) const {
+    const double sigma = static_cast<float>(sigmas[i]), by = sigma == 0 ? 1 : sigma;
+    for (size_t k = 0; k < w.size(); ++k) {
+      const float got = quotients[i][k], want = static_cast<float>(w[k] / by);
+      const bool close = std::nextafter(got, want) == want;
+      CHECK(std::isnan(want) ? std::isnan(got) : close, "quotient %zu of %zu: %g", k, i, got);
+    }
   }
 
   template <class A>
@@ -312,7 +327,7 @@ void test_lists(std::mt19937& random) {
       for (int repeat = 0; repeat < 5; ++repeat) {
         list.run(rule, threads);
         CHECK(list.sigmas == one.sigmas && list.new_left == one.new_left &&
-                  list.new_right == one.new_right,
+                  list.new_right == one.new_right && list.quotients == one.quotients,
               "%ld threads", static_cast<long>(threads));
       }
     }

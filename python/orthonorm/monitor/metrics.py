@@ -107,12 +107,16 @@ def choose(given: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[st
 
 
 def check_rules(rules: object, metrics: Mapping[str, Sequence[str]]) -> dict[Any, Any]:
-    """Rules of alarms {(kind, metric): function} about what is measured, checked."""
+    """Rules of alarms {(kind, metric): function} about what is measured, checked.
+
+    A kind of the caller's own, for `observe`, is one that `metrics` names.
+    """
     if not isinstance(rules, Mapping):
         raise TypeError(f"monitor: rules must be a mapping, got {type(rules).__name__}")
     for key, rule in rules.items():
         kind, metric = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
-        known = {*metrics.get(kind, NORMS), *(ALIGNED if kind == "activations" else ())}
+        check.choice("monitor", "kind of rules", kind, metrics)
+        known = {*metrics[kind], *(ALIGNED if kind == "activations" else ())}
         if metric not in known:
             raise ValueError(f"monitor: rules must be of (kind, metric) measured, got {key!r}")
         if not callable(rule):
