@@ -11,6 +11,8 @@ from .. import _checks as check
 from .. import orthogonalize as k1
 from .._library import op
 from .words import (
+    HALF,
+    MOST,
     addmm,
     check_coefficients,
     check_restarts,
@@ -174,6 +176,21 @@ def small_newton_schulz(
             y = addmm(y, B, y, 1.0, a)
         out.append((y if wide else y.mT).to(x.dtype).contiguous())
     return out
+
+
+@small_newton_schulz.serves_part("products in float16 or bfloat16, matrices not in float64")
+def _(
+    X: list[Tensor],
+    coefficients: list[float],
+    dtype: torch.dtype,
+    scale: bool = True,
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> bool:
+    known = norms is None or norms.device == X[0].device
+    half = dtype in HALF and all(x.dtype != torch.float64 for x in X)
+    return bool(X) and half and known and len(coefficients) <= MOST
 
 
 def split_norms(X: list[Tensor], norms: Tensor | None) -> list[Tensor | None]:
