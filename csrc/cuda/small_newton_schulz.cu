@@ -50,7 +50,7 @@ TensorList small_newton_schulz(const TensorList& X, const std::vector<double>& c
 }  // namespace
 
 ORTHONORM_CUDA_PART(small_newton_schulz,
-                    "(Tensor[] X, float[] coefficients, ScalarType dtype, bool scale, float eps, "
-                    "float safety, Tensor? norms) -> Tensor[]")
+                    "(Tensor[] X, float[] coefficients, ScalarType dtype, bool scale=True, "
+                    "float eps=0.0, float safety=1.0, Tensor? norms=None) -> Tensor[]")
 
 }  // namespace orthonorm::cuda

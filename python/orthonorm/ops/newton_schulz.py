@@ -13,6 +13,7 @@ from .._library import op
 from .words import (
     HALF,
     MOST,
+    SMALL,
     addmm,
     check_coefficients,
     check_restarts,
@@ -303,9 +304,9 @@ def _(
     _check_polynomial(name, X, coefficients, eps, safety, norms)
     check.choice(name, "dtype", dtype, check.FLOATS)
     for i, x in enumerate(X):
-        if max(x.shape[-2:]) > k1.SMALL:
+        if max(x.shape[-2:]) > SMALL:
             raise ValueError(
-                f"{name}: X[{i}] must have sides of at most {k1.SMALL}, got {check.shape(x)}"
+                f"{name}: X[{i}] must have sides of at most {SMALL}, got {check.shape(x)}"
             )
 
 
