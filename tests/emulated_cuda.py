@@ -15,13 +15,16 @@ from cuda_on_cpu import library
 from guards import check_bands
 from kernel_bodies import bodies
 from orthonorm import ops
+from orthonorm.__main__ import serving
 from orthonorm._library import LOADED, OPS, has_kernel
 from orthonorm.bench.cases import CASES, Case, tensors
 from orthonorm.bench.inputs import Inputs, copied
-from test_ops import Shapes, by_dtype, check_numbers, first_member, made, run
+from test_ops import Shapes, by_dtype, check_numbers, first_member, fits, made, run
 
 assert os.environ.get("ORTHONORM_BACKEND") == "reference", "run tests/test_cuda_on_cpu.py instead"
 torch.ops.load_library(library())
+LOADED.fill("CPU", triton=False)  # what serves a part of its inputs leaves the rest to references
+PARTS = ("gram_polynomial", "small_newton_schulz")
 SERVED = tuple(case for name, case in CASES.items() if has_kernel(name, "CPU"))
 EACH = pytest.mark.parametrize("case", SERVED, ids=lambda c: c.name)
 # ones, primes, tails, a batch, tall and wide, more than one tile
@@ -34,7 +37,10 @@ def calls(case: Case) -> tuple[Shapes, ...]:
 
 
 def test_only_these_kernels_serve() -> None:
-    assert not LOADED.served and SERVED
+    assert {name for name, _ in LOADED.served} == set(PARTS)
+    assert serving("gram_polynomial", "CPU") == (
+        "CUDA", "kernel loaded for sides up to 128 in float16 or bfloat16; else reference",
+    )  # fmt: skip
     assert {c.name for c in SERVED} <= set(OPS)
 
 
@@ -56,6 +62,36 @@ def test_bands(case: Case, dtype: str) -> None:
         check_bands(case, shapes, Inputs.named(dtype))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_matrices_of_every_size(dtype: str) -> None:
+    """A block of one and of four warps, one and two tiles each; products of whole tiles and not."""
+    small, chain = (CASES[name] for name in ("small_newton_schulz", "gram_polynomial"))
+    for shape in ((5, 7), (17, 33), (50, 50), (128, 64), (128, 128)):
+        check_numbers(small, (shape,), Inputs.named(dtype))
+    for n in (16, 33, 80):
+        check_numbers(chain, ((n, n),), Inputs.named(dtype))
+
+
+@pytest.mark.parametrize("shape", [(128, 3072), (700, 40)])
+def test_the_chain_in_gram_form(shape: tuple[int, int]) -> None:
+    case = CASES["newton_schulz"]
+    check_numbers(case, (shape,), Inputs.named("float16"), form="gram", precision="float16")
+
+
+def test_the_rest_of_a_part() -> None:
+    """What the library does not serve is the reference's, bit for bit; what it serves is not."""
+    X, op = [torch.randn(60, 80)], ops.small_newton_schulz
+    triple = [3.4445, -4.7750, 2.0315]
+    for served, x, coefficients, dtype in (
+        (False, X, triple, torch.float32),
+        (False, [x.double() for x in X], triple, torch.float16),
+        (False, X, [1.0, 0.0, 0.0] * 129, torch.float16),
+        (True, X, triple * 3, torch.float16),
+    ):
+        got, want = (f(x, coefficients, dtype)[0] for f in (op, op.reference))
+        assert torch.equal(got, want) is not served
+
+
 def test_power_iteration_of_several_tiles() -> None:
     """Rows of many tiles, read either way, both orders; the first of a batch as alone."""
     case = CASES["power_iteration_"]
@@ -68,7 +104,7 @@ def test_power_iteration_of_several_tiles() -> None:
 @EACH
 def test_company(case: Case) -> None:
     """Results are the same bits alone, in a batch and in a list."""
-    for shape in ((2, 40, 40), (2, 141, 67)):
+    for shape in filter(lambda s: fits(case, s), ((2, 40, 40), (2, 141, 67))):
         arguments = made(case, (shape, (35, 64), (1, 70), (64, 3)), Inputs.named("float32"))
         both = run(case, case.op, copied(arguments))
         alone = run(case, case.op, first_member(case, copied(arguments)))

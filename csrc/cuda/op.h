@@ -20,6 +20,11 @@
 #else  // tests run the same sources on CPU tensors
 #define ORTHONORM_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m)
 #endif
+// A kernel for a part of an op's inputs: the overload `part`, asked by `_library.py` where the op's
+// predicate allows it. Other inputs go to the next backend.
+#define ORTHONORM_CUDA_PART(op, schema)                                                      \
+  STABLE_TORCH_LIBRARY_FRAGMENT(orthonorm, m) { m.def(#op ".part" schema); }                 \
+  ORTHONORM_CUDA_IMPL(m) { m.impl(#op ".part", TORCH_BOX(&op)); }
 
 namespace orthonorm::cuda {
 

@@ -26,7 +26,8 @@ DEVICES = ("CPU", "CUDA")
 def serving(name: str, key: str) -> tuple[str, str]:
     """Which backend serves op `name` on dispatch key `key`, and why."""
     if (name, key) in LOADED.served:
-        return LOADED.served[name, key], "kernel loaded"
+        part = LOADED.parts.get((name, key))
+        return LOADED.served[name, key], f"kernel loaded for {part}" if part else "kernel loaded"
     if OPS[name].composite:
         return "composite", "calls other ops, whose kernels serve it"
     library = {"CPU": "_C.so", "CUDA": "_C_cuda.so"}[key]

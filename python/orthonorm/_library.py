@@ -32,6 +32,7 @@ class Op(Generic[P, R]):
 
     Attributes:
         name, schema: as torch knows them (`torch.ops.orthonorm.<name>`).
+        part: in words, the inputs that a compiled library serves which claims only a part of them.
         overload: the dispatched op without the Python-side argument checks (for inner loops).
         composite: True if the body calls other ops; its speed is then theirs.
     """
@@ -41,6 +42,8 @@ class Op(Generic[P, R]):
         self.schema, self.composite = schema, composite
         self._body = body
         self._check: Callable[P, None] | None = None
+        self.part = ""
+        self._in_part: Callable[P, bool] | None = None
         self.__doc__, self.__wrapped__ = body.__doc__, body
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._checked_body, "CompositeExplicitAutograd")
@@ -61,6 +64,26 @@ class Op(Generic[P, R]):
         """Decorator: what this op demands of its arguments, raised before anything is written."""
         self._check = function
         return function
+
+    def serves_part(self, words: str) -> Callable[[Callable[P, bool]], Callable[P, bool]]:
+        """Decorator: which inputs the overload `part` of a compiled library serves."""
+
+        def declare(predicate: Callable[P, bool]) -> Callable[P, bool]:
+            self.part, self._in_part = words, predicate
+            return predicate
+
+        return declare
+
+    def split(self, rest: Callable[P, R]) -> Callable[P, R]:
+        """The library's part where the predicate holds, `rest` elsewhere."""
+        in_part = self._in_part
+        assert in_part is not None, self.name
+        kernel: Callable[P, R] = getattr(getattr(torch.ops, NAMESPACE), self.name).part
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            return (kernel if in_part(*args, **kwargs) else rest)(*args, **kwargs)
+
+        return run
 
     def checked(self, kernel: Callable[P, R]) -> Callable[P, R]:
         """`kernel` behind this op's checks: what a dispatch key is filled with."""
@@ -133,7 +156,9 @@ class reference(TorchDispatchMode):
 
 def has_kernel(name: str, key: str) -> bool:
     """Whether a compiled or Triton kernel fills dispatch key `key` ("CPU", "CUDA") of op `name`."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key))
+    full = f"{NAMESPACE}::{name}"
+    exists = torch._C._dispatch_has_kernel(full)  # an overload `part` is there with its library
+    return bool(exists and torch._C._dispatch_has_kernel_for_dispatch_key(full, key))
 
 
 class Loaded:
@@ -143,6 +168,7 @@ class Loaded:
         self.backend = os.environ.get("ORTHONORM_BACKEND", "auto")
         self.libraries: dict[str, str] = {}  # file name -> "loaded" or the reason it is not
         self.served: dict[tuple[str, str], str] = {}  # (op, key) -> "C++", "CUDA" or "Triton"
+        self.parts: dict[tuple[str, str], str] = {}  # of those, who serves only some inputs: which
 
     def load(self, folder: Path) -> None:
         """Compiled libraries claim their keys first, Triton fills the CUDA keys still free."""
@@ -154,8 +180,9 @@ class Loaded:
         has_cuda = torch.version.cuda is not None
         self._load_library(folder / "_C_cuda.so", "CUDA", "CUDA", wanted=has_cuda)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU
-        if (has_cuda or interpreted) and self.backend != "reference":
-            self._load_triton("CPU" if interpreted else "CUDA")
+        wanted = (has_cuda or interpreted) and self.backend != "reference"
+        triton = wanted and importlib.util.find_spec("triton") is not None
+        self.fill("CPU" if interpreted else "CUDA", triton)
 
     def _load_library(self, path: Path, key: str, label: str, wanted: bool) -> None:
         if self.backend != "auto":
@@ -178,16 +205,26 @@ class Loaded:
                 if has_kernel(name, key):
                     self.served[name, key] = label
 
-    def _load_triton(self, key: str) -> None:
-        """Kernels are imported at their first call: importing Triton takes a second."""
-        if importlib.util.find_spec("triton") is None:
-            return
+    def fill(self, key: str, triton: bool) -> None:
+        """Keys that no library claims whole: its part of an op in front, then Triton's kernel.
+
+        Kernels are imported at their first call: importing Triton takes a second.
+        """
         for name, op in OPS.items():
-            module = f"{NAMESPACE}.kernels.{name.rstrip('_')}"
-            if has_kernel(name, key) or importlib.util.find_spec(module) is None:
+            if has_kernel(name, key):
                 continue
-            _library.impl(name, op.checked(_Lazy(op, module)), key)
-            self.served[name, key] = "Triton"
+            module = f"{NAMESPACE}.kernels.{name.rstrip('_')}"
+            found = triton and importlib.util.find_spec(module) is not None
+            kernel: Callable[..., Any] = _Lazy(op, module) if found else op.definition
+            if op.part and has_kernel(f"{name}.part", key):
+                kernel, label = op.split(kernel), "CUDA"
+                self.parts[name, key] = f"{op.part}; else {'Triton' if found else 'reference'}"
+            elif found:
+                label = "Triton"
+            else:
+                continue
+            _library.impl(name, op.checked(kernel), key)
+            self.served[name, key] = label
 
 
 def triton_kernel(op: Op[P, R]) -> Callable[P, R]:

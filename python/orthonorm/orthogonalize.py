@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.words import Triples
+from .ops.words import SMALL, Triples
 
-SMALL = 128  # matrices with both sides up to this stay in one core's cache through all iterations
 Rates = dict[str, list[float]]
 
 

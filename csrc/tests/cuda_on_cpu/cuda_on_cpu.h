@@ -1,5 +1,6 @@
 // CUDA C++ kernels compiled by a plain C++20 compiler and run on the CPU, for tests: blocks, shared
-// memory, barriers, warp shuffles and votes, atomics, cooperative grids.
+// memory, barriers, warp shuffles and votes, atomics, cooperative grids; tensor cores in
+// mma_on_cpu.h.
 //
 // Each CUDA thread is a fiber, and a barrier that not all of a block's threads reach is reported.
 // With CUDA_ON_CPU_THREADS each is a std::thread instead, so that ThreadSanitizer sees what no
@@ -54,8 +55,9 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 namespace cuda_on_cpu {
 
 struct Warp {
+  static constexpr size_t most = 32;  // bytes a lane can show
   Barrier barrier;
-  uint64_t slots[32] = {};
+  unsigned char shown[2][32 * most] = {};
   explicit Warp(int threads) : barrier(threads) {}
 };
 
@@ -86,6 +88,7 @@ struct Here {
   Index thread, block, threads{1, 1, 1}, blocks{1, 1, 1};
   Block* own = nullptr;
   Barrier* grid = nullptr;
+  unsigned shows = 0;  // how often this thread has shown a value
 
   unsigned lane() const { return thread.x % 32; }
   Warp& warp() const { return *own->warps[thread.x / 32]; }
@@ -145,17 +148,34 @@ void run(int64_t blocks, int threads, size_t shared_bytes, bool cooperative, con
   }
 }
 
-// Lane `from`'s value; every lane of the warp must call it.
+// What every lane of a warp showed.
+template <class T>
+struct Shown {
+  const unsigned char* from;
+
+  T operator[](unsigned lane) const {
+    T value;
+    std::memcpy(&value, from + lane * Warp::most, sizeof value);
+    return value;
+  }
+};
+
+// Shows the other lanes a value; every lane of the warp must call it. Two places take turns, so one
+// barrier is enough: whoever writes the first again has seen all lanes leave it for the second.
+template <class T>
+Shown<T> shown(const T& value) {
+  static_assert(sizeof(T) <= Warp::most);
+  Here& at = here();
+  unsigned char* const place = at.warp().shown[at.shows++ % 2];
+  std::memcpy(place + at.lane() * Warp::most, &value, sizeof value);
+  at.warp().barrier.wait();
+  return {place};
+}
+
+// Lane `from`'s value.
 template <class T>
 T exchanged(T value, unsigned from) {
-  static_assert(sizeof(T) <= 8);
-  Warp& warp = here().warp();
-  std::memcpy(&warp.slots[here().lane()], &value, sizeof value);
-  warp.barrier.wait();
-  T result;
-  std::memcpy(&result, &warp.slots[from % 32], sizeof result);
-  warp.barrier.wait();
-  return result;
+  return shown(value)[from % 32];
 }
 
 }  // namespace cuda_on_cpu
@@ -191,10 +211,9 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return cuda_on_cpu::exchanged(value, lane + delta < 32 ? lane + delta : lane);
 }
 inline unsigned __ballot_sync(unsigned, int vote) {
+  const auto all = cuda_on_cpu::shown(vote);
   unsigned votes = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    votes |= static_cast<unsigned>(cuda_on_cpu::exchanged(vote != 0, lane)) << lane;
-  }
+  for (unsigned lane = 0; lane < 32; ++lane) votes |= (all[lane] != 0 ? 1u : 0u) << lane;
   return votes;
 }
 

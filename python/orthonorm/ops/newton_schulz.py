@@ -11,6 +11,9 @@ from .. import _checks as check
 from .. import orthogonalize as k1
 from .._library import op
 from .words import (
+    HALF,
+    MOST,
+    SMALL,
     addmm,
     check_coefficients,
     check_restarts,
@@ -176,6 +179,21 @@ def small_newton_schulz(
     return out
 
 
+@small_newton_schulz.serves_part("products in float16 or bfloat16, matrices not in float64")
+def _(
+    X: list[Tensor],
+    coefficients: list[float],
+    dtype: torch.dtype,
+    scale: bool = True,
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> bool:
+    known = norms is None or norms.device == X[0].device
+    half = dtype in HALF and all(x.dtype != torch.float64 for x in X)
+    return bool(X) and half and known and len(coefficients) <= MOST
+
+
 def split_norms(X: list[Tensor], norms: Tensor | None) -> list[Tensor | None]:
     """The norm of each matrix of the list, shaped to divide it: (..., 1, 1)."""
     if norms is None:
@@ -286,9 +304,9 @@ def _(
     _check_polynomial(name, X, coefficients, eps, safety, norms)
     check.choice(name, "dtype", dtype, check.FLOATS)
     for i, x in enumerate(X):
-        if max(x.shape[-2:]) > k1.SMALL:
+        if max(x.shape[-2:]) > SMALL:
             raise ValueError(
-                f"{name}: X[{i}] must have sides of at most {k1.SMALL}, got {check.shape(x)}"
+                f"{name}: X[{i}] must have sides of at most {SMALL}, got {check.shape(x)}"
             )
 
 

@@ -16,6 +16,10 @@ from torch import Tensor
 from .. import _checks as check
 from .._library import op
 
+SMALL = 128  # matrices with both sides up to this stay on chip through all iterations
+MOST = 3 * 128  # coefficients that fit the launch of a compiled kernel for them
+HALF = (torch.float16, torch.bfloat16)
+
 
 def _mirror(A: Tensor) -> Tensor:
     """The lower triangle on both sides."""
@@ -96,6 +100,11 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
             R = symmetric_update(W, W, Z, z, a)
     assert Q is not None
     return Q.contiguous()
+
+
+@gram_polynomial.serves_part("sides up to 128 in float16 or bfloat16")
+def _(R: Tensor, coefficients: list[float]) -> bool:
+    return R.dtype in HALF and R.shape[-1] <= SMALL and len(coefficients) <= MOST
 
 
 @op("direct_polynomial(Tensor X, float[] coefficients) -> Tensor", composite=True)
