@@ -18,7 +18,8 @@ class AdamW(MatrixOptimizer):
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
         maximize: step along the gradient instead of against it.
-        telemetry, state_dtype, stochastic_rounding, foreach, fused, capturable, differentiable: see settings.Common.
+        telemetry, state_dtype, stochastic_rounding, foreach, fused, capturable,
+            differentiable: see settings.Common.
 
     State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32.
 

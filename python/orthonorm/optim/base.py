@@ -35,11 +35,11 @@ from .state import (
     Batch,
     Updates,
     adamw_batch,
-    check_state,
     fit,
     halved,
     held,
     matrix_batch,
+    shaped,
     unheld,
     without_state,
 )
@@ -99,13 +99,7 @@ class MatrixOptimizer(Groups):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but for the dtypes of state: this optimizer's own, whatever was saved."""
-        saved = {**state_dict, "state": held(state_dict["state"])}
-        if len(saved["param_groups"]) == len(self.param_groups):
-            saved["param_groups"] = [
-                {**theirs, **{key: ours[key] for key in ("state_dtype", "stochastic_rounding")}}
-                for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True)
-            ]
-        super().load_state_dict(saved)
+        super().load_state_dict(held(self, state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill what a foreign or older state dict lacks (torch.optim.Muon's has no rule).
@@ -124,9 +118,7 @@ class MatrixOptimizer(Groups):
                 self._check_settings(group)
                 self._check_params(group)
                 seeded(group)
-                for i, p in enumerate(group["params"]):
-                    fit(self, p, group)
-                    check_state(self, group, i)
+                fit(self, group)
         except Exception:
             self.__dict__ = before
             raise
@@ -322,11 +314,7 @@ class MatrixOptimizer(Groups):
         if self.counts_steps:
             for p, t in zip(batch.owners, batch.steps, strict=True):
                 self.state[p]["step"] = t
-        keys = self.elementwise_state(group)
-        for some in storage.parts(batch, keys, group):
-            self.update(some, group)
-            storage.write(some, keys, group)
-        storage.count(group)
+        storage.update(batch, self.elementwise_state(group), group, self.update)
         if group["constraint"] is not None:
             constrain_(batch.params, group["constraint"], group["bound"])
 
@@ -365,17 +353,12 @@ class MatrixOptimizer(Groups):
         return [i for i in indices if i not in set(bad)]
 
     def _adamw_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for some in storage.parts(adamw_batch(self, params, group), ADAMW_STATE, group):
-            self._adamw_update_some(some, group)
-            storage.write(some, ADAMW_STATE, group)
-        storage.count(group)
+        whole = adamw_batch(self, params, group)
+        storage.update(whole, ADAMW_STATE, group, self._adamw_update_some)
 
     def _adamw_update_some(self, batch: Batch, group: dict[str, Any]) -> None:
         (beta1, beta2), params = group["betas"], batch.params
-        first, second = (
-            [t.view(p.shape) if t.shape != p.shape else t for t, p in zip(ts, params, strict=True)]
-            for ts in (batch.state[key] for key in ADAMW_STATE)
-        )
+        first, second = (shaped(batch.state[key], params) for key in ADAMW_STATE)
         adamw_step_.overload(
             params,
             batch.grads,

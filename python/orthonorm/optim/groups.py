@@ -133,7 +133,11 @@ class Groups(torch.optim.Optimizer):
         return "fused" in self._asked and all(map(self._reads_flags, self.param_groups))
 
     def _reads_flags(self, group: Mapping[str, Any]) -> bool:
-        if self._host_decides(group) or group["state_dtype"] or any(map(is_distributed, group["params"])):
+        if (
+            self._host_decides(group)
+            or group["state_dtype"]
+            or any(map(is_distributed, group["params"]))
+        ):
             return False
         plain = self.self_contained and not self.finishes
         return group["rule"] == "adamw" or (plain and group["constraint"] is None)

@@ -28,8 +28,8 @@ class Common(TypedDict, total=False):
     mantissa: True keeps beside every bfloat16 weight what it lacks of a float32 one, 2 bytes, and
         state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). Not for
         sharded parameters, nor with a constraint.
-    state_dtype: None keeps state of the parameter's shape in its dtype; "bfloat16" in 2 bytes, "8bit"
-        in 1.016 (storage.py), the AdamW companion's too. Loading keeps this optimizer's own.
+    state_dtype: None keeps state of the parameter's shape in its dtype; "bfloat16" in 2 bytes,
+        "8bit" in 1.016 (storage.py), the AdamW companion's too. Loading keeps this optimizer's own.
         Not for sharded parameters, nor with mantissa.
     stochastic_rounding: of bfloat16 state; group["rounding_seed"] counts, and is saved.
     bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .tensors import local, state_zeros, whole
 from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
+from .tensors import local, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -115,7 +115,14 @@ def kept_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
     return {"8bit": torch.uint8, "bfloat16": torch.bfloat16}.get(group["state_dtype"])
 
 
-def fit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
+def fit(opt: MatrixOptimizer, group: dict[str, Any]) -> None:
+    """Turn the loaded state of a group into what it keeps, and check it."""
+    for i, p in enumerate(group["params"]):
+        refit(opt, p, group)
+        check_state(opt, group, i)
+
+
+def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     """Turn loaded state of a parameter into what its group keeps."""
     state: dict[str, Any] = opt.state.get(p, {})
     adamw = group["rule"] == "adamw"
@@ -263,6 +270,11 @@ def named_state(
     return opt.matrix_state(x, group) | scales_of(x, opt.elementwise_state(group), group)
 
 
+def shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    pairs = zip(tensors, like, strict=True)
+    return [t if t.shape == x.shape else t.view(x.shape) for t, x in pairs]
+
+
 def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
     """Parameters, gradients and AdamW's state; 8-bit state as matrices of one row."""
     states = adamw_state(opt, params, group)
@@ -299,16 +311,23 @@ class Held:
         self.tensor = tensor
 
 
-def held(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """State whose dtypes are not its parameters' (halved ones', 8 bits), in `Held`."""
+def held(opt: MatrixOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with state whose dtypes are not its parameters' (halved ones', 8 bits) in
+    `Held`, and the optimizer's own settings of how state is kept."""
 
     def own(state: Mapping[str, Any]) -> bool:
         return MANTISSA in state or any(SCALES in k for k in state)
 
-    return {
+    state = {
         key: {k: Held(t) for k, t in state.items()} if own(state) else state
-        for key, state in saved.items()
+        for key, state in saved["state"].items()
     }
+    groups = saved["param_groups"]
+    if len(groups) == len(opt.param_groups):  # else torch says what is wrong
+        names = ("state_dtype", "stochastic_rounding")
+        pairs = zip(groups, opt.param_groups, strict=True)
+        groups = [{**theirs, **{k: ours[k] for k in names}} for theirs, ours in pairs]
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def unheld(state: Mapping[Any, Any]) -> None:

@@ -12,7 +12,7 @@ would with float32 state, and rounds once when it writes back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +136,15 @@ def write(batch: Batch, keys: Sequence[str], group: dict[str, Any]) -> None:
             torch._foreach_copy_(kept, new)
 
 
-def count(group: dict[str, Any]) -> None:
-    """Another seed for the next step: of a step, matrices share it."""
+def update(
+    batch: Batch,
+    keys: Sequence[str],
+    group: dict[str, Any],
+    rule: Callable[[Batch, dict[str, Any]], None],
+) -> None:
+    """`rule` on what is opened at a time; the matrices of a step share a seed."""
+    for some in parts(batch, keys, group):
+        rule(some, group)
+        write(some, keys, group)
     if group["stochastic_rounding"]:
         group["rounding_seed"].add_(1)
