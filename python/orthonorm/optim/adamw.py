@@ -18,7 +18,8 @@ class AdamW(MatrixOptimizer):
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
         maximize: step along the gradient instead of against it.
-        telemetry, foreach, fused, capturable, differentiable: see settings.Common.
+        telemetry, state_dtype, stochastic_rounding, foreach, fused, capturable,
+            differentiable: see settings.Common.
 
     State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32.
 
@@ -36,6 +37,8 @@ class AdamW(MatrixOptimizer):
         nonfinite: str = "propagate",
         maximize: bool = False,
         telemetry: int = 0,
+        state_dtype: str | None = None,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -43,6 +46,7 @@ class AdamW(MatrixOptimizer):
     ) -> None:
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         settings |= dict(nonfinite=nonfinite, maximize=maximize, telemetry=telemetry)
+        settings |= dict(state_dtype=state_dtype, stochastic_rounding=stochastic_rounding)
         torchs = dict(
             foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
         )

@@ -22,21 +22,24 @@ from ..ops import adamw_step_, magnitude
 from ..ops.steps import stacks_of, work_parts
 from ..ops.words import segments, triples_of
 from ..polar import Polynomial
+from . import storage
 from .amp import flags_of, unless
 from .constraints import constrain_
 from .decay import decayed_update
-from .groups import Groups
+from .groups import Groups, seeded
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
 from .state import (
+    ADAMW_STATE,
     MOMENTUM,
     Batch,
     Updates,
-    adamw_state,
-    check_state,
+    adamw_batch,
+    fit,
     halved,
     held,
     matrix_batch,
+    shaped,
     unheld,
     without_state,
 )
@@ -95,8 +98,8 @@ class MatrixOptimizer(Groups):
         super().__init__(*args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, but for state of dtypes of its own beside halved weights, which it keeps."""
-        super().load_state_dict({**state_dict, "state": held(state_dict["state"])})
+        """torch's, but for the dtypes of state: this optimizer's own, whatever was saved."""
+        super().load_state_dict(held(self, state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill what a foreign or older state dict lacks (torch.optim.Muon's has no rule).
@@ -114,8 +117,8 @@ class MatrixOptimizer(Groups):
                     group.setdefault(key, value)
                 self._check_settings(group)
                 self._check_params(group)
-                for i in range(len(group["params"])):
-                    check_state(self, group, i)
+                seeded(group)
+                fit(self, group)
         except Exception:
             self.__dict__ = before
             raise
@@ -291,6 +294,8 @@ class MatrixOptimizer(Groups):
                 rows = [p for p in params if not meets_owner(p, group)] if cut else params
                 if rows:
                     batch = matrix_batch(self, rows, group)
+                    if group["state_dtype"] and type(self).prepare is not MatrixOptimizer.prepare:
+                        batch = storage.opened(batch, self.elementwise_state(group), group)
                     batch = batch._replace(prepared=self.prepare(batch, group))
                 plans.append((batch, shards.plan(self, cut, group) if cut else []))
         except Exception:
@@ -309,7 +314,7 @@ class MatrixOptimizer(Groups):
         if self.counts_steps:
             for p, t in zip(batch.owners, batch.steps, strict=True):
                 self.state[p]["step"] = t
-        self.update(batch, group)
+        storage.update(batch, self.elementwise_state(group), group, self.update)
         if group["constraint"] is not None:
             constrain_(batch.params, group["constraint"], group["bound"])
 
@@ -348,14 +353,18 @@ class MatrixOptimizer(Groups):
         return [i for i in indices if i not in set(bad)]
 
     def _adamw_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        (beta1, beta2), states = group["betas"], adamw_state(self, params)
-        grads: list[Any] = [local(p.grad) for p in params]
+        whole = adamw_batch(self, params, group)
+        storage.update(whole, ADAMW_STATE, group, self._adamw_update_some)
+
+    def _adamw_update_some(self, batch: Batch, group: dict[str, Any]) -> None:
+        (beta1, beta2), params = group["betas"], batch.params
+        first, second = (shaped(batch.state[key], params) for key in ADAMW_STATE)
         adamw_step_.overload(
-            [local(p) for p in params],
-            list(torch._foreach_neg(grads)) if group["maximize"] else grads,
-            [local(s["exp_avg"]) for s in states],
-            [local(s["exp_avg_sq"]) for s in states],
-            [s["step"] for s in states],
+            params,
+            batch.grads,
+            first,
+            second,
+            batch.state["step"],
             self.scalar(group, "lr", params[0].device),
             beta1,
             beta2,
@@ -367,7 +376,7 @@ class MatrixOptimizer(Groups):
             *flags_of(self, params[0].device),
         )
         if probe := self.probe(group):
-            probe.add_momenta([local(s["exp_avg"]) for s in states])
+            probe.add_momenta(first)
 
     def scalar(self, group: dict[str, Any], key: str, device: torch.device) -> Tensor:
         """group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.

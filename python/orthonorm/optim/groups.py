@@ -12,7 +12,7 @@ from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, TORCH, Rule, inheri
 from .tensors import check_placements, is_distributed, meets_owner
 from .views import VIEW_DEFAULTS, check_views
 
-FOREIGN = ("params", "param_names", "initial_lr", "name")  # torch's own keys
+FOREIGN = ("params", "param_names", "initial_lr", "name", "rounding_seed")  # torch's own keys
 
 
 class Groups(torch.optim.Optimizer):
@@ -95,6 +95,7 @@ class Groups(torch.optim.Optimizer):
                 added.pop(key, None)
             self._check_settings(added)
             self._check_params(added)
+            seeded(added)
             if "capturable" in asked | self._asked and (reason := self._host_decides(added)):
                 raise ValueError(f"{self.name}: capturable must be False here: {reason}")
         except Exception:
@@ -116,6 +117,7 @@ class Groups(torch.optim.Optimizer):
             "its rule counts steps on the host": group["rule"] == "matrix" and self.counts_steps,
             "nonfinite other than 'propagate' reads norms": group["nonfinite"] != "propagate",
             "telemetry is asked for by the host": bool(group["telemetry"]),
+            "stochastic rounding counts steps on the host": bool(group["stochastic_rounding"]),
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -131,7 +133,11 @@ class Groups(torch.optim.Optimizer):
         return "fused" in self._asked and all(map(self._reads_flags, self.param_groups))
 
     def _reads_flags(self, group: Mapping[str, Any]) -> bool:
-        if self._host_decides(group) or any(map(is_distributed, group["params"])):
+        if (
+            self._host_decides(group)
+            or group["state_dtype"]
+            or any(map(is_distributed, group["params"]))
+        ):
             return False
         plain = self.self_contained and not self.finishes
         return group["rule"] == "adamw" or (plain and group["constraint"] is None)
@@ -149,6 +155,13 @@ class Groups(torch.optim.Optimizer):
         for key, value in group.items():
             if rule := self.rules.get(key) or RULES.get(key):
                 rule(self.name, key, value)
+        if group["stochastic_rounding"] and group["state_dtype"] != "bfloat16":
+            raise ValueError(
+                f"{self.name}: stochastic_rounding must be False unless state_dtype is 'bfloat16', "
+                f"got state_dtype={group['state_dtype']!r}"
+            )
+        if group["state_dtype"] and group.get("mantissa"):
+            raise ValueError(f"{self.name}: state_dtype must be None with mantissa=True")
         if group["rule"] == "matrix":
             check.choice(self.name, "decay", group["decay"], self.decays)
             if group["mantissa"] and not self.mantissas:
@@ -172,6 +185,8 @@ class Groups(torch.optim.Optimizer):
                     f"got {p.dtype}, {p.layout}"
                 )
             check.not_expanded(label, p)
+        if group["state_dtype"] and any(map(is_distributed, params)):
+            raise ValueError(f"{self.name}: state_dtype must be None for sharded parameters")
         if group["rule"] == "matrix":
             self._check_views(group)
             if group["mantissa"] and any(map(is_distributed, params)):
@@ -198,3 +213,9 @@ class Groups(torch.optim.Optimizer):
             if names
             else f"{index} of shape {tuple(group['params'][index].shape)}"
         )
+
+
+def seeded(group: dict[str, Any]) -> None:
+    """Give a group that rounds stochastically the number that counts its steps."""
+    if group["stochastic_rounding"]:
+        group.setdefault("rounding_seed", torch.zeros((), dtype=torch.int64))

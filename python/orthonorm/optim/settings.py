@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from .. import _checks as check
 from .constraints import CONSTRAINTS
+from .storage import STATE_DTYPES
 from .views import VIEW_DEFAULTS
 
 NONFINITE = ("propagate", "skip", "error")
@@ -27,6 +28,10 @@ class Common(TypedDict, total=False):
     mantissa: True keeps beside every bfloat16 weight what it lacks of a float32 one, 2 bytes, and
         state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). Not for
         sharded parameters, nor with a constraint.
+    state_dtype: None keeps state of the parameter's shape in its dtype; "bfloat16" in 2 bytes,
+        "8bit" in 1.016 (storage.py), the AdamW companion's too. Loading keeps this optimizer's own.
+        Not for sharded parameters, nor with mantissa.
+    stochastic_rounding: of bfloat16 state; group["rounding_seed"] counts, and is saved.
     bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
     adamw: settings of groups with rule="adamw" (ADAMW_DEFAULTS says which).
     foreach: as torch.optim's; steps work on lists of tensors whatever is said.
@@ -44,6 +49,8 @@ class Common(TypedDict, total=False):
     decay: str
     constraint: str | None
     mantissa: bool
+    state_dtype: str | None
+    stochastic_rounding: bool
     bound: float
     telemetry: int
     adamw: Mapping[str, Any] | None
@@ -60,6 +67,8 @@ COMMON: dict[str, Any] = {
     "decay": "decoupled",
     "constraint": None,
     "mantissa": False,
+    "state_dtype": None,
+    "stochastic_rounding": False,
     "bound": 1.0,
     "telemetry": 0,
     **VIEW_DEFAULTS,
@@ -74,6 +83,8 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "nonfinite": "propagate",
     "maximize": False,
     "telemetry": 0,
+    "state_dtype": None,
+    "stochastic_rounding": False,
 }
 
 ADJUST: dict[str, Callable[[int, int], float]] = {  # factor on the polar factor of an m x n matrix
@@ -147,6 +158,8 @@ RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has i
     "maximize": FLAG,
     "heavy_ball": FLAG,
     "mantissa": FLAG,
+    "state_dtype": one_of(*STATE_DTYPES),
+    "stochastic_rounding": FLAG,
     "bound": positive,
     "telemetry": whole(0),
     "constraint": lambda name, key, value: check.choice(name, key, value, (None, *CONSTRAINTS)),
@@ -170,4 +183,5 @@ TORCH: dict[str, Rule] = {  # keywords of torch's optimizers that groups do not 
 
 def inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the AdamW companion takes over from the matrix rule, if it is not told otherwise."""
-    return {key: settings[key] for key in ("maximize", "telemetry") if key in settings}
+    keys = ("maximize", "telemetry", "state_dtype", "stochastic_rounding")
+    return {key: settings[key] for key in keys if key in settings}

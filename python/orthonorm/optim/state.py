@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
 from .tensors import local, state_zeros, whole
 from .views import matrices
 
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     steps: list[int]  # of each matrix, this one included; 0 for rules that do not count
     prepared: Any = None  # what `prepare` returned
     halves: Sequence[Any] = ()  # mantissas of the `halved`, None for others; or nothing
+    kept: dict[str, list[Tensor]] | None = None  # where `state` is read from (storage.py)
     spread: Spread | None = None  # the ranks of which this one has a part of every long side
 
     @property
@@ -93,11 +95,69 @@ class Updates(NamedTuple):
 def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state tensors of one parameter."""
     if group["rule"] == "adamw":
-        return dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
+        found = dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
+        return found | scales_of(whole(p).reshape(1, -1), ADAMW_STATE, group)
     found = dict.fromkeys(opt.elementwise_state(group), check.shape(p))
     for _, named in matrix_shapes(opt, p, group):
         found |= {key: shape for _, key, shape in named}
     return found | ({MANTISSA: check.shape(p)} if halved(p, group) else {})
+
+
+def scales_of(x: Tensor, keys: Iterable[str], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and shapes of the scales of the 8-bit state of one matrix."""
+    if group["state_dtype"] != "8bit":
+        return {}
+    return dict.fromkeys((key + SCALES for key in keys), scales_shape(x.shape))
+
+
+def kept_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
+    """What state of the parameter's shape is kept in, None where it is the parameter's dtype."""
+    return {"8bit": torch.uint8, "bfloat16": torch.bfloat16}.get(group["state_dtype"])
+
+
+def fit(opt: MatrixOptimizer, group: dict[str, Any]) -> None:
+    """Turn the loaded state of a group into what it keeps, and check it."""
+    for i, p in enumerate(group["params"]):
+        refit(opt, p, group)
+        check_state(opt, group, i)
+
+
+def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
+    """Turn loaded state of a parameter into what its group keeps."""
+    state: dict[str, Any] = opt.state.get(p, {})
+    adamw = group["rule"] == "adamw"
+    like = torch.contiguous_format if adamw else torch.preserve_format
+    for key in ADAMW_STATE if adamw else opt.elementwise_state(group):
+        t, wanted = state.get(key), kept_dtype(group)
+        if not isinstance(t, Tensor) or t.shape != p.shape or t.dtype == wanted:
+            continue
+        named = [k for k in state if k.split(".")[0] == key + SCALES]
+        views = views_of(t, p, group)
+        if t.dtype == torch.uint8:
+            read = torch.zeros_like(p, dtype=torch.float32, memory_format=like)
+            parts = dequantized(views, [state.pop(k) for k in named], key not in UNSIGNED)
+            torch._foreach_copy_(views_of(read, p, group), parts)
+            t = read
+        if wanted == torch.uint8:
+            codes = zeros_for(p, torch.uint8, group)
+            new, scales = quantized(views_of(t, p, group), key not in UNSIGNED)
+            torch._foreach_copy_(views_of(codes, p, group), new)
+            ends = [""] if len(scales) == 1 else [f".{i}" for i in range(len(scales))]
+            state |= {key + SCALES + end: s for end, s in zip(ends, scales, strict=True)}
+            t = codes
+        state[key] = t if wanted == torch.uint8 else t.to(wanted or p.dtype)
+
+
+def views_of(t: Tensor, p: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """State of the shape of `p` as the matrices whose elements are quantized together."""
+    return [t.reshape(1, -1)] if group["rule"] == "adamw" else matrices(t, p, group)
+
+
+def zeros_for(p: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
+    """Of the shape of `p`, and such that its matrices are views."""
+    flat = group["rule"] == "adamw" and group["state_dtype"] == "8bit"
+    kind = torch.contiguous_format if flat else torch.preserve_format
+    return torch.zeros_like(p, dtype=dtype, memory_format=kind)
 
 
 Shapes = list[tuple[Tensor, list[tuple[str, str, tuple[int, ...]]]]]
@@ -111,7 +171,7 @@ def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Sha
     pieces = matrices(whole(p), whole(p), group)
     suffixes = [""] if len(pieces) == 1 else [f".{i}" for i in range(len(pieces))]
     return [
-        (x, [(k, k + end, shape) for k, shape in opt.matrix_state(x, group).items()])
+        (x, [(k, k + end, shape) for k, shape in named_state(opt, x, group).items()])
         for x, end in zip(pieces, suffixes, strict=True)
     ]
 
@@ -125,7 +185,9 @@ def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None
     if 0 < len(missing) < len(wanted):
         raise ValueError(f"{label}: state must have {sorted(wanted)}, got {sorted(state)}")
     for key in wanted.keys() & state.keys():
-        if key != MANTISSA:
+        if state[key].dtype == torch.uint8 and group["state_dtype"] == "8bit":
+            pass
+        elif key != MANTISSA:
             check.tensor(label, f"state {key!r}", state[key])
         elif state[key].dtype != torch.int16:
             raise TypeError(f"{label}: state {key!r} must be int16, got {state[key].dtype}")
@@ -157,7 +219,7 @@ def matrix_state_of(
 ) -> dict[str, Any]:
     """The state of a parameter, made where it is new."""
     state, dtype = opt.state[p], torch.float32 if halved(p, group) else p.dtype
-    dtypes = dict.fromkeys(opt.elementwise_state(group), dtype)
+    dtypes = dict.fromkeys(opt.elementwise_state(group), kept_dtype(group) or dtype)
     if halved(p, group):
         dtypes[MANTISSA] = torch.int16
     for key, kind in dtypes.items():
@@ -166,7 +228,8 @@ def matrix_state_of(
     for x, named in shapes:
         for _, key, shape in named:
             if key not in state:
-                state[key] = state_zeros(p, shape, x.dim() - 2).to(dtype)
+                made = state_zeros(p, shape, x.dim() - 2)
+                state[key] = made.to(torch.float32 if SCALES in key else dtype)
     return state
 
 
@@ -200,14 +263,44 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
     return batch
 
 
-def adamw_state(opt: MatrixOptimizer, params: list[Tensor]) -> list[dict[str, Tensor]]:
+def named_state(
+    opt: MatrixOptimizer, x: Tensor, group: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """All state that belongs to one matrix."""
+    return opt.matrix_state(x, group) | scales_of(x, opt.elementwise_state(group), group)
+
+
+def shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    pairs = zip(tensors, like, strict=True)
+    return [t if t.shape == x.shape else t.view(x.shape) for t, x in pairs]
+
+
+def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
+    """Parameters, gradients and AdamW's state; 8-bit state as matrices of one row."""
+    states = adamw_state(opt, params, group)
+    lists = [local(p) for p in params], [local(p.grad) for p in params]
+    names = [*ADAMW_STATE, *scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)]
+    state = {key: [local(s[key]) for s in states] for key in names}
+    if group["state_dtype"] == "8bit":
+        state |= {key: [t.view(1, -1) for t in state[key]] for key in ADAMW_STATE}
+    state["step"] = [s["step"] for s in states]
+    if group["maximize"]:
+        lists = lists[0], list(torch._foreach_neg(lists[1]))
+    return Batch(*lists, state, params, [0] * len(params))
+
+
+def adamw_state(
+    opt: MatrixOptimizer, params: list[Tensor], group: Mapping[str, Any]
+) -> list[dict[str, Tensor]]:
     """The AdamW companion's state of each parameter, made where it is new."""
     for p in params:
         state = opt.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             for key in ADAMW_STATE:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state[key] = zeros_for(p, kept_dtype(group) or p.dtype, group)
+            for key, shape in scales_of(p.reshape(1, -1), ADAMW_STATE, group).items():
+                state[key] = torch.zeros(shape, device=p.device)
     return [opt.state[p] for p in params]
 
 
@@ -218,12 +311,23 @@ class Held:
         self.tensor = tensor
 
 
-def held(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state of halved parameters, in a state dict, in `Held`: its dtypes are not theirs."""
-    return {
-        key: {k: Held(t) for k, t in state.items()} if MANTISSA in state else state
-        for key, state in saved.items()
+def held(opt: MatrixOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with state whose dtypes are not its parameters' (halved ones', 8 bits) in
+    `Held`, and the optimizer's own settings of how state is kept."""
+
+    def own(state: Mapping[str, Any]) -> bool:
+        return MANTISSA in state or any(SCALES in k for k in state)
+
+    state = {
+        key: {k: Held(t) for k, t in state.items()} if own(state) else state
+        for key, state in saved["state"].items()
     }
+    groups = saved["param_groups"]
+    if len(groups) == len(opt.param_groups):  # else torch says what is wrong
+        names = ("state_dtype", "stochastic_rounding")
+        pairs = zip(groups, opt.param_groups, strict=True)
+        groups = [{**theirs, **{k: ours[k] for k in names}} for theirs, ours in pairs]
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def unheld(state: Mapping[Any, Any]) -> None:

@@ -1,0 +1,217 @@
+"""State in bfloat16 and in 8 bits, of every optimizer: size, loss of accuracy, saving, skipping."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from optimizer_rows import ROWS, Row, build, make, set_grads, snapshot
+from orthonorm import optim
+from orthonorm.optim import storage
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+SHAPES = ((24, 40), (40, 24), (32, 32))
+KINDS: dict[str, dict[str, Any]] = {
+    "8bit": dict(state_dtype="8bit"),
+    "bfloat16": dict(state_dtype="bfloat16"),
+    "stochastic": dict(state_dtype="bfloat16", stochastic_rounding=True),
+}
+EACH = pytest.mark.parametrize("kind", KINDS)
+ALL = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+
+
+def run(opt: Any, params: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        set_grads(step, params)
+        opt.step()
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )
+
+
+def elementwise(opt: Any) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for group in opt.param_groups:
+        names = ("exp_avg", "exp_avg_sq")
+        names = names if group["rule"] == "adamw" else opt.elementwise_state(group)
+        for p in group["params"]:
+            for key in names:
+                found.setdefault(key, []).append(opt.state[p][key])
+    return found
+
+
+@ALL
+@EACH
+def test_saving_goes_on_to_the_bit(row: Row, kind: str) -> None:
+    """Through torch.save and load(weights_only=True), and deepcopy; state is kept as was asked."""
+    params, fresh = make(torch.float32, SHAPES), make(torch.float32, SHAPES)
+    a, b = build(row, params, **KINDS[kind]), build(row, fresh, **KINDS[kind])
+    run(a, params, range(2))
+    wanted = torch.uint8 if kind == "8bit" else torch.bfloat16
+    assert all(t.dtype == wanted for ts in elementwise(a).values() for t in ts)
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    b.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for p, q in zip(params, fresh, strict=True):
+            q.copy_(p)
+    assert same(snapshot(a), snapshot(b))
+    c = copy.deepcopy(a)
+    for opt in (a, b, c):
+        run(opt, opt.param_groups[0]["params"], range(2, 4))
+    assert same(snapshot(a), snapshot(b)) and same(snapshot(a), snapshot(c))
+    assert all(p.isfinite().all() for p in params)
+
+
+@ALL
+def test_float_state_loads_into_8_bits_and_back(row: Row) -> None:
+    params = make(torch.float32, SHAPES)
+    a, b, c = (
+        build(row, make(torch.float32, SHAPES), **more)
+        for more in ({}, dict(state_dtype="8bit"), {})
+    )
+    run(a, a.param_groups[0]["params"], range(3))
+    b.load_state_dict(a.state_dict())
+    c.load_state_dict(b.state_dict())
+    assert b.param_groups[0]["state_dtype"] == "8bit" and c.param_groups[0]["state_dtype"] is None
+    assert [s.keys() for s in c.state.values()] == [s.keys() for s in a.state.values()]
+    for key, tensors in elementwise(a).items():
+        for x, y in zip(tensors, elementwise(c)[key], strict=True):
+            assert x.dtype == y.dtype and (x - y).abs().max() <= 0.0071 * x.abs().max()
+    assert len(params) == len(a.state)
+
+
+@EACH
+def test_skipped_steps_leave_state_as_it_was(kind: str) -> None:
+    params = make(torch.float32, SHAPES)
+    opt = optim.Muon(params, nonfinite="skip", **KINDS[kind])
+    run(opt, params, range(2))
+    before = snapshot(opt)
+    set_grads(2, params)
+    for p in params:
+        p.grad[0, 0] = float("nan")
+    opt.step()
+    assert same(before, snapshot(opt))
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_views_and_companion(kind: str, dtype: torch.dtype) -> None:
+    """Fused heads, stacks, convolutions, vectors in channels_last: finite, and saved to the bit."""
+
+    def made() -> tuple[list[nn.Parameter], Any]:
+        params = make(dtype, ((24, 8), (3, 8, 20), (6, 5, 3, 3), (7,), (6, 5, 3, 3)))
+        for i in (2, 4):
+            params[i] = nn.Parameter(params[i].detach().to(memory_format=torch.channels_last))
+        groups = [
+            {"params": params[:1], "split": (8, 16), "heads": (2, 2)},
+            {"params": params[1:3]},
+            {"params": params[3:], "rule": "adamw"},
+        ]
+        return params, optim.NorMuon(groups, **KINDS[kind])
+
+    (params, a), (fresh, b) = made(), made()
+    run(a, params, range(3))
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    with torch.no_grad():
+        for p, q in zip(params, fresh, strict=True):
+            q.copy_(p)
+    run(a, params, range(3, 5))
+    run(b, fresh, range(3, 5))
+    assert same(snapshot(a), snapshot(b)) and all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_the_nearest_values(signed: bool) -> None:
+    x = torch.randn(2, 19, 31) if signed else torch.rand(2, 19, 31) ** 6
+    x[1, 3] = 0
+    (codes,), (scales,) = storage.quantized([x], signed)
+    assert codes.dtype == torch.uint8 and scales.shape == (2, 3)
+    (back,) = storage.dequantized([codes], [scales], signed)
+    table = torch.tensor(storage.values(signed))
+    flat = x.flatten(1)
+    for i, start in enumerate(range(0, 19 * 31, storage.BLOCK)):
+        part = flat[:, start : start + storage.BLOCK]
+        top = part.abs().amax(1, keepdim=True)
+        assert torch.equal(scales[:, i : i + 1], top)
+        off = (part.unsqueeze(-1) - table * top.unsqueeze(-1)).abs().amin(-1)
+        mine = (part - back.flatten(1)[:, start : start + storage.BLOCK]).abs()
+        small = torch.zeros_like(part, dtype=torch.bool) if signed else part < 1e-7 * top
+        assert bool((mine <= off + 1e-6 * top)[~small].all())
+    assert not bool(back[1, 3].any())
+    assert signed or bool((back[x > 0] > 0).all())
+
+
+def test_the_map_is_of_256_values_as_published() -> None:
+    for signed, low in ((True, -0.99296875), (False, 0.0)):
+        values = storage.values(signed)
+        assert len(set(values)) == 256 and values[-1] == 1.0
+        assert values[0] == pytest.approx(low)
+
+
+def test_stochastic_rounding_keeps_what_nearest_loses() -> None:
+    """Momentum of a gradient that is 1/2000 of it: nearest stands still, stochastic follows."""
+    means = {}
+    for kind in ("bfloat16", "stochastic"):
+        (p,) = params = [nn.Parameter(torch.zeros(64, 64))]
+        opt = optim.Muon(params, momentum=0.999, **KINDS[kind])
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.state[p]["momentum_buffer"].fill_(1.0)
+        p.grad = torch.full_like(p, 0.5)
+        for _ in range(200):
+            opt.step()
+        means[kind] = opt.state[p]["momentum_buffer"].float().mean().item()
+    exact = 0.5 + 0.5 * 0.999**200
+    assert means["bfloat16"] == 1.0 and abs(means["stochastic"] - exact) < 0.01
+
+
+def test_nan_stays_in_its_matrix() -> None:
+    (codes,), (scales,) = storage.quantized([torch.randn(3, 5, 7)], True)
+    x = torch.randn(3, 5, 7)
+    clean = storage.dequantized(*storage.quantized([x], True), True)[0]
+    x[1, 0, 0] = float("nan")
+    found = storage.dequantized(*storage.quantized([x], True), True)[0]
+    assert found[1].isnan().all() and torch.equal(found[0], clean[0])
+    assert torch.equal(found[2], clean[2]) and codes.shape == (3, 5, 7) and scales.shape == (3, 1)
+
+
+def test_one_graph() -> None:
+    for more in KINDS.values():
+        torch._dynamo.reset()
+        params, twins = make(torch.float32, SHAPES), make(torch.float32, SHAPES)
+        a, b = optim.Muon(params, **more), optim.Muon(twins, **more)
+        run(a, params, range(1))
+        run(b, twins, range(1))
+        counter = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(a.step, fullgraph=True, backend=counter)
+        graphs = 0
+        for i in range(1, 7):
+            set_grads(i, params, twins)
+            for opt in (a, b):
+                opt.param_groups[0]["lr"] = 0.01 * i
+            step()
+            b.step()
+            graphs = graphs if i > 2 else counter.frame_count  # the second: lr as a number of any
+        assert counter.frame_count == graphs and same(snapshot(a), snapshot(b))
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"state_dtype": "int8"}, "state_dtype must be one of"),
+     ({"stochastic_rounding": True}, "unless state_dtype is 'bfloat16'"),
+     ({"state_dtype": "8bit", "stochastic_rounding": True}, "unless state_dtype is 'bfloat16'"),
+     ({"state_dtype": "8bit", "mantissa": True}, "state_dtype must be None with mantissa"),
+     ({**KINDS["stochastic"], "capturable": True}, "capturable must be False")],
+)  # fmt: skip
+def test_bad_settings(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=f"Muon: .*{word}"):
+        optim.Muon(make(torch.float32, SHAPES), **settings)
