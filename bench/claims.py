@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from . import candidates, peers, report
-from .cases import CASES, LARGE
+from .cases import CASES, LARGE, STEPS
 from .environment import import_times, peak_extra_memory
 from .inputs import Inputs
 from .measure import Request, measure
 from .records import Record
 from .shapes import MODELS, parse
-from .steps import Model
+from .steps import KERNELS, MUON, Model
 from .timing import Plan, interleave, median_ratio, quantile
 
 SMALL_TARGETS = {"500x32x32": 100.0, "500x64x64": 19.0, "64x128x128": 4.5}
@@ -97,13 +97,33 @@ def _polynomials(base: Request) -> Iterator[Found]:
             claim = compare(rows, POLYNOMIAL, f"newton_schulz {shape} {precision}", ">=", target)
             yield replace(claim, exact=True), rows
     for shape in LARGE:
-        for precision, target in ((None, 1.0), ("bfloat16", 2.2 if shape in FOUR_TO_ONE else 1.6)):
+        wide = shape in FOUR_TO_ONE
+        for precision, target in ((None, 1.6 if wide else 1.0), ("bfloat16", 2.2 if wide else 1.6)):
             rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
                                    precision=precision, kinds=("torch",)))  # fmt: skip
             claim = compare(
                 rows, POLYNOMIAL, f"newton_schulz {shape} {precision or 'auto'}", ">=", target
             )
             yield replace(claim, exact=True), rows
+
+
+PACKAGES = (  # the best package in that dtype: factors to reach
+    ("float32", {"2048x2048": 3.5, "768x3072": 7.0}),
+    ("bfloat16", {"500x32x32": 3.0, "500x64x64": 1.8, "64x128x128": 1.5}),
+)
+
+
+def _packages(base: Request) -> Iterator[Found]:
+    """Against the fastest package that is installed and runs in the same dtype."""
+    for precision, targets in PACKAGES:
+        for shape, target in targets.items():
+            rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
+                                   precision=precision, kinds=("package",)))  # fmt: skip
+            others = [r for r in rows[1:] if r.median_ms is not None]
+            if others:
+                best = min(others, key=lambda r: r.median_ms or math.inf)
+                what = f"newton_schulz {shape} {precision}, packages"
+                yield compare(rows, best.backend, what, ">=", target), rows
 
 
 ODD = (("771x1283", "768x1280"), ("200x50x50", "200x64x64"), ("33x4097", "64x4096"))
@@ -194,6 +214,23 @@ def _layers(base: Request) -> Iterator[Found]:
         yield Claim(f"{what}, sigma apart", apart, "<=", 1e-6, ""), []
 
 
+WHOLE = (("llama-3m", 2.2), ("gpt2-small", 2.2))
+
+
+def _muon(base: Request) -> Iterator[Found]:
+    for model, target in WHOLE:
+        rows = measure(replace(base, name="muon", workload=MODELS[model], kinds=("torch",)))
+        yield compare(rows, MUON, f"muon, a step of {model}", ">=", target), rows
+
+
+def _kernels(base: Request) -> Iterator[Found]:
+    """What a step adds to its kernels: loops, checks and torch's elementwise passes."""
+    for name in STEPS:
+        rows = measure(replace(base, name=name, workload=MODELS["llama-3m"], kinds=("floor",),
+                               refcheck=False))  # fmt: skip
+        yield compare(rows, KERNELS, f"{name}, a step of llama-3m", "<=", 1.1), rows
+
+
 BESIDE_MUON = (("NorMuon", 0, 1.1), ("AdaMuon", 0, 1.1), ("Muon", 10, 1.02))  # and telemetry
 
 
@@ -231,12 +268,15 @@ SECTIONS: tuple[Section, ...] = (
         "against torch.optim.Muon's function (bfloat16, one matrix after another)",
         _polynomials,
     ),
+    ("Newton-Schulz against the fastest package installed, in the same dtype", _packages),
     ("Newton-Schulz, odd sizes against multiples of 32", _odd_sizes),
     ("Conda step between refreshes, float32, against the eager form with three products", _conda),
     ("K2 over 85 M float32 elements, against the same reads and copies by torch", _moments),
     ("Power iteration over 340 MB of float32 matrices", _power),
     ("Spectral normalization of all layers in a forward, against torch's parametrization", _layers),
+    ("Muon's step against torch.optim.Muon's", _muon),
     ("Steps of 3 M parameters, against Muon's", _steps),
+    ("Steps against their kernels alone", _kernels),
     ("Import", _imports),
 )
 

@@ -41,7 +41,7 @@ class Model:
 
 
 Start = Callable[[Model], Running]
-KERNELS = "its kernels alone"
+KERNELS, MUON = "its kernels alone", "torch.optim.Muon"
 
 
 class Entrant(NamedTuple):
@@ -177,7 +177,7 @@ def entrants(step: Step, ours: str, precision: str | None) -> list[Entrant]:
     if step.name == "muon":
         for kind, more in (("torch", ""), ("compiled", " compiled")):
             start = functools.partial(_torch_muon, step, kind == "compiled")
-            found.append(Entrant("torch.optim.Muon" + more, kind, start))
+            found.append(Entrant(MUON + more, kind, start))
     elif step.name == "conda":
         found.append(
             Entrant("eager, three products", "torch", functools.partial(_eager_conda, step))
