@@ -89,9 +89,10 @@ def test_adamw_step(formulas: Any, dtype: Any, decay_first: bool, correct_eps: b
     w, g, m, v = arrays(dtype, 1.0, False, False, False, True)
     got = formulas.adamw_step(
         w, g, m, v, t=7, lr=0.1, beta1=0.9, beta2=0.95, eps=0.5, weight_decay=0.3,
-        decay_first=decay_first, correct_eps=correct_eps,
+        decay_first=decay_first, correct_eps=correct_eps, grad_scale=4.0,
     )  # fmt: skip
     W, G, M, V = wide(w, g, m, v)
+    G = G / 4
     M, V = 0.9 * M + (1 - 0.9) * G, 0.95 * V + (1 - 0.95) * G**2
     c1, c2 = 1 - 0.9**7, 1 - 0.95**7
     root = np.sqrt(V / c2) + 0.5 if correct_eps else (np.sqrt(V) + 0.5) / np.sqrt(c2)
@@ -113,11 +114,37 @@ def test_decayed_update(formulas: Any, dtype: Any) -> None:
 
 
 @DTYPES
+def test_update_of_halves(formulas: Any, dtype: Any) -> None:
+    """As of float32 weights, to the bit; the halves put together by integers here."""
+    w, u = arrays(dtype, 1.0, False, False)
+    high = (w.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(dtype)
+    low = np.arange(w.size).reshape(w.shape).astype(dtype) * 29 - 29000
+    before, zero = together(high, low), np.zeros_like(w)
+    new, _, rest = formulas.update_halves(high, u, low, lr=0.1, weight_decay=0.3, factor=2.0)
+    whole, _ = formulas.decayed_update(
+        before.astype(dtype), u, lr=0.1, weight_decay=0.3, factor=2.0
+    )
+    assert (together(new, rest) == whole.astype(np.float32)).all()
+    assert (new.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all()
+    same, _, kept = formulas.update_halves(high, zero, low, lr=0.0, weight_decay=0.0, factor=1.0)
+    assert (same == high).all() and (kept == low).all()
+
+
+def together(high: Any, low: Any) -> Any:
+    bits = high.astype(np.float32).view(np.int32) + low.astype(np.int32)
+    return bits.view(np.float32)
+
+
+@DTYPES
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_prologue(formulas: Any, dtype: Any, nesterov: bool) -> None:
     g, b = arrays(dtype, 1.0, False, False)
-    update, momentum = formulas.muon_prologue(g, b, mu=0.95, nesterov=nesterov)
+    settings = dict(mu=0.95, nesterov=nesterov, grad_scale=4.0)
+    update, momentum = formulas.muon_prologue(g, b, **settings, found_inf=0.0)
+    same, kept = formulas.muon_prologue(g, b, **settings, found_inf=1.0)
+    assert (same == update).all() and (kept == b).all()
     G, B = wide(g, b)
+    G = G / 4
     terms, B = np.abs(G) + np.abs(B), 0.95 * B + (1 - 0.95) * G
     near(momentum, B, terms, 4)
     near(update, 0.95 * B + (1 - 0.95) * G if nesterov else B, terms, 8)
