@@ -7,6 +7,7 @@
 // touches nothing; otherwise the next order in eps comes from one more set of column sums, and only
 // where both leave an error to be seen (eps near the root of V somewhere) X is read a third time.
 #include "run_loops.h"
+#include "short_sums.h"
 
 namespace orthonorm {
 namespace {
@@ -79,70 +80,66 @@ class FactoredMoments {
   }
 
   Place& place(const Unit& unit) { return places_[unit.job - first_job_]; }
+  const Place& place(const Unit& unit) const { return places_[unit.job - first_job_]; }
   double* work(int64_t at) const { return workspace_.at(at); }
   Part& part(int64_t at) const { return *reinterpret_cast<Part*>(work(at)); }
 
-  // Moments of the runs, then column sums of the same runs while they are in the cache.
+  // Moments of the runs, then weighted column sums of the same runs while they are in the cache.
   void first_pass(const Unit& unit) {
-    const Job& job = jobs_[unit.job];
+    const Runs& x = jobs_[unit.job].x;
     double* sums = work(unit.work + kPart);
-    std::fill(sums, sums + sets() * job.x.inner, 0.0);
+    std::fill(sums, sums + sets() * x.inner, 0.0);
     Part total{};
-    for (int64_t o = unit.o0; o < unit.o1; o += kGroup) {
-      const int64_t count = std::min(kGroup, unit.o1 - o);
-      double first[kGroup], second[kGroup];
-      run_moments(job, o, count, work(place(unit).outer + o), first, second, total);
-      for (int64_t i = 0; i < job.x.inner; i += kTile) {
-        const Unit tile{unit.job, o, o + count, i, std::min(i + kTile, job.x.inner), 0};
-        add_columns(job.x, tile, first, second, sums + i);
-      }
+    int64_t o = unit.o0;
+    if (!wide(jobs_[unit.job]) && x.inner <= kTile) {
+      for (; o + kGroup <= unit.o1; o += kGroup) add_runs<kGroup>(unit, o, sums, total);
     }
+    for (; o + 8 <= unit.o1; o += 8) add_runs<8>(unit, o, sums, total);
+    for (; o < unit.o1; ++o) add_runs<1>(unit, o, sums, total);
     part(unit.work) = total;
   }
 
-  // 1 / sqrt(moment) of runs [o, o + count) and the weights of their squares in the norm.
-  void run_moments(const Job& job, int64_t o, int64_t count, double* inverses, double* first,
-                   double* second, Part& total) const {
-    double moments[kGroup];
-    job.along_outer().read(o, count, moments);
-    for (int64_t r = 0; r < count; ++r) {
-      const double square = run_squares(job.x, o + r, false);
-      moments[r] = decayed(moments[r], square / static_cast<double>(job.x.inner), beta2_);
-      const double inverse = inverse_or_zero(std::sqrt(moments[r]));
+  // Whether float64 shows how sums over runs were rounded.
+  static bool wide(const Job& job) {
+    return job.x.dtype == ScalarType::Double || job.along_inner().dtype == ScalarType::Double;
+  }
+
+  // Runs [o, o + R) of a unit.
+  template <int R>
+  void add_runs(const Unit& unit, int64_t o, double* sums, Part& total) const {
+    const Job& job = jobs_[unit.job];
+    double squares[R];
+    for (int r = 0; r < R; ++r) squares[r] = run_squares(job.x, o + r, false);
+    const auto weights = run_moments<R>(job, o, squares, work(place(unit).outer + o), total);
+    const WeightedSums to{sums, sums + job.x.inner, sums + 2 * job.x.inner};
+    with_rows<R>(job.x, o, 0, job.x.inner, 0, [&](int64_t i, int64_t n, const auto& rows) {
+      if (keep_norm_) {
+        const WeightedSums at{to.plain + i, to.first + i, to.second + i};
+        return add_weighted_squares(rows, weights, n, at, wide(job));
+      }
+      for (const auto* row : rows.at) add_squares(Rows{{row}}, n, to.plain + i);
+    });
+  }
+
+  // 1 / sqrt(moment) of runs [o, o + R); returns the weights of their squares in the norm.
+  template <int R>
+  Weights<R> run_moments(const Job& job, int64_t o, const double* squares, double* inverses,
+                         Part& total) const {
+    double moments[R];
+    Weights<R> weights;
+    job.along_outer().read(o, R, moments);
+    for (int r = 0; r < R; ++r) {
+      moments[r] = decayed(moments[r], squares[r] / static_cast<double>(job.x.inner), beta2_);
+      const double inverse = inverse_or_zero(std::sqrt(moments[r])), square = inverse * inverse;
       inverses[r] = inverse;
-      first[r] = inverse * inverse;
-      second[r] = first[r] * (at_ == EpsAt::inside ? first[r] : inverse);
-      total.before += square;
+      weights.first[r] = square;
+      weights.second[r] = square * (at_ == EpsAt::inside ? square : inverse);
+      total.before += squares[r];
       total.moments += moments[r];
       total.largest = std::max(total.largest, inverse);
     }
-    job.along_outer().write(o, count, moments);
-  }
-
-  void add_columns(const Runs& x, const Unit& tile, const double* first, const double* second,
-                   double* sums) const {
-    const WeightedSums sets{sums, sums + x.inner, sums + 2 * x.inner};
-    int64_t o = tile.o0;
-    for (; keep_norm_ && o + 4 <= tile.o1; o += 4) add_weighted<4>(x, tile, o, first, second, sets);
-    for (; keep_norm_ && o < tile.o1; ++o) add_weighted<1>(x, tile, o, first, second, sets);
-    for (; o < tile.o1; ++o) {
-      with_rows<1>(x, o, tile.i0, tile.i1, 0, [&](int64_t i, int64_t n, const auto& row) {
-        add_squares(row, n, sums + (i - tile.i0));
-      });
-    }
-  }
-
-  // Runs [o, o + R), while those of the next group come into the cache.
-  template <int R>
-  void add_weighted(const Runs& x, const Unit& tile, int64_t o, const double* first,
-                    const double* second, const WeightedSums& sums) const {
-    Weights<R> weights;
-    std::copy_n(first + (o - tile.o0), R, weights.first);
-    std::copy_n(second + (o - tile.o0), R, weights.second);
-    with_rows<R>(x, o, tile.i0, tile.i1, kGroup, [&](int64_t i, int64_t n, const auto& rows) {
-      const int64_t at = i - tile.i0;
-      add_weighted_squares(rows, weights, n, {sums.plain + at, sums.first + at, sums.second + at});
-    });
+    job.along_outer().write(o, R, moments);
+    return weights;
   }
 
   // The columns of one share: their sums over all units, their moments, what they add to the norm.
@@ -317,7 +314,8 @@ class FactoredMoments {
   }
 
   static constexpr int64_t kUnitRuns = 128;  // of a unit at least: its three rows of sums are small
-  static constexpr int64_t kGroup = 8;  // runs whose squares are summed both ways in the cache
+  // Runs whose squares are summed both ways in the cache: of up to kTile elements they fit L2.
+  static constexpr int kGroup = 32;
 
   const std::vector<Job>& jobs_;
   const double beta2_, eps_;

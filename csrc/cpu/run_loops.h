@@ -16,9 +16,10 @@ constexpr int64_t kScratch = 1024;
 template <int R, class F>
 inline void with_rows(const Runs& x, int64_t o, int64_t i0, int64_t i1, int64_t ahead, const F& f) {
   const auto converted = [&]<class A>(A) {
-    alignas(64) A scratch[R][kScratch];
-    for (int64_t i = i0; i < i1; i += kScratch) {
-      const int64_t count = std::min(kScratch, i1 - i);
+    constexpr int64_t piece = R > 8 ? kScratch / 4 : kScratch;
+    alignas(64) A scratch[R][piece];
+    for (int64_t i = i0; i < i1; i += piece) {
+      const int64_t count = std::min(piece, i1 - i);
       Rows<R, A> rows;
       for (int64_t r = 0; r < R; ++r) {
         load_into(x.at(o + r, i), x.dtype, x.stride_inner, count, scratch[r]);
@@ -60,6 +61,7 @@ inline double run_squares(const Runs& x, int64_t o, bool norm) {
 
 // Column sums of squares over the runs of a unit no wider than a tile. Squares of float64, which
 // double rounds, are added in short sums first: one sum of 300 was off by 2.7e-16 (2026-11).
+// In float, sixteen runs at a time, `column_moment_` took 12.8 ms where it takes 12.2 (2026-11).
 inline void sum_columns(const Runs& x, const Unit& unit, double* sums) {
   const int64_t chunk = x.dtype == ScalarType::Double ? 64 : INT64_MAX / 2;
   const int64_t count = unit.i1 - unit.i0, ahead = runs_ahead(x, kAheadOfSums);

@@ -136,49 +136,6 @@ inline void add_squares(const Rows<1, T>& x, int64_t count, double* sums) {
   });
 }
 
-// Sums over the rows of x_rj^2, and of the same weighted by two numbers of each row.
-struct WeightedSums {
-  double *plain, *first, *second;
-};
-
-template <int R>
-struct Weights {
-  double first[R], second[R];
-};
-
-template <int R, class T>
-inline void add_weighted_squares(const Rows<R, T>& x, const Weights<R>& weights, int64_t count,
-                                 const WeightedSums& sums) {
-  specialized([=]<Isa set>(For<set>) {
-    int64_t j = 0;
-    for (; j + 8 <= count; j += 8) {
-      Eight plain, first, second, v;
-      std::memcpy(&plain, sums.plain + j, sizeof(plain));
-      std::memcpy(&first, sums.first + j, sizeof(first));
-      std::memcpy(&second, sums.second + j, sizeof(second));
-      for (int r = 0; r < R; ++r) {
-        x.prefetch(r, j);
-        load_eight<set>(x.at[r] + j, v);
-        v *= v;
-        plain += v;
-        first += weights.first[r] * v;
-        second += weights.second[r] * v;
-      }
-      std::memcpy(sums.plain + j, &plain, sizeof(plain));
-      std::memcpy(sums.first + j, &first, sizeof(first));
-      std::memcpy(sums.second + j, &second, sizeof(second));
-    }
-    for (; j < count; ++j) {
-      for (int r = 0; r < R; ++r) {
-        const double value = widen(x.at[r][j]), square = value * value;
-        sums.plain[j] += square;
-        sums.first[j] += weights.first[r] * square;
-        sums.second[j] += weights.second[r] * square;
-      }
-    }
-  });
-}
-
 inline void add_to(double* sums, const double* more, int64_t count) {
   specialized([=] {
     for (int64_t j = 0; j < count; ++j) sums[j] += more[j];
