@@ -86,7 +86,7 @@ def store_squares(
     A matrix has lines x slots of them from the entry's item on, one slot for GRAIN places; of those
     that a tile covers it fills the first.
     """
-    total = tl.sum(tl.where(mask, value * value, 0.0), axis=AXIS)
+    total = tl.sum(value * value, axis=AXIS)
     slot = batch * tl.cdiv(length, GRAIN) + place // GRAIN
     at = sums + tiles.field(entries, count, entry, EXTRA + 1) + slot * lines + line
     local = tl.arange(0, total.shape[0])

@@ -107,7 +107,7 @@ def factored_moment_(
         sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
         common, steps = (table.data, table.count), (table.steps, *group.constants(0, 1))
         lines.moments_kernel[(table.tiles,)](
-            *common, rows, sums, parts, *steps, lines.RAW.value, **lines.WIDER
+            *common, rows, sums, parts, *steps, lines.RAW.value, **lines.options(*group.blocks)
         )
         blocks = triton.cdiv(max(entry[3] for entry in group.entries), lines.LANES.value)
         most = max(entry[7] for entry in group.entries)
@@ -117,5 +117,5 @@ def factored_moment_(
         for write in (False, True) if keep_norm else (True,):
             factored_kernel[(table.tiles,)](
                 *common, rows, columns, sums, *steps, lines.EPS_AT[eps_at], keep_norm, write,
-                **lines.WIDER,
+                **lines.options(*group.blocks),
             )  # fmt: skip

@@ -28,7 +28,6 @@ INSIDE, CLAMP = tl.constexpr(1), tl.constexpr(2)
 RAW = tl.constexpr(3)  # the moment itself instead of a factor
 EPS_AT = {"outside": 0, "inside": 1, "clamp": 2}
 OPTIONS = dict(num_warps=4, **FUSION)
-WIDER = dict(num_warps=8, **FUSION)  # for twice as many elements at a time
 
 
 @triton.jit
@@ -272,6 +271,11 @@ def blocks_of(device: torch.device, order: int, parts: bool = False) -> tuple[in
     if order == 1:
         return (32, 128) if parts else (8, 256)
     return (64, 32)
+
+
+def options(lines: int, along: int) -> dict[str, Any]:
+    """Of a launch by how many elements its programs take at a time."""
+    return OPTIONS | dict(num_warps=8 if lines * along > 2048 else 4)
 
 
 class Sizes(NamedTuple):

@@ -96,21 +96,27 @@ def normuon_step_(
     safety: float = 1.0,
 ) -> None:
     iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
-    tensors = (params, grads, momentum_buffers, row_moments)
-    wide = any(t.dtype == torch.float64 for some in tensors for t in some)
-    if not params or wide or any(iteration.key(b) is None for b in momentum_buffers):
-        numbers = (lr, momentum, weight_decay, factors, beta2, norm_eps, coefficients, restarts)
-        return ops.normuon_step_.definition(*tensors, *numbers, nesterov, *iteration[2:])
-    numbers = (beta2, 1 - beta2, norm_eps, weight_decay)
-    lr = lr.to(params[0].device)
-    sizes = [b.numel() for b in momentum_buffers]
-    for part in tables.stretches(sizes, max(*sizes, ACCELERATOR_WORK)):
-        states = momentum_buffers[part]
-        updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in states]
-        norms = muon_prologue_(grads[part], states, updates, momentum, nesterov)
+    lists = (params, grads, momentum_buffers, row_moments)
+    mine: list[int] = []
+    rest: list[int] = []
+    for i, matrices in enumerate(zip(*lists, strict=True)):
+        wide = any(t.dtype == torch.float64 for t in matrices)
+        served = not wide and iteration.key(momentum_buffers[i]) is not None
+        (mine if served else rest).append(i)
+    if rest:
+        some = ([tensors[i] for i in rest] for tensors in lists)
+        numbers = (weight_decay, [factors[i] for i in rest], beta2, norm_eps)
+        how = (coefficients, restarts, nesterov, *iteration[2:])
+        ops.normuon_step_.definition(*some, lr, momentum, *numbers, *how)
+    sizes = [momentum_buffers[i].numel() for i in mine]
+    for part in tables.stretches(sizes, max((*sizes, ACCELERATOR_WORK))) if mine else ():
+        weights, G, B, moments = ([tensors[i] for i in mine[part]] for tensors in lists)
+        updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
+        norms = muon_prologue_(G, B, updates, momentum, nesterov)
         sums = polars_(iteration, updates, norms)
-        lists = (params[part], updates, row_moments[part])
-        update_(*lists, sums, lr, numbers, factors[part])
+        numbers = (beta2, 1 - beta2, norm_eps, weight_decay)
+        scales = [factors[i] for i in mine[part]]
+        update_(weights, updates, moments, sums, lr.to(sums.device), numbers, scales)
 
 
 def polars_(iteration: Iteration, X: list[Tensor], norms: Tensor) -> Tensor:

@@ -151,9 +151,6 @@ def product_kernel(
         d_at = elements(
             entries, count, entry, batch, 3, i, j, rows, columns, D_TYPE, D_ORDER, ALIGNED
         )
-        out_at = elements(
-            entries, count, entry, batch, 4, i, j, rows, columns, OUT_TYPE, OUT_ORDER, ALIGNED
-        )
         if ADDED:
             acc += beta * tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
         if SYMMETRIC:
@@ -161,6 +158,9 @@ def product_kernel(
                 acc, row == column, entries, count, entry, batch, i, j, M, N, rows, columns,
                 OUT_TYPE, OUT_ORDER, ALIGNED,
             )  # fmt: skip
+        out_at = elements(
+            entries, count, entry, batch, 4, i, j, rows, columns, OUT_TYPE, OUT_ORDER, ALIGNED
+        )
         END(
             out_at, acc, mask, c_at, d_at, numbers, entries, count, entry, EXTRA, first, second,
             batch, i, j,

@@ -22,12 +22,26 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def norm_of(x, down, across, n, columns, within, BLOCK_N: tl.constexpr):
+def inside(entries, count, entry, rows, columns, ALIGNED: tl.constexpr):
+    """Mask of these rows and columns; of sides read anew every time (volatile), or masks would take
+    registers through all iterations (sm_80 spills them at 128 x 128; 2026-11)."""
+    n = tl.load(entries + count + entry, volatile=True).to(tl.int32)
+    m = tl.load(entries + 2 * count + entry, volatile=True).to(tl.int32)
+    if ALIGNED:  # as `tiles.side`
+        n = n // 8 * 8
+        m = m // 8 * 8
+    return (rows < n)[:, None] & (columns < m)[None, :]
+
+
+@triton.jit
+def norm_of(
+    x, down, across, entries, count, entry, columns, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     """|X|_F in double, a few rows at a time: doubles of all of X would not fit the registers."""
     squares = tl.zeros((16, columns.shape[0]), dtype=tl.float64)
     rows = tl.arange(0, 16)
     for start in tl.range(0, BLOCK_N, 16):
-        mask = (start + rows < n)[:, None] & within
+        mask = inside(entries, count, entry, start + rows, columns, ALIGNED)
         at = tiles.square(start + rows, columns, down, across)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float64)
         squares += value * value
@@ -47,21 +61,21 @@ def iterate_kernel(
     program = tl.program_id(0).to(tl.int64)
     entry = tiles.locate(entries, count, program, STEPS)
     batch = program - tiles.field(entries, count, entry, 0)
-    n = tiles.side(entries, count, entry, 1, ALIGNED)
     columns = tl.arange(0, BLOCK_M)
-    within = (columns < tiles.side(entries, count, entry, 2, ALIGNED))[None, :]
     x, down, across = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
     divisor = tiles.number(table, 1)
     if SCALE:
         if norms is None:
-            norm = norm_of(x, down, across, n, columns, within, BLOCK_N)
+            norm = norm_of(
+                x, down, across, entries, count, entry, columns, ALIGNED, BLOCK_N
+            )  # fmt: skip
         else:
             norm = tl.load(norms + tiles.field(entries, count, entry, 3) + batch)
         eps = tiles.number(table, 0)
         divisor = divisor * tl.where(norm < eps, eps, norm)  # NaN stays
     inverse = tl.where(divisor == 0, 0.0, 1.0 / divisor)
     rows = tl.arange(0, BLOCK_N)
-    mask = (rows < n)[:, None] & within
+    mask = inside(entries, count, entry, rows, columns, ALIGNED)
     y = tl.load(x + tiles.square(rows, columns, down, across), mask=mask, other=0.0)
     y = (y.to(tl.float64) * inverse).to(tl.float32).to(DOT_TYPE)
     coefficients = entries + (HEAD + 8) * count
@@ -75,6 +89,7 @@ def iterate_kernel(
             half = A.to(DOT_TYPE)
             B += c * tl.dot(half, half)
         y = (a * y.to(tl.float32) + tl.dot(B.to(DOT_TYPE), y)).to(DOT_TYPE)
+    mask = inside(entries, count, entry, rows, columns, ALIGNED)
     out, down, across = tiles.matrix(
         entries, count, entry, batch, HEAD + 4, OUT_TYPE, OUT_ORDER, ALIGNED
     )

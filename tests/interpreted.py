@@ -153,12 +153,52 @@ def test_muon_writes_weights_where_products_end(
     assert "update" in launches
 
 
+<<<<<<< HEAD
 def test_flags_of_the_scaler() -> None:
     test_amp.check_flags()
 
 
 def test_halves() -> None:
     test_amp.check_halves()
+=======
+# wide, tall and batched, in several tiles; small
+STEP = ((20, 140), (2, 150, 20), (9, 30))
+ONCE = {"form": "direct", "precision": "float16", "coefficients": KELLER[:3]}
+
+
+def test_normuon_adds_squares_where_products_end(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no pass of its own over the polar factors; the same alone and in company."""
+    from orthonorm.kernels import lines
+
+    monkeypatch.setattr(lines, "moments_kernel", None)
+    case = CASES["normuon_step_"]
+    check_numbers(case, STEP, Inputs(), **ONCE, factors=[0.5, 2.0, 3.0])
+    assert {"row_squares", "column_squares"} <= set(launches)
+    together = made(case, STEP, Inputs(), **ONCE)
+    lists = ("params", "grads", "momentum_buffers", "row_moments", "factors")
+    alone = [{**together, **{k: together[k][i : i + 1] for k in lists}} for i in range(len(STEP))]
+    alone = [run(case, case.op, copied(arguments)) for arguments in alone]
+    for name, values in run(case, case.op, together).items():
+        assert all(torch.equal(one[name][0], v) for one, v in zip(alone, values, strict=True)), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_muon_rounds_where_products_end(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits that a pass of its own over the polar factors would write."""
+    from orthonorm.kernels import muon_step
+
+    case = CASES["muon_step_"]
+    inputs = Inputs(torch.bfloat16, torch.float32, layout=layout)
+    arguments = made(case, STEP, inputs, **ONCE, rounding=torch.tensor(7))
+    want = run(case, case.op.definition, copied(arguments))["params"]
+    monkeypatch.setattr(muon_step, "decayed_update_", None)
+    got = run(case, case.op, copied(arguments))["params"]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    nearest = run(case, case.op, arguments | {"rounding": None})["params"]
+    assert not any(torch.equal(a, b) for a, b in zip(got, nearest, strict=True))
+>>>>>>> 925cf7c (Triton: spills gone from seven launches: masks read anew, addresses after the mirror, tiles and warps; the compile report in two files and anew)
 
 
 def test_stochastic_rounding() -> None:

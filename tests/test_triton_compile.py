@@ -17,23 +17,21 @@ if sys.platform != "linux":  # there the dev extra installs it, and its absence 
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
 from orthonorm.bench import triton_report as report
+from orthonorm.bench.triton_builds import ARCHES, Build, builds
 
 PATH = Path(report.__file__).parent / "results" / "triton_compile.json"
 ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in json.loads(PATH.read_text())}
-BUILDS = [build for arch in report.ARCHES for build in report.builds(arch)]
-# Registers that do not suffice by a little; ptxas, Triton 3.9, 2026-11.
+BUILDS = [build for arch in ARCHES for build in builds(arch)]
+# Two registers too few, ptxas of Triton 3.9, 2026-11: LLVM keeps the iterate in float32, which
+# these ends want, through the loop beside the half type the products want; 16 warps spill 700 times
 SPILLS = {
-    "symmetric_update-float16-128x128x32-sm_80": 2,
-    "symmetric_update-bfloat16-128x128x32-sm_80": 2,
-    "small_newton_schulz-bfloat16-128x128-sm_80": 4,
-    "small_muon-bfloat16-128x128-sm_80": 4,
-    "factored_moment_across-bfloat16-64x32-sm_90": 2,
-    "gram-tall-tf32-64x64x32-sm_100": 2,
-    "conda-there-tf32-128x64x32-sm_100": 16,
+    f"small_{op}-{dtype}-128x128-sm_80": 8
+    for op in ("normuon", "normuon-tall", "muon-rounded")
+    for dtype in ("float16", "bfloat16")
 }
 
 
-def check(build: report.Build, row: dict[str, Any]) -> None:
+def check(build: Build, row: dict[str, Any]) -> None:
     """No spills but for tensors of any strides, whose offsets are of 64 bits; tensor cores in
     products, memory within limits."""
     assert not build.wide or row["spills"] <= SPILLS.get(build.name, 0), row
@@ -48,7 +46,7 @@ def check(build: report.Build, row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("build", BUILDS, ids=lambda b: b.name)
-def test_report(build: report.Build) -> None:
+def test_report(build: Build) -> None:
     check(build, ROWS[build.name])
 
 
@@ -56,11 +54,13 @@ def test_report_has_no_other_rows() -> None:
     assert set(ROWS) == {build.name for build in BUILDS}
 
 
-RECOMPILED = [b for b in BUILDS if b.arch == "90" and b.dtype == "bfloat16" and b.wide]
+HOPPER = [b for b in BUILDS if b.arch == "90" and b.dtype == "bfloat16" and b.wide]
+# the largest tile of every launch: records come so, blocks on chip the other way round
+RECOMPILED = list({b.op: b for b in sorted(HOPPER, key=lambda b: b.tile)}.values())
 
 
 @pytest.mark.parametrize("build", RECOMPILED, ids=lambda b: b.name)
-def test_compiles(build: report.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the report says, or better for another compiler."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     check(build, report.compiled(build))
