@@ -74,7 +74,20 @@ def parser() -> argparse.ArgumentParser:
         description="How fast and how exact, beside what else is installed.",
     )  # fmt: skip
     p.add_argument("names", nargs="*", metavar="NAME", help="op, step, all, " + ", ".join(TASKS))
-    what = p.add_argument_group("what to measure")
+    _what(p.add_argument_group("what to measure"))
+    _how(p.add_argument_group("how to measure"))
+    _out(p.add_argument_group("what to write"))
+    more = p.add_argument_group("cluster and static")
+    more.add_argument("--tflops", type=_positive, help="cluster: kernel rate (measured)")
+    more.add_argument("--copy", type=_positive, help="cluster: GB/s of a device's copy (measured)")
+    more.add_argument("--gbps", type=_positive, default=50.0, help="cluster: GB/s a device (50)")
+    more.add_argument("--latency", type=_positive, default=20.0, help="cluster: us a message (20)")
+    more.add_argument("--compile", action="store_true", help="static: compile the kernels anew")
+    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of --processes: only this JSON
+    return p
+
+
+def _what(what: argparse._ArgumentGroup) -> None:
     what.add_argument("--list", action="store_true", help="list names, shapes, dtypes and spectra")
     what.add_argument(
         "--shape", nargs="+", metavar="SHAPE",
@@ -93,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("-k", dest="filter", metavar="EXPR", help="cases whose id matches, as pytest")
     what.add_argument("--quick", action="store_true", help="every name once, two minutes in all")
     what.add_argument("--dry-run", action="store_true", help="list the cases and stop")
-    how = p.add_argument_group("how to measure")
+
+
+def _how(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--rounds", type=_count, help="rounds per row group (what fits --seconds)")
     how.add_argument("--seconds", type=_positive, help="time per row group (4)")
     how.add_argument("--threads", type=_count, help="torch's threads")
@@ -111,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
         "--ceilings", action=argparse.BooleanOptionalAction, default=True,
         help="measure the machine's copy and product rates first (on)",
     )  # fmt: skip
-    out = p.add_argument_group("what to write")
+
+
+def _out(out: argparse._ArgumentGroup) -> None:
     out.add_argument("--load", type=Path, metavar="FILE", help="take a run's JSON, do not measure")
     out.add_argument(
         "--json", type=Path, metavar="FILE", help="the run: all the rest is made of it"
@@ -125,14 +142,6 @@ def parser() -> argparse.ArgumentParser:
         "--threshold", type=_positive, default=5.0, metavar="PERCENT",
         help="slower by more, beyond noise, fails --compare (5)",
     )  # fmt: skip
-    more = p.add_argument_group("cluster and static")
-    more.add_argument("--tflops", type=_positive, help="cluster: kernel rate (measured)")
-    more.add_argument("--copy", type=_positive, help="cluster: GB/s of a device's copy (measured)")
-    more.add_argument("--gbps", type=_positive, default=50.0, help="cluster: GB/s a device (50)")
-    more.add_argument("--latency", type=_positive, default=20.0, help="cluster: us a message (20)")
-    more.add_argument("--compile", action="store_true", help="static: compile the kernels anew")
-    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of --processes: only this JSON
-    return p
 
 
 def known(label: str, value: str, choices: Sequence[str]) -> str:

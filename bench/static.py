@@ -51,12 +51,16 @@ class Launch(NamedTuple):
         return self.useful / self.done if self.done else 1.0
 
     @property
+    def busiest(self) -> float:
+        """Floating-point operations of the multiprocessor that does most."""
+        return math.ceil(self.tiles / self.device.processors) * self.done / self.tiles
+
+    @property
     def floor(self) -> float:
         """Seconds: the busiest multiprocessor's tiles at its share of the peak, or the traffic."""
         d = self.device
-        most = math.ceil(self.tiles / d.processors)
         peak = d.rate(self.kernel.dtype) / d.processors
-        return max(most * self.done / self.tiles / peak, self.traffic / d.memory)
+        return max(self.busiest / peak, self.traffic / d.memory)
 
 
 def _symmetric(shape: Sequence[int], k: int, kernel: Kernel) -> tuple[int, float, float]:
@@ -120,8 +124,8 @@ class _Shapes(Inputs):
 
 
 def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]:
-    """The launch of a case on every device: as `kernels/configs.py` picks, the first record whose
-    tiles fill the device, else the one with most tiles."""
+    """The launch of a case on every device: of the record with the least work for the busiest
+    multiprocessor, a smaller one if that is below 4/5 of a larger one's (`configs.pick`)."""
     workload = shapes.parse(shape)
     op = triton_name(name)
     if not CASES[name].takes_list:
@@ -131,15 +135,18 @@ def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]
     for k in found:
         if k.op == op and k.blocks and all(fits(k, s) for s in workload.shapes):
             alike.setdefault((k.arch, k.dtype, k.language), []).append(k)
-    for (arch, dtype, _), choices in alike.items():
+    for (_, dtype, _), choices in alike.items():
         made = []
         for k in choices:
             parts = [tiling(s, k) for s in workload.shapes]
             tiles, useful, done = (sum(column) for column in zip(*parts, strict=True))
             made.append(Launch(name, shape, k, int(tiles), useful, done,
                                _traffic(name, shape, dtype)))  # fmt: skip
-        filling = (m for m in made if m.tiles >= DEVICES[arch].processors)
-        yield next(filling, max(made, key=lambda m: m.tiles))
+        best = made[0]
+        for smaller in made[1:]:
+            if smaller.busiest < 0.8 * best.busiest:
+                best = smaller
+        yield best
 
 
 HEAD = ("op", "shape", "by", "GPU", "tile", "dtype", "regs", "spills", "KiB", "warps", "occup.",

@@ -153,14 +153,14 @@ def test_muon_writes_weights_where_products_end(
     assert "update" in launches
 
 
-<<<<<<< HEAD
 def test_flags_of_the_scaler() -> None:
     test_amp.check_flags()
 
 
 def test_halves() -> None:
     test_amp.check_halves()
-=======
+
+
 # wide, tall and batched, in several tiles; small
 STEP = ((20, 140), (2, 150, 20), (9, 30))
 ONCE = {"form": "direct", "precision": "float16", "coefficients": KELLER[:3]}
@@ -198,7 +198,6 @@ def test_muon_rounds_where_products_end(layout: str, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     nearest = run(case, case.op, arguments | {"rounding": None})["params"]
     assert not any(torch.equal(a, b) for a, b in zip(got, nearest, strict=True))
->>>>>>> 925cf7c (Triton: spills gone from seven launches: masks read anew, addresses after the mirror, tiles and warps; the compile report in two files and anew)
 
 
 def test_stochastic_rounding() -> None:
