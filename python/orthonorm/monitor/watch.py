@@ -22,20 +22,10 @@ from .. import ops
 from ..ops.spectral import start_vector
 from .alignment import AlignmentAlarm, spectral_alignment
 from .guard import Guard, warn_of
-from .metrics import (
-    METRICS,
-    NORMS,
-    Known,
-    Named,
-    batches,
-    check_rules,
-    choose,
-    known,
-    serves,
-    stack,
-)
+from .metrics import METRICS, NORMS, Named, batches, check_rules, choose, known, serves, stack
+from .parts import Parts
 from .records import Records, Row, plot, write_csv, write_json
-from .shards import FROM_PARTS, cut_among, gathered, on_any_rank, part_norms
+from .shards import gathered, on_any_rank
 from .watched import find
 
 KINDS = ("weights", "gradients", "updates", "activations")
@@ -125,7 +115,7 @@ class Monitor:
         self.seconds = self._last_cost = 0.0
         self._started: float | None = None
         self._vectors: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-        self._part_vectors: dict[tuple[str, str], Tensor] = {}
+        self._parts = Parts()
         self._inputs: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._layer_hooks: list[Any] = []
@@ -264,23 +254,14 @@ class Monitor:
 
     def _measure_parameters(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Adds the rows of the kind's metrics; nothing is gathered where parts give them all."""
-        metrics, rows = self.metrics.get(kind, NORMS), list[Row]()
-        cut = cut_among(tensors) if set(metrics) <= set(FROM_PARTS) else {}
-        for (spread, _), names in cut.items():
-            with self._guard(f"{kind} of {names[0]}"):
-                some, keys = [tensors[n] for n in names], [(kind, n) for n in names]
-                start = [self._part_vectors.get(key) for key in keys]
-                found = part_norms(some, spread, POWER_STEPS, start)
-                self._part_vectors.update(zip(keys, found.v, strict=True))
-                for metric in metrics:
-                    for n, t, top, size in zip(names, some, found.top, found.size, strict=True):
-                        shape = torch.empty(1, *t.shape, device="meta")
-                        value = METRICS[metric].compute(Known(shape, top, size, None))
-                        rows.append(Row(self.steps, kind, n, metric, value.item()))
+        rows: list[Row] = []
+        with self._guard(f"{kind} in parts"):
+            metrics = self.metrics.get(kind, NORMS)
+            for found in self._parts.measured(kind, tensors, metrics, POWER_STEPS):
+                rows.append(Row(self.steps, kind, *found))
         self._record(rows)
-        measured = {n for names in cut.values() for n in names}
-        rest = {n: t for n, t in tensors.items() if n not in measured}
-        self._measure(kind, self._matrices(rest))
+        done = {row.name for row in rows}
+        self._measure(kind, self._matrices({n: t for n, t in tensors.items() if n not in done}))
 
     def _matrices(self, tensors: Mapping[str, Tensor]) -> Named:
         out: Named = []
