@@ -163,6 +163,7 @@ def test_checkpointing_of_single_layers_takes_no_step(reentrant: bool) -> None:
     assert all(p.grad is not None for p in m.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_results_use_their_memory_again_unless_somebody_keeps_them() -> None:
     m = on.spectral_norm_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 3)))
     x, places = torch.randn(5, 8), []
