@@ -144,7 +144,8 @@ void test_columns(int64_t count, double scale, double weight, bool spoilt = fals
     for (int64_t j = 0; spoilt && scale < 1 && j < count; j += 100) memory[r][j] = 0;
     for (int64_t j = 1; spoilt && r != 5 && j < count; j += 100) memory[r][j] = 0;
     x.at[r] = memory[r].get();
-    weights.first[r] = (spoilt && r == 5 ? 1e-40 : 1 + r) * weight, weights.second[r] = 0.1 * (1 + r);
+    weights.first[r] = (spoilt && r == 5 ? 1e-40 : 1 + r) * weight;
+    weights.second[r] = 0.1 * (1 + r);
     add_squares(Rows<1, A>{{x.at[r]}, 64}, count, sums.get());
   }
   add_weighted_squares(x, weights, count, {a.get(), b.get(), c.get()}, exactly);
