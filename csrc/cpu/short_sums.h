@@ -1,10 +1,11 @@
 // Weighted sums over runs, added up in float before double takes them over; torch-free.
 //
-// Every element converted to double for three sums took 64% of `factored_moment_`. In float, and
-// promoted once in 32 runs, the sums of 340 MB take as long as reading them (two threads, 2026-11:
-// 9.3 ms where reading takes 9.4; 11.2 ms in double). The error is that of adding 32 floats, and
-// averages out over a matrix. Where squares, weights or sums leave the range in which that holds,
-// and where float64 would show that error, sums are double's.
+// Every element converted to double for three sums took most of `factored_moment_`'s time. In
+// float, and promoted once in 32 runs, sums along and over the runs of 340 MB take as long as
+// reading them (two threads, 2026-11: 9.3 ms where reading takes 9.5; promoted once in 8 runs 10.4,
+// as promoting costs what adding eight does). The error is that of adding 32 floats, and averages
+// out over a matrix. Where squares, weights or sums leave the range in which that holds, and where
+// float64 would show that error, sums are double's.
 #pragma once
 
 #include <algorithm>
