@@ -274,7 +274,7 @@ class Group:
             size = triton.cdiv(height, self.constants[3])
             head = (batch * size, size, height, width, *before, batch)
             entries.append((*head, *fields, matrices))
-            before = before.and_of(batch, height, width, size)
+            before = before.and_of(batch, height, width, size * width)
         self.sizes = sizes
         self.table = tables.table(entries, (eps,), sizes.device)
         self.blocks = triton.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
