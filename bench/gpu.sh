@@ -62,6 +62,8 @@ part tests-compiled 120 "$PY" -m pytest -m gpu tests/test_gpu.py --maxfail=30
 bench twins 100 decayed_update_ muon_prologue_ rotated_adam_ adamw_step_ magnitude row_moment_ \
   column_moment_ factored_moment_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small 4096x11008 \
   --against floor backend
+bench small-twins 40 small_newton_schulz gram_polynomial --seconds 1 --dtype bfloat16 float16 \
+  --shape 500x32x32 128x128x128 --against floor backend
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor an allocation of its own, with its own ends
 for tool in memcheck racecheck initcheck synccheck; do
   part "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \

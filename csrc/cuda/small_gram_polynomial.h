@@ -8,7 +8,7 @@ namespace orthonorm::cuda {
 //   Z = b R + c R^2;  Q <- a Q + Q Z;  W = a R + R Z;  R <- a W + W Z
 // W replaces R where Z is another matrix; where c = 0, Z means b R and W has its place.
 template <class S>
-__global__ void __launch_bounds__(S::threads)
+__global__ void __launch_bounds__(S::threads, 1)
     small_gram_polynomial_kernel(ORTHONORM_CONSTANT(SmallTable) table,
                                  ORTHONORM_CONSTANT(SmallPolynomial) polynomial) {
   using T = typename S::T;
