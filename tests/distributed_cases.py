@@ -352,22 +352,6 @@ def a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(context: Context
 
 
 @case(2)
-def experts_of_a_stack_stay_local(context: Context) -> None:
-    """Rules that no owner can compute run where whole matrices are local."""
-    mesh = device_mesh("cpu", (2,))
-    for cls in (optim.Conda, optim.SOAP, optim.Shampoo):
-        torch.manual_seed(0)
-        plain = nn.Parameter(torch.randn(3, 6, 5))
-        ours = nn.Parameter(distribute_tensor(plain.detach(), mesh, [Shard(0)]))
-        a, b = cls([ours]), cls([plain])
-        for step in range(3):
-            set_gradients(step, a, b)
-            assert counted(a.step) == (0, 0, 0, 0)
-            b.step()
-        same(a, b)
-
-
-@case(2)
 def z_a_killed_rank_ends_the_others(context: Context) -> None:
     """The last case: rank 1 is gone after it."""
     opt = optim.Muon(named(device_mesh("cpu", (2,)), [Shard(0)], "a"))

@@ -1,4 +1,4 @@
-"""Cases of tests/test_distributed.py: polar factors by sums of Gram matrices."""
+"""Cases of tests/test_distributed.py: sums of Gram matrices, and whole experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import orthonorm
 import torch
 import torch.distributed as dist
-from distributed_pairs import counted, whole
+from distributed_pairs import counted, same, set_gradients, whole
 from distributed_registry import Context, case, raises
 from orthonorm import monitor, optim
 from orthonorm.distributed import comm_report
@@ -188,3 +188,19 @@ def measured(tensors: list[Tensor]) -> dict[Any, float]:
             watching.step()
     assert not watching.failures, watching.failures
     return {row[:4]: row.value for row in watching.rows}
+
+
+@case(2)
+def experts_of_a_stack_stay_local(context: Context) -> None:
+    """Rules that no owner can compute run where whole matrices are local."""
+    mesh = device_mesh("cpu", (2,))
+    for cls in (optim.Conda, optim.SOAP, optim.Shampoo):
+        torch.manual_seed(0)
+        plain = nn.Parameter(torch.randn(3, 6, 5))
+        ours = nn.Parameter(distribute_tensor(plain.detach(), mesh, [Shard(0)]))
+        a, b = cls([ours]), cls([plain])
+        for step in range(3):
+            set_gradients(step, a, b)
+            assert counted(a.step) == (0, 0, 0, 0)
+            b.step()
+        same(a, b)

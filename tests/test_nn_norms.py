@@ -1,4 +1,4 @@
-"""Convolutions as operators, Gram bounds, rescaling, sigmaReparam and SRN, against the SVD of the
+"""Convolutions as operators, Gram bounds, rescaling, and sigmaReparam, against the SVD of the
 matrices that the layers are."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv_layers import EACH_CONV, dense, made, randn
 from orthonorm import gram_iteration
 from orthonorm import nn as on
 from orthonorm import spectral_norm as sigma_1
@@ -22,47 +23,6 @@ pytestmark = [
 ]
 # Random cases of each bound; ORTHONORM_EXAMPLES=10000 for more.
 CASES = int(os.environ.get("ORTHONORM_EXAMPLES", "300"))
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def dense(layer: nn.Module, size: tuple[int, ...]) -> Tensor:
-    """The layer without its bias as a matrix, column by column."""
-    channels = layer.in_channels
-    x = torch.eye(channels * math.prod(size), dtype=torch.float64).view(-1, channels, *size)
-    with torch.no_grad():
-        zero = torch.zeros(1, channels, *size, dtype=torch.float64)
-        return (layer(x) - layer(zero)).flatten(1).T
-
-
-CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "1d": (lambda: nn.Conv1d(3, 4, 3), (9,)),
-    "padded": (lambda: nn.Conv2d(2, 3, 3, padding=1), (5, 6)),
-    "wide padding": (lambda: nn.Conv2d(2, 3, 3, padding=(2, 3)), (5, 6)),
-    "strided": (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), (6, 7)),
-    "stride skips": (lambda: nn.Conv2d(2, 3, 2, stride=3), (7, 6)),
-    "dilated": (lambda: nn.Conv2d(2, 3, 3, dilation=2, padding=2), (6, 6)),
-    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (5, 5)),
-    "same, even": (lambda: nn.Conv2d(2, 2, (4, 3), padding="same"), (5, 6)),
-    "valid": (lambda: nn.Conv2d(2, 2, 3, padding="valid"), (5, 6)),
-    "circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (5, 6)),
-    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=2, padding_mode="reflect"), (5, 6)),
-    "replicate": (lambda: nn.Conv2d(2, 3, 3, 2, padding=2, padding_mode="replicate"), (5, 6)),
-    "3d": (lambda: nn.Conv3d(2, 2, 2, padding=1), (3, 3, 4)),
-    "transposed": (lambda: nn.ConvTranspose2d(3, 2, 3), (4, 5)),
-    "transposed, strided": (
-        lambda: nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1, output_padding=1, groups=2), (4, 5)
-    ),
-    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 2, 4, stride=3, dilation=2), (6,)),
-}  # fmt: skip
-EACH_CONV = pytest.mark.parametrize(("make", "size"), CONVS.values(), ids=CONVS)
-
-
-def made(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make().double()
 
 
 # ---- convolutions as operators -------------------------------------------------------------------
@@ -331,80 +291,3 @@ def test_sigma_reparam_together() -> None:
         on.sigma_reparam(nn.Linear(2, 2), gamma="two")
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         on.sigma_reparam(nn.LayerNorm(3))
-
-
-# ---- stable rank ---------------------------------------------------------------------------------
-def stable_rank(W: Tensor) -> Tensor:
-    return W.square().sum() / torch.linalg.matrix_norm(W, 2) ** 2
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_stable_rank_norm(together: bool) -> None:
-    """sigma_1 = 1 and the stable rank is the target, where it was above."""
-    for make, target, wanted in (
-        (lambda: nn.Linear(30, 20), 5.0, 5.0),
-        (lambda: nn.Linear(30, 20), 0.3, 6.0),
-        (lambda: nn.Linear(30, 20), 1.0, 1.0),
-        (lambda: nn.ConvTranspose2d(6, 8, 3), 2.5, 2.5),
-    ):
-        m = nn.Sequential(made(make))
-        f = on.stable_rank_norm_ if together else lambda m, **k: on.stable_rank_norm(m[0], **k)
-        f(m, target=target, n_power_iterations=300)
-        W = m[0].weight.movedim(int(isinstance(m[0], nn.ConvTranspose2d)), 0).flatten(1)
-        assert abs(stable_rank(W) - wanted) <= 1e-8
-        assert abs(torch.linalg.matrix_norm(W, 2) - 1) <= 1e-8
-        m[0].weight.sum().backward()
-        assert m[0].parametrizations.weight.original.grad.isfinite().all()
-
-
-def test_stable_rank_norm_leaves_low_ranks() -> None:
-    layer = nn.Linear(8, 8, bias=False).double()
-    with torch.no_grad():
-        layer.weight.copy_(torch.diag(torch.tensor([2.0] + [0.1] * 7)))
-    on.stable_rank_norm(layer, target=3.0, n_power_iterations=50)
-    torch.testing.assert_close(layer.weight, layer.parametrizations.weight.original / 2)
-    p = layer.parametrizations.weight[0].eval()
-    W = randn(8, 8).requires_grad_()
-    assert torch.autograd.gradcheck(p, (W,))
-    with pytest.raises(ValueError, match="target must be above 0"):
-        on.stable_rank_norm(nn.Linear(2, 2), target=0.0)
-
-
-@EACH_CONV
-def test_stable_rank_of_the_operator(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
-    """sigma_1 = 1 and the stable rank of the layer as a matrix is the target; the bias stays."""
-    conv = made(make)
-    if conv.padding_mode in ("reflect", "replicate"):
-        with pytest.raises(ValueError, match="needs zero padding"):
-            on.StableRankConv(conv, size)
-        return
-    bias = conv.bias.detach().clone()
-    m = on.StableRankConv(conv, size, 2.5)
-    x = torch.zeros(1, *m.operator.domain, dtype=torch.float64)
-    for _ in range(400):
-        m.conv.parametrizations.weight[0].step(m.conv.parametrizations.weight.original, 1)
-    m.in_channels = conv.in_channels
-    M = dense(m.eval(), size)
-    assert abs(torch.linalg.matrix_norm(M, 2) - 1) <= 1e-4
-    assert abs(stable_rank(M) - 2.5) <= 1e-3
-    torch.testing.assert_close(m(x)[0], bias.view(-1, *[1] * len(size)).expand(m.operator.range))
-    m.train()
-    (m(x + 1) - m(x + 2)).sum().backward()
-    assert conv.parametrizations.weight.original.grad.isfinite().all()
-
-
-def test_stable_rank_conv_gradient() -> None:
-    conv = made(lambda: nn.Conv1d(2, 3, 3, padding=1))
-    m = on.StableRankConv(conv, (6,), 2.0).eval()
-    p, W = conv.parametrizations.weight, conv.parametrizations.weight.original
-    x = randn(2, 2, 6).requires_grad_()
-
-    def f(x: Tensor, W: Tensor) -> Tensor:
-        return torch.func.functional_call(m, {"conv.parametrizations.weight.original": W}, (x,))
-
-    assert p[0].shape == W.shape
-    assert torch.autograd.gradcheck(f, (x, W.detach().clone().requires_grad_()))
-    with pytest.raises(ValueError, match=r"x must have shape \(2, 2, 6\), got \(2, 2, 7\)"):
-        m(randn(2, 2, 7))
-    with pytest.raises(TypeError, match="got Linear"):
-        on.StableRankConv(nn.Linear(2, 3), (6,))
