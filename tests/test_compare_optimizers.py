@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from orthonorm.bench import results
-from orthonorm.examples import compare_optimizers, comparison
+from orthonorm.examples import compare_optimizers, compare_states, comparison
 from orthonorm.examples.compare_optimizers import FACTOR, PRESETS, next_rate, search
 from orthonorm.optim import REGISTRY
 
@@ -113,3 +113,13 @@ def test_every_optimizer_has_a_default_rate() -> None:
     for name in REGISTRY:
         start, settings = compare_optimizers.settings_of(name, {"lr": 0.1})
         assert start > 0 and settings.get("adamw", {}) == ({} if name == "AdamW" else {"lr": 0.1})
+
+
+def test_states_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for every storage type, each with less state than the one of float32."""
+    compare_states.main(["--preset", "smoke", "--seeds", "3"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == list(compare_states.STATES)
+    sizes = [int(row[3].replace(",", "")) for row in rows]
+    assert sizes[1] < 0.6 * sizes[0] and sizes[3] < 0.3 * sizes[0]
+    assert rows[0][2] == "+0.0000" and all(abs(float(row[2])) < 0.5 for row in rows)

@@ -17,7 +17,7 @@ struct SmallScaling {
 template <class S>
 __device__ inline double norm_of(const SmallView& x) {
   ORTHONORM_SHARED(double, norm, 1);
-  Squares<float> squares;
+  Adder<Measure::norm, float> squares;
   x.each_run<S::threads>([&](int line, int at) {
     float values[8];
     x.load(line, at, values);
