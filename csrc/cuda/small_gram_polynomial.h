@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(S::threads, 1)
     T* const W = square ? R : Z;
     const float factor = square ? 1 : b1;
 #pragma unroll 1
-    for (int product = square ? 0 : 1; product < (last ? 2 : 4); ++product) {  // one copy of its code
+    for (int product = square ? 0 : 1; product < (last ? 2 : 4); ++product) {  // one copy of code
       T* const to = product == 0 ? Z : product == 1 ? Q : product == 2 ? W : R;
       const T* const left = product == 1 ? Q : product == 3 ? W : R;
       const float alpha = product == 0 ? c : factor, beta = product == 0 ? b1 : a;

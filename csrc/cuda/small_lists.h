@@ -141,7 +141,7 @@ __device__ inline void deliver(const T* X, int ld, const SmallView& out) {
 
 // ---- host --------------------------------------------------------------------------------------
 
-// Cuts a list into tables by how many rows a block needs room for, 16, 32, 64 or 128, and hands each
+// Cuts a list into tables by the rows a block needs room for, 16, 32, 64 or 128, and hands each
 // full one to `launch(table, size)`, size 0 to 3.
 class SmallLists {
  public:

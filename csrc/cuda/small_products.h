@@ -60,7 +60,7 @@ struct Place {
       : row(first_row + threadIdx.x % 32 / 4), column(first_column + 2 * (threadIdx.x % 4)) {}
 };
 
-// to = alpha left right^T + beta old, symmetric bit for bit, for products that are symmetric; without
+// to = alpha left right^T + beta old, symmetric bit for bit, of symmetric products; without
 // `old` the product alone. Rows of the factors have `depth` numbers.
 template <class S, class T>
 __device__ inline void symmetric_sum(T* to, const T* old, const T* left, const T* right, int ld,

@@ -1,5 +1,5 @@
-// Newton-Schulz and the Gram chain of small matrices on lists of awkward ones, against plain loops in
-// double. How far rounding may take a result is measured: by the same loops with every product rounded
+// Newton-Schulz and the Gram chain of small matrices on lists of awkward ones, against plain loops
+// in double. How far rounding may take a result is measured: by loops that round every product
 // where the kernel rounds it, of which the kernel may be off twice as far.
 #include "cuda/small_gram_polynomial.h"
 #include "cuda/small_newton_schulz.h"
@@ -17,7 +17,8 @@ using Matrix = std::vector<double>;
 const std::vector<double> quintic = {3.4445, -4.7750, 2.0315, 3.4445, -4.7750, 2.0315};
 const std::vector<double> cubic = {1.5, -0.5, 0, 1.5, -0.5, 0, 1.5, -0.5, 0};
 
-std::vector<Shape> shapes = {{1, 1}, {5, 7}, {2, 2, 17, 33}, {32, 32}, {50, 44}, {100, 20}, {72, 128}};
+std::vector<Shape> shapes = {{1, 1},   {5, 7},    {2, 2, 17, 33}, {32, 32},
+                             {50, 44}, {100, 20}, {72, 128}};
 std::vector<Lay> lays = {Lay::packed, Lay::transposed, Lay::shifted, Lay::spaced};
 
 // The arithmetic of a reference: exact, or rounded to T where the kernel stores.
@@ -103,7 +104,8 @@ Matrix wide(const Values& x, int64_t b, bool tall, int64_t n, int64_t m) {
 }
 
 template <class T>
-void newton_schulz_of(std::deque<Values>& X, std::deque<Values>& out, const std::vector<double>& c) {
+void newton_schulz_of(std::deque<Values>& X, std::deque<Values>& out,
+                      const std::vector<double>& c) {
   Memory memory;
   const Device device = memory.device();
   const SmallPolynomial polynomial("small_newton_schulz", c);
