@@ -129,7 +129,10 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     like = torch.contiguous_format if adamw else torch.preserve_format
     for key in ADAMW_STATE if adamw else opt.elementwise_state(group):
         t, wanted = state.get(key), kept_dtype(group)
-        if not isinstance(t, Tensor) or t.shape != p.shape or t.dtype == wanted:
+        own = wanted or (torch.float32 if halved(p, group) else p.dtype)
+        if not isinstance(t, Tensor) or t.shape != p.shape or t.dtype == own:
+            continue
+        if t.layout != torch.strided:  # check_state refuses it
             continue
         named = [k for k in state if k.split(".")[0] == key + SCALES]
         views = views_of(t, p, group)
@@ -145,7 +148,7 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
             ends = [""] if len(scales) == 1 else [f".{i}" for i in range(len(scales))]
             state |= {key + SCALES + end: s for end, s in zip(ends, scales, strict=True)}
             t = codes
-        state[key] = t if wanted == torch.uint8 else t.to(wanted or p.dtype)
+        state[key] = t.to(own)
 
 
 def views_of(t: Tensor, p: Tensor, group: dict[str, Any]) -> list[Tensor]:
@@ -185,12 +188,13 @@ def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None
     if 0 < len(missing) < len(wanted):
         raise ValueError(f"{label}: state must have {sorted(wanted)}, got {sorted(state)}")
     for key in wanted.keys() & state.keys():
-        if state[key].dtype == torch.uint8 and group["state_dtype"] == "8bit":
+        dtype = getattr(state[key], "dtype", type(state[key]).__name__)
+        if dtype == torch.uint8 and group["state_dtype"] == "8bit":
             pass
         elif key != MANTISSA:
             check.tensor(label, f"state {key!r}", state[key])
-        elif state[key].dtype != torch.int16:
-            raise TypeError(f"{label}: state {key!r} must be int16, got {state[key].dtype}")
+        elif dtype != torch.int16:
+            raise TypeError(f"{label}: state {key!r} must be int16, got {dtype}")
         check.equal_shape(label, f"state {key!r}", state[key], wanted[key])
         check.same_device(label, parameter=[p], state=[state[key]])
 
