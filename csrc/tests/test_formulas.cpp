@@ -18,20 +18,11 @@
 #include "magnitude.h"
 #include "muon_prologue.h"
 #include "rotated_adam.h"
+#include "tests/check.h"
 
 using namespace orthonorm;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                   \
-  if (!(condition)) {                                           \
-    ++failures;                                                 \
-    std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-    std::printf(__VA_ARGS__);                                   \
-    std::printf("\n");                                          \
-  }
 
 template <class A>
 constexpr A unit = std::numeric_limits<A>::epsilon() / 2;  // of one rounding

@@ -2,6 +2,7 @@
 //
 //   g++ -std=c++20 -O2 -Icsrc csrc/tests/test_gemm.cpp -pthread && ./a.out
 #include "gemm.h"
+#include "tests/check.h"
 
 #include <cmath>
 #include <cstdio>
@@ -15,16 +16,7 @@ using namespace orthonorm::gemm;
 
 namespace {
 
-int failures = 0;
 const Isa SETS[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16};
-
-#define CHECK(condition, ...)                                      \
-  if (!(condition)) {                                              \
-    ++failures;                                                    \
-    std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);    \
-    std::printf(__VA_ARGS__);                                      \
-    std::printf("\n");                                             \
-  }
 
 const Parallel on_threads = [](int64_t n, const Range& f) {
   std::vector<std::thread> team;

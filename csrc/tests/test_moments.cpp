@@ -13,22 +13,13 @@
 
 #include "cpu/moment_loops.h"
 #include "cpu/short_sums.h"
+#include "tests/check.h"
 
 using namespace orthonorm;
 
 namespace {
 
 using Real = long double;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                   \
-  if (!(condition)) {                                           \
-    ++failures;                                                 \
-    std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-    std::printf(__VA_ARGS__);                                   \
-    std::printf("\n");                                          \
-  }
 
 constexpr double inf = std::numeric_limits<double>::infinity();
 const double nan = std::nan("");

@@ -11,6 +11,7 @@
 
 #include "direct_polynomial.h"
 #include "gram_polynomial.h"
+#include "tests/check.h"
 
 using namespace orthonorm;
 using namespace orthonorm::gemm;
@@ -22,8 +23,6 @@ using Triples = std::vector<Triple>;
 
 const Triples QUINTIC = {{3.4445, -4.775, 2.0315}, {3.4445, -4.775, 2.0315}};
 const Triples MIXED = {{1.5, -0.5, 0}, {3.4445, -4.775, 2.0315}, {1.5, -0.5, 0}};
-int failures = 0;
-
 // More threads than the machine may have, one after the other.
 const Parallel in_turn = [](int64_t n, const Range& f) {
   for (int64_t i = 0; i < n; ++i) f(i, i + 1);

@@ -3,6 +3,7 @@
 //
 //   g++ -std=c++20 -O2 -Icsrc csrc/tests/test_power_iteration.cpp -pthread && ./a.out
 #include "power_schedule.h"
+#include "tests/check.h"
 
 #include <cmath>
 #include <cstdio>
@@ -16,16 +17,6 @@ using namespace orthonorm;
 using namespace orthonorm::power;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                   \
-  if (!(condition)) {                                           \
-    ++failures;                                                 \
-    std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-    std::printf(__VA_ARGS__);                                   \
-    std::printf("\n");                                          \
-  }
 
 std::vector<Isa> sets() {
   std::vector<Isa> all;

@@ -2,6 +2,7 @@
 //
 //   g++ -std=c++20 -O2 -Icsrc csrc/tests/test_power_quotient.cpp && ./a.out
 #include "power_quotient.h"
+#include "tests/check.h"
 
 #include <cmath>
 #include <cstdio>
@@ -12,16 +13,6 @@ using namespace orthonorm;
 using namespace orthonorm::power;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                   \
-  if (!(condition)) {                                           \
-    ++failures;                                                 \
-    std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-    std::printf(__VA_ARGS__);                                   \
-    std::printf("\n");                                          \
-  }
 
 template <class T>
 struct Type;

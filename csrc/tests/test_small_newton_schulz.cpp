@@ -2,6 +2,7 @@
 // The oracle is the same polynomial in long double; the yardstick is a plain loop in the kernel's
 // own arithmetic, whose error the kernel may not exceed twice. Returns non-zero on failure.
 #include "small_newton_schulz.h"
+#include "tests/check.h"
 
 #include <cstdio>
 #include <cstring>
@@ -17,8 +18,6 @@ using namespace orthonorm;
 using namespace orthonorm::small;
 
 namespace {
-
-int failures = 0;
 
 void check(bool ok, const char* what, Isa isa, Arithmetic arithmetic, int64_t m, int64_t n) {
   if (ok) return;

@@ -7,10 +7,9 @@
 #include <vector>
 
 #include "cuda/table.h"
+#include "tests/check.h"
 
 namespace orthonorm::cuda::test {
-
-inline int failures = 0;
 
 // How a tensor lies in memory.
 enum class Lay { packed, shifted, transposed, spaced };
