@@ -121,6 +121,9 @@ def _polynomial(label: str, package: str, kind: str, make: Callable[[Arguments],
         f, dtype, same = make(a)
         X = a["X"]
         name = str(dtype).removeprefix("torch.")
+        asked = a.get("precision", name)
+        if asked in DTYPES and asked != name:
+            raise Unavailable(f"computes in {name} only")
         return Running(lambda: [f(x) for x in X], lambda r: {"result": r}, dtype=name, same=same)
 
     return Peer(label, kind, start, package)

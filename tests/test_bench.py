@@ -13,7 +13,7 @@ import pytest
 import torch
 from orthonorm import ops
 from orthonorm._library import LOADED
-from orthonorm.bench import candidates, claims, records, report, shapes, timing, tune
+from orthonorm.bench import candidates, claims, packages, records, report, shapes, timing, tune
 from orthonorm.bench.__main__ import main
 from orthonorm.bench.cases import CASES, NAMES, STEPS, Case
 from orthonorm.bench.environment import environment, peak_extra_memory
@@ -167,6 +167,18 @@ def test_every_name_is_measured(name: str) -> None:
     assert not [row.note for row in rows if row.note.startswith("failed")]
     same = [row for row in rows if row.kind == "reference"]
     assert all(row.error is not None and row.error < 1e-2 for row in same)
+
+
+@pytest.mark.parametrize(("asked", "runs"), [("float16", True), ("auto", True), ("float32", False)])
+def test_a_package_runs_in_the_dtype_that_was_asked_for(asked: str, runs: bool) -> None:
+    """A time in another dtype would stand beside ours as if it were the same work."""
+    peer = packages._polynomial("p", "p", "package", lambda a: (torch.neg, torch.float16, True))
+    calls = [{"X": [torch.ones(2, 2)], "precision": asked}]
+    if runs:
+        assert peer.start(CASES["newton_schulz"], calls).dtype == "float16"
+    else:
+        with pytest.raises(candidates.Unavailable, match="computes in float16 only"):
+            peer.start(CASES["newton_schulz"], calls)
 
 
 @pytest.mark.parametrize("name", ["conda_step_", "muon_step_", "adamw_step_", "decayed_update_"])
