@@ -11,7 +11,9 @@ namespace orthonorm {
 template <class A>
 ORTHONORM_HD inline float joined(A weight, A mantissa) {
   const uint32_t high = bit_cast<uint32_t>(static_cast<float>(weight));
-  return bit_cast<float>(high + static_cast<uint32_t>(static_cast<int32_t>(mantissa)));
+  const int32_t low = static_cast<int32_t>(mantissa);
+  const bool none = low < 0 && !(high << 1);  // a zero written over a weight: no number is below it
+  return bit_cast<float>(high + static_cast<uint32_t>(none ? 0 : low));
 }
 
 // The nearest bfloat16, ties away from zero, and the rest; NaN is one NaN.

@@ -54,6 +54,8 @@ def check_halves() -> None:
         ]
         halves[1] = halves[1].mT.contiguous().mT
         mantissas = [torch.zeros_like(w, dtype=torch.int16) for w in halves]
+        halves[0][0, :2] = torch.tensor([0.0, -0.0])  # as one who prunes writes them
+        mantissas[0][0, :2] = -5
         whole = [w.float() for w in halves]
         for step in range(5):
             updates = [torch.randn(w.shape, generator=generator).to(dtype) for w in whole]
@@ -244,6 +246,56 @@ def test_halves_are_float32_weights(make_one: Any, settings: dict[str, Any]) -> 
         assert torch.equal(p, q)
         assert all(torch.equal(state[k], v) for k, v in b.state[q].items() if k != "step")
     assert "mantissa" not in a.state[halves[1]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"state_dtype": "8bit"}, {"mantissa": True}])
+def test_loading_keeps_halves_where_they_are_asked_for(settings: dict[str, Any]) -> None:
+    """From torch's own Muon, from one without and from one of small state; and back."""
+    saved, params = [], [p for p in parameters(BF16) if p.dim() == 2]
+    for opt in (optim.Muon(params, **settings), torch.optim.Muon(params)):
+        set_grads(0, params)
+        opt.step()
+        saved.append(opt.state_dict())
+    for state in saved:
+        opt = optim.Muon(params, mantissa=True)
+        opt.load_state_dict(state)
+        opt.step()
+        assert opt.param_groups[0]["mantissa"] and opt.param_groups[0]["state_dtype"] is None
+        assert all(opt.state[p]["mantissa"].dtype == torch.int16 for p in params)
+        assert all(opt.state[p]["momentum_buffer"].dtype == F32 for p in params)
+        back = optim.Muon(params, **settings)
+        back.load_state_dict(opt.state_dict())
+        back.step()
+        assert all(("mantissa" in back.state[p]) == ("mantissa" in settings) for p in params)
+
+
+@pytest.mark.parametrize("name", ["SWAN", "SCALE", "Scion", "SteepestDescent", "Muon"])
+def test_a_scale_of_no_power_of_two(name: str) -> None:
+    """To the bit what the scaler's own unscaling gives: times the inverse, taken in float64."""
+    found = []
+    for fused in (False, True):
+        params = parameters()
+        opt = optim.REGISTRY[name](params, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
+        scaler.scale(torch.zeros(()))  # the scaler is ready once it scaled something
+        for step in range(2):
+            set_grads(step, params, scale=1000.0)
+            scaler.step(opt)
+            scaler.update()
+        found.append(params)
+    assert opt._step_supports_amp_scaling
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+def test_what_follows_the_update_keeps_flags_from_the_step() -> None:
+    class Finishing(optim.Muon, abstract=True):
+        def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
+            torch._foreach_mul_(params, 0.5)
+
+    assert optim.Muon(parameters(), fused=True)._step_supports_amp_scaling
+    assert not Finishing(parameters(), fused=True)._step_supports_amp_scaling
+    with pytest.raises(ValueError, match="fused must be given to the optimizer"):
+        optim.Muon([{"params": parameters(), "fused": True}])
 
 
 def test_halves_may_be_skipped() -> None:
