@@ -174,6 +174,36 @@ def test_stochastic_rounding_keeps_what_nearest_loses() -> None:
     assert means["bfloat16"] == 1.0 and abs(means["stochastic"] - exact) < 0.01
 
 
+@EACH
+def test_conda_with_half_weights(kind: str) -> None:
+    """Its bases stay in the weights' dtype beside state that is opened in float32."""
+    params = make(torch.bfloat16, SHAPES)
+    opt = optim.Conda(params, update_proj_gap=2, **KINDS[kind])
+    run(opt, params, range(4))
+    assert all(p.isfinite().all() for p in params)
+    assert all(opt.state[p]["basis"].dtype == torch.bfloat16 for p in params)
+
+
+def test_scales_are_found_by_their_names() -> None:
+    """Whatever the order of the keys in a saved state; codes that were cast are refused."""
+    params = make(torch.float32, [(48, 8)])
+    groups = [{"params": params, "split": (5, 3) * 6}]  # scales .0 to .11
+    a = optim.Muon(groups, state_dtype="8bit")
+    run(a, params, range(1))
+    saved = a.state_dict()
+    found = []
+    for order in (list, sorted):
+        b = optim.Muon([dict(groups[0])])
+        state = {i: {k: s[k] for k in order(s)} for i, s in saved["state"].items()}
+        b.load_state_dict({**saved, "state": state})
+        found += [b.state[params[0]]["momentum_buffer"]]
+    assert torch.equal(*found)
+    c = optim.Muon([dict(groups[0])], state_dtype="8bit")
+    c.register_load_state_dict_pre_hook(lambda opt, given: copy.deepcopy(saved))
+    with pytest.raises(ValueError, match="beside its scales must be uint8"):
+        c.load_state_dict(saved)
+
+
 def test_nan_stays_in_its_matrix() -> None:
     (codes,), (scales,) = storage.quantized([torch.randn(3, 5, 7)], True)
     x = torch.randn(3, 5, 7)

@@ -44,7 +44,7 @@ def spread_of(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
         return item
     if p.shape[p.placements[dims[0]].dim] == min(p.shape):
         return item
-    sums = opt.sums(p, group, 1)
+    sums = opt.sums(p, group, 2)  # an ordinary step: a refresh, if it is rare, is at the first
     if sums is None:
         return item
     among, ranks = p.device_mesh.size(dims[0]), range(len(item.replicas))
@@ -164,7 +164,7 @@ def update_lines(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) ->
     if opt.counts_steps:
         for state in states:
             state["step"] = state.get("step", 0) + 1
-    opt.update(batch, group)
+    opt.update(batch, {**group, "telemetry": 0})  # which measures matrices, not parts of them
     keep(small, bucket.ranks.rank)
     for t, longer in originals:
         if longer is not t:

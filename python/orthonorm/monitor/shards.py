@@ -83,14 +83,15 @@ def part_norms(
     v = [started(t, x) for t, x in zip(tensors, start, strict=True)]
     whole = v
     if any(across):  # u = W v
-        sums = total(spread, [b.mT @ x if c else x.new_zeros(0)
-                              for b, x, c in zip(lines, v, across, strict=True)])  # fmt: skip
+        mine = [b.mT @ x if c else x.new_zeros(0)
+                for b, x, c in zip(lines, v, across, strict=True)]  # fmt: skip
+        sums = finished(spread.sums(mine))
         whole = [u if c else x for u, x, c in zip(sums, v, across, strict=True)]
     for _ in range(steps):
         whole = [unit(x) for x in whole]
         mine = [b @ x for b, x in zip(lines, whole, strict=True)]
-        sums = total(spread, [torch.cat([b.mT @ y, (y @ y)[None]])
-                              for b, y in zip(lines, mine, strict=True)])  # fmt: skip
+        both = [torch.cat([b.mT @ y, (y @ y)[None]]) for b, y in zip(lines, mine, strict=True)]
+        sums = finished(spread.sums(both))
         over = [z[-1].sqrt() for z in sums]  # |W v|, or |W^T u| of cut columns
         whole = [z[:-1] for z in sums]
     lengths = [torch.linalg.vector_norm(x) for x in whole]
@@ -113,10 +114,6 @@ def started(t: Any, v: Tensor | None) -> Tensor:
         return x
     ranks = ranks_of(t)
     return x.narrow(0, *ranks.boxes(t.shape, t.placements)[ranks.rank][1])
-
-
-def total(spread: Spread, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return finished(spread.sums(tensors))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class MatrixOptimizer(Groups):
     `companion`: overrides of ADAMW_DEFAULTS for groups with rule="adamw".
 
     `alike(p, group)`: parameters of different values meet in no call of `direction`.
-    `finish(params, group)`: what follows the update (default nothing), if `finishes` says so.
+    `finish(params, group)`: what follows the update (default nothing).
     `elementwise`: `direction` acts on every entry alone.
     `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
         nor batch.grads. Of a matrix that is sharded over ranks, only updates then travel to the
@@ -173,9 +173,6 @@ class MatrixOptimizer(Groups):
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> Any:
         """What `update` finds in `batch.prepared`. It may raise, and writes nothing."""
-
-    def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """What follows the update of a group's matrices."""
 
     def on_shards(self, group: dict[str, Any]) -> bool:
         """Whether ranks that hold rows of a matrix need its owner for the direction alone."""

@@ -79,8 +79,9 @@ class Conda(MatrixOptimizer):
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], Tensor]]:
         """The new bases of the matrices that are due, by shapes."""
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
-        for m, q in zip(momenta, bases, strict=True):
-            check.same_dtype("Conda", exp_avg=m, basis=q)
+        if batch.kept is None:
+            for m, q in zip(momenta, bases, strict=True):
+                check.same_dtype("Conda", exp_avg=m, basis=q)
         due, grams, gap = [], [], group["update_proj_gap"]
         for rows in (rows for rows, t in alike(batch) if (t - 1) % gap == 0):
             Q, M, G = (stacked([values[i] for i in rows])
@@ -109,6 +110,7 @@ class Conda(MatrixOptimizer):
             math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
         ]
         scales = lr * torch.tensor(corrections, dtype=torch.float64, device=lr.device)
+        bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # if state was opened
         conda_step_.overload(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
             beta1, beta2, group["eps"], group["weight_decay"],

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from .. import _checks as check
 from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, TORCH, Rule, inherited
 from .tensors import check_placements, is_distributed, meets_owner
 from .views import VIEW_DEFAULTS, check_views
 
-FOREIGN = ("params", "param_names", "initial_lr", "name", "rounding_seed")  # torch's own keys
+FOREIGN = ("params", "param_names", "initial_lr", "name", "rounding_seed")  # of torch, of `seeded`
 
 
 class Groups(torch.optim.Optimizer):
@@ -24,7 +25,6 @@ class Groups(torch.optim.Optimizer):
     min_dim: ClassVar[int] = 2
     self_contained: ClassVar[bool] = False
     counts_steps: ClassVar[bool] = False
-    finishes: ClassVar[bool] = False
     mantissas: ClassVar[bool] = True  # whether the rule writes weights as the base does
     _asked: frozenset[str] = frozenset()
 
@@ -73,6 +73,9 @@ class Groups(torch.optim.Optimizer):
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError or TypeError for what `rules` cannot say of one key alone."""
 
+    def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """What follows the update of a group's matrices."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may name its `rule`, and any hyperparameter of that rule."""
         if not isinstance(param_group, dict):
@@ -96,6 +99,10 @@ class Groups(torch.optim.Optimizer):
             self._check_settings(added)
             self._check_params(added)
             seeded(added)
+            if "fused" in asked - self._asked:
+                raise ValueError(
+                    f"{self.name}: fused must be given to the optimizer, not to a group"
+                )
             if "capturable" in asked | self._asked and (reason := self._host_decides(added)):
                 raise ValueError(f"{self.name}: capturable must be False here: {reason}")
         except Exception:
@@ -139,7 +146,7 @@ class Groups(torch.optim.Optimizer):
             or any(map(is_distributed, group["params"]))
         ):
             return False
-        plain = self.self_contained and not self.finishes
+        plain = self.self_contained and type(self).finish is Groups.finish
         return group["rule"] == "adamw" or (plain and group["constraint"] is None)
 
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,6 +167,9 @@ class Groups(torch.optim.Optimizer):
                 f"{self.name}: stochastic_rounding must be False unless state_dtype is 'bfloat16', "
                 f"got state_dtype={group['state_dtype']!r}"
             )
+        if group["stochastic_rounding"]:
+            params = group.get("params", ())
+            check.seed(self.name, "rounding_seed", group.get("rounding_seed"), params)
         if group["state_dtype"] and group.get("mantissa"):
             raise ValueError(f"{self.name}: state_dtype must be None with mantissa=True")
         if group["rule"] == "matrix":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import muon_prologue_
+from ..ops.normalize import accumulator
 from ..ops.passes import unscaled
 from .amp import NO_FLAGS, Flags
 from .state import MOMENTUM, Batch, Updates
@@ -27,9 +28,10 @@ def updates_from(
     """
     updates = Updates(stacks)
     if mu is None:
-        torch._foreach_copy_(updates.matrices, batch.grads)
+        grads = batch.grads
         if flags.grad_scale is not None:
-            torch._foreach_div_(updates.matrices, flags.grad_scale)
+            grads = [unscaled(g, flags.grad_scale, accumulator(g)) for g in grads]
+        torch._foreach_copy_(updates.matrices, grads)
         return updates
     momenta, nesterov = batch.state[MOMENTUM], group.get("nesterov", False)
     if not group["heavy_ball"]:

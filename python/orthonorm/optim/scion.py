@@ -167,8 +167,6 @@ class ScionLight(Scion):
     Source: as Scion's.
     """
 
-    finishes = True
-
     def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ()
 

@@ -39,7 +39,7 @@ class Common(TypedDict, total=False):
         torch.optim's fused optimizers, where no host decides: no synchronization
         (`Groups._step_supports_amp_scaling`). Steps are fused whatever is said.
     capturable: True is refused where a CUDA graph would repeat what the host decided: rules that
-        count steps, `nonfinite` other than "propagate", telemetry.
+        count steps, `nonfinite` other than "propagate", telemetry, stochastic rounding.
     differentiable: only False.
     """
 

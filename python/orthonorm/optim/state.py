@@ -126,6 +126,10 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     """Turn loaded state of a parameter into what its group keeps."""
     state: dict[str, Any] = opt.state.get(p, {})
     adamw = group["rule"] == "adamw"
+    if not halved(p, group):
+        state.pop(MANTISSA, None)
+    elif state and MANTISSA not in state:
+        state[MANTISSA] = torch.zeros_like(p, dtype=torch.int16)
     like = torch.contiguous_format if adamw else torch.preserve_format
     for key in ADAMW_STATE if adamw else opt.elementwise_state(group):
         t, wanted = state.get(key), kept_dtype(group)
@@ -134,8 +138,12 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
             continue
         if t.layout != torch.strided:  # check_state refuses it
             continue
-        named = [k for k in state if k.split(".")[0] == key + SCALES]
         views = views_of(t, p, group)
+        named = numbered(key + SCALES, len(views))
+        if t.dtype != torch.uint8 and not state.keys().isdisjoint(named):
+            raise ValueError(
+                f"{opt.name}: state {key!r} beside its scales must be uint8, got {t.dtype}"
+            )
         if t.dtype == torch.uint8:
             read = torch.zeros_like(p, dtype=torch.float32, memory_format=like)
             parts = dequantized(views, [state.pop(k) for k in named], key not in UNSIGNED)
@@ -145,10 +153,14 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
             codes = zeros_for(p, torch.uint8, group)
             new, scales = quantized(views_of(t, p, group), key not in UNSIGNED)
             torch._foreach_copy_(views_of(codes, p, group), new)
-            ends = [""] if len(scales) == 1 else [f".{i}" for i in range(len(scales))]
-            state |= {key + SCALES + end: s for end, s in zip(ends, scales, strict=True)}
+            state |= zip(named, scales, strict=True)
             t = codes
         state[key] = t.to(own)
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """The keys of what each of a parameter's matrices has by this name."""
+    return [name] if count == 1 else [f"{name}.{i}" for i in range(count)]
 
 
 def views_of(t: Tensor, p: Tensor, group: dict[str, Any]) -> list[Tensor]:
@@ -172,10 +184,10 @@ def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Sha
     The key in the state dict is the name, numbered where a parameter has several matrices.
     """
     pieces = matrices(whole(p), whole(p), group)
-    suffixes = [""] if len(pieces) == 1 else [f".{i}" for i in range(len(pieces))]
+    count = len(pieces)
     return [
-        (x, [(k, k + end, shape) for k, shape in named_state(opt, x, group).items()])
-        for x, end in zip(pieces, suffixes, strict=True)
+        (x, [(k, numbered(k, count)[i], shape) for k, shape in named_state(opt, x, group).items()])
+        for i, x in enumerate(pieces)
     ]
 
 
@@ -316,21 +328,25 @@ class Held:
 
 
 def held(opt: MatrixOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with state whose dtypes are not its parameters' (halved ones', 8 bits) in
-    `Held`, and the optimizer's own settings of how state is kept."""
+    """A state dict with tensors whose dtype is not their parameter's (8 bits and their scales,
+    halves and the float32 state beside them) in `Held`, and this optimizer's own settings of how
+    state is kept."""
 
-    def own(state: Mapping[str, Any]) -> bool:
-        return MANTISSA in state or any(SCALES in k for k in state)
+    def own(key: str, value: Any, halves: bool) -> bool:
+        dtype = value.dtype if isinstance(value, Tensor) else None
+        if SCALES in key or dtype in (torch.uint8, torch.int16):
+            return True
+        return halves and dtype == torch.float32
 
     state = {
-        key: {k: Held(t) for k, t in state.items()} if own(state) else state
-        for key, state in saved["state"].items()
+        p: {k: Held(t) if own(k, t, MANTISSA in named) else t for k, t in named.items()}
+        for p, named in saved["state"].items()
     }
     groups = saved["param_groups"]
     if len(groups) == len(opt.param_groups):  # else torch says what is wrong
-        names = ("state_dtype", "stochastic_rounding")
+        names = ("state_dtype", "stochastic_rounding", MANTISSA)
         pairs = zip(groups, opt.param_groups, strict=True)
-        groups = [{**theirs, **{k: ours[k] for k in names}} for theirs, ours in pairs]
+        groups = [{**theirs, **{k: ours[k] for k in names if k in ours}} for theirs, ours in pairs]
     return {**saved, "state": state, "param_groups": groups}
 
 

@@ -6,12 +6,14 @@ map of bitsandbytes' create_dynamic_map). The last block of a matrix may be shor
 matrices, so that NaN stays in its own. Second moments, which are not negative, have the map of
 [0, 1], where what is positive is never rounded to 0: a step divides by their roots.
 
-A step reads state into float32 (one work buffer for as many matrices as fit one), computes as it
-would with float32 state, and rounds once when it writes back.
+A step reads state into float32 (one work buffer for as many matrices as fit one; where a rule has
+`prepare`, all of it), computes as it would with float32 state, and rounds once when it writes back.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ UNSIGNED = ("exp_avg_sq", "second_moment")
 STATE_DTYPES = (None, "bfloat16", "8bit")
 
 
+@functools.cache
 def values(signed: bool) -> list[float]:
     """The 256 values in order: of seven decades, each with twice the means of the one below; 0; 1.
     Unsigned: of each decade twice as many."""
@@ -78,10 +81,7 @@ def blocks(t: Tensor) -> Tensor:
 
 
 def counts(t: Tensor) -> int:
-    found = 1
-    for n in scales_shape(t.shape):
-        found *= n
-    return found
+    return math.prod(scales_shape(t.shape))
 
 
 def unblocked(rows: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,8 @@ Of the last step that was measured, over all matrices of the group that took par
 
 What a step of its own form does not show is absent: Conda and StiefelAdam have gradient_norm and
 skipped, AdamW momentum_norm too. Of sharded matrices a rank tells its part of the gradient, and
-nuclear_norm of those it owns. A compiled step measures nothing.
+nuclear_norm of those it owns, and nothing of those that are updated in parts (method="gram") but
+the gradient. A compiled step measures nothing.
 """
 
 from __future__ import annotations
