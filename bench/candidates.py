@@ -97,8 +97,8 @@ def start_triton(case: Case, calls: list[Arguments]) -> Running:
 
 # torch ops that an optimizer's rule asks for; all else of torch in a step is glue
 ALGEBRA = (
-    "mm", "bmm", "addmm", "baddbmm", "mv", "linalg_eigh", "_linalg_eigh", "linalg_qr",
-    "linalg_svd", "_linalg_svd", "linalg_inv_ex", "linalg_cholesky_ex", "linalg_solve_triangular",
+    "mm", "bmm", "addmm", "baddbmm", "linalg_eigh", "_linalg_eigh", "linalg_qr",
+    "linalg_cholesky_ex", "cholesky_solve",
 )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def _flat(values: Any) -> Iterator[Tensor]:
 
 def kernels_of(call: Callable[[], Any]) -> list[Callable[[], Any]]:
     """The kernels that `call` runs, with their arguments: repeated, they are its work without the
-    Python, the checks and the elementwise torch between them."""
+    Python and the elementwise torch between them (buffers that a step makes anew are reused)."""
     with _Serving(keep=True) as mode:
         call()
     return mode.calls

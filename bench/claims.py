@@ -17,7 +17,7 @@ from orthonorm.optim import REGISTRY
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from . import candidates, peers, report
+from . import candidates, packages, peers, report
 from .cases import CASES, LARGE, STEPS
 from .environment import import_times, peak_extra_memory
 from .inputs import Inputs
@@ -118,7 +118,7 @@ def _packages(base: Request) -> Iterator[Found]:
     for precision, targets in PACKAGES:
         for shape, target in targets.items():
             rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
-                                   precision=precision, kinds=("package",)))  # fmt: skip
+                                   precision=precision, kinds=tuple(packages.SOURCES)))  # fmt: skip
             others = [r for r in rows[1:] if r.median_ms is not None]
             if others:
                 best = min(others, key=lambda r: r.median_ms or math.inf)

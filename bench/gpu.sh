@@ -42,11 +42,11 @@ part install 60 env ORTHONORM_PURE=1 "$PY" -m pip install -q --no-build-isolatio
 part backends 60 "$PY" -m orthonorm
 TESTS=("$PY" -m pytest -m gpu tests/test_gpu.py --durations=20)
 part tests-first 90 "${TESTS[@]}" -k "test_error and (gram or apply or newton or muon or conda)"
-bench graphs 80 muon_step_ conda_step_ --seconds 2 --dtype bfloat16 float32 --shape gpt2-small \
+bench graphs 80 muon_step_ normuon_step_ conda_step_ --seconds 2 --dtype bfloat16 float32 --shape gpt2-small \
   --against torch package
 bench polynomials 110 newton_schulz --seconds 2 --dtype bfloat16 --against torch package \
   --shape 1024x4096 2048x2048 12x768x768 64x128x128 gpt2-small 4096x11008
-bench steps 60 muon conda --seconds 2 --dtype float32 --shape gpt2-small --against torch
+bench steps 60 muon normuon conda --seconds 2 --dtype float32 --shape gpt2-small --against torch
 part tests 150 "${TESTS[@]}" --maxfail=30
 bench moments 60 rotated_adam_ row_moment_ column_moment_ row_normalize muon_prologue_ \
   decayed_update_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small \
@@ -60,10 +60,13 @@ part build 200 "$PY" -m pip install -q --no-build-isolation --no-deps -e .
 part backends-compiled 60 "$PY" -m orthonorm
 part tests-compiled 120 "$PY" -m pytest -m gpu tests/test_gpu.py --maxfail=30
 bench twins 100 decayed_update_ muon_prologue_ rotated_adam_ adamw_step_ magnitude row_moment_ \
-  column_moment_ factored_moment_ power_iteration_ --seconds 1 --dtype bfloat16 --shape gpt2-small 4096x11008 \
+  column_moment_ factored_moment_ elementwise_moment_ inner power_iteration_ --seconds 1 \
+  --dtype bfloat16 --shape gpt2-small 4096x11008 \
   --against floor backend
-bench small-twins 40 small_newton_schulz gram_polynomial --seconds 1 --dtype bfloat16 float16 \
+bench small-twins 40 small_newton_schulz --seconds 1 --dtype bfloat16 float16 \
   --shape 500x32x32 128x128x128 --against floor backend
+bench chain-twins 20 gram_polynomial --seconds 1 --dtype bfloat16 float16 \
+  --shape 500x32x32 500x64x64 --against floor backend  # Triton's is for sides up to 64
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor an allocation of its own, with its own ends
 for tool in memcheck racecheck initcheck synccheck; do
   part "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \

@@ -125,10 +125,10 @@ def readme(text: str, found: dict[str, Run], folder: Path = FOLDER) -> str:
 
 def scaling(folder: Path) -> str:
     """The step on several ranks, by the newest record."""
-    paths = sorted(folder.glob("ranks-*.json"))
-    if not paths:
+    found = [(path.name, json.loads(path.read_text())) for path in folder.glob("ranks-*.json")]
+    if not found:
         return "Steps on several ranks: not measured."
-    return ranks.table(paths[-1].name, json.loads(paths[-1].read_text()))
+    return ranks.table(*max(found, key=lambda record: record[1]["environment"]["date"]))
 
 
 def optimizers(folder: Path) -> str:

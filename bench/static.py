@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from orthonorm.kernels.configs import SMALLER
 from torch import Tensor
 
 from . import candidates, report, sass, shapes, triton_report
@@ -144,7 +145,7 @@ def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]
                                _traffic(name, shape, dtype)))  # fmt: skip
         best = made[0]
         for smaller in made[1:]:
-            if smaller.busiest < 0.8 * best.busiest:
+            if smaller.busiest < SMALLER * best.busiest:
                 best = smaller
         yield best
 
@@ -180,7 +181,7 @@ def main(options: argparse.Namespace, run: Run) -> None:
     leave them; --compile writes Triton's report anew first."""
     path = FOLDER / "triton_compile.json"
     if options.compile:
-        print("compiling (about two minutes)", flush=True)
+        print("compiling (about five minutes)", flush=True)
         triton_report.main(["--out", str(path)])
     found = kernels()
     wanted = [k for k in found if k.dtype in (options.dtype or ("bfloat16", "float32"))]
