@@ -43,7 +43,6 @@ def module(name: str) -> Any:
     return importlib.import_module(f"orthonorm.kernels.{name}")
 
 
-# a product: its table, orders of A, B, C, D and out (1: rows contiguous), if C is added, its end
 # what an end reads besides the table: its tensors by type, None for none
 READS: dict[str, dict[str, str | None]] = {
     "store": {"first": None, "second": None},
@@ -63,6 +62,7 @@ def reads(end: str) -> tuple[dict[str, None], tuple[tuple[str, str], ...]]:
     )
 
 
+# a product: its table, orders of A, B, C, D and out (1: rows contiguous), if C is added, its end
 PRODUCTS = {
     "gram": ("symmetric", (1, 0, 1, 1, 1), False, "store"),
     "gram-tall": ("symmetric", (0, 1, 1, 1, 1), False, "store"),
@@ -229,11 +229,12 @@ def reductions(arch: str) -> Iterator[Build]:
                      ALIGNED=True, LINES=across, ALONG=along),
                 lines.options(across, along), arch, label, False, doubles,
             )  # fmt: skip
-        yield Build(
-            "normuon_moments", module("normuon_step").row_moments_kernel,
-            {"STEPS": 7, "V_TYPE": t, "LINES": 8}, lines.OPTIONS, arch, label, False,
-            (*doubles[:2], ("parts", "*fp32")), wide=False,
-        )  # fmt: skip
+            yield Build(
+                f"normuon_moments{'' if order else '_across'}",
+                module("normuon_step").row_moments_kernel,
+                {"STEPS": 7, "V_TYPE": t, "LINES": across}, lines.OPTIONS, arch, label, False,
+                (*doubles[:2], ("parts", "*fp32")), wide=False,
+            )  # fmt: skip
         yield Build(
             "factored_columns", module("factored_moment").columns_kernel,
             {"V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False, doubles,

@@ -18,7 +18,7 @@ from . import tables, tiles
 from .rounding import rounded
 
 NUMBERS = tl.constexpr(5)
-GRAIN = tl.constexpr(32)  # no tile has shorter sides
+GRAIN = tl.constexpr(32)  # no two tiles of a launch begin within one of these
 
 
 @triton.jit

@@ -7,11 +7,13 @@ namespace {
 
 // Of float32 weights that are kept as halves.
 void update_halves(const TensorList& params, const TensorList& updates, const TensorList& mantissas,
-                   double lr, double weight_decay, const std::vector<double>& factors) {
+                   double lr, double weight_decay, const std::vector<double>& factors,
+                   const std::optional<Tensor>& found_inf) {
   const Pass<3> pass("decayed_update_", Unit::tensor,
                      {{{"params", params, Use::update, ScalarType::BFloat16},
                        {"updates", updates, Use::read},
                        {"mantissas", mantissas, Use::update, ScalarType::Short}}});
+  if (item_or(0, found_inf) != 0) return;
   pass.run([&]<class A>(const Part<3>& part, int64_t, const std::array<A*, 3>& at, int64_t count) {
     const DecayedUpdate<A> c(lr, weight_decay, factors[part.entry]);
     specialized([=] {
@@ -26,15 +28,15 @@ void decayed_update_(const TensorList& params, const TensorList& updates, const 
                      double weight_decay, const std::vector<double>& factors,
                      const std::optional<Tensor>& rounding, const std::optional<Tensor>& found_inf,
                      const std::optional<TensorList>& mantissas) {
-  const Pass<2> pass("decayed_update_", Unit::tensor,
-                     {{{"params", params, Use::update}, {"updates", updates, Use::read}}}, rounding);
   STD_TORCH_CHECK(factors.size() == params.size(), "decayed_update_: factors must have ",
                   params.size(), " numbers, got ", factors.size());
   const double rate = item(lr);
-  if (item_or(0, found_inf) != 0) return;
   if (mantissas) {
-    return update_halves(params, updates, *mantissas, rate, weight_decay, factors);
+    return update_halves(params, updates, *mantissas, rate, weight_decay, factors, found_inf);
   }
+  const Pass<2> pass("decayed_update_", Unit::tensor,
+                     {{{"params", params, Use::update}, {"updates", updates, Use::read}}}, rounding);
+  if (item_or(0, found_inf) != 0) return;
   pass.run([&]<class A>(const Part<2>& part, int64_t, const std::array<A*, 2>& at, int64_t count) {
     const DecayedUpdate<A> c(rate, weight_decay, factors[part.entry]);
     specialized([=] {

@@ -11,9 +11,12 @@ double counted_on_host(const Tensor& step) {
   return *static_cast<float*>(step.data_ptr()) += 1;
 }
 
-void check_steps(const TensorList& steps) {
+void check_steps(const TensorList& steps, const TensorList& params, bool flagged) {
   std::unordered_set<const void*> seen;
   for (const Tensor& step : steps) {
+    STD_TORCH_CHECK(!flagged || step.device() == params[0].device(),
+                    "adamw_step_: steps must be on the device of params ",
+                    "where found_inf is given");
     STD_TORCH_CHECK(step.numel() == 1, "adamw_step_: steps must have one element, got ",
                     step.numel());
     const ScalarType dtype = step.scalar_type();
@@ -35,7 +38,7 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
                             {"exp_avg_sq", exp_avg_sq, true}});
   call.same_shapes(0);
   call.same_length("steps", steps.size());
-  check_steps(steps);
+  check_steps(steps, params, found_inf.has_value());
   const AdamWRule rule{0, beta1, beta2, eps, weight_decay, decay_first, correct_eps};
   const AdamWNumbers numbers{call.number("lr", lr), call.number("grad_scale", grad_scale, 1),
                              call.number("found_inf", found_inf, 0)};
@@ -46,8 +49,6 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
     for (const Tensor& step : steps) {
       const Element type = step.scalar_type() == ScalarType::Double ? Element::f64 : Element::f32;
       const bool here = step.device() == params[0].device();
-      STD_TORCH_CHECK(here || !found_inf, "adamw_step_: steps must be on the device of params ",
-                      "where found_inf is given");
       const double known = here ? 0 : counted_on_host(step);
       char* at = here ? static_cast<char*>(step.data_ptr()) : nullptr;
       counts.add({Strided{at, type, 0, nullptr, nullptr}}, bit_cast<int64_t>(known));

@@ -44,6 +44,7 @@ template <class T>
 SmallLists small_gram_polynomial_lists(const Device& device, const SmallPolynomial& polynomial) {
   return SmallLists([=, &device](const SmallTable& table, int size) {
     with_size<T>(size, [&]<class S>() {
+      static_assert(3 * S::square_bytes <= 104448);  // CHAIN_BYTES of ops/words.py, its predicate
       launch(small_gram_polynomial_kernel<S>, table.matrices, S::threads, 3 * S::square_bytes,
              device, table, polynomial);
     });

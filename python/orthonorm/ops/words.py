@@ -17,6 +17,7 @@ from .. import _checks as check
 from .._library import op
 
 SMALL = 128  # matrices with both sides up to this stay on chip through all iterations
+CHAIN_BYTES = 104448  # of shared memory, for gram_polynomial of sides above SMALL // 2 in CUDA C++
 MOST = 3 * 128  # coefficients that fit the launch of a compiled kernel for them
 HALF = (torch.float16, torch.bfloat16)
 
@@ -104,7 +105,13 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
 
 @gram_polynomial.serves_part("sides up to 128 in float16 or bfloat16")
 def _(R: Tensor, coefficients: list[float]) -> bool:
-    return R.dtype in HALF and R.shape[-1] <= SMALL and len(coefficients) <= MOST
+    if R.dtype not in HALF or R.shape[-1] > SMALL or len(coefficients) > MOST:
+        return False
+    if R.shape[-1] <= SMALL // 2 or not R.is_cuda:
+        return True
+    device = torch.cuda.get_device_properties(R.device)
+    optin: int = device.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return optin >= CHAIN_BYTES  # not on sm_86, 89 and 120
 
 
 @op("direct_polynomial(Tensor X, float[] coefficients) -> Tensor", composite=True)
