@@ -222,9 +222,9 @@ def test_layout(case: Case, layout: str, dtype: str) -> None:
 
 @EACH
 @pytest.mark.parametrize("shape", EMPTY, ids=lambda s: "x".join(map(str, s)))
-def test_empty(case: Case, shape: Shape) -> None:
+def test_empty(case: Case, shape: Shape, dtype: str = "float32") -> None:
     """Empty batches and empty sides: the float64 reference's shapes, nothing non-finite."""
-    arguments = made(case, (shape,), Inputs())
+    arguments = made(case, (shape,), Inputs.named(dtype))
     got = run(case, case.op, copied(arguments))
     want = run(case, case.op.reference, doubled(arguments))
     for name, values in got.items():
@@ -240,9 +240,9 @@ def test_empty_list(case: Case) -> None:
 
 
 @EACH
-def test_zero(case: Case) -> None:
+def test_zero(case: Case, dtype: str = "float32") -> None:
     """Zeros everywhere and eps = 0: nothing non-finite; what maps matrices maps zero to zero."""
-    arguments = made(case, ((3, 8, 5), (4, 6)), Inputs())
+    arguments = made(case, ((3, 8, 5), (4, 6)), Inputs.named(dtype))
     keep = ("lr", "momentum", "steps", "norms")
     zeros = {k: v if k in keep else map_tensors(v, torch.zeros_like) for k, v in arguments.items()}
     if "eps" in zeros:
@@ -270,9 +270,9 @@ def test_scale(case: Case, dtype: str, scale: float) -> None:
 
 @EACH
 @pytest.mark.parametrize("scale", [1e-40, 1e36], ids=["1e-40", "1e36"])
-def test_finite_stays_a_number(case: Case, scale: float) -> None:
+def test_finite_stays_a_number(case: Case, scale: float, dtype: str = "float32") -> None:
     """No op makes NaN of finite numbers; words may overflow, and Gram entries may cancel inf."""
-    arguments = made(case, ((6, 9), (2, 7, 4)), Inputs(scale=scale))
+    arguments = made(case, ((6, 9), (2, 7, 4)), Inputs.named(dtype, scale=scale))
     if case.name in ("gram", "apply", "direct_polynomial", "gram_form") and scale > 1:
         return  # words of the algorithm: their callers scale
     for name, values in run(case, case.op, arguments).items():
@@ -306,11 +306,13 @@ def members(outputs: Outputs, member: int) -> list[Tensor]:
 @EACH
 @pytest.mark.parametrize("shapes", [((3, 9, 14),), ((9, 14),) * 3], ids=["batch", "list"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
-def test_nonfinite_stays_inside(case: Case, shapes: Shapes, bad: float) -> None:
+def test_nonfinite_stays_inside(
+    case: Case, shapes: Shapes, bad: float, dtype: str = "float32"
+) -> None:
     """NaN or Inf in one matrix: the other results are what they are without it, bit for bit."""
     if len(shapes) > 1 and not case.takes_list:
         pytest.skip("takes one (batch of) matrices")
-    arguments = made(case, shapes, Inputs())
+    arguments = made(case, shapes, Inputs.named(dtype))
     clean = run(case, case.op, copied(arguments))
     for name, values in tensors(arguments).items():
         if values[0].dim() < 2:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from optimizer_rows import ROWS, Row, build, make, set_grads, snapshot
 from orthonorm import optim
+from orthonorm.ops import steps
 from orthonorm.optim import storage
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -214,24 +215,65 @@ def test_nan_stays_in_its_matrix() -> None:
     assert torch.equal(found[2], clean[2]) and codes.shape == (3, 5, 7) and scales.shape == (3, 1)
 
 
-def test_one_graph() -> None:
-    for more in KINDS.values():
+@EACH
+def test_one_graph(kind: str) -> None:
+    """For six rates in a tensor; through functionalization as many as without small state."""
+    counts = {}
+    for backend, more in (("eager", KINDS[kind]), ("aot_eager", KINDS[kind]), ("aot_eager", {})):
         torch._dynamo.reset()
-        params, twins = make(torch.float32, SHAPES), make(torch.float32, SHAPES)
-        a, b = optim.Muon(params, **more), optim.Muon(twins, **more)
+        shapes = SHAPES if backend == "eager" else SHAPES[:1]
+        params, twins = make(torch.float32, shapes), make(torch.float32, shapes)
+        lr = torch.tensor(0.01)
+        a, b = optim.Muon(params, lr=lr, **more), optim.Muon(twins, lr=lr, **more)
         run(a, params, range(1))
         run(b, twins, range(1))
-        counter = CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend(backend)
         step = torch.compile(a.step, fullgraph=True, backend=counter)
-        graphs = 0
+        found = []
         for i in range(1, 7):
             set_grads(i, params, twins)
-            for opt in (a, b):
-                opt.param_groups[0]["lr"] = 0.01 * i
+            lr.fill_(0.01 * i)
             step()
             b.step()
-            graphs = graphs if i > 2 else counter.frame_count  # the second: lr as a number of any
-        assert counter.frame_count == graphs and same(snapshot(a), snapshot(b))
+            found.append(counter.frame_count)
+        assert same(snapshot(a), snapshot(b))
+        counts[backend, bool(more)] = found
+    assert counts["eager", True] == [1] * 6
+    assert counts["aot_eager", True] == counts["aot_eager", False]
+
+
+@ALL
+@EACH
+@pytest.mark.parametrize("room", [None, 1500], ids=["whole", "parts"])
+def test_a_step_is_float32s_rounded_once(
+    row: Row, kind: str, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are to the bit those of a step on the state as it is read; state is what that step
+    left, kept as any state is. Also where a work buffer does not hold all matrices."""
+    if room:
+        monkeypatch.setattr(steps, "WORK", room)
+    small, plain, fresh = (make(torch.float32, SHAPES) for _ in range(3))
+    a, b, c = (
+        build(row, p, **k) for p, k in ((small, KINDS[kind]), (plain, {}), (fresh, KINDS[kind]))
+    )
+    run(a, small, range(2))
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    with torch.no_grad():
+        for p, q in zip(small, plain, strict=True):
+            q.copy_(p)
+    run(a, small, range(2, 3))
+    run(b, plain, range(2, 3))
+    assert all(torch.equal(p, q) for p, q in zip(small, plain, strict=True))
+    if kind == "stochastic":  # one of the two neighbours
+        for key, values in elementwise(b).items():
+            for x, y in zip(values, elementwise(a)[key], strict=True):
+                assert ((x - y.float()).abs() <= 2.0**-7 * x.abs()).all(), key
+        return
+    c.load_state_dict(copy.deepcopy(b.state_dict()))
+    for x, y in zip(a.state.values(), c.state.values(), strict=True):
+        assert x.keys() == y.keys()
+        for key, t in x.items():
+            assert torch.equal(t, y[key]) if isinstance(t, Tensor) else t == y[key], key
 
 
 @pytest.mark.parametrize(
