@@ -154,6 +154,7 @@ def test_bounds_hold() -> None:
         true = torch.linalg.matrix_norm(W.double(), 2)
         assert all(gram_iteration(W, steps) >= true for steps in (1, 3, 6)), k
         t = on.gram_rescaling(W, k % 4 + 1)
+        assert ((t > 0) | (W == 0).all(-1, keepdim=True)).all(), k
         assert torch.linalg.matrix_norm(torch.where(t > 0, W.double() / t, 0.0), 2) <= 1, k
         if k % 3:
             continue

@@ -30,7 +30,8 @@ std::unique_ptr<A[]> random_values(int64_t count, double scale, int seed) {
   std::mt19937 random(seed);
   std::normal_distribution<double> normal;
   auto values = std::make_unique<A[]>(count);
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<A>(scale * normal(random));
+  using Wide = std::conditional_t<std::is_same_v<A, double>, double, float>;
+  for (int64_t i = 0; i < count; ++i) narrow(static_cast<Wide>(scale * normal(random)), values[i]);
   return values;
 }
 
@@ -124,7 +125,7 @@ void test_formats(int64_t count) {
 // where it does not (scales, weights, a run or a column of another size or of zeros).
 template <int R, class A>
 void test_columns(int64_t count, double scale, double weight, bool spoilt = false,
-                  bool exactly = false) {
+                  bool exactly = false, int64_t first = 0) {  // spoilt from column `first` on
   std::unique_ptr<A[]> memory[R];
   Rows<R, A> x;
   Weights<R> weights;
@@ -132,8 +133,8 @@ void test_columns(int64_t count, double scale, double weight, bool spoilt = fals
   auto b = random_values<double>(count, 0, 9), c = random_values<double>(count, 0, 9);
   for (int r = 0; r < R; ++r) {
     memory[r] = random_values<A>(count, r == 3 ? 1e-6 * scale : scale, r);
-    for (int64_t j = 0; spoilt && scale < 1 && j < count; j += 100) memory[r][j] = 0;
-    for (int64_t j = 1; spoilt && r != 5 && j < count; j += 100) memory[r][j] = 0;
+    for (int64_t j = first; spoilt && scale < 1 && j < count; j += 100) memory[r][j] = A{};
+    for (int64_t j = first + 1; spoilt && r != 5 && j < count; j += 100) memory[r][j] = A{};
     x.at[r] = memory[r].get();
     weights.first[r] = (spoilt && r == 5 ? 1e-40 : 1 + r) * weight;
     weights.second[r] = 0.1 * (1 + r);
@@ -141,11 +142,11 @@ void test_columns(int64_t count, double scale, double weight, bool spoilt = fals
   }
   add_weighted_squares(x, weights, count, {a.get(), b.get(), c.get()}, exactly);
   // A weight, a square, their product and the sums of R of them are rounded.
-  const Real allowed = sizeof(A) == 4 && !exactly ? (R + 2) * 0x1p-24L : 1e-14L;
+  const Real allowed = sizeof(A) <= 4 && !exactly ? (R + 2) * 0x1p-24L : 1e-14L;
   for (int64_t j = 0; j < count; ++j) {
     Real exact[3] = {};
     for (int r = 0; r < R; ++r) {
-      const Real square = static_cast<Real>(x.at[r][j]) * x.at[r][j];
+      const Real square = static_cast<Real>(widen(x.at[r][j])) * widen(x.at[r][j]);
       exact[0] += square;
       exact[1] += weights.first[r] * square;
       exact[2] += weights.second[r] * square;
@@ -308,6 +309,10 @@ int main() {
     test_sums(count, 1);
     test_scaling(count);
     test_columns<32, float>(count, 1, 1);
+    test_columns<32, float>(count, 1e18, 1, true, false, 256);
+    test_columns<32, float>(count, 1e-20, 1, true, false, 256);
+    test_columns<8, Bf16>(count, 1, 1);
+    test_columns<8, Fp16>(count, 1, 1);
   }
   if (failures == 0) std::printf("moments: all passed\n");
   return failures == 0 ? 0 : 1;

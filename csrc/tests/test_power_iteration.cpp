@@ -4,6 +4,7 @@
 //   g++ -std=c++20 -O2 -Icsrc csrc/tests/test_power_iteration.cpp -pthread && ./a.out
 #include "power_schedule.h"
 #include "tests/check.h"
+#include "tests/stored.h"
 
 #include <cmath>
 #include <cstdio>
@@ -25,39 +26,6 @@ std::vector<Isa> sets() {
   }
   return all;
 }
-
-template <class T>
-constexpr Element element_of() {
-  if (std::is_same_v<T, double>) return Element::f64;
-  if (std::is_same_v<T, float>) return Element::f32;
-  return std::is_same_v<T, Bf16> ? Element::bf16 : Element::f16;
-}
-
-template <class T>
-using Sums = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// A matrix in exactly as much memory as its strides need, so that AddressSanitizer sees a read
-// beyond the last element.
-template <class T>
-struct Stored {
-  int64_t rows, cols, row_stride, col_stride;
-  std::vector<T> memory;
-
-  Stored(int64_t r, int64_t c, int64_t rs, int64_t cs, std::mt19937& random, double scale = 1)
-      : rows(r), cols(c), row_stride(rs), col_stride(cs) {
-    memory.resize((r - 1) * rs + (c - 1) * cs + 1);
-    std::normal_distribution<double> normal;
-    for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j < c; ++j) {
-        narrow(static_cast<Sums<T>>(normal(random) * scale), memory[i * rs + j * cs]);
-      }
-    }
-  }
-  double at(int64_t i, int64_t j) const {
-    return widen(memory[i * row_stride + j * col_stride]);
-  }
-  Source source() const { return {memory.data(), element_of<T>(), row_stride, col_stride, 0}; }
-};
 
 template <class A>
 std::vector<A> normals(int64_t count, std::mt19937& random) {

@@ -3,6 +3,7 @@
 //   g++ -std=c++20 -O2 -Icsrc csrc/tests/test_power_quotient.cpp && ./a.out
 #include "power_quotient.h"
 #include "tests/check.h"
+#include "tests/stored.h"
 
 #include <cmath>
 #include <cstdio>
@@ -14,50 +15,24 @@ using namespace orthonorm::power;
 
 namespace {
 
+// Bits of its numbers, and the exponent of the least.
 template <class T>
 struct Type;
 template <>
 struct Type<double> {
-  static constexpr Element element = Element::f64;
   static constexpr int bits = 53, least = -1074;
 };
 template <>
 struct Type<float> {
-  static constexpr Element element = Element::f32;
   static constexpr int bits = 24, least = -149;
 };
 template <>
 struct Type<Bf16> {
-  static constexpr Element element = Element::bf16;
   static constexpr int bits = 8, least = -133;
 };
 template <>
 struct Type<Fp16> {
-  static constexpr Element element = Element::f16;
   static constexpr int bits = 11, least = -24;
-};
-
-template <class T>
-double number(const T& x) {
-  return static_cast<double>(widen(x));
-}
-
-template <class T>
-struct Stored {
-  int64_t rows, cols, row_stride, col_stride;
-  std::vector<T> memory;
-
-  Stored(int64_t r, int64_t c, int64_t rs, int64_t cs)
-      : rows(r), cols(c), row_stride(rs), col_stride(cs), memory((r - 1) * rs + (c - 1) * cs + 1) {}
-
-  T& at(int64_t i, int64_t j) { return memory[i * row_stride + j * col_stride]; }
-  void fill(std::mt19937& random, double scale) {
-    std::normal_distribution<double> normal;
-    using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
-    for (T& x : memory) narrow(static_cast<Wide>(normal(random) * scale), x);
-  }
-  Source source() const { return {memory.data(), Type<T>::element, row_stride, col_stride, 0}; }
-  Target target() { return {memory.data(), row_stride, col_stride}; }
 };
 
 // Half a unit in the last place of T at x; a hair more for the product with the inverse in double.
@@ -74,8 +49,8 @@ void test_rows(std::mt19937& random) {
     for (const int64_t cols : {1, 7, 16, 33}) {
       for (const int64_t in : {1, 2}) {
         for (const int64_t out : {1, 3}) {
-          Stored<T> w(rows, cols, in * cols + 2, in), q(rows, cols, out * cols + 1, out);
-          w.fill(random, half ? 1.0 : 1e3);
+          const Stored<T> w(rows, cols, in * cols + 2, in, random, half ? 1.0 : 1e3);
+          Stored<T> q(rows, cols, out * cols + 1, out);
           narrow(7.0f, q.memory.front());
           const auto before = q.memory;
           for (const double divisor : {3.7, 1e-3, 1.0, half ? 250.0 : 1e30}) {
@@ -83,7 +58,7 @@ void test_rows(std::mt19937& random) {
             if (rows > 1) divide_rows(w.source(), q.target(), 1, rows - 1, cols, divisor);
             for (int64_t i = 0; i < rows; ++i) {
               for (int64_t j = 0; j < cols; ++j) {
-                const double want = number(w.at(i, j)) / divisor, got = number(q.at(i, j));
+                const double want = w.at(i, j) / divisor, got = q.at(i, j);
                 CHECK(std::fabs(got - want) <= half_unit<T>(want), "%g, not %g", got, want);
               }
             }
@@ -92,7 +67,7 @@ void test_rows(std::mt19937& random) {
             const auto row = static_cast<int64_t>(k) / q.row_stride;
             const auto rest = static_cast<int64_t>(k) - row * q.row_stride;
             const bool between = rest % out != 0 || rest / out >= cols;
-            CHECK(!between || number(q.memory[k]) == number(before[k]), "between, %zu", k);
+            CHECK(!between || q.number(q.memory[k]) == q.number(before[k]), "between, %zu", k);
           }
         }
       }
