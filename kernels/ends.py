@@ -78,19 +78,26 @@ def rounded_update(
 
 @triton.jit
 def store_squares(
-    value, mask, AXIS: tl.constexpr, entries, count, entry, EXTRA: tl.constexpr, sums, batch,
-    line, lines, place, length,
+    at, value, mask, entries, count, entry, EXTRA: tl.constexpr, sums, batch, i, j,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
-    """The squares of a tile, added along AXIS, to the slot of its place along the lines.
+    """out <- value; the squares of the tile, added along AXIS, to the slot of its place there.
 
     A matrix has lines x slots of them from the entry's item on, one slot for GRAIN places; of those
     that a tile covers it fills the first.
     """
+    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+    rows = tiles.field(entries, count, entry, EXTRA - 3)
+    columns = tiles.field(entries, count, entry, EXTRA - 2)
+    if AXIS == 1:
+        line, lines, place, length = i, rows, j, columns
+    else:
+        line, lines, place, length = j, columns, i, rows
     total = tl.sum(value * value, axis=AXIS)
     slot = batch * tl.cdiv(length, GRAIN) + place // GRAIN
-    at = sums + tiles.field(entries, count, entry, EXTRA + 1) + slot * lines + line
+    own = sums + tiles.field(entries, count, entry, EXTRA + 1) + slot * lines + line
     local = tl.arange(0, total.shape[0])
-    tl.store(at + local, total, mask=local < lines - line)
+    tl.store(own + local, total, mask=local < lines - line)
 
 
 @triton.jit
@@ -99,12 +106,7 @@ def row_squares(
     batch, i, j,
 ):  # fmt: skip
     """out <- value; and the sums of its squares along rows, to first."""
-    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
-    rows = tiles.field(entries, count, entry, EXTRA - 3)
-    columns = tiles.field(entries, count, entry, EXTRA - 2)
-    store_squares(
-        value, mask, 1, entries, count, entry, EXTRA, first, batch, i, rows, j, columns
-    )  # fmt: skip
+    store_squares(at, value, mask, entries, count, entry, EXTRA, first, batch, i, j, 1)
 
 
 @triton.jit
@@ -113,12 +115,7 @@ def column_squares(
     batch, i, j,
 ):  # fmt: skip
     """`row_squares` of the transpose."""
-    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
-    rows = tiles.field(entries, count, entry, EXTRA - 3)
-    columns = tiles.field(entries, count, entry, EXTRA - 2)
-    store_squares(
-        value, mask, 0, entries, count, entry, EXTRA, first, batch, j, columns, i, rows
-    )  # fmt: skip
+    store_squares(at, value, mask, entries, count, entry, EXTRA, first, batch, i, j, 0)
 
 
 @triton.jit
