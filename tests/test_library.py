@@ -12,7 +12,8 @@ import pytest
 import torch
 from orthonorm import LOADED, OPS, _gpus, ops
 from orthonorm.__main__ import main, serving
-from orthonorm._library import Loaded
+from orthonorm._library import Loaded, guarded
+from torch._subclasses import FakeTensorMode
 
 KELLER = [3.4445, -4.7750, 2.0315] * 5
 
@@ -108,3 +109,30 @@ def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["benhc"])
     assert stop.value.code == 2 and "benhc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["cuda:1", "cuda:0", "cpu"])
+def test_kernels_run_with_their_tensors_device_as_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Triton launches on the current device, whatever addresses it is given."""
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *raised: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    kernel = guarded(lambda steps, X, scale=None: current[-1])
+    with FakeTensorMode():  # tensors on devices that this machine need not have
+        x = torch.empty(2, 2, device=place)
+    expected = x.device.index or 0
+    assert kernel(3, [x]) == kernel(3, X=[x]) == kernel(3, [], scale=x) == expected
+    assert kernel(3, []) == 0 and current == [0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -230,7 +230,30 @@ class Loaded:
 def triton_kernel(op: Op[P, R]) -> Callable[P, R]:
     """The Triton kernel of an op, whatever serves it: to compare with. ImportError without one."""
     module = importlib.import_module(f"{NAMESPACE}.kernels.{op.name.rstrip('_')}")
-    return op.checked(getattr(module, op.name))
+    return op.checked(guarded(getattr(module, op.name)))
+
+
+def device_of(args: Iterable[Any]) -> torch.device | None:
+    """The device of the first tensor among arguments, or in the first list that has one."""
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, (list, tuple)) and (found := device_of(value)) is not None:
+            return found
+    return None
+
+
+def guarded(kernel: Callable[P, R]) -> Callable[P, R]:
+    """`kernel` with the device of its tensors as the current one, which Triton launches on."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = device_of((*args, *kwargs.values()))
+        if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+            return kernel(*args, **kwargs)
+        with torch.cuda.device(device):
+            return kernel(*args, **kwargs)
+
+    return run
 
 
 class _Lazy:
@@ -247,7 +270,7 @@ class _Lazy:
                 LOADED.libraries["Triton"] = f"cannot compile, definitions serve: {reason}"
                 self.kernel = self.op.definition
             else:
-                self.kernel = getattr(importlib.import_module(self.module), self.op.name)
+                self.kernel = guarded(getattr(importlib.import_module(self.module), self.op.name))
         return self.kernel(*args, **kwargs)
 
 
