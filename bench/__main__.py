@@ -40,7 +40,7 @@ from .inputs import DTYPE_NAMES, SPECTRA
 from .measure import Request, measure
 from .options import TASKS, check_device, check_paths, parser, requests
 from .packages import SOURCES
-from .records import Record, Run
+from .records import DRIFT, Record, Run, one_each
 from .timing import Plan
 
 
@@ -67,8 +67,11 @@ def cases_of(wanted: Sequence[Request]) -> str:
     return "\n".join(report.align([(r.id, r.command) for r in wanted], left=2))
 
 
-def _measured(wanted: Sequence[Request], limits: bool) -> Iterator[list[Record]]:
-    """Records group by group, each printed as soon as it is there."""
+def _measured(
+    wanted: Sequence[Request], limits: bool, again: bool = False
+) -> Iterator[list[Record]]:
+    """Records group by group, each printed as soon as it is there; `again`: neither printed nor
+    judged."""
     start = time.monotonic()
     for i, request in enumerate(wanted, 1):
         if sys.stderr.isatty():
@@ -78,10 +81,11 @@ def _measured(wanted: Sequence[Request], limits: bool) -> Iterator[list[Record]]
             print(f"\r{text[:99]}\033[K", end="", file=sys.stderr, flush=True)
         threads = request.threads or torch.get_num_threads()
         rates = ceilings.measured(request.device, threads) if limits else {}
-        found = measure(replace(request, limits=rates))
+        found = measure(replace(request, limits=rates, refcheck=request.refcheck and not again))
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        print(report.table(found), end="\n\n", flush=True)
+        if not again:
+            print(report.table(found), end="\n\n", flush=True)
         yield found
 
 
@@ -154,28 +158,36 @@ def run(
 
 
 def _run_here(options: argparse.Namespace, wanted: Sequence[Request], found: Run) -> int:
-    """Measure in this process into `found`, kept on disk group by group."""
+    """Measure in this process into `found`, kept on disk group by group.
+
+    A machine's moods outlast the seconds of a group, so passes visit every group again after all
+    others: rows whose medians moved between are flagged.
+    """
     if wanted or {"claims", "cluster"} & set(options.names):
         print("\n".join(describe(found.environment)), end="\n\n")
     kept = options.worker or options.json
     plan = Plan(options.rounds, options.seconds or 4.0)
+    passes = options.passes or (2 if options.quick else 1)
+    visits: list[Record] = []
 
-    def keep(group: list[Record]) -> None:
-        found.records += group
+    def keep(records: list[Record]) -> None:
+        found.records = records
         if kept:
             found.save(kept)
-        if options.csv and not options.worker:
-            report.append_csv(options.csv, group, found.environment)
 
     try:
         if options.ceilings and (wanted or "claims" in options.names):
             found.ceilings = ceilings.measured(options.device, torch.get_num_threads())
-        for group in _measured(wanted, options.ceilings):
-            keep(group)
+        for again in range(passes):
+            for group in _measured(wanted, options.ceilings, again > 0):
+                visits.extend(group)
+                keep(one_each(visits))
+        if moved := [r for r in found.records if passes > 1 and abs(r.drift or 0.0) > DRIFT]:
+            print(f"apart by over {DRIFT:.0%} between passes:", report.table(moved), sep="\n\n")
         if "claims" in options.names:
             for claim, group in claims.run_claims(plan, options.device, found.ceilings):
                 found.claims.append(asdict(claim) | {"held": claim.held})
-                keep(group)
+                keep([*found.records, *group])
         for task in (cluster, static, results):
             if task.__name__.rpartition(".")[2] in options.names:
                 task.main(options, found)
@@ -192,7 +204,7 @@ def _write(options: argparse.Namespace, found: Run) -> None:
         return
     if options.json:
         found.save(options.json)
-    if options.csv and (options.load or options.processes):  # else appended group by group
+    if options.csv:
         report.append_csv(options.csv, found.records, found.environment)
     if options.md:
         options.md.write_text(report.markdown(found))

@@ -116,6 +116,10 @@ def _how(how: argparse._ArgumentGroup) -> None:
         "--processes", type=_some, default=0, metavar="N",
         help="repeat in N fresh processes, threads pinned to cores, and join the figures",
     )  # fmt: skip
+    how.add_argument(
+        "--passes", type=_count, metavar="N",
+        help="measure everything N times, one pass after another, and join (--quick: 2, else 1)",
+    )  # fmt: skip
     how.add_argument("--device", default="cpu", help="cpu or cuda")
     how.add_argument("--memory", action="store_true", help="peak memory of a call on CPUs too")
     how.add_argument(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .timing import quantile
 
 FORMAT = "orthonorm-bench-2"
 NOISY = 1.25  # p90 / p10 above this is flagged
@@ -29,7 +31,8 @@ class Record:
         sweep: what was varied, such as "n=512"; threads: torch's, where they were chosen.
         kind: ours, backend (ours from another backend), reference, torch, exact, package,
             compiled, or floor (what the machine does on the same bytes or products).
-        drift: median of the later half of the rounds over that of the earlier, minus 1.
+        drift: median of the later half of the rounds over that of the earlier, minus 1; of rows
+            measured again, the largest median over the least, minus 1.
         ratio: its median over ours; round_ratio: the median over rounds of its time over ours.
         cold_ms: with the L2 cache flushed; graph_ms: replayed from a CUDA graph; host_us: until the
             call returns to the host (CUDA); extra_mib: memory at the worst moment of a call.
@@ -153,3 +156,38 @@ def grouped(records: Iterable[Record]) -> list[list[Record]]:
     for record in records:
         groups.setdefault(record.group, []).append(record)
     return list(groups.values())
+
+
+def joined(runs: Sequence[Run]) -> Run:
+    """Several runs of one command as one."""
+    rates = [run.ceilings for run in runs]
+    ceilings = {name: max(r.get(name, 0.0) for r in rates) for name in rates[0]}
+    environment = runs[0].environment | {"processes": len(runs)}
+    return Run(environment, ceilings, one_each(r for run in runs for r in run.records))
+
+
+def one_each(records: Iterable[Record]) -> list[Record]:
+    """Records of the same row, measured again, as one: the median of their medians, the span of
+    their p10 and p90; drift is how far the medians are apart."""
+    by_key: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        by_key.setdefault(record.key, []).append(record)
+    return [_join(some) if len(some) > 1 else some[0] for some in by_key.values()]
+
+
+def _join(records: Sequence[Record]) -> Record:
+    timed = [r for r in records if r.median_ms and r.p10_ms and r.p90_ms]
+    if not timed:
+        return records[0]
+    medians = [r.median_ms or 0.0 for r in timed]
+    ratios = [r.ratio for r in timed if r.ratio]
+    rounds = [r.round_ratio for r in timed if r.round_ratio]
+    reached = [r.of_ceiling for r in timed if r.of_ceiling]
+    return replace(
+        timed[0], median_ms=quantile(medians, 0.5), p10_ms=min(r.p10_ms or 0.0 for r in timed),
+        p90_ms=max(r.p90_ms or 0.0 for r in timed), rounds=sum(r.rounds or 0 for r in timed),
+        drift=max(medians) / min(medians) - 1,
+        ratio=quantile(ratios, 0.5) if ratios else None,
+        round_ratio=quantile(rounds, 0.5) if rounds else None,
+        of_ceiling=quantile(reached, 0.5) if reached else None,
+    )  # fmt: skip
