@@ -54,6 +54,54 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t 
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, device.stream>>>(arguments...);
   check(cudaGetLastError());
 }
+
+// Every `cluster` consecutive blocks run at once, near each other (sm_90 and later).
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t blocks, int threads,
+                     int64_t shared_bytes, const Device& device, const Arguments&... arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) check(cudaErrorInvalidConfiguration);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = device.stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// In a kernel for clusters, called first: on older architectures no code follows it.
+__device__ inline int rank_in_cluster() {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<int>(__clusterRelativeBlockRank());
+#else
+  __trap();
+  __builtin_unreachable();
+#endif
+}
+
+// All threads of the cluster are here, and see what the others have written.
+__device__ inline void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+#endif
+}
+
+// What lies at `own` in this block's dynamic shared memory, in the block of that rank.
+template <class T>
+__device__ inline T* of_rank(T* own, int rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(own, static_cast<unsigned>(rank)));
+#else
+  return own;
+#endif
+}
 #endif
 
 }  // namespace orthonorm::cuda

@@ -1,4 +1,4 @@
-#include "small_gram_polynomial.h"
+#include "cluster_gram_polynomial.h"
 
 #include "op.h"
 
@@ -14,8 +14,8 @@ Tensor gram_polynomial(const Tensor& R, const std::vector<double>& coefficients)
   call.same_shapes(2);
   const Strided& r = call(0, 0);
   const int64_t n = r.sizes[r.dim - 1];
-  STD_TORCH_CHECK(r.sizes[r.dim - 2] == n && n <= SmallLists::most_side, OP,
-                  ": R must be square with sides of at most 128, got ", shape_of(r));
+  STD_TORCH_CHECK(r.sizes[r.dim - 2] == n && n <= SmallLists::most_of_cluster, OP,
+                  ": R must be square with sides of at most 512, got ", shape_of(r));
   STD_TORCH_CHECK(r.type == Element::f16 || r.type == Element::bf16, OP,
                   ": R must be float16 or bfloat16");
   const SmallPolynomial polynomial(OP, coefficients);
@@ -25,9 +25,9 @@ Tensor gram_polynomial(const Tensor& R, const std::vector<double>& coefficients)
       lists.finish();
     };
     if (r.type == Element::f16) {
-      run(small_gram_polynomial_lists<Fp16>(device, polynomial));
+      run(gram_polynomial_lists<Fp16>(device, polynomial));
     } else {
-      run(small_gram_polynomial_lists<Bf16>(device, polynomial));
+      run(gram_polynomial_lists<Bf16>(device, polynomial));
     }
   });
   return out;

@@ -1,5 +1,5 @@
-// Lists of small matrices for kernels that give each a block: tables, and the way in and out of
-// shared memory.
+// Lists of small matrices for kernels that give each a block or a cluster of blocks: tables, and the
+// way in and out of shared memory.
 #pragma once
 
 #include "small_products.h"
@@ -60,6 +60,16 @@ struct SmallView {
     lines = by_rows ? e.rows : e.columns, length = by_rows ? e.columns : e.rows;
     const int64_t pitch = lines == 1 ? 0 : next * size_of(type);
     wide = step == 1 && pitch % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+
+  // Of the rows from `first` on, at most `count`; `first` a multiple of eight.
+  __device__ SmallView rows(int first, int count) const {
+    SmallView part = *this;
+    int& extent = by_rows ? part.lines : part.length;
+    extent = extent - first < count ? extent - first : count;
+    if (extent < 0) extent = 0;
+    part.data = by_rows ? address(first, 0) : address(0, first);
+    return part;
   }
 
   __device__ char* address(int line, int at) const {
@@ -141,16 +151,17 @@ __device__ inline void deliver(const T* X, int ld, const SmallView& out) {
 
 // ---- host --------------------------------------------------------------------------------------
 
-// Cuts a list into tables by the rows a block needs room for, 16, 32, 64 or 128, and hands each
-// full one to `launch(table, size)`, size 0 to 3.
+// Cuts a list into tables by the rows there must be room for, 16 to 512, and hands each full one to
+// `launch(table, size)`: room for 16 << size.
 class SmallLists {
  public:
-  static constexpr int most_side = 128;
+  static constexpr int sizes = 6, most_side = 128;  // of a block
+  static constexpr int most_of_cluster = 16 << (sizes - 1);
   using Launch = std::function<void(const SmallTable&, int size)>;
 
   explicit SmallLists(Launch launch) : launch_(std::move(launch)) {}
 
-  // A (batch of) matrices of at most most_side rows or columns each; results are contiguous.
+  // A (batch of) matrices with a side that there is room for; results are contiguous.
   void add(const Strided& x, char* out) {
     const int64_t count = matrices(x), down = x.dim - 2, along = x.dim - 1;
     const bool tall = x.sizes[down] > x.sizes[along];
@@ -172,7 +183,7 @@ class SmallLists {
   }
 
   void finish() {
-    for (int size = 0; size < 4; ++size) flush(size);
+    for (int size = 0; size < sizes; ++size) flush(size);
   }
 
  private:
@@ -192,7 +203,8 @@ class SmallLists {
   }
 
   void push(const SmallEntry& e, int64_t count) {
-    const int size = e.rows <= 16 ? 0 : e.rows <= 32 ? 1 : e.rows <= 64 ? 2 : 3;
+    int size = 0;
+    while (16 << size < e.rows) ++size;
     auto& slot = tables_[size];
     if (!slot) slot = std::make_unique<SmallTable>();
     if (slot->entries_used == SmallTable::most_entries || slot->matrices + count > INT32_MAX) {
@@ -213,7 +225,7 @@ class SmallLists {
   }
 
   const Launch launch_;
-  std::unique_ptr<SmallTable> tables_[4];
+  std::unique_ptr<SmallTable> tables_[sizes];
   int64_t place_ = 0;
 };
 

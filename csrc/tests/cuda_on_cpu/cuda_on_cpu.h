@@ -1,12 +1,13 @@
 // CUDA C++ kernels compiled by a plain C++20 compiler and run on the CPU, for tests: blocks, shared
-// memory, barriers, warp shuffles and votes, atomics, cooperative grids; tensor cores in
+// memory, barriers, warp shuffles and votes, atomics, clusters of blocks; tensor cores in
 // mma_on_cpu.h.
 //
 // Each CUDA thread is a fiber, and a barrier that not all of a block's threads reach is reported.
 // With CUDA_ON_CPU_THREADS each is a std::thread instead, so that ThreadSanitizer sees what no
 // barrier orders. Shared memory is filled with 0xA5 for every block and AddressSanitizer guards its
-// ends. Threads that have returned count as arrived. Not modelled: clusters, asynchronous copies,
-// wgmma; the memory model is the CPU's, so a missing fence between blocks is not found.
+// ends, and all of it once the block's threads have returned. Threads that have returned count as
+// arrived. Not modelled: asynchronous copies, wgmma; the memory model is the CPU's, so a missing
+// fence between blocks is not found.
 #pragma once
 
 #include <array>
@@ -68,15 +69,26 @@ struct Block {
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<unsigned char[]> statics{new unsigned char[arena]};
   std::vector<unsigned char> dynamic;
+  std::atomic<int> running;  // threads
 
-  Block(int threads, size_t dynamic_bytes) : barrier(threads), dynamic(dynamic_bytes, 0xA5) {
+  Block(int threads, size_t dynamic_bytes)
+      : barrier(threads), dynamic(dynamic_bytes, 0xA5), running(threads) {
     for (int t = 0; t < threads; t += 32) {
       warps.push_back(std::make_unique<Warp>(threads - t < 32 ? threads - t : 32));
     }
     std::memset(statics.get(), 0xA5, arena);
     ASAN_POISON_MEMORY_REGION(statics.get(), arena);
   }
-  ~Block() { ASAN_UNPOISON_MEMORY_REGION(statics.get(), arena); }
+  ~Block() {
+    ASAN_UNPOISON_MEMORY_REGION(statics.get(), arena);
+    ASAN_UNPOISON_MEMORY_REGION(dynamic.data(), dynamic.size());
+  }
+
+  // A thread returns; with the last of them the shared memory goes.
+  void leave() {
+    barrier.drop();
+    if (--running == 0) ASAN_POISON_MEMORY_REGION(dynamic.data(), dynamic.size());
+  }
 };
 
 struct Index {
@@ -87,7 +99,9 @@ struct Index {
 struct Here {
   Index thread, block, threads{1, 1, 1}, blocks{1, 1, 1};
   Block* own = nullptr;
-  Barrier* grid = nullptr;
+  const std::unique_ptr<Block>* cluster = nullptr;  // the blocks that run together
+  int rank = 0;                                     // own place in it
+  Barrier* all = nullptr;                           // of their threads
   unsigned shows = 0;  // how often this thread has shown a value
 
   unsigned lane() const { return thread.x % 32; }
@@ -117,33 +131,33 @@ class Region {
   size_t bytes_, offset_;
 };
 
-// Runs `kernel` for every thread of every block: a cooperative grid's blocks together, others one
-// after another.
+// Runs `kernel` for every thread of every block, `together` blocks at a time.
 template <class Kernel>
-void run(int64_t blocks, int threads, size_t shared_bytes, bool cooperative, const Kernel& kernel) {
-  const int64_t together = cooperative ? blocks : 1;
+void run(int64_t blocks, int threads, size_t shared_bytes, int64_t together, const Kernel& kernel) {
   for (int64_t first = 0; first < blocks; first += together) {
-    Barrier grid(static_cast<int>(together * threads));
-    std::vector<std::unique_ptr<Block>> own;
+    Barrier all(static_cast<int>(together * threads));
+    std::vector<std::unique_ptr<Block>> cluster;
     std::vector<Here> heres(together * threads);
     for (int64_t i = 0; i < together; ++i) {
-      own.push_back(std::make_unique<Block>(threads, shared_bytes));
+      cluster.push_back(std::make_unique<Block>(threads, shared_bytes));
       for (int t = 0; t < threads; ++t) {
         Here& at = heres[i * threads + t];
         at.thread.x = static_cast<unsigned>(t);
         at.block.x = static_cast<unsigned>(first + i);
         at.threads.x = static_cast<unsigned>(threads);
         at.blocks.x = static_cast<unsigned>(blocks);
-        at.own = own[i].get();
-        at.grid = &grid;
+        at.own = cluster[i].get();
+        at.rank = static_cast<int>(i);
+        at.all = &all;
       }
     }
+    for (Here& at : heres) at.cluster = cluster.data();
     run_all(static_cast<int>(heres.size()), [&](int i) -> void* { return &heres[i]; }, [&] {
       const Here at = here();
       kernel();
-      at.own->barrier.drop();
       at.warp().barrier.drop();
-      at.grid->drop();
+      at.own->leave();
+      at.all->drop();
     });
   }
 }
@@ -229,19 +243,30 @@ struct Device;
 void check(cudaError_t error);
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-            const Device&, const Arguments&... arguments) {
-  if (blocks > INT32_MAX || threads > 1024) check(cudaErrorInvalidConfiguration);
-  cuda_on_cpu::run(blocks, threads, static_cast<size_t>(shared_bytes), false,
+void launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t blocks, int threads,
+                     int64_t shared_bytes, const Device&, const Arguments&... arguments) {
+  if (blocks > INT32_MAX || blocks % cluster != 0 || threads > 1024) {
+    check(cudaErrorInvalidConfiguration);
+  }
+  cuda_on_cpu::run(blocks, threads, static_cast<size_t>(shared_bytes), cluster,
                    [&] { kernel(arguments...); });
 }
 
 template <class... Parameters, class... Arguments>
-void launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads,
-                     int64_t shared_bytes, const Device&, const Arguments&... arguments) {
-  cuda_on_cpu::run(blocks, threads, static_cast<size_t>(shared_bytes), true,
-                   [&] { kernel(arguments...); });
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+            const Device& device, const Arguments&... arguments) {
+  launch_clusters(kernel, 1, blocks, threads, shared_bytes, device, arguments...);
 }
-inline void grid_sync() { cuda_on_cpu::here().grid->wait(); }
+
+inline int rank_in_cluster() { return cuda_on_cpu::here().rank; }
+inline void cluster_sync() { cuda_on_cpu::here().all->wait(); }
+
+// What lies at `own` in this block's dynamic shared memory, in the block of that rank.
+template <class T>
+T* of_rank(T* own, int rank) {
+  const auto& at = cuda_on_cpu::here();
+  const size_t offset = reinterpret_cast<const unsigned char*>(own) - at.own->dynamic.data();
+  return reinterpret_cast<T*>(at.cluster[rank]->dynamic.data() + offset);
+}
 
 }  // namespace orthonorm::cuda

@@ -1,7 +1,7 @@
 // Newton-Schulz and the Gram chain of small matrices on lists of awkward ones, against plain loops
 // in double. How far rounding may take a result is measured: by loops that round every product
 // where the kernel rounds it, of which the kernel may be off twice as far.
-#include "cuda/small_gram_polynomial.h"
+#include "cuda/cluster_gram_polynomial.h"
 #include "cuda/small_newton_schulz.h"
 #include "lists.h"
 
@@ -137,8 +137,19 @@ void test_newton_schulz(Element type, Lay lay, double scale, const std::vector<d
   errors.check("small_newton_schulz");
 }
 
+using GramLists = SmallLists (*)(const Device&, const SmallPolynomial&);
+
+// As small matrices as fit: a cluster's strips of 32 rows, where kernels have 64.
+template <class T, int blocks>
+SmallLists gram_polynomial_of_clusters(const Device& device, const SmallPolynomial& polynomial) {
+  return SmallLists([=, &device](const SmallTable& table, int) {
+    launch_gram_polynomial<Strips<T, blocks, 32>>(table, polynomial, device);
+  });
+}
+
 template <class T>
-void test_gram_polynomial(Element type, int64_t n, const std::vector<double>& c) {
+void test_gram_polynomial(Element type, int64_t n, const std::vector<double>& c,
+                          GramLists lists_of = gram_polynomial_lists<T>) {
   Values R({2, n, n}, type, Lay::packed), Q({2, n, n}, type, Lay::packed);
   R.fill(3);
   for (int64_t b = 0; b < 2; ++b) {
@@ -147,7 +158,7 @@ void test_gram_polynomial(Element type, int64_t n, const std::vector<double>& c)
   }
   Memory memory;
   const Device device = memory.device();
-  auto lists = small_gram_polynomial_lists<T>(device, SmallPolynomial("gram_polynomial", c));
+  auto lists = lists_of(device, SmallPolynomial("gram_polynomial", c));
   lists.add(R.view(), Q.view().data);
   lists.finish();
   Errors errors;
@@ -186,6 +197,7 @@ int main(int count, char**) {
     test_newton_schulz<Fp16>(f32, Lay::packed, 1, {quintic.begin(), quintic.begin() + 3});
     test_gram_polynomial<Fp16>(f16, 20, quintic);
     test_gram_polynomial<Fp16>(f16, 34, quintic);
+    test_gram_polynomial<Fp16>(f16, 40, quintic, gram_polynomial_of_clusters<Fp16, 2>);
   } else {
     test_newton_schulz<Fp16>(f16, Lay::packed, 1, quintic);
     shapes.pop_back();
@@ -196,6 +208,11 @@ int main(int count, char**) {
       test_gram_polynomial<Fp16>(f16, n, quintic);
       if (n < 50) test_gram_polynomial<Bf16>(bf16, n, cubic);
     }
+    for (const int64_t n : {1, 33, 64, 90, 128}) {
+      test_gram_polynomial<Fp16>(f16, n, quintic, gram_polynomial_of_clusters<Fp16, 4>);
+    }
+    test_gram_polynomial<Bf16>(bf16, 200, cubic, gram_polynomial_of_clusters<Bf16, 8>);
+    test_gram_polynomial<Fp16>(f16, 129, quintic);
     test_special();
   }
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);
