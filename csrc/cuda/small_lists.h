@@ -65,9 +65,9 @@ struct SmallView {
   // Of the rows from `first` on, at most `count`; `first` a multiple of eight.
   __device__ SmallView rows(int first, int count) const {
     SmallView part = *this;
-    int& extent = by_rows ? part.lines : part.length;
-    extent = extent - first < count ? extent - first : count;
-    if (extent < 0) extent = 0;
+    const int left = (by_rows ? lines : length) - first, kept = left < 0 ? 0 : left;
+    const int rows = kept < count ? kept : count;
+    part.lines = by_rows ? rows : lines, part.length = by_rows ? length : rows;
     part.data = by_rows ? address(first, 0) : address(0, first);
     return part;
   }

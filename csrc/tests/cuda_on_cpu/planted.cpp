@@ -42,6 +42,16 @@ __global__ void count_kernel(int* total, bool together) {
   }
 }
 
+// Every thread reads what its like has written in the next block of the cluster.
+__global__ void neighbour_kernel(int* to, bool waits, bool stays) {
+  ORTHONORM_DYNAMIC_SHARED(int, own);
+  const int next = 1 - rank_in_cluster();
+  own[threadIdx.x] = static_cast<int>(blockIdx.x);
+  if (waits) cluster_sync();
+  to[blockIdx.x * width + threadIdx.x] = of_rank(own, next)[threadIdx.x];
+  if (stays) cluster_sync();
+}
+
 __global__ void unaligned_kernel(const char* from, unsigned* to) {
   to[threadIdx.x] = reinterpret_cast<const uint4*>(from)->x;
 }
@@ -60,6 +70,12 @@ int main(int, char** arguments) {
            kind != "missing_barrier");
     launch(count_kernel, 1, width, 0, device, reinterpret_cast<int*>(to.data()), true);
     return to[1] == 62 ? 0 : 1;
+  }
+  if (kind == "clusters" || kind == "missing_cluster_barrier" || kind == "left_early") {
+    std::vector<int> found(4 * width);
+    launch_clusters(neighbour_kernel, 2, 4, width, width * sizeof(int), device, found.data(),
+                    kind != "missing_cluster_barrier", kind != "left_early");
+    return found[0] == 1 && found[3 * width] == 2 ? 0 : 1;
   }
   if (kind == "overflow" || kind == "wrong_tail") {
     const bool overflows = kind == "overflow";
