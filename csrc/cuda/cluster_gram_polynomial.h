@@ -1,4 +1,4 @@
-// Q with Q X = p(X) for R = X X^T, all of R's chain in a cluster of blocks: device part and launches.
+// Q with Q X = p(X) for R = X X^T, all of R's chain in a cluster: device part and launches.
 #pragma once
 
 #include "cluster_products.h"
@@ -37,7 +37,7 @@ template <class S>
 void launch_gram_polynomial(const SmallTable& table, const SmallPolynomial& polynomial,
                             const Device& device) {
   constexpr int bytes = 3 * S::bytes(S::ld) + S::staged_bytes;
-  static_assert(bytes <= 232448);  // what a block can have on sm_90
+  static_assert(bytes <= most_shared<S>);
   launch_clusters(cluster_gram_polynomial_kernel<S>, S::blocks, int64_t{table.matrices} * S::blocks,
                   S::threads, bytes, device, table, polynomial);
 }

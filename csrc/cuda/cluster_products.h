@@ -22,10 +22,18 @@ struct Strips {
   static constexpr int threads = tile / 32 * across * 32;
   static constexpr int ld = blocks * tile + 8, square_ld = tile + 8;
   static constexpr int most = blocks / 2 + 1;  // squares of a symmetric result in one block
+  static constexpr int most_wide = 8;          // of a wide matrix
   static constexpr int square = tile * square_ld;
-  static constexpr int bytes(int ld) { return tile * ld * 2; }
+  static constexpr int bytes(int ld) { return tile * ld * 2; }  // of rows of `ld` numbers
   static constexpr int staged_bytes = 2 * square * 2;
+
+  // Columns kept of a wide matrix, zero beyond its own.
+  ORTHONORM_HD static int columns(int own) { return (own + tile - 1) / tile * tile; }
 };
+
+// What a block may have of shared memory: CLUSTER_BYTES of ops/words.py, or all there is on sm_90.
+template <class S>
+inline constexpr int most_shared = S::blocks <= 4 ? 119808 : 232448;
 
 // What a block has of its matrix, and the squares on their way.
 template <class S>
@@ -147,6 +155,35 @@ __device__ inline void symmetric_sum(const Share<S>& share, T* to, const T* old,
         if (old) x = fmaf(beta, widened(old[at]), x);
         to[at] = mirror[(c + e) * S::ld + r] = rounded<T>(x);
       }
+    });
+  }
+  cluster_sync();
+}
+
+// X <- a X + B X, X of `columns`, a multiple of the tile.
+template <class S, class T>
+__device__ inline void apply(const Share<S>& share, T* X, int ld, int columns, const T* B,
+                             float a) {
+  const int count = share.rank < share.strips ? columns / S::tile : 0;
+  float sums[S::most_wide][2][2][4];
+#pragma unroll
+  for (int i = 0; i < S::most_wide; ++i) {
+    each_pair<S>(sums, i, [&](int r, int c, float& x, float& y) {
+      uint32_t pair = 0;
+      if (i < count) pair = *reinterpret_cast<const uint32_t*>(X + r * ld + i * S::tile + c);
+      x = a * widened(T{static_cast<uint16_t>(pair)});
+      y = a * widened(T{static_cast<uint16_t>(pair >> 16)});
+    });
+  }
+  add_products<S, false>(sums, share, B, S::ld, ld, share.strips, count, [&](int k, int i) {
+    return of_rank(X, k) + i * S::tile;
+  });
+  cluster_sync();
+#pragma unroll
+  for (int i = 0; i < S::most_wide; ++i) {
+    if (i >= count) break;
+    each_pair<S>(sums, i, [&](int r, int c, float x, float y) {
+      store_pair(X + r * ld + i * S::tile + c, x, y);
     });
   }
   cluster_sync();

@@ -1,6 +1,7 @@
 // Newton-Schulz and the Gram chain of small matrices on lists of awkward ones, against plain loops
 // in double. How far rounding may take a result is measured: by loops that round every product
 // where the kernel rounds it, of which the kernel may be off twice as far.
+#include "cuda/cluster_direct_polynomial.h"
 #include "cuda/cluster_gram_polynomial.h"
 #include "cuda/small_newton_schulz.h"
 #include "lists.h"
@@ -52,10 +53,16 @@ Matrix mixed(double alpha, const Matrix& x, double beta, const Matrix& y, const 
 }
 
 template <class F>
-Matrix newton_schulz(Matrix X, int64_t n, int64_t m, const std::vector<double>& c, const F& f) {
+Matrix scaled(Matrix X, const F& f) {
   double norm = 0;
   for (const double x : X) norm += x * x;
   for (double& x : X) x = norm == 0 ? 0 : f(x / std::sqrt(norm));
+  return X;
+}
+
+template <class F>
+Matrix direct_polynomial(Matrix X, int64_t n, int64_t m, const std::vector<double>& c,
+                         const F& f) {
   for (size_t t = 0; t < c.size(); t += 3) {
     const Matrix A = mixed(1, product(X, X, n, n, m, true), 0, Matrix(n * n), f);
     const Matrix B = mixed(c[t + 2], product(A, A, n, n, n, false), c[t + 1], A, f);
@@ -77,23 +84,6 @@ Matrix gram_polynomial(Matrix R, int64_t n, const std::vector<double>& c, const 
   return Q;
 }
 
-// Squares of the errors of a kernel and of the rounded loops, over all matrices of a run.
-struct Errors {
-  double kernel = 0, loops = 0;
-  void add(const Matrix& got, const Matrix& like, const Matrix& exact) {
-    for (size_t i = 0; i < exact.size(); ++i) {
-      kernel += (got[i] - exact[i]) * (got[i] - exact[i]);
-      loops += (like[i] - exact[i]) * (like[i] - exact[i]);
-    }
-  }
-  void check(const char* what) const {
-    if (std::sqrt(kernel) <= 2 * std::sqrt(loops)) return;
-    ++failures;
-    std::printf("%s: off by %g, the rounded loops by %g\n", what, std::sqrt(kernel),
-                std::sqrt(loops));
-  }
-};
-
 // Matrix b, wide; and the place of its element (i, j).
 Matrix wide(const Values& x, int64_t b, bool tall, int64_t n, int64_t m) {
   Matrix to(n * m);
@@ -102,6 +92,38 @@ Matrix wide(const Values& x, int64_t b, bool tall, int64_t n, int64_t m) {
   }
   return to;
 }
+
+// Squares of the errors of a kernel and of the rounded loops, over all matrices of a run.
+struct Errors {
+  double kernel = 0, loops = 0;
+
+  // `reference(x, n, m, rounding)` is what a wide matrix should become.
+  template <class Reference, class F>
+  void add_matrices(Values& X, const Values& out, const Reference& reference, const F& rounds) {
+    const int64_t rows = X.sizes().end()[-2], columns = X.sizes().end()[-1];
+    const int64_t n = std::min(rows, columns), m = std::max(rows, columns);
+    for (int64_t b = 0; b < matrices(X.view()); ++b) {
+      const Matrix x = wide(X, b, rows > columns, n, m);
+      add(wide(out, b, rows > columns, n, m), reference(x, n, m, rounds),
+          reference(x, n, m, Exact{}));
+    }
+  }
+
+  void check(const char* what) const {
+    if (std::sqrt(kernel) <= 2 * std::sqrt(loops)) return;
+    ++failures;
+    std::printf("%s: off by %g, the rounded loops by %g\n", what, std::sqrt(kernel),
+                std::sqrt(loops));
+  }
+
+ private:
+  void add(const Matrix& got, const Matrix& like, const Matrix& exact) {
+    for (size_t i = 0; i < exact.size(); ++i) {
+      kernel += (got[i] - exact[i]) * (got[i] - exact[i]);
+      loops += (like[i] - exact[i]) * (like[i] - exact[i]);
+    }
+  }
+};
 
 template <class T>
 void newton_schulz_of(std::deque<Values>& X, std::deque<Values>& out,
@@ -126,46 +148,68 @@ void test_newton_schulz(Element type, Lay lay, double scale, const std::vector<d
   newton_schulz_of<T>(X, out, c);
   Errors errors;
   for (size_t i = 0; i < X.size(); ++i) {
-    const int64_t rows = X[i].sizes().end()[-2], columns = X[i].sizes().end()[-1];
-    const int64_t n = std::min(rows, columns), m = std::max(rows, columns);
-    for (int64_t b = 0; b < matrices(X[i].view()); ++b) {
-      const Matrix x = wide(X[i], b, rows > columns, n, m);
-      errors.add(wide(out[i], b, rows > columns, n, m), newton_schulz(x, n, m, c, Rounds<T>{}),
-                 newton_schulz(x, n, m, c, Exact{}));
-    }
+    errors.add_matrices(X[i], out[i], [&](const Matrix& x, int64_t n, int64_t m, const auto& f) {
+      return direct_polynomial(scaled(x, f), n, m, c, f);
+    }, Rounds<T>{});
   }
   errors.check("small_newton_schulz");
 }
 
-using GramLists = SmallLists (*)(const Device&, const SmallPolynomial&);
+using ListsOf = SmallLists (*)(const Device&, const SmallPolynomial&);
 
-// As small matrices as fit: a cluster's strips of 32 rows, where kernels have 64.
+// As small matrices as fit: clusters' strips of 32 rows, where kernels have 64.
 template <class T, int blocks>
-SmallLists gram_polynomial_of_clusters(const Device& device, const SmallPolynomial& polynomial) {
+SmallLists gram_of_clusters(const Device& device, const SmallPolynomial& polynomial) {
   return SmallLists([=, &device](const SmallTable& table, int) {
     launch_gram_polynomial<Strips<T, blocks, 32>>(table, polynomial, device);
   });
 }
+template <class T, int blocks>
+SmallLists direct_of_clusters(const Device& device, const SmallPolynomial& polynomial) {
+  return SmallLists([=, &device](const SmallTable& table, int) {
+    launch_direct_polynomial<Strips<T, blocks, 32>>(table, polynomial, device);
+  });
+}
+
+void run(ListsOf lists_of, Values& X, Values& out, const std::vector<double>& c) {
+  Memory memory;
+  const Device device = memory.device();
+  auto lists = lists_of(device, SmallPolynomial("polynomial", c));
+  lists.add(X.view(), out.view().data);
+  lists.finish();
+}
+
+template <class T>
+void test_direct_polynomial(Element type, const Shape& shape, Lay lay, ListsOf lists_of) {
+  Values X(shape, type, lay), out(shape, type, Lay::packed);
+  X.fill(7);
+  const double n = static_cast<double>(shape.end()[-2]), m = static_cast<double>(shape.end()[-1]);
+  for (int64_t i = 0; i < X.count(); ++i) X.set(i, X[i] / (std::sqrt(n) + std::sqrt(m)));
+  run(lists_of, X, out, quintic);
+  Errors errors;
+  errors.add_matrices(X, out, [](const Matrix& x, int64_t n, int64_t m, const auto& f) {
+    return direct_polynomial(x, n, m, quintic, f);
+  }, Rounds<T>{});
+  errors.check("direct_polynomial");
+}
 
 template <class T>
 void test_gram_polynomial(Element type, int64_t n, const std::vector<double>& c,
-                          GramLists lists_of = gram_polynomial_lists<T>) {
+                          ListsOf lists_of = gram_polynomial_lists<T>) {
   Values R({2, n, n}, type, Lay::packed), Q({2, n, n}, type, Lay::packed);
   R.fill(3);
   for (int64_t b = 0; b < 2; ++b) {
     const Matrix G = wide(R, b, false, n, n), A = product(G, G, n, n, n, true);
     for (int64_t i = 0; i < n * n; ++i) R.set(b * n * n + i, A[i] / (4 * n));
   }
-  Memory memory;
-  const Device device = memory.device();
-  auto lists = lists_of(device, SmallPolynomial("gram_polynomial", c));
-  lists.add(R.view(), Q.view().data);
-  lists.finish();
+  run(lists_of, R, Q, c);
   Errors errors;
-  for (int64_t b = 0; b < 2; ++b) {
-    const Matrix r = wide(R, b, false, n, n), q = wide(Q, b, false, n, n);
-    for (int64_t i = 0; i < n * n; ++i) near(q[i], q[i % n * n + i / n], 0, "symmetric");
-    errors.add(q, gram_polynomial(r, n, c, Rounds<T>{}), gram_polynomial(r, n, c, Exact{}));
+  errors.add_matrices(R, Q, [&](const Matrix& r, int64_t n, int64_t, const auto& f) {
+    return gram_polynomial(r, n, c, f);
+  }, Rounds<T>{});
+  for (int64_t i = 0; i < R.count(); ++i) {
+    const int64_t at = i % (n * n), mirrored = i - at + at % n * n + at / n;
+    near(Q, i, Q[mirrored], 0, "symmetric");
   }
   errors.check("gram_polynomial");
 }
@@ -197,7 +241,8 @@ int main(int count, char**) {
     test_newton_schulz<Fp16>(f32, Lay::packed, 1, {quintic.begin(), quintic.begin() + 3});
     test_gram_polynomial<Fp16>(f16, 20, quintic);
     test_gram_polynomial<Fp16>(f16, 34, quintic);
-    test_gram_polynomial<Fp16>(f16, 40, quintic, gram_polynomial_of_clusters<Fp16, 2>);
+    test_gram_polynomial<Fp16>(f16, 40, quintic, gram_of_clusters<Fp16, 2>);
+    test_direct_polynomial<Fp16>(f16, {40, 70}, Lay::packed, direct_of_clusters<Fp16, 2>);
   } else {
     test_newton_schulz<Fp16>(f16, Lay::packed, 1, quintic);
     shapes.pop_back();
@@ -209,10 +254,15 @@ int main(int count, char**) {
       if (n < 50) test_gram_polynomial<Bf16>(bf16, n, cubic);
     }
     for (const int64_t n : {1, 33, 64, 90, 128}) {
-      test_gram_polynomial<Fp16>(f16, n, quintic, gram_polynomial_of_clusters<Fp16, 4>);
+      test_gram_polynomial<Fp16>(f16, n, quintic, gram_of_clusters<Fp16, 4>);
     }
-    test_gram_polynomial<Bf16>(bf16, 200, cubic, gram_polynomial_of_clusters<Bf16, 8>);
-    test_gram_polynomial<Fp16>(f16, 129, quintic);
+    test_gram_polynomial<Bf16>(bf16, 200, cubic, gram_of_clusters<Bf16, 8>);
+    for (const Lay lay : lays) {
+      test_direct_polynomial<Fp16>(f16, {2, 70, 50}, lay, direct_of_clusters<Fp16, 2>);
+      test_direct_polynomial<Bf16>(bf16, {97, 128}, lay, direct_of_clusters<Bf16, 4>);
+    }
+    test_direct_polynomial<Fp16>(f16, {33, 250}, Lay::packed, direct_of_clusters<Fp16, 2>);
+    test_direct_polynomial<Fp16>(f16, {161, 140}, Lay::packed, direct_of_clusters<Fp16, 8>);
     test_special();
   }
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);

@@ -18,6 +18,8 @@ from .._library import op
 
 SMALL = 128  # matrices with both sides up to this stay on chip through all iterations
 CHAIN_BYTES = 104448  # of shared memory, for gram_polynomial of sides above SMALL // 2 in CUDA C++
+CLUSTER = 256  # short sides up to which a cluster of blocks does, each with CLUSTER_BYTES
+CLUSTER_BLOCKS, CLUSTER_BYTES = 4, 119808
 MOST = 3 * 128  # coefficients that fit the launch of a compiled kernel for them
 HALF = (torch.float16, torch.bfloat16)
 
@@ -103,15 +105,37 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
     return Q.contiguous()
 
 
-@gram_polynomial.serves_part("sides up to 128 in float16 or bfloat16")
+@gram_polynomial.serves_part("sides up to 128, on sm_90 up to 256, in float16 or bfloat16")
 def _(R: Tensor, coefficients: list[float]) -> bool:
-    if R.dtype not in HALF or R.shape[-1] > SMALL or len(coefficients) > MOST:
+    n = R.shape[-1]
+    if n > SMALL:
+        return _on_clusters(R, coefficients)
+    if R.dtype not in HALF or len(coefficients) > MOST:
         return False
-    if R.shape[-1] <= SMALL // 2 or not R.is_cuda:
+    return n <= SMALL // 2 or _shared_bytes(R) >= CHAIN_BYTES  # not on sm_86, 89 and 120
+
+
+def _shared_bytes(X: Tensor) -> int:
+    """What a block can have of shared memory; without a GPU, for tests, enough."""
+    if not X.is_cuda:
+        return CLUSTER_BYTES
+    device = torch.cuda.get_device_properties(X.device)
+    return int(device.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _on_clusters(X: Tensor, coefficients: list[float]) -> bool:
+    """Whether clusters of blocks keep X on chip, all of a batch at once: more matrices, or larger
+    ones, are faster in a launch for each product (csrc/cuda/cluster_products.h says why)."""
+    n, m = sorted(X.shape[-2:])
+    if X.dtype not in HALF or n > CLUSTER or m > 2 * CLUSTER or len(coefficients) > MOST:
+        return False
+    if _shared_bytes(X) < CLUSTER_BYTES:
+        return False
+    if not X.is_cuda:
         return True
-    device = torch.cuda.get_device_properties(R.device)
-    optin: int = device.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return optin >= CHAIN_BYTES  # not on sm_86, 89 and 120
+    device = torch.cuda.get_device_properties(X.device)
+    blocks = CLUSTER_BLOCKS * math.prod(X.shape[:-2])
+    return device.major >= 9 and blocks <= device.multi_processor_count
 
 
 @op("direct_polynomial(Tensor X, float[] coefficients) -> Tensor", composite=True)
@@ -125,6 +149,11 @@ def direct_polynomial(X: Tensor, coefficients: list[float]) -> Tensor:
         A = gram(Y)
         Y = apply(Y, A, a, b) if c == 0 else apply(Y, symmetric_update(A, A, A, c, b), a)
     return (Y if Y.shape == X.shape else Y.mT).contiguous()
+
+
+@direct_polynomial.serves_part("on sm_90 up to 256 x 512 in float16 or bfloat16")
+def _(X: Tensor, coefficients: list[float]) -> bool:
+    return _on_clusters(X, coefficients)
 
 
 def wide(X: Tensor) -> Tensor:
