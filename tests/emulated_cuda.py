@@ -24,8 +24,9 @@ from test_ops import Shapes, by_dtype, check_numbers, first_member, fits, made, 
 assert os.environ.get("ORTHONORM_BACKEND") == "reference", "run tests/test_cuda_on_cpu.py instead"
 torch.ops.load_library(library())
 LOADED.fill("CPU", triton=False)  # what serves a part of its inputs leaves the rest to references
-PARTS = ("gram_polynomial", "small_newton_schulz")
-SERVED = tuple(case for name, case in CASES.items() if has_kernel(name, "CPU"))
+PARTS = ("gram_polynomial", "direct_polynomial", "small_newton_schulz")
+# direct_polynomial runs in clusters only: `emulated_clusters.py`
+SERVED = tuple(CASES[n] for n in CASES if has_kernel(n, "CPU") and n != "direct_polynomial")
 EACH = pytest.mark.parametrize("case", SERVED, ids=lambda c: c.name)
 # ones, primes, tails, a batch, tall and wide, more than one tile
 LIST = ((1, 1), (1, 7), (2, 13, 29), (41, 70), (97, 128), (64, 64))
@@ -39,8 +40,10 @@ def calls(case: Case) -> tuple[Shapes, ...]:
 def test_only_these_kernels_serve() -> None:
     assert {name for name, _ in LOADED.served} == set(PARTS)
     assert serving("gram_polynomial", "CPU") == (
-        "CUDA", "kernel loaded for sides up to 128 in float16 or bfloat16; else reference",
-    )  # fmt: skip
+        "CUDA",
+        "kernel loaded for sides up to 128, on sm_90 up to 256, in float16 or bfloat16; "
+        "else reference",
+    )
     assert {c.name for c in SERVED} <= set(OPS)
 
 
