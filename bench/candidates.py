@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from orthonorm._library import LOADED, NAMESPACE, OPS, triton_kernel
+from orthonorm._library import LOADED, NAMESPACE, OPS, library_part, triton_kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,6 +93,11 @@ def start_reference(case: Case, calls: list[Arguments]) -> Running:
 def start_triton(case: Case, calls: list[Arguments]) -> Running:
     """The Triton kernel beside a CUDA one that serves the op."""
     return run_calls(triton_kernel(case.op), case, calls)
+
+
+def start_part(case: Case, calls: list[Arguments]) -> Running:
+    """The CUDA kernel that serves a part of an op, also where the op leaves matrices to Triton."""
+    return run_calls(library_part(case.op), case, calls)
 
 
 # torch ops that an optimizer's rule asks for; all else of torch in a step is glue

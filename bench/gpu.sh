@@ -67,6 +67,8 @@ bench small-twins 40 small_newton_schulz --seconds 1 --dtype bfloat16 float16 \
   --shape 500x32x32 128x128x128 --against floor backend
 bench chain-twins 20 gram_polynomial --seconds 1 --dtype bfloat16 float16 \
   --shape 500x32x32 500x64x64 --against floor backend  # Triton's is for sides up to 64
+bench cluster-twins 40 gram_polynomial direct_polynomial --seconds 1 --dtype float16 \
+  --shape 256x256 32x256x256 512x512 16x512x512 --against backend
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor an allocation of its own, with its own ends
 for tool in memcheck racecheck initcheck synccheck; do
   part "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \

@@ -23,6 +23,7 @@ from .candidates import (
     Unavailable,
     run_calls,
     start_floor,
+    start_part,
     start_product,
     start_reference,
     start_triton,
@@ -230,6 +231,7 @@ def _largest(W: Tensor, **_: Any) -> Tensor:
 
 
 TRITON = Peer("Triton", "backend", start_triton)
+PART = Peer("CUDA part", "backend", start_part)
 REFERENCE = Peer("reference", "reference", start_reference)
 FLOOR = Peer("memory floor", "floor", start_floor)
 CEILING = Peer(f"torch.mm of {PRODUCT}", "floor", start_product)
@@ -266,5 +268,6 @@ def peers(case: Case, calls: list[Arguments]) -> tuple[Peer, ...]:
     """Everything that stands beside our op; at last what binds it: memory or arithmetic."""
     arithmetic = any(case.flops(arguments) for arguments in calls)
     twin = (TRITON,) if LOADED.served.get((case.name, "CUDA")) == "CUDA" else ()
+    part = (PART,) if (case.name, "CUDA") in LOADED.parts else ()
     floor = CEILING if arithmetic else FLOOR
-    return (*twin, REFERENCE, *TORCH.get(case.name, ()), floor)
+    return (*twin, *part, REFERENCE, *TORCH.get(case.name, ()), floor)

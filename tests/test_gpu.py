@@ -10,7 +10,7 @@ import test_ops
 import torch
 from guards import check_bands
 from orthonorm import optim
-from orthonorm._library import LOADED, triton_kernel
+from orthonorm._library import LOADED, library_part, triton_kernel
 from orthonorm.bench.cases import CASES, Case, tensors
 from orthonorm.bench.inputs import Arguments, Inputs, copied
 from test_ops import Shapes, by_dtype, check_numbers, first_member, made, run
@@ -52,6 +52,20 @@ def test_the_triton_twin_of_a_cuda_kernel(case: Case, dtype: str) -> None:
     """Both are callable in one process and held to the same rule."""
     for some in calls(case, SMALL):
         check_numbers(case, some, inputs(dtype), kernel=triton_kernel(case.op))
+
+
+@pytest.mark.skipif(
+    ("gram_polynomial", "CUDA") not in LOADED.parts or torch.cuda.get_device_capability() < (9, 0),
+    reason="clusters need the CUDA library and sm_90",
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("n", [129, 200, 255, 256, 300, 512])
+def test_clusters(n: int, dtype: str) -> None:
+    """Also sides that the ops leave to Triton."""
+    gram, direct = (CASES[name] for name in ("gram_polynomial", "direct_polynomial"))
+    check_numbers(gram, ((3, n, n),), inputs(dtype), kernel=library_part(gram.op))
+    for shape in ((n, 512), (512, n), (2, n, n)):
+        check_numbers(direct, (shape,), inputs(dtype), kernel=library_part(direct.op))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ namespace {
 
 Tensor gram_polynomial(const Tensor& R, const std::vector<double>& coefficients) {
   return polynomial_of("gram_polynomial", "R", R, coefficients, true,
-                       []<class T>(const Device& device, const SmallPolynomial& polynomial) {
-                         return gram_polynomial_lists<T>(device, polynomial);
-                       });
+                       gram_polynomial_lists<Fp16>, gram_polynomial_lists<Bf16>);
 }
 
 }  // namespace

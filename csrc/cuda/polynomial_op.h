@@ -6,11 +6,12 @@
 
 namespace orthonorm::cuda {
 
-// The results of `lists_of<T>(device, polynomial)` for X, whose sides it has room for.
-template <class ListsOf>
-Tensor polynomial_of(const char* op, const char* name, const Tensor& X,
-                     const std::vector<double>& coefficients, bool square,
-                     const ListsOf& lists_of) {
+using ListsOf = SmallLists(const Device&, const SmallPolynomial&);
+
+// What the lists for its type make of X, whose sides they have room for.
+inline Tensor polynomial_of(const char* op, const char* name, const Tensor& X,
+                            const std::vector<double>& coefficients, bool square, ListsOf* of_fp16,
+                            ListsOf* of_bf16) {
   const Tensor out = torch::stable::empty(X.sizes(), X.scalar_type(), std::nullopt, X.device());
   const TensorList from{X}, to{out};
   Call call(op, {{name, from, false}, {"out", to, true}});
@@ -25,15 +26,9 @@ Tensor polynomial_of(const char* op, const char* name, const Tensor& X,
                   " must be float16 or bfloat16");
   const SmallPolynomial polynomial(op, coefficients);
   call.run([&](const Device& device) {
-    const auto run = [&](SmallLists lists) {
-      lists.add(x, call(1, 0).data);
-      lists.finish();
-    };
-    if (x.type == Element::f16) {
-      run(lists_of.template operator()<Fp16>(device, polynomial));
-    } else {
-      run(lists_of.template operator()<Bf16>(device, polynomial));
-    }
+    SmallLists lists = (x.type == Element::f16 ? of_fp16 : of_bf16)(device, polynomial);
+    lists.add(x, call(1, 0).data);
+    lists.finish();
   });
   return out;
 }

@@ -228,9 +228,18 @@ class Loaded:
 
 
 def triton_kernel(op: Op[P, R]) -> Callable[P, R]:
-    """The Triton kernel of an op, whatever serves it: to compare with. ImportError without one."""
-    module = importlib.import_module(f"{NAMESPACE}.kernels.{op.name.rstrip('_')}")
-    return op.checked(guarded(getattr(module, op.name)))
+    """The Triton kernel of an op, whatever serves it: to compare with. Of an op that has none, its
+    definition, whose ops are dispatched. ImportError without Triton."""
+    module = f"{NAMESPACE}.kernels.{op.name.rstrip('_')}"
+    if op.composite and importlib.util.find_spec(module) is None:
+        return op.checked(op.definition)
+    return op.checked(guarded(getattr(importlib.import_module(module), op.name)))
+
+
+def library_part(op: Op[P, R]) -> Callable[P, R]:
+    """The kernel of a library that serves a part of an op, for all that it can: to compare with."""
+    part: Callable[P, R] = getattr(getattr(torch.ops, NAMESPACE), op.name).part
+    return op.checked(part)
 
 
 def device_of(args: Iterable[Any]) -> torch.device | None:
