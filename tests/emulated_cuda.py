@@ -148,6 +148,28 @@ def test_written_twice_is_refused(case: Case) -> None:
             case.op.overload(**twice)
 
 
+def test_shared_memory_is_refused() -> None:
+    """Of two tensors that are written; columns of one matrix share none."""
+    memory, u, one = torch.randn(24), torch.randn(4, 4), torch.tensor(1.0)
+    parts = [memory[8:].view(4, 4), memory[:16].view(4, 4)]
+    before = memory.clone()
+    rule = r"params.0. is written and must not share memory with params.1., which is written too"
+    with pytest.raises(RuntimeError, match=f"decayed_update_: {rule}"):
+        ops.decayed_update_(parts, [u, u], one, 0.0, [1.0, 1.0])
+    assert torch.equal(memory, before)
+    columns = list(torch.randn(4, 8).split(4, dim=1))
+    wanted = [c - u for c in columns]
+    ops.decayed_update_(columns, [u, u], one, 0.0, [1.0, 1.0])
+    assert all(torch.equal(c, w) for c, w in zip(columns, wanted, strict=True))
+
+
+@pytest.mark.parametrize("case", [c for c in SERVED if c.takes_list], ids=lambda c: c.name)
+def test_empty_members(case: Case) -> None:
+    """Matrices without elements among others."""
+    inputs = Inputs.named("bfloat16" if is_part(case) else "float32")
+    check_numbers(case, ((0, 5), (3, 4), (2, 0, 3), (0, 2, 2), (5, 7), (4, 0)), inputs)
+
+
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [((3, 5), (2**30 + 8, 1)), ((2, 8, 8), (2**31 + 16, 8, 1)), ((5, 3), (1, 2**30 + 8))],
@@ -164,6 +186,10 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]
     assert torch.equal(ops.magnitude([X]), norms)
     wanted = ops.divide_each(near, norms, torch.float32)
     assert torch.equal(ops.divide_each(X, norms, torch.float32), wanted)
+    cubic = [1.5, -0.5, 0.0]
+    assert torch.equal(ops.direct_polynomial(X, cubic), ops.direct_polynomial(near, cubic))
+    half = [ops.small_newton_schulz([x], cubic, torch.float16)[0] for x in (X, near)]
+    assert torch.equal(*half)
 
 
 def test_flags_of_the_scaler() -> None:
@@ -179,9 +205,17 @@ def test_stochastic_rounding() -> None:
 
 
 def test_errors_of_a_launch_name_op_and_shapes() -> None:
+    """More tiles or matrices than are counted, and what CUDA says of too many blocks."""
     X = torch.zeros(1, 1).expand(2**31, 2**20)
     with pytest.raises(RuntimeError, match=r"magnitude: .*, on X of shapes .2147483648, 1048576."):
         ops.magnitude([X])
+    one, coefficients = torch.zeros(1, 1, 1, dtype=torch.float16), [1.5, -0.5, 0.0]
+    rule = r"more matrices than a launch can count, on X of shapes .2147483648, 1, 1."
+    with pytest.raises(RuntimeError, match=f"small_newton_schulz: {rule}"):
+        ops.small_newton_schulz([one.expand(2**31, 1, 1)], coefficients, torch.float16)
+    rule = r"invalid configuration argument, on X of shapes .536870912, 1, 1."
+    with pytest.raises(RuntimeError, match=f"direct_polynomial: {rule}"):
+        ops.direct_polynomial(one.expand(2**29, 1, 1), coefficients)
 
 
 def writes(case: Case) -> set[str]:

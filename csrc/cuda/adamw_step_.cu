@@ -1,5 +1,7 @@
 #include "adamw_step_.h"
 
+#include <unordered_set>
+
 #include "op.h"
 
 namespace orthonorm::cuda {

@@ -8,7 +8,6 @@
 #include <optional>
 #include <sstream>
 #include <string>
-#include <unordered_set>
 
 #include "elementwise.h"
 #include "rounding.h"
@@ -67,6 +66,13 @@ inline bool expanded(const Strided& t) {
   return false;
 }
 
+// Memory that is certainly a tensor's: all of a dense one, the first element of another.
+inline int64_t certain_bytes(const Strided& t) {
+  int64_t span = 1;
+  for (int64_t d = 0; d < t.dim; ++d) span += (t.sizes[d] - 1) * t.strides[d];
+  return (span == numel(t) ? span : 1) * size_of(t.type);
+}
+
 struct NamedList {
   const char* name;
   const TensorList& tensors;
@@ -80,7 +86,7 @@ class Call {
  public:
   Call(const char* op, std::vector<NamedList> lists) : op_(op), lists_(std::move(lists)) {
     const NamedList& leader = lists_[0];
-    std::unordered_set<const void*> written;
+    std::vector<Written> written;
     for (const NamedList& list : lists_) {
       same_length(list.name, list.tensors.size());
       for (size_t i = 0; i < list.tensors.size(); ++i) {
@@ -92,11 +98,10 @@ class Call {
         if (!list.written || numel(s) == 0) continue;
         STD_TORCH_CHECK(!expanded(s), op, ": ", list.name, "[", i,
                         "] is written and must not be expanded");
-        STD_TORCH_CHECK(written.insert(s.data).second, op, ": ", list.name, "[", i,
-                        "] is written and must not begin where another tensor that is written "
-                        "does, got shape ", shape_of(s));
+        written.push_back({s.data, s.data + certain_bytes(s), list.name, i});
       }
     }
+    apart(written);
   }
 
   size_t size() const { return lists_[0].tensors.size(); }
@@ -205,6 +210,26 @@ class Call {
   }
 
  private:
+  struct Written {
+    const char *begin, *end;
+    const char* name;
+    size_t i;
+  };
+
+  // No two tensors that are written share memory, as far as their first and dense elements say:
+  // interleaved ones, columns of one matrix say, are not followed.
+  void apart(std::vector<Written>& all) const {
+    std::stable_sort(all.begin(), all.end(),
+                     [](const Written& a, const Written& b) { return a.begin < b.begin; });
+    const Written* last = nullptr;  // of those so far, where the memory ends last
+    for (const Written& w : all) {
+      STD_TORCH_CHECK(!last || w.begin >= last->end, op_, ": ", w.name, "[", w.i,
+                      "] is written and must not share memory with ", last->name, "[", last->i,
+                      "], which is written too");
+      if (!last || w.end > last->end) last = &w;
+    }
+  }
+
   // Tensor i of a list has the shape of the first list's, but 1 at `reduced`.
   void lines(size_t list, size_t i, int64_t reduced) const {
     const Strided &x = (*this)(0, i), &t = (*this)(list, i);
