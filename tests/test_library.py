@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import orthonorm
@@ -93,6 +94,40 @@ def test_a_library_that_does_not_fit_is_not_loaded(
 )  # fmt: skip
 def test_architectures(architecture: str, capability: tuple[int, int], runs: bool) -> None:
     assert _gpus.covers(architecture, capability) is runs
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shape", "dtype", "chain", "direct"),
+    [
+        ("sm_90", (3, 128, 128), torch.float16, True, True),
+        ("sm_90", (129, 129), torch.bfloat16, True, True),
+        ("sm_90", (33, 256, 256), torch.float16, True, True),
+        ("sm_90", (34, 256, 256), torch.float16, False, False),  # not all at once
+        ("sm_90", (257, 257), torch.float16, False, False),
+        ("sm_90", (200, 200), torch.float32, False, False),
+        ("sm_80", (128, 128), torch.float16, True, False),
+        ("sm_80", (129, 129), torch.float16, False, False),
+        ("sm_86", (64, 64), torch.float16, True, False),
+        ("sm_86", (65, 65), torch.float16, False, False),  # too little shared memory
+        ("sm_120", (129, 129), torch.float16, False, False),
+    ],
+)
+def test_which_matrices_stay_on_chip(
+    gpu: str, shape: tuple[int, ...], dtype: torch.dtype, chain: bool, direct: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    optin = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_120": 101376}[gpu]
+    device = types.SimpleNamespace(
+        major=int(gpu[3:-1]), shared_memory_per_block_optin=optin, multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    with FakeTensorMode():
+        X = torch.empty(shape, device="cuda", dtype=dtype)
+        assert ops.gram_polynomial._in_part(X, KELLER) is chain
+        assert ops.direct_polynomial._in_part(X, KELLER) is direct
+        assert not ops.gram_polynomial._in_part(X, KELLER * 26)  # more than a launch holds
+        wide = torch.empty(*shape[:-2], shape[-2], 512, device="cuda", dtype=dtype)
+        assert ops.direct_polynomial._in_part(wide.mT, KELLER) is direct
 
 
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:

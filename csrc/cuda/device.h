@@ -47,6 +47,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             const Device& device, const Arguments&... arguments) {
   if (blocks == 0) return;
+  if (blocks > INT32_MAX) check(cudaErrorInvalidConfiguration);
   if (shared_bytes > 48 * 1024) {  // more than a launch gets unasked
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)));
