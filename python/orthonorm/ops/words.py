@@ -125,7 +125,7 @@ def _shared_bytes(X: Tensor) -> int:
 
 def _on_clusters(X: Tensor, coefficients: list[float]) -> bool:
     """Whether clusters of blocks keep X on chip, all of a batch at once: more matrices, or larger
-    ones, are faster in a launch for each product (csrc/cuda/cluster_products.h says why)."""
+    ones, are faster in a launch for each product (csrc/cuda/README.md)."""
     n, m = sorted(X.shape[-2:])
     if X.dtype not in HALF or n > CLUSTER or m > 2 * CLUSTER or len(coefficients) > MOST:
         return False
