@@ -29,7 +29,7 @@ INSTRUCTIONS = {  # what is counted in the machine code of a kernel
     "bulk_copies": r"\b(?:UBLKCP|UTMALDG)",
     "async_copies": r"\bLDGSTS",
     "tensor_cores": r"\b(?:HMMA|HGMMA|UTCHMMA)",
-    "remote_16": r"\bLD\.E\.(?:\w+\.)*128",  # of a cluster's other blocks
+    "generic_16": r"\bLD\.E\.(?:\w+\.)*128",  # of other blocks of a cluster, say
     "cluster_barriers": r"\bUCGABAR_WAIT",
 }
 

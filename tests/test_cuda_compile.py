@@ -77,7 +77,8 @@ def test_machine_code(row: dict[str, Any]) -> None:
         return
     found = tuple(row[count] for count in ("loads_16", "stores_16", "tensor_cores"))
     assert all(have >= least for have, least in zip(found, needed, strict=True)), row
-    assert clusters == (row["remote_16"] > 0) == (row["cluster_barriers"] > 0), row
+    assert clusters == (row["cluster_barriers"] > 0), row
+    assert not clusters or row["generic_16"] >= 8, row  # squares from other blocks
 
 
 def test_kernels_that_are_needed_are_there() -> None:
