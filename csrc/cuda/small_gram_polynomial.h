@@ -6,8 +6,8 @@
 namespace orthonorm::cuda {
 
 //   Z = b R + c R^2;  Q <- a Q + Q Z;  W = a R + R Z;  R <- a W + W Z
-// by `sum(to, left, right, alpha, beta)`, to = alpha left right + beta left. W replaces R where Z is
-// another matrix; where c = 0, Z means b R and W has its place.
+// by `sum(to, left, right, alpha, beta)`, to = alpha left right + beta left. W replaces R where Z
+// is another matrix; where c = 0, Z means b R and W has its place.
 template <class T, class Sum>
 __device__ inline void gram_iterations(T* R, T* Q, T* Z, const SmallPolynomial& polynomial,
                                        const Sum& sum) {

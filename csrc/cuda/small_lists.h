@@ -1,5 +1,5 @@
-// Lists of small matrices for kernels that give each a block or a cluster of blocks: tables, and the
-// way in and out of shared memory.
+// Lists of small matrices for kernels that give each a block or a cluster of blocks: tables, and
+// the way in and out of shared memory.
 #pragma once
 
 #include "small_products.h"
