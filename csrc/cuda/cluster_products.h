@@ -5,9 +5,9 @@
 // where they lie, through registers into one of two places of its own while the other is
 // multiplied. A symmetric result is formed as in a block (small_products.h) with blocks for warps:
 // block r forms its squares r, r + 1, ..., r + blocks / 2, counted round, and writes each also
-// where its mirror image belongs. Sums stay in registers until the whole cluster has read the factors.
-// Blocks without rows of the matrix wait at the barriers. What this is good for by arithmetic:
-// README.md.
+// where its mirror image belongs. Sums stay in registers until the whole cluster has read the
+// factors. Blocks without rows of the matrix wait at the barriers. What this is good for by
+// arithmetic: README.md.
 #pragma once
 
 #include "small_products.h"
