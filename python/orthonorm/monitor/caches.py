@@ -43,7 +43,7 @@ def kv_bits(norms: Tensor, mean_bits: float, low: int = 1, high: int = 8) -> Ten
         mean_bits: what a number of the cache may cost on average, from `low` to `high`.
         low, high: fewest and most bits of one cache.
 
-    Returns: int64, the shape of norms. Source: the error bound behind arXiv:2502.15075.
+    Returns: int64, the shape of norms. Cost: a heap of them on the host. Source: the error bound behind arXiv:2502.15075.
     """
     name = "kv_bits"
     check.tensor(name, "norms", norms)

@@ -74,6 +74,10 @@ class Monitor:
         out: a .csv or .jsonl file that gets every row as it is measured.
         tensorboard: a folder for TensorBoard (where it is installed), or a SummaryWriter.
 
+    Cost: on the 100th step 16 power steps and some passes over every matrix, between measurements
+    a call of two hooks a step; docs/monitor.md has the measurement. Source: of each metric in its own
+    docstring; the alarm is that of arXiv:2510.04202.
+
     Attributes: rows, alarms, failures (a Counter), put_off, steps, seconds (spent measuring).
     """
 

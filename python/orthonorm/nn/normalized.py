@@ -124,6 +124,10 @@ class SpectralNorm(nn.Module):
 
     Made by `spectral_norm`. In evaluation the vectors stay, sigma = u^T W v; so do they within a
     backward, where checkpointing computes a part of the forward again.
+
+    Shapes: the weight and the result are those of the layer, (outputs, ...); `_u` is (outputs,) and
+    `_v` the product of the others, or feature maps. Cost: as `spectral_norm`. Source:
+    arXiv:1802.05957.
     """
 
     finishes = False

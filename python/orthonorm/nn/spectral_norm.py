@@ -54,6 +54,9 @@ def spectral_norm(
         size: spatial size of a convolution's input: sigma is then the norm of the convolution as a
             map of feature maps of that size, not of the flattened weight (at most sqrt(taps) off).
 
+    Shapes: the weight is (outputs, ...), any number of dimensions. Cost: 15 power steps at
+    registration; an access reads W once a step and once to divide it, each from memory or cache.
+
     Raises: ValueError where `name` is no weight or has a spectral norm already; TypeError for
     weights that are not dense and floating-point.
 
@@ -74,7 +77,7 @@ def spectral_norm_(
     order: str = "u_first",
     layers: Iterable[nn.Module] | None = None,
 ) -> M:
-    """`spectral_norm` of all layers of `model`, computed together before each of its forwards.
+    """weight = W / sigma_1(W), `spectral_norm`, of all layers, together before each forward.
 
     One batched power iteration for all of them instead of one an access, so a layer called twice in
     a forward takes one step. A layer that is called without `model` takes its own steps, as after
@@ -84,6 +87,9 @@ def spectral_norm_(
         model: changed in place and returned.
         name, n_power_iterations, eps, order: as in `spectral_norm`.
         layers: which; None is every Linear, ConvNd and ConvTransposeNd that `model` has.
+
+    Shapes: weights are (outputs, ...), each its own. Cost: as `spectral_norm`, but one call for all
+    layers, and on CPUs memory for their results, which stays with the model.
 
     Raises: as `spectral_norm`, before any layer is changed; ValueError where there is no layer.
 
@@ -169,12 +175,16 @@ def _parametrizations(module: nn.Module, name: str) -> list[nn.Module]:
 
 
 def remove_spectral_norm(module: M, name: str = "weight") -> M:
-    """The normalized weight as a plain parameter again, of a layer or of all layers of a module.
+    """W <- W / sigma_1: the normalized weight as a plain parameter, of a layer or all of a module.
 
     For what `spectral_norm`, `spectral_norm_` and their relatives registered. No further power
     step; the value is the one that evaluation uses.
 
+    Shapes: weights keep theirs. Cost: one pass over each weight.
+
     Raises: ValueError where there is none.
+
+    Source: torch/nn/utils/spectral_norm.py, remove_spectral_norm.
     """
     found = [m for m in module.modules() if _of(m, name)]
     if not found:
@@ -213,10 +223,14 @@ def spectral_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Spec
 
 
 def refresh_vectors_(model: M, steps: int = WARM_UP) -> M:
-    """u and v of every spectral norm of `model` by `steps` power steps on its present weights.
+    """u <- W v / |W v|, v <- W^T u / |W^T u|, `steps` times, in every spectral norm of `model`.
 
     For copies whose weights are averages (EMA): averages of u and v are no singular vectors, and
     too short, so leave them out or call this before the copy is used.
+
+    Shapes: u and v keep theirs, (outputs,) and the product of the others. Cost: a pass over every
+    weight a step. Source: arXiv:1802.05957; averages leave u and v out in
+    github.com/NCAR/miles-credit too.
     """
     check.integer("refresh_vectors_", "steps", steps, 1)
     for _, m, name, p in spectral_norms(model):
