@@ -142,7 +142,7 @@ def frequencies(K: Tensor, size: int) -> Tensor:
 def circular(K: Tensor, size: tuple[int, ...], steps: int) -> Tensor:
     """The largest Schatten norm of a frequency."""
     s = torch.linalg.svdvals(frequencies(K, size[0]))
-    return (s ** 2 ** (steps + 1)).sum(-1).pow(0.5 ** (steps + 1)).max()
+    return (s**2 ** (steps + 1)).sum(-1).pow(0.5 ** (steps + 1)).max()
 
 
 def tap_sums(K: Tensor, steps: int) -> Tensor:

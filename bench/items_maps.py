@@ -225,7 +225,9 @@ MAPS: dict[str, Item] = {
     "nn.grassmann_logits": Item(logits, projected_lengths, gradient=("x", "S")),
     "nn.nuclear_norm": Item(matrices("X"), lambda X: torch.linalg.svdvals(X).sum()),
     "nn.orthonormalize_lora": Item(adapter, lora),
-    "nn.star": Item(matrices("delta", rank=2, steps=30), lambda delta, rank, **_: star(delta, rank)),
+    "nn.star": Item(
+        matrices("delta", rank=2, steps=30), lambda delta, rank, **_: star(delta, rank)
+    ),
     "nn.cayley_rotation": Item(
         lambda s, inputs: {"A": inputs.put(inputs.normal("A", (s[0], s[0])))}, cayley,
         gradient=("A",),

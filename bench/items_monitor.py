@@ -142,8 +142,8 @@ def matching(weights: list[Tensor]) -> list[Tensor]:
 # ---- Hessians ------------------------------------------------------------------------------------
 def problem(shape: Shape, inputs: Inputs) -> Arguments:
     n = min(*shape, 6)
-    return {"A": inputs.put(inputs.normal("A", (2 * n, n))), "w": inputs.put(inputs.normal("w", (n,))),
-            "v": inputs.put(inputs.normal("v", (n,)))}  # fmt: skip
+    shapes = {"A": (2 * n, n), "w": (n,), "v": (n,)}
+    return {tag: inputs.put(inputs.normal(tag, sides)) for tag, sides in shapes.items()}
 
 
 def loss(A: Tensor, w: Tensor) -> Tensor:
@@ -250,7 +250,9 @@ MONITOR: dict[str, Item] = {
     "monitor.rms_to_rms": Item(
         matrices("X"), lambda X: svdvals(X)[0] * (X.shape[1] / X.shape[0]) ** 0.5
     ),
-    "monitor.one_to_rms": Item(matrices("X"), lambda X: max(x.square().mean() for x in X.mT).sqrt()),
+    "monitor.one_to_rms": Item(
+        matrices("X"), lambda X: max(x.square().mean() for x in X.mT).sqrt()
+    ),
     "monitor.rms_to_inf": Item(
         matrices("X"), lambda X: max(x.square().sum() for x in X).sqrt() * X.shape[1] ** 0.5
     ),
@@ -291,8 +293,8 @@ MONITOR: dict[str, Item] = {
     ),
     "monitor.hessian_gradient_product": Item(
         problem, lambda A, w, v: (hessian(A, w)[0], hessian(A, w)[1] @ hessian(A, w)[0]),
-        gradient=("w",), call=leaf(
-            lambda f, params, v: sum(monitor.hessian_gradient_product(f, params, True), [])),
+        gradient=("w",), call=leaf(lambda f, params, v: [
+            x for part in monitor.hessian_gradient_product(f, params, True) for x in part]),
     ),
     "monitor.hessian_alignment": Item(problem, disagreement, environments, ("w",)),
     "monitor.projected_power_iteration": Item(

@@ -32,9 +32,9 @@ def hessian_product(
         params: leaves that require gradients; those the loss does not depend on get zeros.
         create_graph: makes the products differentiable themselves.
 
-    Returns: a function of a list of tensors of the shapes of params, giving another. Cost of a call:
-    about two backward passes. Source: B. Pearlmutter, Fast Exact Multiplication by the Hessian
-    (1994).
+    Returns: a function of a list of tensors of the shapes of params, giving another. Cost of a
+    call: about two backward passes. Source: B. Pearlmutter, Fast Exact Multiplication by the
+    Hessian (1994).
     """
     params = _params("hessian_product", loss, params)
     gradients = torch.autograd.grad(
@@ -145,7 +145,7 @@ def hessian_diagonal(
     samples: int = 100,
     generator: torch.Generator | None = None,
 ) -> Vectors:
-    """diag(H) ~ mean of z * (H z) over Rademacher vectors z (Hutchinson): exact for diagonal H.
+    """diag(H) = E[z * (H z)], a mean over Rademacher vectors z (Hutchinson): exact for diagonal H.
 
     Args:
         loss, params: as `hessian_product` takes them.
@@ -207,7 +207,9 @@ def hessian_alignment(
         params: the head's, shared by all.
         alpha, beta: weights of the two terms.
 
-    Returns: a scalar (shape ()). Cost: four backward passes an environment. Source: arXiv:2308.11778.
+    Returns: a scalar (shape ()). Cost: four backward passes an environment.
+
+    Source: arXiv:2308.11778.
     """
     name = "hessian_alignment"
     if not isinstance(losses, (list, tuple)) or len(losses) < 2:

@@ -67,8 +67,8 @@ def frobenius(X: Tensor) -> Tensor:
     Args:
         X: (..., m, n).
 
-    Returns: (...), float64 if X is, else float32. Cost: one pass. Source: Golub and Van Loan, Matrix
-    Computations (2013), section 2.3.
+    Returns: (...), float64 if X is, else float32. Cost: one pass. Source: Golub and Van Loan,
+    Matrix Computations (2013), section 2.3.
     """
     check.tensor("frobenius", "X", X, min_dim=2)
     return flat(frobenius_of(X.detach())).to(accumulator(X))

@@ -82,8 +82,8 @@ def conv_zero_bound(K: Tensor, steps: int = 4, groups: int = 1) -> Tensor:
         steps: N, at least 1.
         groups: of the convolution.
 
-    Returns: a 0-d bound, differentiable; float64 if K is, else float32. Cost: convolutions of kernels
-    with themselves, 2 channels^3 taps^d 2^(N d) operations and more. Source: arXiv:2402.00240.
+    Returns: a 0-d bound, differentiable; float64 if K is, else float32. Cost: N convolutions of
+    kernels with themselves, each 2^d times as large in d dimensions. Source: arXiv:2402.00240.
     """
     t, scale = _channel_sums("conv_zero_bound", K, steps, groups, short=True)
     return (t * scale).max()

@@ -214,7 +214,7 @@ def clipped_decay(W: Tensor, rate: float, cap: float = 1.0, method: str = "exact
 
 @torch.no_grad()
 def stiefel(W: Tensor, scale: float = 1.0, coefficients: object = "you6") -> Tensor:
-    """scale O: all singular values near `scale`, by Newton-Schulz.
+    """sigma -> scale, or near it: scale O by Newton-Schulz.
 
     Args:
         W: (..., m, n).

@@ -59,7 +59,8 @@ def sigma_reparam(
         gamma: "sigma": starts at sigma_1(W), so that the weight starts as it was (the vision code);
             "one" (the speech code).
 
-    Cost: an SVD at registration; an access costs as with `spectral_norm`, and one pass.
+    Shapes: the weight is (outputs, ...), gamma 0-d. Cost: an SVD at registration; an access costs
+    as with `spectral_norm`, and one pass.
 
     Source: arXiv:2303.06296; github.com/apple/ml-sigma-reparam.
     """
