@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 class SigmaReparam(SpectralNorm):
     """gamma W / sigma_1(W) with a trainable scalar gamma; made by `sigma_reparam`.
 
-    Shapes: of the layer's weight, (outputs, ...); gamma is 0-d. Cost: as `spectral_norm` and one
+    Shapes: of the layer's weight, (outputs, ...); gamma is (1,). Cost: as `spectral_norm` and one
     pass; an SVD when it is made. Source: arXiv:2303.06296.
     """
 
@@ -31,8 +31,8 @@ class SigmaReparam(SpectralNorm):
         U, s, Vh = torch.linalg.svd(as_matrix(weight.detach(), self.dim).to(self._u.dtype))
         self._u.copy_(U[:, 0])
         self._v.copy_(Vh[0])
-        start = s[0].to(weight.dtype) if gamma == "sigma" else torch.ones_like(s[0])
-        self.gamma = nn.Parameter(start.to(weight.dtype))
+        start = s[:1] if gamma == "sigma" else torch.ones_like(s[:1])
+        self.gamma = nn.Parameter(start.to(weight.dtype))  # (1,): FSDP2 takes no 0-d parameters
 
     def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return self.gamma * normal
@@ -59,7 +59,7 @@ def sigma_reparam(
         gamma: "sigma": starts at sigma_1(W), so that the weight starts as it was (the vision code);
             "one" (the speech code).
 
-    Shapes: the weight is (outputs, ...), gamma 0-d. Cost: an SVD at registration; an access costs
+    Shapes: the weight is (outputs, ...), gamma (1,). Cost: an SVD at registration; an access costs
     as with `spectral_norm`, and one pass.
 
     Source: arXiv:2303.06296; github.com/apple/ml-sigma-reparam.
