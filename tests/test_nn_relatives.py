@@ -1,5 +1,5 @@
-"""Every way to normalize layers: used twice before a backward, compiled, sharded, averaged, and with
-zero and NaN weights."""
+"""Every way to normalize layers: used twice before a backward, compiled, sharded, averaged, and
+with zero and NaN weights."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_average_of_weights(way: Callable[[nn.Module], object]) -> None:
     again = copy.deepcopy(ema.module)
     on.refresh_vectors_(ema.module, 20)
     for _ in range(20):
-        again[0].weight, again[2].weight  # noqa: B018
+        again[0].weight, again[2].weight
     got, want = ema.module.eval()(x()), again.eval()(x())
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     for p, q in zip(ema.module.buffers(), again.buffers(), strict=True):

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from .. import _checks as check
 from ..ops.spectral import ORDERS
 from .convolution import CONVOLUTIONS, TRANSPOSED, ConvOperator
-from .normalized import WARM_UP, Results, SpectralNorm, normalized
+from .normalized import WARM_UP, Place, Results, SpectralNorm, normalized
 from .state_names import StateNames
 from .store import Store
 
@@ -146,7 +146,6 @@ def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Modul
     made = [make(m, getattr(m, name)) for m in chosen]
     for m, layer in zip(chosen, made, strict=True):
         register(m, name, layer)
-        _shortcut(m, name)
     group = _Group(name, chosen)
     model.register_forward_pre_hook(group.before)
     model.register_forward_hook(group.after, always_call=True)
@@ -239,8 +238,8 @@ def refresh_vectors_(model: M, steps: int = WARM_UP) -> M:
     return model
 
 
-def _shortcut(module: nn.Module, name: str) -> None:
-    """Lets `module.name` hand out what a group has computed, if it has, without further calls.
+def _shortcut(module: nn.Module, name: str, place: Place) -> None:
+    """Lets `module.name` hand out what is at `place`, if anything, without further calls.
 
     Torch gives a parametrized module a class of its own with a property that calls the list of
     parametrizations, which calls the first of them: 3 us a layer (2026-11).
@@ -252,7 +251,7 @@ def _shortcut(module: nn.Module, name: str) -> None:
         result = getattr(self, ready).current()
         return usual.fget(self) if result is None else result
 
-    setattr(module, ready, Results())
+    setattr(module, ready, place)
     setattr(kind, name, property(get, usual.fset))
 
 
@@ -261,39 +260,46 @@ class _Group:
 
     def __init__(self, name: str, layers: list[nn.Module]) -> None:
         self.name, self.layers = name, layers
-        self.parts: list[tuple[Any, SpectralNorm, Results]]
-        self.running: list[list[Results]] = []  # of each forward under way: what to take back
+        self.parts: list[tuple[int, Any, SpectralNorm]]
+        # what a layer's own parametrization makes, and what all of its parametrizations make
+        self.own, self.whole = Results(), Results()
         self.store = Store()
-        self.find()
+        for i, _, p in self.find():
+            p.ready = Place(self.own, i)
+            _shortcut(layers[i], name, Place(self.whole, i))
 
-    def find(self) -> list[tuple[Any, SpectralNorm, Results]]:
-        """(list of parametrizations, ours, the layer's results), less those that were removed."""
+    def find(self) -> list[tuple[int, Any, SpectralNorm]]:
+        """(which layer, its list of parametrizations, ours), less those that were removed."""
         self.parts = []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             lists: Any = layer._modules.get("parametrizations", NONE)
             x: Any = lists._modules.get(self.name, NONE)
             p = x._modules.get("0")
             if isinstance(p, SpectralNorm):
-                self.parts.append((x, p, getattr(layer, f"_{self.name}_ready")))
+                self.parts.append((i, x, p))
         return self.parts
 
     def before(self, *_: Any) -> None:
-        layers, weights, goals = [], [], []
-        for x, p, ready in self.parts:
+        self.own.last = self.whole.last = None  # the next results may have the memory of the last
+        found, layers, weights = [], [], []
+        for i, x, p in self.parts:
             weight = x._parameters.get("original")
             weight = x._buffers.get("original") if weight is None else weight
             # what is sharded still (FSDP of a part of the model) is whole when its layer asks
             if type(weight) in (nn.Parameter, Tensor):
-                alone = len(x._modules) == 1  # else further parametrizations act on the result
-                goal = ready if alone else p.ready
-                goal.last = None  # so that the next results may have the memory of the last
+                found.append(i)
                 layers.append(p)
                 weights.append(weight)
-                goals.append(goal)
-        for goal, result in zip(goals, normalized(layers, weights, self.store), strict=True):
-            goal.push(result)
-        self.running.append(goals)
+        made: list[Tensor | None] = [*normalized(layers, weights, self.store)]
+        if len(made) < len(self.layers):
+            results = dict(zip(found, made, strict=True))
+            made = [results.get(i) for i in range(len(self.layers))]
+        self.own.push(made)
+        further = {i for i, x, _ in self.parts if len(x._modules) > 1}  # which act on the result
+        self.whole.push(
+            [None if i in further else y for i, y in enumerate(made)] if further else made
+        )
 
     def after(self, *_: Any) -> None:
-        for goal in self.running.pop() if self.running else ():
-            goal.running.pop()
+        self.own.pop()
+        self.whole.pop()
