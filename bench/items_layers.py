@@ -243,7 +243,7 @@ LAYERS: dict[str, Item] = {
     ),
     "nn.conv_spectral_norm": Item(
         kernel, lambda K: torch.linalg.svdvals(dense(K))[0], gradient=("K",),
-        call=lambda K: onn.conv_spectral_norm(conv(K), SIZE, 1000),
+        call=lambda K: onn.conv_spectral_norm(conv(K), SIZE, 400),
     ),
     "nn.StableRankConv": Item(
         recurrent, ranked_convolution, lambda layer, K, x: layer(x), ("x",), rtol=1e-5
