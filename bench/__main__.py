@@ -2,8 +2,9 @@
 
     options -> requests -> measure -> records -> outputs
 
-NAME is an op, an optimizer step (muon, conda, adamw, ...), `all`, or a task: `claims`, `cluster`,
-`static`, `results`. Without a NAME the choices are listed.
+NAME is an op, an optimizer step (muon, conda, adamw, ...), `all` of these, a public function of
+orthonorm.nn or orthonorm.monitor (nn.hard_cap), or a task: `claims`, `cluster`, `static`,
+`results`. Without a NAME the choices are listed.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from .candidates import KINDS
 from .cases import CASES, STEPS, Case, Step
 from .environment import describe, environment
 from .inputs import DTYPE_NAMES, SPECTRA
+from .items import Item
 from .measure import Request, measure
 from .options import TASKS, check_device, check_paths, parser, requests
 from .packages import SOURCES
+from .public import ITEMS
 from .records import DRIFT, Record, Run, one_each
 from .timing import Plan
 
@@ -47,7 +50,7 @@ from .timing import Plan
 def listing() -> str:
     """Every name with its default shapes and dtypes, and the choices of the options."""
     head = ("name", "dtypes", "shapes")
-    table: dict[str, Case | Step] = {**CASES, **STEPS}
+    table: dict[str, Case | Step | Item] = {**CASES, **STEPS, **ITEMS}
     rows = [(name, " ".join(row.dtypes), " ".join(row.shapes)) for name, row in table.items()]
     return "\n".join([
         *report.align([head, *rows], left=3),

@@ -16,8 +16,10 @@ from .candidates import Peer, Running, Unavailable
 from .cases import CASES, STEPS, Case, Outputs, Step
 from .environment import peak_extra_memory
 from .inputs import DTYPES, Arguments, Inputs, copied, doubled
+from .items import Item, flat, wide
 from .judge import PolarJudge, Verdict, relative_error
 from .peers import peers
+from .public import ITEMS
 from .records import Record
 from .shapes import Workload
 from .timing import Plan, interleave, median_ratio, ratio_of_medians, stats
@@ -192,6 +194,27 @@ def _prepare_step(step: Step, request: Request) -> _Prepared:
     return prepared
 
 
+def _prepare_item(item: Item, request: Request) -> _Prepared:
+    """A public item beside its formula in plain torch, shape after shape."""
+    made = [item.arguments(shape, request.inputs) for shape in request.workload.shapes]
+
+    def begun(f: Callable[..., Any]) -> Begin:
+        def call() -> list[Any]:
+            return [f(**arguments) for arguments in made]
+
+        return lambda _: Running(call, lambda results: {"result": list(flat(results))})
+
+    truth = None
+    if request.refcheck:
+        doubled_up = [{k: wide(v) for k, v in arguments.items()} for arguments in made]
+        truth = {"result": list(flat([item.formula(**arguments) for arguments in doubled_up]))}
+    prepared = _Prepared(request, 0.0, 0.0, truth)
+    prepared.add("orthonorm", "ours", begun(item.of(request.name)))
+    if "torch" in request.kinds:
+        prepared.add("formula", "torch", begun(item.formula))
+    return prepared
+
+
 def measure(request: Request) -> list[Record]:
     """Records of every candidate, ours first."""
     before = torch.get_num_threads()
@@ -199,6 +222,8 @@ def measure(request: Request) -> list[Record]:
     try:
         if request.name in CASES:
             prepared = _prepare_op(CASES[request.name], request)
+        elif request.name in ITEMS:
+            prepared = _prepare_item(ITEMS[request.name], request)
         else:
             prepared = _prepare_step(STEPS[request.name], request)
         samples = _sample(prepared)

@@ -17,8 +17,10 @@ from . import shapes, sweep
 from .candidates import KINDS
 from .cases import CASES, NAMES, STEPS, Case, Step
 from .inputs import DTYPE_NAMES, SPECTRA
+from .items import Item
 from .measure import Request, keywords
 from .packages import SOURCES
+from .public import ITEMS
 from .timing import Plan
 
 TASKS = {
@@ -73,7 +75,12 @@ def parser() -> argparse.ArgumentParser:
         prog="orthonorm bench", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="How fast and how exact, beside what else is installed.",
     )  # fmt: skip
-    p.add_argument("names", nargs="*", metavar="NAME", help="op, step, all, " + ", ".join(TASKS))
+    p.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="op, step, nn.* and monitor.* function, all, " + ", ".join(TASKS),
+    )
     _what(p.add_argument_group("what to measure"))
     _how(p.add_argument_group("how to measure"))
     _out(p.add_argument_group("what to write"))
@@ -171,17 +178,17 @@ def matches(expression: str, text: str) -> bool:
         ) from None
 
 
-def chosen(names: Sequence[str], everything: bool) -> Iterator[tuple[str, Case | Step]]:
+def chosen(names: Sequence[str], everything: bool) -> Iterator[tuple[str, Case | Step | Item]]:
     """The rows of the table of cases that the names mean."""
     for name in names:
-        known("name", name, (*NAMES, "all", *TASKS))
+        known("name", name, (*NAMES, *ITEMS, "all", *TASKS))
     wanted = NAMES if "all" in names or (not names and everything) else names
     for name in wanted:
         if name not in TASKS:
-            yield name, CASES[name] if name in CASES else STEPS[name]
+            yield name, {**CASES, **STEPS, **ITEMS}[name]
 
 
-def _shapes(options: argparse.Namespace, row: Case | Step) -> Iterator[tuple[str, str]]:
+def _shapes(options: argparse.Namespace, row: Case | Step | Item) -> Iterator[tuple[str, str]]:
     """(shape, what was varied) of every workload of a row."""
     texts = options.shape or (
         [row.quick or row.shapes[0]] if options.quick else list(row.shapes)

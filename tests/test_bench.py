@@ -169,6 +169,14 @@ def test_every_name_is_measured(name: str) -> None:
     assert all(row.error is not None and row.error < 1e-2 for row in same)
 
 
+@pytest.mark.parametrize("name", ["nn.hard_cap", "nn.spectral_norm_", "monitor.soft_rank"])
+def test_public_items_are_measured(name: str) -> None:
+    """Ours beside the formula, each with its error."""
+    rows = measure(Request(name, shapes.parse("12x8+6x6"), plan=Plan(rounds=2), kinds=LIGHT))
+    assert [row.kind for row in rows] == ["ours", "torch"] and not any(row.note for row in rows)
+    assert all(row.median_ms is not None and row.error < 1e-5 for row in rows)
+
+
 @pytest.mark.parametrize(("asked", "runs"), [("float16", True), ("auto", True), ("float32", False)])
 def test_a_package_runs_in_the_dtype_that_was_asked_for(asked: str, runs: bool) -> None:
     """A time in another dtype would stand beside ours as if it were the same work."""

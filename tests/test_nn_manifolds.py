@@ -189,3 +189,57 @@ def test_jacobian_penalty() -> None:
     assert A.grad is not None and A.grad.isfinite().all() and A.grad.any()
     with pytest.raises(ValueError, match="sigma must be above 0"):
         on.jacobian_square(h, x, 0.0)
+
+
+# ---- trained singular vectors --------------------------------------------------------------------
+def test_cayley_rotation() -> None:
+    """A rotation for any A, as exact as a solver's; I for symmetric A; NaN stays in its matrix."""
+    for size in (1e-3, 1.0, 100.0):
+        A = randn(3, 6, 6) * size
+        K, identity = (A - A.mT) / 2, torch.eye(6).double()
+        want = (identity - K) @ torch.linalg.inv(identity + K)
+        for dtype in (torch.float32, torch.bfloat16):
+            given = A.to(dtype)
+            H = (given.double() - given.double().mT) / 2
+            exact = (identity - H) @ torch.linalg.inv(identity + H)
+            got = on.cayley_rotation(given)
+            assert got.dtype == dtype
+            assert (got.double() - exact).norm() <= 2 * (exact.to(dtype).double() - exact).norm()
+        torch.testing.assert_close(on.cayley_rotation(A), want, rtol=0, atol=1e-13)
+    torch.testing.assert_close(on.cayley_rotation(A + A.mT), identity.expand(3, 6, 6))
+    A[1, 2, 3] = torch.nan
+    bad = on.cayley_rotation(A).isnan().flatten(1).any(1)
+    assert bad.tolist() == [False, True, False]
+    small = randn(2, 3, 3).requires_grad_()
+    assert torch.autograd.gradgradcheck(on.cayley_rotation, (small,))
+
+
+def test_renormalize_columns() -> None:
+    U = randn(2, 7, 4)
+    U[0, :, 1] = 0
+    before = U.clone()
+    assert on.renormalize_columns_(U, torch.tensor([1, 3])) is U
+    assert torch.equal(U[..., ::2], before[..., ::2]) and not U[0, :, 1].any()
+    lengths = on.renormalize_columns_(U).norm(dim=-2)
+    torch.testing.assert_close(lengths[1], torch.ones(4).double())
+    W = torch.nn.Parameter(randn(5, 3))
+    on.renormalize_columns_(W)
+    assert W.requires_grad and W.is_leaf and W.grad_fn is None
+
+
+def test_bad_singular_vectors() -> None:
+    U, s, A = randn(7, 3), randn(3), randn(3, 3)
+    before = U.clone()
+    for kind, message, f in (
+        (ValueError, "A must be square, got shape", lambda: on.cayley_rotation(U)),
+        (TypeError, "float32", lambda: on.cayley_rotation(A.long())),
+        (ValueError, r"s must have shape \(3,\)", lambda: on.spectral_rotation(U, s[:2], U, A, A)),
+        (ValueError, r"B must have shape \(3, 3\)", lambda: on.spectral_rotation(U, s, U, A, U)),
+        (TypeError, "1-D tensor of int64", lambda: on.renormalize_columns_(U, [1])),
+        (ValueError, r"columns must be in \[0, 2\], got \[0, 3\]",
+         lambda: on.renormalize_columns_(U, torch.tensor([0, 3]))),
+        (ValueError, "at least 2 dimensions", lambda: on.renormalize_columns_(s)),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=message):
+            f()
+    assert torch.equal(U, before)

@@ -156,7 +156,7 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
         b(torch.zeros(2, 5, 8, 8, dtype=torch.float64))
     before = b.state_dict()[next(k for k in b.state_dict() if k.endswith("_u"))].clone()
     weight = b[0].weight  # computed anew, with a step of its own
-    assert weight.requires_grad and not any(p.ready.running for _, _, _, p in found(b))
+    assert weight.requires_grad and not any(p.ready.results.running for _, _, _, p in found(b))
     assert not torch.equal(before, found(b)[0][3]._u)
 
 

@@ -70,6 +70,9 @@ class AlignmentAlarm:
         threshold: largest 2 min(share positive, share negative) that is a collapse.
         healthy: diversity that arms the alarm.
         patience: measurements in a row below the threshold.
+
+    Shapes: it is called with a layer's name and one number. Cost: a comparison. Source:
+    arXiv:2510.04202; the three numbers are a choice (examples/watch_spectra.py).
     """
 
     def __init__(self, threshold: float = 0.1, healthy: float = 0.3, patience: int = 2) -> None:

@@ -13,7 +13,7 @@ from .norms import frobenius
 
 
 def cache_norms(X: Tensor) -> tuple[Tensor, Tensor]:
-    """(sigma_1, |X|_F) of every cache X (..., tokens, d_head), by its d_head x d_head Gram matrix.
+    """(sigma_1, |X|_F) of every cache X, sigma_1^2 = lambda_1(X^T X), a Gram matrix of d_head.
 
     Args:
         X: keys or values, (batch, heads, tokens, d_head) or any leading dimensions.
@@ -43,7 +43,8 @@ def kv_bits(norms: Tensor, mean_bits: float, low: int = 1, high: int = 8) -> Ten
         mean_bits: what a number of the cache may cost on average, from `low` to `high`.
         low, high: fewest and most bits of one cache.
 
-    Returns: int64, the shape of norms. Source: the error bound behind arXiv:2502.15075.
+    Returns: int64, the shape of norms. Cost: a heap of them on the host. Source: the error bound
+    behind arXiv:2502.15075.
     """
     name = "kv_bits"
     check.tensor(name, "norms", norms)

@@ -23,6 +23,9 @@ class GrowthAlarm:
         factor: growth that is too much.
         window: measurements of one median; before as many only what is not finite has grown.
         patience: measurements in a row above the factor.
+
+    Shapes: it is called with a name and one number. Cost: a median of `window` numbers. Source:
+    this project, for what Spectral Alignment does not see (examples/watch_spectra.py).
     """
 
     def __init__(self, factor: float = 4.0, window: int = 5, patience: int = 2) -> None:

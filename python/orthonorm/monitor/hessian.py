@@ -32,8 +32,9 @@ def hessian_product(
         params: leaves that require gradients; those the loss does not depend on get zeros.
         create_graph: makes the products differentiable themselves.
 
-    Returns: a function of a list of tensors shaped like params, giving another. Each call costs
-    about two backward passes.
+    Returns: a function of a list of tensors of the shapes of params, giving another. Cost of a
+    call: about two backward passes. Source: B. Pearlmutter, Fast Exact Multiplication by the
+    Hessian (1994).
     """
     params = _params("hessian_product", loss, params)
     gradients = torch.autograd.grad(
@@ -144,14 +145,15 @@ def hessian_diagonal(
     samples: int = 100,
     generator: torch.Generator | None = None,
 ) -> Vectors:
-    """diag(H) ~ mean of z * (H z) over Rademacher vectors z (Hutchinson): exact for diagonal H.
+    """diag(H) = E[z * (H z)], a mean over Rademacher vectors z (Hutchinson): exact for diagonal H.
 
     Args:
         loss, params: as `hessian_product` takes them.
         samples: products, each two backward passes; the error falls as 1 / sqrt(samples).
         generator: draws z; None: from a fixed seed.
 
-    Returns: a list like params. Source: arXiv:2308.11778 draws 1000.
+    Returns: a list of the shapes of params. Cost: two backward passes a sample. Source:
+    arXiv:2308.11778, which draws 1000.
     """
     name = "hessian_diagonal"
     params = _params(name, loss, params)
@@ -205,7 +207,9 @@ def hessian_alignment(
         params: the head's, shared by all.
         alpha, beta: weights of the two terms.
 
-    Returns: a scalar. Cost: four backward passes an environment. Source: arXiv:2308.11778.
+    Returns: a scalar (shape ()). Cost: four backward passes an environment.
+
+    Source: arXiv:2308.11778.
     """
     name = "hessian_alignment"
     if not isinstance(losses, (list, tuple)) or len(losses) < 2:

@@ -38,8 +38,8 @@ def projected_power_iteration(
         steps: most steps, each one product and one projection.
         tol: stops when |x - x_last| is at most this; 0: never early.
 
-    Returns: x (n,), x^T V x, and the number of steps. Raises ValueError where P(V x) is 0.
-    Source: arXiv:2203.09693.
+    Returns: x (n,), x^T V x, and the number of steps. Raises ValueError where P(V x) is 0. Cost: a
+    product and a projection a step. Source: arXiv:2203.09693.
     """
     name = "projected_power_iteration"
     check.tensor(name, "start", start, 1)
@@ -72,9 +72,11 @@ class StreamingEigenvector:
     then close to the top eigenvector when sigma_1^2 >> sigma_2^2, the paper's regime.
 
     Args:
-        n: length of a row.
+        n: length of a row; blocks are (rows, n), v is (n,).
         rate: eta, or None.
         dtype, device: of v.
+
+    Cost: 4 rows n operations an update.
 
     Source: arXiv:2412.11963 (and its analysis of Oja's rule, which needs a gap R = Omega(log d)).
     """

@@ -30,6 +30,7 @@ def singular_values(X: Tensor) -> Tensor:
 
     Returns: (..., min(m, n)), float64 if X is, else float32; NaN for a matrix that is not finite,
     whose neighbours in the batch it leaves alone. Cost: 8/3 n^3 and more, for small matrices.
+    Source: Golub and Van Loan, Matrix Computations (2013), section 8.6.
     """
     check.tensor("singular_values", "X", X, min_dim=2)
     A = X.detach().to(accumulator(X))
@@ -48,7 +49,8 @@ def sigma_1(X: Tensor, steps: int = 32, limit: int = SPECTRUM_LIMIT) -> Tensor:
             relative error (sigma_2 / sigma_1)^(4 steps).
         limit: 0 iterates whatever the size.
 
-    Returns: (...), float64 if X is, else float32.
+    Returns: (...), float64 if X is, else float32. Cost: an SVD without vectors, or steps passes.
+    Source: Golub and Van Loan, Matrix Computations (2013), sections 2.3 and 8.2.
     """
     check.tensor("sigma_1", "X", X, min_dim=2)
     if spread := spread_of(X):
@@ -65,7 +67,8 @@ def frobenius(X: Tensor) -> Tensor:
     Args:
         X: (..., m, n).
 
-    Returns: (...), float64 if X is, else float32. Cost: one pass.
+    Returns: (...), float64 if X is, else float32. Cost: one pass. Source: Golub and Van Loan,
+    Matrix Computations (2013), section 2.3.
     """
     check.tensor("frobenius", "X", X, min_dim=2)
     return flat(frobenius_of(X.detach())).to(accumulator(X))
@@ -80,7 +83,8 @@ def nuclear_norm(X: Tensor, sigma: Tensor | None = None, limit: int = SPECTRUM_L
         limit: longest short side that the SVD gets; above it `orthonorm.polar_exact` computes
             U V^T by products alone (60 of them: fast where products are).
 
-    Returns: (...), float64 if X is, else float32.
+    Returns: (...), float64 if X is, else float32. Cost: an SVD without vectors, or the products.
+    Source: N. Higham, Functions of Matrices (2008), chapter 8.
     """
     check.tensor("nuclear_norm", "X", X, min_dim=2)
     if sigma is None and min(X.shape[-2:]) > limit:
@@ -96,7 +100,8 @@ def rms_to_rms(X: Tensor, top: Tensor | None = None) -> Tensor:
         X: (..., m, n) = (fan_out, fan_in).
         top: its sigma_1 (...), if it is known.
 
-    Returns: (...). Source: arXiv:2409.20325; logged by github.com/SDLAML/disco.
+    Returns: (...). Cost: that of `sigma_1`. Source: arXiv:2409.20325; logged by
+    github.com/SDLAML/disco.
     """
     check.tensor("rms_to_rms", "X", X, min_dim=2)
     m, n = X.shape[-2:]

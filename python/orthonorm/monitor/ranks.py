@@ -43,7 +43,8 @@ def stable_rank(X: Tensor, top: Tensor | None = None, size: Tensor | None = None
         top: its sigma_1 (...), if it is known; from a lower bound comes an upper bound.
         size: its |X|_F (...), if it is known.
 
-    Returns: (...), float64 if X is, else float32. Cost: one pass, and what sigma_1 costs.
+    Returns: (...), float64 if X is, else float32. Cost: one pass, and what sigma_1 costs. Source:
+    arXiv:1906.04659.
     """
     check.tensor("stable_rank", "X", X, min_dim=2)
     top = sigma_1(X) if top is None else top

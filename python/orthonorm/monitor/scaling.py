@@ -35,7 +35,8 @@ def match_widths(
             layers that some width lacks are left out.
         steps: power steps for matrices too large for an SVD.
 
-    Returns: {layer: (sigma by width, max / min, p by least squares of the logarithms)}.
+    Returns: {layer: (sigma by width, max / min, p by least squares of the logarithms)}. Cost: a
+    `sigma_1` of every matrix.
     Source: arXiv:2510.15262.
     """
     name = "match_widths"

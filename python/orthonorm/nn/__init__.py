@@ -38,6 +38,7 @@ from .reparam import (
     stable_rank_norm_,
 )
 from .report import LipschitzReport, lipschitz_report
+from .rotations import cayley_rotation, renormalize_columns_, spectral_rotation
 from .spectral_norm import refresh_vectors_, remove_spectral_norm, spectral_norm, spectral_norm_
 from .stable_rank_conv import StableRankConv
 from .whitening import IterNorm, intl_loss, iter_norm, trace_loss
@@ -52,6 +53,7 @@ __all__ = [
     "StableRank",
     "StableRankConv",
     "after_step",
+    "cayley_rotation",
     "clipped_decay",
     "constrain_",
     "conv_circular_bound",
@@ -75,6 +77,7 @@ __all__ = [
     "polar_retraction",
     "refresh_vectors_",
     "remove_spectral_norm",
+    "renormalize_columns_",
     "sigma_reparam",
     "sigma_reparam_",
     "soft_cap",
@@ -87,6 +90,7 @@ __all__ = [
     "spectral_norm_",
     "spectral_normalize",
     "spectral_rescale",
+    "spectral_rotation",
     "spectral_scale",
     "stable_rank_norm",
     "stable_rank_norm_",

@@ -20,6 +20,7 @@ def spectral_scale(W: Tensor) -> float:
     """sqrt(fan_out / fan_in): the norm of W at which it keeps the root mean square of vectors.
 
     W is (fan_out, fan_in) or a convolution's weight, whose fan_in is channels times taps.
+    Cost: none, it reads the shape.
 
     Source: arXiv:2310.17813, condition 1.
     """
@@ -34,11 +35,15 @@ def constrain_(params: Iterable[Tensor], f: Map, scaled: bool = False) -> None:
     Matrices as they are; weights of more dimensions as (outputs, everything else).
 
     Args:
-        params: the weights, at least 2-D.
+        params: the weights, (outputs, ...), at least 2-D.
         f: any map of matrices, such as `functools.partial(hard_cap, cap=2.0)`.
         scaled: measure norms in units of the scale.
 
+    Cost: f, and a copy of each weight.
+
     Raises: ValueError where f changes the shape. What f raises leaves that weight as it was.
+
+    Source: arXiv:2507.13338 (projection after each step, norms in units of the scale).
     """
     for W in params:
         check.tensor("constrain_", "params", W, min_dim=2)
@@ -52,13 +57,15 @@ def constrain_(params: Iterable[Tensor], f: Map, scaled: bool = False) -> None:
 def after_step(
     optimizer: torch.optim.Optimizer, f: Map, params: Iterable[Tensor], scaled: bool = False
 ) -> Any:
-    """`constrain_(params, f, scaled)` after every step of `optimizer`.
+    """W <- f(W) by `constrain_(params, f, scaled)` after every step of `optimizer`.
 
     Args:
         optimizer: any `torch.optim.Optimizer`.
-        f, params, scaled: as `constrain_`.
+        f, params, scaled: as `constrain_`; params are (outputs, ...).
 
-    Returns: a handle whose remove() ends it.
+    Returns: a handle whose remove() ends it. Cost: that of `constrain_`, every step.
+
+    Source: arXiv:2507.13338.
     """
     kept = list(params)
     for W in kept:
@@ -74,6 +81,8 @@ def spectral_init_(W: Tensor, scale: float = 1.0, kind: str = "normal") -> Tenso
         W: (fan_out, fan_in) or a convolution's weight, overwritten and returned.
         scale: the norm in units of the condition's.
         kind: "normal" (Gaussian X; its norm by power iteration, to 1e-3 or so) or "orthogonal".
+
+    Cost: 100 power steps, or a `polar_exact`.
 
     Source: arXiv:2310.17813.
     """

@@ -50,7 +50,7 @@ def conv_circular_bound(K: Tensor, size: Sequence[int], steps: int = 5, groups: 
         groups: of the convolution.
 
     Returns: a 0-d bound, differentiable; float64 if K is, else float32. Cost: 16 steps outputs^2
-    inputs operations a frequency.
+    inputs operations a frequency. Source: arXiv:2305.16173.
     """
     op = "conv_circular_bound"
     _kernel(op, K)
@@ -82,7 +82,8 @@ def conv_zero_bound(K: Tensor, steps: int = 4, groups: int = 1) -> Tensor:
         steps: N, at least 1.
         groups: of the convolution.
 
-    Returns: a 0-d bound, differentiable; float64 if K is, else float32.
+    Returns: a 0-d bound, differentiable; float64 if K is, else float32. Cost: N convolutions of
+    kernels with themselves, each 2^d times as large in d dimensions. Source: arXiv:2402.00240.
     """
     t, scale = _channel_sums("conv_zero_bound", K, steps, groups, short=True)
     return (t * scale).max()
@@ -155,7 +156,8 @@ def gram_rescaling(W: Tensor, steps: int = 1) -> Tensor:
     Args:
         W: (..., m, n).
 
-    Returns: t, (..., m, 1), 0 for a zero W; float64 if W is, else float32.
+    Returns: t, (..., m, 1), 0 for a zero W; float64 if W is, else float32. Source:
+    arXiv:2305.16173.
     """
     op = "gram_rescaling"
     check.tensor(op, "W", W, min_dim=2)
@@ -176,7 +178,8 @@ def gram_rescaling(W: Tensor, steps: int = 1) -> Tensor:
 def conv_rescaling(K: Tensor, steps: int = 1, groups: int = 1) -> Tensor:
     """t_i as `gram_rescaling`, of the kernel of (C C^T)^(2^(N-1)): K / t has norm at most 1.
 
-    For any stride, zero or circular padding. Returns t, (outputs, 1, ..., 1).
+    For any stride, zero or circular padding. Returns t, (outputs, 1, ..., 1). Arguments and cost as
+    `conv_zero_bound`. Source: arXiv:2402.00240, arXiv:2208.03160.
     """
     t, scale = _channel_sums("conv_rescaling", K, steps, groups, short=False)
     return (t * scale).view(-1, *[1] * (K.dim() - 1))
@@ -184,7 +187,11 @@ def conv_rescaling(K: Tensor, steps: int = 1, groups: int = 1) -> Tensor:
 
 class SpectralRescaling(nn.Module):
     """W / t, of norm at most 1, t by `gram_rescaling` or `conv_rescaling`; made by
-    `spectral_rescale`."""
+    `spectral_rescale`.
+
+    Shapes: of the layer's weight, (outputs, ...). Cost: that of t, and one pass. Source:
+    arXiv:2305.16173.
+    """
 
     def __init__(self, steps: int, groups: int | None) -> None:
         super().__init__()
@@ -212,7 +219,9 @@ def spectral_rescale(module: M, name: str = "weight", steps: int = 2) -> M:
         name: the weight's name.
         steps: Gram products; the more, the closer the norm comes to 1.
 
-    Removed by `torch.nn.utils.parametrize.remove_parametrizations`.
+    Removed by `torch.nn.utils.parametrize.remove_parametrizations`. Shapes: the weight is
+    (outputs, ...). Cost of an access: `gram_rescaling` or `conv_rescaling`, and one pass. Source:
+    arXiv:2305.16173, arXiv:2402.00240.
     """
     op = "spectral_rescale"
     check.integer(op, "steps", steps, 1)
@@ -235,11 +244,14 @@ def _check_padding(op: str, module: nn.Module) -> None:
 
 
 def layer_bound(layer: nn.Module, steps: int = 5) -> Tensor:
-    """A certified upper bound of a layer's norm: `gram_iteration` or `conv_zero_bound`.
+    """A certified bound >= sigma_1 of a layer: `gram_iteration` or `conv_zero_bound`.
 
     Args:
         layer: Linear, ConvNd or ConvTransposeNd (zero or circular padding).
         steps: Gram products (convolutions: at most 4 of them, kernels double with each).
+
+    Returns: a 0-d tensor (shape ()), differentiable in the weight. Cost: that of the bound. Source:
+    arXiv:2305.16173, arXiv:2402.00240.
     """
     op = "layer_bound"
     if isinstance(layer, nn.Linear):
@@ -265,7 +277,10 @@ def norm_penalty(
             `lambda m: orthonorm.spectral_norm(m.weight)` (power iteration), or
             `lambda m: conv_spectral_norm(m, (32, 32))`.
         threshold: norms up to it cost nothing.
-        power: 1 as arXiv:2305.16173, 2 as arXiv:1705.10941 (with a factor 1/2).
+        power: 1 or more.
+
+    Returns: a 0-d tensor (shape ()), differentiable in the weights. Cost: a norm of each layer.
+    Source: arXiv:2305.16173 (power 1), arXiv:1705.10941 (power 2, with a factor 1/2).
     """
     check.number("norm_penalty", "threshold", threshold, 0.0)
     check.number("norm_penalty", "power", power, 1.0)

@@ -50,6 +50,8 @@ def spectral_normalize(
         cap: largest norm left, but for what `steps` power steps miss of sigma_1.
         steps: power steps, one pass over W each.
         start: where v starts, (..., n), not zero.
+
+    Returns: (..., m, n). Cost: steps + 1 passes over W. Source: arXiv:2507.13338.
     """
     _positive("spectral_normalize", "cap", cap)
     sigma, _, _ = _triple(W, steps, start)
@@ -62,7 +64,8 @@ def spectral_hammer(
 ) -> Tensor:
     """W + (cap - sigma_1) u_1 v_1^T: sigma_1 becomes the cap, also where it was smaller.
 
-    A zero matrix has no u_1 and stays zero. Arguments as `spectral_normalize`.
+    A zero matrix has no u_1 and stays zero. Arguments, shapes and cost as `spectral_normalize`.
+    Source: arXiv:2507.13338.
     """
     _positive("spectral_hammer", "cap", cap)
     sigma, u, v = _triple(W, steps, start)
@@ -75,8 +78,8 @@ def spectral_decay(
 ) -> Tensor:
     """W - rate sigma_1 u_1 v_1^T: weight decay of the largest singular value alone.
 
-    `rate` in [0, 1] is the whole factor (the repository's lambda, 0.1). Other arguments as
-    `spectral_normalize`.
+    `rate` in [0, 1] is the whole factor (the repository's lambda, 0.1). Other arguments, shapes and
+    cost as `spectral_normalize`. Source: arXiv:2507.13338.
     """
     check.number("spectral_decay", "rate", rate, 0.0, 1.0)
     sigma, u, v = _triple(W, steps, start)
@@ -97,6 +100,8 @@ def soft_cap_strength(cap: float, update: float, decay: float = 0.0) -> float:
             is too weak for m > n).
         update: largest singular value of the step, learning rate included.
         decay: weight decay times learning rate.
+
+    Shapes: all are numbers. Cost: 60 bisections. Source: arXiv:2507.13338 (modula/atom.py).
     """
     op = "soft_cap_strength"
     _positive(op, "cap", cap)
@@ -119,6 +124,9 @@ def soft_cap(W: Tensor, strength: float) -> Tensor:
 
     Shrinks all singular values a little, large ones more. `soft_cap_strength` couples a to the
     learning rate. Only for a sigma_1^2 < 1.
+
+    Shapes: W is (..., m, n), the result too. Cost: 8 m n min(m, n) operations. Source:
+    arXiv:2507.13338.
     """
     check.number("soft_cap", "strength", strength, 0.0)
     return odd_polynomial(W, [(1.0, -strength, 0.0), (1.0, strength, 0.0)])
@@ -139,6 +147,9 @@ def hard_cap(W: Tensor, cap: float = 1.0, method: str = "exact") -> Tensor:
         method: "exact": error of rounding, a few n eps sigma_1. "polynomial": four quintics on
             W / cap, off by at most 0.034 cap, over by at most 0.011 cap; matrices with a Gram bound
             above 3.4 cap, where they hold, are first divided down to it.
+
+    Returns: (..., m, n). Cost: two `polar_exact`, the second of the short side; or four quintics
+    and a `gram_iteration`. Source: arXiv:2507.13338; leloykun.github.io/ponder/spectral-clipping.
     """
     _positive("hard_cap", "cap", cap)
     check.choice("hard_cap", "method", method, ("exact", "polynomial"))
@@ -155,6 +166,9 @@ def spectral_clip(W: Tensor, low: float, high: float) -> Tensor:
 
     As `hard_cap`, with a second projector. Where W has no singular direction of its own (zero
     singular values), the directions raised to `low` are arbitrary and may be missed.
+
+    Shapes: W is (..., m, n), the result too. Cost: three `polar_exact`. Source:
+    leloykun.github.io/ponder/spectral-clipping.
     """
     check.number("spectral_clip", "low", low, 0.0)
     check.number("spectral_clip", "high", high, low)
@@ -190,6 +204,8 @@ def clipped_decay(W: Tensor, rate: float, cap: float = 1.0, method: str = "exact
     With steps of norm eta in between, sigma_1 settles at cap + eta / rate after a step and at
     cap + (1 - rate) eta / rate after the decay. `method` as in `hard_cap`.
 
+    Shapes: W is (..., m, n), the result too. Cost: that of `hard_cap`, and one pass.
+
     Source: leloykun.github.io/ponder/spectral-clipping.
     """
     check.number("clipped_decay", "rate", rate, 0.0, 1.0)
@@ -198,12 +214,15 @@ def clipped_decay(W: Tensor, rate: float, cap: float = 1.0, method: str = "exact
 
 @torch.no_grad()
 def stiefel(W: Tensor, scale: float = 1.0, coefficients: object = "you6") -> Tensor:
-    """scale O: all singular values near `scale`, by Newton-Schulz.
+    """sigma -> scale, or near it: scale O by Newton-Schulz.
 
     Args:
         W: (..., m, n).
         scale: of the result; sqrt(m / n) makes it unit in the norm RMS -> RMS.
         coefficients: as `polar`; "exact" is `polar_exact`.
+
+    Returns: (..., m, n). Cost: 6 Newton-Schulz steps, or a `polar_exact`. Source:
+    arXiv:2507.13338.
     """
     check.number("stiefel", "scale", scale)
     if coefficients == "exact":
@@ -221,6 +240,8 @@ def embed_cap(E: Tensor, inflation: float = 1.0) -> Tensor:
     Args:
         E: (..., vocabulary, d), one embedding a row.
         inflation: largest factor.
+
+    Returns: (..., vocabulary, d). Cost: one pass. Source: arXiv:2507.13338.
     """
     check.tensor("embed_cap", "E", E, min_dim=2)
     _positive("embed_cap", "inflation", inflation)

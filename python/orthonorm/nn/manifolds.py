@@ -16,7 +16,8 @@ CUBING = (1.875, -1.25, 0.375)  # x (15 - 10 x^2 + 3 x^4) / 8: the distance to 1
 def grassmann_tangent(S: Tensor, D: Tensor) -> Tensor:
     """D - S (S^T D): the part of D that moves the span of S.
 
-    Shapes: S with orthonormal columns and D are (..., d, k). Source: arXiv:physics/9806030.
+    Shapes: S with orthonormal columns and D are (..., d, k). Cost: 4 d k^2 operations.
+    Source: arXiv:physics/9806030.
     """
     _pair("grassmann_tangent", S, "D", D)
     return D - S @ (S.mT @ D)
@@ -25,7 +26,8 @@ def grassmann_tangent(S: Tensor, D: Tensor) -> Tensor:
 def stiefel_tangent(S: Tensor, D: Tensor) -> Tensor:
     """D - S (S^T D + D^T S) / 2: the part of D that keeps the columns of S orthonormal.
 
-    Shapes: S with orthonormal columns and D are (..., d, k). Source: arXiv:physics/9806030.
+    Shapes: S with orthonormal columns and D are (..., d, k). Cost: 4 d k^2 operations.
+    Source: arXiv:physics/9806030.
     """
     _pair("stiefel_tangent", S, "D", D)
     A = S.mT @ D
@@ -46,6 +48,9 @@ def polar_retraction(S: Tensor, T: Tensor, step: float = 1.0, steps: int | None 
         steps: None is `polar_exact`; else quintic Newton-Schulz steps without scaling, each of
             which cubes the distance to orthonormality: 2 for step |T| up to 0.3, 3 up to 1.
 
+    Returns: (..., d, k). Cost: 4 d k^2 + 2 k^3 operations a step; `polar_exact` takes 19 of
+    them in float32.
+
     Source: arXiv:2308.01547 (Grassmann classes), arXiv:2205.14173 (StiefelAdam's last step).
     """
     op = "polar_retraction"
@@ -65,7 +70,8 @@ def grassmann_logits(x: Tensor, S: Tensor, gamma: float = 25.0) -> Tensor:
 
     Differentiable; S is kept orthonormal by `polar_retraction` of its `grassmann_tangent`.
 
-    Shapes: x is (..., d), S (classes, d, k), the logits (..., classes). Source: arXiv:2308.01547.
+    Shapes: x is (..., d), S (classes, d, k), the logits (..., classes). Cost: 2 classes d k
+    operations a sample. Source: arXiv:2308.01547.
     """
     check.tensor("grassmann_logits", "S", S, min_dim=3)
     check.tensor("grassmann_logits", "x", x, min_dim=1)

@@ -89,30 +89,45 @@ def _differentiable(G: Any, A: Any, s: Tensor, vectors: Tensor) -> list[Tensor]:
 
 
 class Results:
-    """A layer's results: of the forwards of its group under way, and the last of them.
+    """What layers became together in the forwards under way, a list each, and in the last of them.
 
     The last one is for what recomputes a part of the forward in the backward and records what that
-    saves, as checkpointing without reentrance does: it must meet the same tensor again. With
+    saves, as checkpointing without reentrance does: it must meet the same tensors again. With
     reentrance that part has a graph of its own, which the backward frees, and computes anew.
     """
 
     def __init__(self) -> None:
-        self.running: list[Tensor] = []
-        self.last: Tensor | None = None
+        self.running: list[Sequence[Tensor | None]] = []
+        self.last: Sequence[Tensor | None] | None = None
 
-    def push(self, result: Tensor) -> None:
-        self.running.append(result)
-        self.last = result if result.requires_grad else None
+    def push(self, results: Sequence[Tensor | None]) -> None:
+        self.running.append(results)
+        self.last = results if torch.is_grad_enabled() else None
 
-    def current(self) -> Tensor | None:
-        """What the weight is now; None: to be computed."""
+    def pop(self) -> None:
         if self.running:
-            return self.running[-1]
-        recorded = _in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return self.last if recorded else None
+            self.running.pop()
 
     def __deepcopy__(self, memo: Any) -> Results:
         return Results()  # results belong to a graph
+
+
+class Place:
+    """Where one layer finds its own among `results`; None there: it computes its own."""
+
+    __slots__ = ("index", "results")
+
+    def __init__(self, results: Results, index: int) -> None:
+        self.results, self.index = results, index
+
+    def current(self) -> Tensor | None:
+        """What the weight is now; None: to be computed."""
+        results = self.results
+        if results.running:
+            return results.running[-1][self.index]
+        recorded = _in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+        result = results.last[self.index] if recorded and results.last is not None else None
+        return result if result is not None and result.requires_grad else None
 
 
 def _in_backward() -> bool:
@@ -124,6 +139,10 @@ class SpectralNorm(nn.Module):
 
     Made by `spectral_norm`. In evaluation the vectors stay, sigma = u^T W v; so do they within a
     backward, where checkpointing computes a part of the forward again.
+
+    Shapes: the weight and the result are those of the layer, (outputs, ...); `_u` is (outputs,) and
+    `_v` the product of the others, or feature maps. Cost: as `spectral_norm`. Source:
+    arXiv:1802.05957.
     """
 
     finishes = False
@@ -143,12 +162,15 @@ class SpectralNorm(nn.Module):
         self.steps, self.dim, self.eps, self.order = n_power_iterations, dim, eps, order
         self.operator = operator
         self.shape = weight.shape
-        self.ready = Results()
+        self.ready = Place(Results(), 0)
+        self.plain = dim == 0 and weight.dim() == 2
+        self.count = weight.numel()
         self.kind = _of_vectors if weight.dim() < 2 else _by_operator if operator else _by_matrix
         if weight.dim() < 2:
             return
         A = as_matrix(weight.detach(), dim)
         self.sizes = tuple(A.shape)
+        self.length = sum(self.sizes)
         shapes = A.shape if operator is None else (operator.range, operator.domain)
         u, v = (weight.new_empty(n, dtype=accumulator(weight)).normal_() for n in shapes)
         for name, x in (("_u", u), ("_v", v)):
@@ -190,23 +212,29 @@ def normalized(
 
     In memory of `store` if there is one: for those who do so again and again.
     """
-    out, again = list(weights), _in_backward()
-    groups: dict[Any, list[int]] = {}
-    for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-        if weight.shape != layer.shape:
-            raise ValueError(
-                f"spectral_norm: the weight must keep shape {tuple(layer.shape)}, got "
-                f"{tuple(weight.shape)}; remove_spectral_norm first"
-            )
-        steps = layer.steps if layer.training and not again else 0
-        key = layer.kind, weight.device, steps, layer.order, layer.eps
-        groups.setdefault(key, []).append(i)
-    for (kind, device, *rule), rows in groups.items():
+    again = _in_backward()
+    shapes, made_of = [w.shape for w in weights], [x.shape for x in layers]
+    if shapes != made_of:  # lists, for the price of one comparison
+        i = next(i for i, shape in enumerate(shapes) if shape != made_of[i])
+        raise ValueError(
+            f"spectral_norm: the weight must keep shape {tuple(made_of[i])}, got "
+            f"{tuple(shapes[i])}; remove_spectral_norm first"
+        )
+    keys: list[Any] = [
+        (x.kind, w.device, x.steps if x.training and not again else 0, x.order, x.eps)
+        for x, w in zip(layers, weights, strict=True)
+    ]
+    out = list(weights)
+    for key in dict.fromkeys(keys):
+        kind, device, *rule = key
+        rows = [i for i, other in enumerate(keys) if other == key]
         whole = len(rows) == len(out)
         some = layers if whole else [layers[i] for i in rows]
         W = weights if whole else [weights[i] for i in rows]
         empty = store.empty_like if store is not None and serves(device) else _empty
         results = kind(some, W, empty, *rule)
+        if whole:
+            return results
         for i, result in zip(rows, results, strict=True):
             out[i] = result
     return out
@@ -221,19 +249,21 @@ def _by_matrix(
 ) -> list[Tensor]:
     buffers = [layer._buffers for layer in layers]  # attributes of modules take 0.5 us each
     u, v, dims = [b["_u"] for b in buffers], [b["_v"] for b in buffers], [x.dim for x in layers]
+    plain = all(layer.plain for layer in layers)
     with torch.no_grad():
-        A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
+        A = W if plain else [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
         # vectors are copies: the next forward changes u and v, perhaps before this one's backward
         out = empty(A)
         s, vectors = spectral_normalization_.overload(out, A, u, v, steps, order, eps)
-        made = [as_weight(x, w, d) for x, w, d in zip(out, W, dims, strict=True)]
-    lengths = [sum(layer.sizes) for layer in layers]
+        made = out
+        if not plain:
+            made = [as_weight(x, w, d) for x, w, d in zip(out, W, dims, strict=True)]
     results: list[Tensor] = []
     start = first = count = 0
-    for i, w in enumerate(W, 1):
-        count += w.numel()
+    for i, layer in enumerate(layers, 1):
+        count += layer.count
         if count >= NODE or i == len(W):
-            length = sum(lengths[first:i])
+            length = sum([layer.length for layer in layers[first:i]])
             part = vectors.narrow(0, start, length)
             results += _Normalize.apply(dims[first:i], made[first:i], s[first:i], part, *W[first:i])
             start, first, count = start + length, i, 0

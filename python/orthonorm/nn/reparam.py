@@ -16,7 +16,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class SigmaReparam(SpectralNorm):
-    """gamma W / sigma_1(W) with a trainable scalar gamma; made by `sigma_reparam`."""
+    """gamma W / sigma_1(W) with a trainable scalar gamma; made by `sigma_reparam`.
+
+    Shapes: of the layer's weight, (outputs, ...); gamma is (1,). Cost: as `spectral_norm` and one
+    pass; an SVD when it is made. Source: arXiv:2303.06296.
+    """
 
     finishes = True
 
@@ -27,8 +31,8 @@ class SigmaReparam(SpectralNorm):
         U, s, Vh = torch.linalg.svd(as_matrix(weight.detach(), self.dim).to(self._u.dtype))
         self._u.copy_(U[:, 0])
         self._v.copy_(Vh[0])
-        start = s[0].to(weight.dtype) if gamma == "sigma" else torch.ones_like(s[0])
-        self.gamma = nn.Parameter(start.to(weight.dtype))
+        start = s[:1] if gamma == "sigma" else torch.ones_like(s[:1])
+        self.gamma = nn.Parameter(start.to(weight.dtype))  # (1,): FSDP2 takes no 0-d parameters
 
     def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return self.gamma * normal
@@ -55,6 +59,9 @@ def sigma_reparam(
         gamma: "sigma": starts at sigma_1(W), so that the weight starts as it was (the vision code);
             "one" (the speech code).
 
+    Shapes: the weight is (outputs, ...), gamma (1,). Cost: an SVD at registration; an access costs
+    as with `spectral_norm`, and one pass.
+
     Source: arXiv:2303.06296; github.com/apple/ml-sigma-reparam.
     """
     make = maker(SigmaReparam, n_power_iterations, eps, None, "u_first", None, gamma=_gamma(gamma))
@@ -67,13 +74,20 @@ def sigma_reparam_(
     model: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12,
     *, gamma: str = "sigma", layers: Iterable[nn.Module] | None = None,
 ) -> M:  # fmt: skip
-    """`sigma_reparam` of all layers of `model`, computed together as `spectral_norm_` does."""
+    """weight = gamma W / sigma_1(W), `sigma_reparam`, of all layers of `model`, computed together.
+
+    Arguments, shapes and cost as `spectral_norm_`, and `gamma`. Source: arXiv:2303.06296.
+    """
     make = maker(SigmaReparam, n_power_iterations, eps, None, "u_first", None, gamma=_gamma(gamma))
     return register_together(model, name, make, layers)
 
 
 class StableRank(SpectralNorm):
-    """W / sigma_1 with its stable rank lowered to a target; made by `stable_rank_norm`."""
+    """S + gamma (W / sigma_1 - S), its stable rank lowered to a target; made by `stable_rank_norm`.
+
+    Shapes: of the layer's weight, (outputs, ...). Cost: as `spectral_norm` and three passes.
+    Source: arXiv:1906.04659.
+    """
 
     finishes = True
 
@@ -113,6 +127,8 @@ def stable_rank_norm(
             dimensions, the axes but the outputs' flattened.
         target: c if 1 or more, else a fraction of min(m, n).
 
+    Cost: an access costs as with `spectral_norm`, and three passes.
+
     Source: arXiv:1906.04659.
     """
     rule = maker(StableRank, n_power_iterations, eps, None, "u_first", None, target=_target(target))
@@ -125,6 +141,9 @@ def stable_rank_norm_(
     model: M, name: str = "weight", target: float = 0.5, n_power_iterations: int = 1,
     eps: float = 1e-12, *, layers: Iterable[nn.Module] | None = None,
 ) -> M:  # fmt: skip
-    """`stable_rank_norm` of all layers of `model`, computed together as `spectral_norm_` does."""
+    """weight = S + gamma (W / sigma_1 - S), `stable_rank_norm`, of all layers, computed together.
+
+    Arguments, shapes and cost as `spectral_norm_`, and `target`. Source: arXiv:1906.04659.
+    """
     rule = maker(StableRank, n_power_iterations, eps, None, "u_first", None, target=_target(target))
     return register_together(model, name, rule, layers)

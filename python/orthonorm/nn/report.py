@@ -56,7 +56,11 @@ def lipschitz_report(
         rules: a bound of further types of modules, from the module; they come first. For a
             residual block x + f(x): `lambda m: 1 + lipschitz_report(m.f).bound`.
 
+    Returns: a `LipschitzReport`, rows of (path, kind, bound). Cost: a `layer_bound` of each layer.
+
     Raises: TypeError naming a module without a rule.
+
+    Source: arXiv:1312.6199, section 4.3; bounds of layers as `layer_bound`.
     """
     was = {m: m.training for m in model.modules()}
     model.eval()  # no power step while weights are read

@@ -6,11 +6,12 @@ import ctypes
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+Kind = tuple[torch.Size, torch.dtype]
 LINE = 64  # bytes: lists of one shape start at a cache line, as torch's tensors do
 
 
@@ -31,25 +32,25 @@ class Store:
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
+        self._kinds: list[Kind] = []
+        self._runs: list[_Run] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, ()  # a copy of a model has memory of its own
 
     def empty_like(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Contiguous uninitialized tensors of these shapes and dtypes.
+        """Contiguous uninitialized matrices of these shapes and dtypes.
 
         They share a storage but are no views, and each has a version counter of its own.
         """
-        runs = [(key, len(list(run))) for key, run in itertools.groupby(matrices, _kind)]
-        sizes = [
-            -(-n * dtype.itemsize * shape.numel() // LINE) * LINE for (shape, dtype), n in runs
-        ]
+        kinds = [(A.shape, A.dtype) for A in matrices]
+        if kinds != self._kinds:
+            self._kinds, self._runs = kinds, _runs(kinds)
+        sizes = [run.size for run in self._runs]
         block = self._lease(sum(sizes))
         out: list[Tensor] = []
-        for ((shape, dtype), n), piece in zip(runs, block.split(sizes), strict=True):
-            count = n * shape.numel()
-            stack = piece.view(dtype)[:count].view(n, *shape)
-            out += [x.data for x in stack.unbind()]
+        for run, piece in zip(self._runs, block.split(sizes), strict=True):
+            out += run.cut(piece)
         return out
 
     def _lease(self, size: int) -> Tensor:
@@ -65,5 +66,28 @@ class Store:
         return torch.frombuffer(lease, dtype=torch.uint8)
 
 
-def _kind(A: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return A.shape, A.dtype
+class _Run(NamedTuple):
+    """Matrices of one shape and dtype behind each other, and the bytes that they take."""
+
+    number: int
+    shape: torch.Size
+    dtype: torch.dtype
+    size: int
+
+    def cut(self, piece: Tensor) -> Sequence[Tensor]:
+        rows, columns = self.shape
+        if rows * columns == 0:
+            return [piece.new_empty(self.shape, dtype=self.dtype) for _ in range(self.number)]
+        stack = piece.view(self.dtype)[: self.number * rows * columns]
+        # of all ways to cut a tensor the one that makes no views, in one call
+        cut: Sequence[Tensor] = stack.view(self.number * rows, columns).unsafe_split(rows)
+        return cut
+
+
+def _runs(kinds: Sequence[Kind]) -> list[_Run]:
+    runs = []
+    for (shape, dtype), members in itertools.groupby(kinds):
+        number = len(list(members))
+        size = -(-number * dtype.itemsize * shape.numel() // LINE) * LINE
+        runs.append(_Run(number, shape, dtype, size))
+    return runs

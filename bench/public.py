@@ -1,0 +1,17 @@
+"""The table of what orthonorm.nn and orthonorm.monitor offer: a row for every public item."""
+
+from __future__ import annotations
+
+from .items import Item
+from .items_layers import LAYERS
+from .items_maps import MAPS
+from .items_monitor import MONITOR
+
+ITEMS: dict[str, Item] = {**MAPS, **LAYERS, **MONITOR}
+
+# Not computations: what items return, warn with or are listed in.
+RESULTS = (
+    "nn.LipschitzReport", "monitor.Alignment", "monitor.Eigen", "monitor.METRICS",
+    "monitor.MonitorWarning", "monitor.Projected", "monitor.Row", "monitor.SymmetricRankOnes",
+    "monitor.WidthMatch",
+)  # fmt: skip
