@@ -117,7 +117,7 @@ SMALL = {
 def small(arch: str) -> Iterator[Build]:
     """Whole iterations on chip."""
     kernels, grams, tables = map(module, ("small_newton_schulz", "gram_polynomial", "tables"))
-    ends = module("ends")
+    ends, configs = module("ends"), module("configs")
     for dtype in kernels.HALF:
         t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
         for n in (16, 32, 64):
@@ -127,6 +127,11 @@ def small(arch: str) -> Iterator[Build]:
                 "small_gram_polynomial", grams.polynomial_kernel, constants, options,
                 arch, label, True, (("R", "*" + t.name), ("out", "*" + t.name)), wide=False,
             )  # fmt: skip
+        for record in configs.records("chain", dtype, arch):
+            constants = {"TYPE": t, "BLOCK_M": record.block_m, "BLOCK_K": record.block_k}
+            yield Build(
+                "gram_chain", grams.chain_kernel, constants, record.options, arch, label, True
+            )
         sides = ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128))
         for (short, long), (op, end) in itertools.product(sides, SMALL.items()):
             if end not in ("store", "update") and short * long < 64 * 128:

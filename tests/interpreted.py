@@ -212,19 +212,20 @@ def test_conda_takes_two_launches(launches: list[str]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_gram_polynomial_of_small_matrices(dtype: str) -> None:
-    """On chip, a program each: right, symmetric, the same alone as in a batch; beyond, words."""
+    """A program each, in registers or by tiles: right, symmetric, alone as in a batch."""
     case = CASES["gram_polynomial"]
     for variant in ({}, *case.variants):
         check_numbers(case, ((2, 19, 33),), Inputs.named(dtype), **variant)
     check_numbers(case, ((64, 70),), Inputs.named(dtype, layout="strided"))
-    arguments = made(case, ((3, 37, 40),), Inputs.named(dtype))
-    Q = case.op(**arguments)
-    assert torch.equal(Q, Q.mT)
-    assert torch.equal(case.op(arguments["R"][1], arguments["coefficients"]), Q[1])
-    assert case.op(arguments["R"][:0], arguments["coefficients"]).shape == (0, 37, 37)
-    check_numbers(
-        case, ((70, 80),), Inputs.named(dtype), coefficients=case.variants[0]["coefficients"]
-    )
+    two = KELLER[:6]
+    check_numbers(case, ((72, 80),), Inputs.named(dtype, layout="strided"), coefficients=two)
+    check_numbers(case, ((65, 70),), Inputs.named(dtype), **case.variants[0])
+    for shape in ((3, 37, 40), (2, 70, 80)):
+        arguments = made(case, (shape,), Inputs.named(dtype), coefficients=two)
+        Q = case.op(**arguments)
+        assert torch.equal(Q, Q.mT)
+        assert torch.equal(case.op(arguments["R"][1], two), Q[1])
+        assert case.op(arguments["R"][:0], two).shape == (0, *Q.shape[1:])
 
 
 @pytest.mark.parametrize("op", ["symmetric", "product"])
