@@ -200,6 +200,30 @@ def test_muon_rounds_where_products_end(layout: str, monkeypatch: pytest.MonkeyP
     assert not any(torch.equal(a, b) for a, b in zip(got, nearest, strict=True))
 
 
+def test_muon_heeds_the_scaler_where_products_end(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is divided out; where an infinity was found, all is left as it was, to the bit."""
+    from orthonorm.kernels import muon_step
+
+    monkeypatch.setattr(muon_step, "decayed_update_", None)
+    case = CASES["muon_step_"]
+    arguments = made(case, ((20, 140), (9, 30)), Inputs(), **ONCE)
+    plain = run(case, case.op, copied(arguments))
+    scaled = copied(arguments)
+    for g in scaled["grads"]:
+        g.mul_(4)
+    flags = {"grad_scale": torch.tensor([4.0]), "found_inf": torch.zeros(1)}
+    assert "update" in launches
+    for found in (0.0, 2.0):
+        flags["found_inf"].fill_(found)
+        got = run(case, case.op, copied(scaled) | flags)
+        for name in ("params", "momentum_buffers"):
+            want = arguments[name] if found else plain[name]
+            assert all(torch.equal(a, b) for a, b in zip(got[name], want, strict=True))
+        scaled["grads"][0][3, 5] = float("inf")
+
+
 def test_stochastic_rounding() -> None:
     test_rounding.check_same_bits(OPS["decayed_update_"])
 
