@@ -188,7 +188,7 @@ def fitting(
     limit = 128 * 256
     if c_order != out_order or d_order != out_order or end.function is not ends.store:
         limit = 128 * 128
-    if end.function in (ends.adam, ends.rounded_update):
+    if end.function is ends.adam or end.rounds:
         limit = 128 * 64
     if not aligned:
         limit = 64 * 64

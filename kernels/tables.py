@@ -104,6 +104,11 @@ def bits(number: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
+def number(bits: int) -> float:
+    """The float64 of these bits: an address on its way into a table's numbers."""
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
 class Table(NamedTuple):
     """A table on the device and what a launch needs to know of it."""
 
