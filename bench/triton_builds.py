@@ -98,7 +98,7 @@ def products(arch: str) -> Iterator[Build]:
         for op, (table, orders, added, name) in PRODUCTS.items():
             end, unused, given = end_of(name)
             choices = configs.row(table, arch).records.get(label, ())
-            for record in product.fitting(choices, *orders[2:], True, end):
+            for record in product.fitting(choices, *orders[2:], True, end.function, end.rounds):
                 types = {f"{n}_TYPE": t for n in (*tensors, "DOT")}
                 where = {f"{n}_ORDER": o for n, o in zip(tensors, orders, strict=True)}
                 constants = dict(

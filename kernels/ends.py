@@ -103,6 +103,9 @@ def column_squares(
     store_squares(at, value, mask, entries, count, entry, EXTRA, first, batch, i, j, 0)
 
 
+OF_TILES = (row_squares, column_squares)  # results depend on the tile: it must not on company
+
+
 @triton.jit
 def adam(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
@@ -123,11 +126,6 @@ class End(NamedTuple):
 
     def facing(self, turned: bool) -> End:
         return self._replace(function=self.turned) if turned and self.turned else self
-
-    @property
-    def one_tile(self) -> bool:
-        """Whether results depend on the tile, which must not depend on company then."""
-        return self.function in (row_squares, column_squares)
 
     @property
     def rounds(self) -> bool:
@@ -161,7 +159,7 @@ def squares(sums: Tensor) -> End:
 
 def slots(length: int) -> int:
     """Sums of a line."""
-    return triton.cdiv(length, GRAIN.value)
+    return tables.cdiv(length, GRAIN.value)
 
 
 def conda(lr: Tensor, weight_decay: float, scales: Tensor) -> End:

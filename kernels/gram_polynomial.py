@@ -15,7 +15,8 @@ for 132. Outside of graphs the host decides: 80 us for each launch, and 92 for t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -131,7 +132,9 @@ def chain_kernel(
         tl.debug_barrier()  # what this step wrote, the next reads
 
 
-def schedule(R: int, out: int, buffers: Sequence[int], n: int, triples: Triples) -> list[Entry]:
+def schedule(
+    R: int, out: int, buffers: Sequence[int], n: int, triples: Iterable[tuple[float, ...]]
+) -> list[Entry]:
     """`ops.gram_polynomial` of R as steps of `chain_kernel`, between addresses: four buffers."""
     steps: list[Entry] = []
 
@@ -145,7 +148,7 @@ def schedule(R: int, out: int, buffers: Sequence[int], n: int, triples: Triples)
         steps.append((1, depth, *map(tables.bits, (alpha, beta, gamma)), to, C, A, B, n))
         return to
 
-    r, q = R, 0
+    r, q, triples = R, 0, tuple(triples)
     for t, (a, b, c) in enumerate(triples):
         z, factor = (step(fresh(r, q), r, b, r, r, c), 1.0) if c else (r, b)
         to = out if t + 1 == len(triples) else fresh(r, q, z)
@@ -156,17 +159,24 @@ def schedule(R: int, out: int, buffers: Sequence[int], n: int, triples: Triples)
     return steps
 
 
+@lru_cache(maxsize=tables.LAUNCHES)
+def scheduled(
+    R: int, out: int, buffers: tuple[int, ...], n: int, triples: tuple[tuple[float, ...], ...]
+) -> tables.Entries:
+    return tables.Entries(schedule(R, out, buffers, n, triples))
+
+
 def chain(R: Tensor, triples: Triples, record: Config) -> Tensor:
     """`gram_polynomial` by `chain_kernel`, of matrices with zeros to the next multiple of 8."""
     n = R.shape[-1]
-    side = triton.cdiv(n, 8) * 8
+    side = tables.cdiv(n, 8) * 8
     if n < side or R.data_ptr() % 16 or not R.is_contiguous():
         given, R = R, R.new_zeros(*R.shape[:-2], side, side)
         R[..., :n, :n] = given
     out = torch.empty_like(R)
     buffers = R.new_empty(4, *R.shape)
-    places = (R.data_ptr(), out.data_ptr(), [b.data_ptr() for b in buffers])
-    table = tables.table(schedule(*places, side, triples), (), R.device)
+    places = (R.data_ptr(), out.data_ptr(), tuple(b.data_ptr() for b in buffers))
+    table = scheduled(*places, side, tuple(triples)).table((), R.device)
     chain_kernel[(R.numel() // side**2,)](
         table.data, table.count, side, tables.TYPES[R.dtype], record.block_m, record.block_k,
         **record.options,

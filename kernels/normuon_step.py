@@ -146,7 +146,7 @@ def update_(
     )  # fmt: skip
     scales = torch.empty(sizes.lines, dtype=torch.float64, device=device)
     for group in launches:
-        table = tables.table(group.entries, numbers, device)
+        table = group.entries.table(numbers, device)
         sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
         row_moments_kernel[(table.tiles,)](
             table.data, table.count, squares, scales, sums, table.steps, group.types[2],
