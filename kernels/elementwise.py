@@ -159,7 +159,7 @@ def groups(
             numel = x.rows * x.columns
             flat = numel % 8 == 0 and len({v.order for v in views}) == 1
             flat = flat and all(v.dense and v.regular for v in views)
-            size = triton.cdiv(numel, block)
+            size = tables.cdiv(numel, block)
             extra = extras[item] if extras else ()
             fields = (f for v in views for f in v.fields)
             head = (x.batch * size, size, numel, x.columns, first, item, x.batch)

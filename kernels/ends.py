@@ -161,7 +161,7 @@ def squares(sums: Tensor) -> End:
 
 def slots(length: int) -> int:
     """Sums of a line."""
-    return triton.cdiv(length, GRAIN.value)
+    return tables.cdiv(length, GRAIN.value)
 
 
 def conda(lr: Tensor, weight_decay: float, scales: Tensor) -> End:

@@ -109,7 +109,7 @@ def factored_moment_(
         lines.moments_kernel[(table.tiles,)](
             *common, rows, sums, parts, *steps, lines.RAW.value, **lines.options(*group.blocks)
         )
-        blocks = triton.cdiv(max(entry[3] for entry in group.entries), lines.LANES.value)
+        blocks = tables.cdiv(max(entry[3] for entry in group.entries), lines.LANES.value)
         most = max(entry[7] for entry in group.entries)
         columns_kernel[(most * blocks, table.count)](
             *common, blocks, parts, columns, group.types[2], group.wide, **lines.OPTIONS

@@ -160,7 +160,7 @@ def schedule(R: int, out: int, buffers: Sequence[int], n: int, triples: Triples)
 def chain(R: Tensor, triples: Triples, record: Config) -> Tensor:
     """`gram_polynomial` by `chain_kernel`, of matrices with zeros to the next multiple of 8."""
     n = R.shape[-1]
-    side = triton.cdiv(n, 8) * 8
+    side = tables.cdiv(n, 8) * 8
     if n < side or R.data_ptr() % 16 or not R.is_contiguous():
         given, R = R, R.new_zeros(*R.shape[:-2], side, side)
         R[..., :n, :n] = given

@@ -318,7 +318,7 @@ def groups(
             order = x.order if not whole or x.order == other.order else 2
             aligned = x.aligned and order < 2 and (not whole or other.aligned)
             blocks = blocks_of(X[0].device, order, parts)
-            size = triton.cdiv(x.rows, blocks[0])
+            size = tables.cdiv(x.rows, blocks[0])
             head = (x.batch * size, size, x.rows, x.columns, *sizes, x.batch)
             entry = (*head, *(f for v in found for f in v.fields), *extra)
             rows.append(((tuple(v.dtype for v in found), order, aligned, blocks), entry))

@@ -271,13 +271,13 @@ class Group:
         before = lines.Sizes()
         entries = []
         for batch, height, width, *fields, matrices in plain:
-            size = triton.cdiv(height, self.constants[3])
+            size = tables.cdiv(height, self.constants[3])
             head = (batch * size, size, height, width, *before, batch)
             entries.append((*head, *fields, matrices))
             before = before.and_of(batch, height, width, size * width)
         self.sizes = sizes
         self.table = tables.table(entries, (eps,), sizes.device)
-        self.blocks = triton.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
+        self.blocks = tables.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
         self.lanes = (max(e[0] // e[1] for e in entries) * self.blocks, len(entries))
 
         def scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -222,8 +222,8 @@ class Factors(NamedTuple):
 
     def tiles(self, config: Config, symmetric: bool) -> int:
         """Tiles of one matrix."""
-        down = triton.cdiv(self.out.rows, config.block_m)
-        across = triton.cdiv(self.out.columns, config.block_n)
+        down = tables.cdiv(self.out.rows, config.block_m)
+        across = tables.cdiv(self.out.columns, config.block_n)
         return down * (down + 1) // 2 if symmetric else down * across
 
     def entry(self, config: Config, symmetric: bool) -> tables.Entry:

@@ -101,7 +101,7 @@ def iterate_kernel(
 
 
 def block(side: int) -> int:
-    return max(16, triton.next_power_of_2(side))
+    return max(16, 1 << (side - 1).bit_length())
 
 
 def rows(
