@@ -93,8 +93,9 @@ def precision(dtype: torch.dtype) -> str:
     """How products of this dtype multiply: float32 as torch does, which is to say by tensor cores
     only where `torch.backends.cuda.matmul.fp32_precision` says so, which
     `torch.set_float32_matmul_precision` sets."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 def label(dtype: torch.dtype) -> str:
