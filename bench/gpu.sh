@@ -16,7 +16,7 @@ ROOT="$PWD"
 LIMIT="${2:-590}"
 FROM="${3:-}"
 PY="${PYTHON:-python3}"
-export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 code=0
 
 # part NAME LIMIT COMMAND...: run it for LIMIT seconds or what is left, log to FOLDER/NAME.log.
@@ -76,7 +76,7 @@ bench words 50 gram symmetric_update apply --seconds 1 --dtype bfloat16 --shape 
   12x768x768 --against floor torch
 bench chains 30 gram_polynomial --seconds 1 --dtype float16 --against torch \
   --shape 12x64x64 12x128x128 12x256x256 132x256x256  # one launch each: kernels/gram_polynomial.py
-part tune 60 "$PY" -m orthonorm.bench.tune --out "$OUT/tuned"
+part tune 75 "$PY" -m orthonorm.bench.tune --out "$OUT/tuned" --seconds 45
 # The CUDA sources replace Triton where they exist: built last, tested again, also under
 # compute-sanitizer (its four tools on small inputs), and timed beside their Triton twins.
 export PYTHONPATH="$OWN_PATH"

@@ -26,7 +26,7 @@ OPTIONS = dict(num_warps=8, **FUSION)
 
 def block_of(device: torch.device) -> int:
     """Elements of a program; few in the interpreter, for several tiles of small matrices."""
-    return 256 if device.type == "cpu" else 4096
+    return 1024 if device.type == "cpu" else 4096
 
 
 @triton.jit

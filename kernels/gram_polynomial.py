@@ -7,10 +7,10 @@ fit: compiled for sm_90 they spill (168 to 1612 instructions with 8 and 16 warps
 them, of which a program takes tiles of 128 through shared memory, one product after the other.
 
 Up to which side is the table's `torch_from`, by the shape of one matrix alone, so that results do
-not depend on company. By arithmetic (H100, five iterations, 17 products; 2026-11) a tile costs 0.8
-us of latency and 3.3 ns for each of its n terms, a launch in a graph 3 us: one program takes 21 us
-at n = 128 where launches take 72, at 256 it takes 126 where they take 94 for one matrix and 179
-for 132. Outside of graphs the host decides: 80 us for each launch, and 92 for this one (2026-11).
+not depend on company. By arithmetic (H100, five iterations, 17 products; 2026-11) a tile takes 0.8
+us of latency and 6.6 ns for each of its n terms, a launch in a graph 3 us: one program takes 28 us
+at n = 128 where launches take 79, at 256 it takes 127 where they take 93 for one matrix and 178
+for 132. Outside of graphs the host decides: each launch takes 34 us of it, this one 51 (measured).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def chain_kernel(
     entries, steps, n, TYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """The steps in order, each out <- alpha (A B + gamma I) + beta C on its lower triangle of tiles
-    and its mirror. Nothing of out is read in its step; n is a multiple of 8."""
+    and its mirror. Nothing of out is read in its step; n, also a field, is a multiple of 8."""
     skip = tl.program_id(0).to(tl.int64) * n * n
     down = tl.cdiv(n, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
@@ -113,6 +113,7 @@ def chain_kernel(
         A = matrix_of(entries, steps, step, 7, skip, TYPE)
         B = matrix_of(entries, steps, step, 8, skip, TYPE)
         for tile in tl.range(0, down * (down + 1) // 2):
+            # anew for every tile, or offsets would take registers through all steps (112 spills)
             n = tl.load(entries + 9 * steps + step, volatile=True).to(tl.int32) // 8 * 8
             row, column = tiles.triangle(tl.cast(tile, tl.int64))
             i = row.to(tl.int32) * BLOCK_M

@@ -276,7 +276,7 @@ def blocks_of(device: torch.device, order: int, parts: bool = False) -> tuple[in
     With `parts` more lines, for fewer sums across, but such that stay in the second-level cache.
     """
     if device.type == "cpu":
-        return (16, 32) if parts else ((8, 16) if order else (16, 8))
+        return (16, 32) if parts or order else (32, 16)
     if order == 1:
         return (32, 128) if parts else (8, 256)
     return (64, 32)
