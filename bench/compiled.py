@@ -94,12 +94,20 @@ def triton(row: dict[str, Any]) -> Kernel:
                   row["shared"], row["spills"], row["mix"])  # fmt: skip
 
 
-# csrc/cuda/elementwise.h and lines.h: warps of a block, elements of its tile by op
+# ops of which a program of Triton's owns whole rows, or columns if "across"; of all lengths
+LINES = (
+    "row_moment", "column_moment_across", "factored_moment", "row_normalize",
+    "column_normalize_across", "power-step",
+)  # fmt: skip
+
+# csrc/cuda, as tests/test_cuda_compile.py compares: warps of a block, elements of its tile by op,
+# and rows of power iteration's
 CUDA_WARPS = 8
 CUDA_TILES = {"adamw_step_": 2048, "rotated_adam_": 2048, "muon_prologue_": 2048,
               "decayed_update_": 4096, "divide_each": 4096, "magnitude": 4096,
               "elementwise_moment_": 4096, "inner": 4096,
-              "line_ops": 128 * 256}  # fmt: skip
+              "line_ops": 128 * 256, "power_iteration_": 32}  # fmt: skip
+CUDA_HOT = ("elementwise_kernel", "line_apply_kernel", "power_sweep_kernel")
 ARITHMETIC = {"float": ("float32", "bfloat16", "float16"), "double": ("float64",)}
 LINE_OPS = ("row_moment_", "column_moment_", "factored_moment_", "row_normalize",
             "column_normalize")  # fmt: skip
@@ -109,7 +117,7 @@ def cuda(row: dict[str, Any]) -> Iterator[Kernel]:
     """A kernel for every op and dtype that a row of nvcc's report serves; none of those that
     reduce a few numbers, nor of halves, which Triton has none of."""
     function, _, arguments = row["kernel"].rstrip(">").partition("<")
-    if function not in ("elementwise_kernel", "line_apply_kernel") or "Halves" in arguments:
+    if function not in CUDA_HOT or "Halves" in arguments:
         return
     arch = row["arch"].removeprefix("sm_").removesuffix("a")
     name = f"{row['op']}-{row['kernel']}-{row['arch']}"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import candidates, report, sass, shapes, triton_report
 from .cases import CASES
-from .compiled import DEVICES, FOLDER, Device, Kernel, kernels, triton_name
+from .compiled import DEVICES, FOLDER, LINES, Device, Kernel, kernels, triton_name
 from .inputs import DTYPES, Inputs
 from .makers import KELLER
 from .options import matches
@@ -98,6 +98,9 @@ def tiling(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
         return _product(shape, kernel)
     if kernel.op == "small_newton_schulz":
         return _small(shape, kernel)
+    if kernel.op in LINES and (kernel.language == "Triton" or kernel.op == "power-step"):
+        lines = shape[-1] if kernel.op.endswith("_across") else shape[-2]
+        return math.prod(shape[:-2]) * math.ceil(lines / kernel.blocks[0]), 0.0, 0.0
     per_tile = math.prod(kernel.blocks)
     return math.ceil(math.prod(shape) / per_tile), 0.0, 0.0
 

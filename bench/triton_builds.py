@@ -43,22 +43,28 @@ def module(name: str) -> Any:
     return importlib.import_module(f"orthonorm.kernels.{name}")
 
 
-# what an end reads besides the table: its tensors by type, None for none
-READS: dict[str, dict[str, str | None]] = {
-    "store": {"first": None, "second": None},
-    "adam": {"first": None, "second": None},
-    "update": {"first": "*fp32", "second": "*fp32"},
-    "rounded_update": {"first": "*fp32", "second": "*i64"},
-    "row_squares": {"first": "*fp32", "second": None},
-    "column_squares": {"first": "*fp32", "second": None},
+# ends by what they read besides the table: the function, its tensors by type, None for none
+READS: dict[str, tuple[str, str | None, str | None]] = {
+    "store": ("store", None, None),
+    "adam": ("adam", None, None),
+    "update": ("update", "*fp32", None),
+    "scaled_update": ("update", "*fp32", "*fp32"),
+    "rounded_update": ("update", "*fp32", "*i64"),
+    "row_squares": ("row_squares", "*fp32", None),
+    "column_squares": ("column_squares", "*fp32", None),
 }
 
 
-def reads(end: str) -> tuple[dict[str, None], tuple[tuple[str, str], ...]]:
-    """An end's tensors as constants, those it has not, and as arguments."""
-    given = READS[end]
-    return {n: t for n, t in given.items() if t is None}, tuple(
-        (n, t) for n, t in given.items() if t is not None
+def end_of(name: str) -> tuple[Any, dict[str, None], tuple[tuple[str, str], ...]]:
+    """An end, its tensors as constants, those it has not, and as arguments."""
+    ends = module("ends")
+    function, *types = READS[name]
+    given = dict(zip(("first", "second"), types, strict=True))
+    second = ends.torch.empty(0, dtype=ends.torch.int64) if types[1] == "*i64" else None
+    return (
+        ends.End(getattr(ends, function), second=second),
+        {n: t for n, t in given.items() if t is None},
+        tuple((n, t) for n, t in given.items() if t is not None),
     )
 
 
@@ -79,23 +85,22 @@ PRODUCTS = {
     "rotate_back": ("product", (1, 0, 1, 1, 1), False, "update"),
     "conda-there": ("product", (0, 1, 1, 1, 1), False, "adam"),
     "conda-there-tall": ("product", (1, 1, 1, 1, 1), False, "adam"),
-    "conda-back": ("product", (1, 1, 1, 1, 1), False, "update"),
+    "conda-back": ("product", (1, 1, 1, 1, 1), False, "scaled_update"),
 }
 
 
 def products(arch: str) -> Iterator[Build]:
     """The product kernel in the orders and with the ends the package launches it in."""
-    configs, ends, product, tables = map(module, ("configs", "ends", "product", "tables"))
+    configs, product, tables = map(module, ("configs", "product", "tables"))
     tensors = ("A", "B", "C", "D", "OUT")
     labels = {str(d).removeprefix("torch."): t for d, t in tables.TYPES.items()}
     for label, t in {**labels, "tf32": tables.tl.float32}.items():
         for op, (table, orders, added, name) in PRODUCTS.items():
-            end = ends.End(getattr(ends, name))
+            end, unused, given = end_of(name)
             choices = configs.row(table, arch).records.get(label, ())
-            for record in product.fitting(choices, *orders[2:], True, end):
+            for record in product.fitting(choices, *orders[2:], True, end.function, end.rounds):
                 types = {f"{n}_TYPE": t for n in (*tensors, "DOT")}
                 where = {f"{n}_ORDER": o for n, o in zip(tensors, orders, strict=True)}
-                unused, given = reads(name)
                 constants = dict(
                     STEPS=4, **types, **where, **unused, ALIGNED=True, ADDED=added,
                     PRECISION="tf32" if label == "tf32" else "ieee",
@@ -117,7 +122,7 @@ SMALL = {
 def small(arch: str) -> Iterator[Build]:
     """Whole iterations on chip."""
     kernels, grams, tables = map(module, ("small_newton_schulz", "gram_polynomial", "tables"))
-    ends = module("ends")
+    configs = module("configs")
     for dtype in kernels.HALF:
         t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
         for n in (16, 32, 64):
@@ -127,15 +132,20 @@ def small(arch: str) -> Iterator[Build]:
                 "small_gram_polynomial", grams.polynomial_kernel, constants, options,
                 arch, label, True, (("R", "*" + t.name), ("out", "*" + t.name)), wide=False,
             )  # fmt: skip
+        for record in configs.records("chain", dtype, arch):
+            constants = {"TYPE": t, "BLOCK_M": record.block_m, "BLOCK_K": record.block_k}
+            yield Build(
+                "gram_chain", grams.chain_kernel, constants, record.options, arch, label, True
+            )
         sides = ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128))
         for (short, long), (op, end) in itertools.product(sides, SMALL.items()):
             if end not in ("store", "update") and short * long < 64 * 128:
                 continue  # the others' registers, and fewer than these ends' on larger tiles
-            unused, given = reads(end)
+            ending, unused, given = end_of(end)
             constants = dict(
                 STEPS=4, norms=None, **dict.fromkeys(("X_TYPE", "OUT_TYPE", "DOT_TYPE"), t),
                 X_ORDER=1, OUT_ORDER=1, ALIGNED=True, SCALE=True, BLOCK_N=short, BLOCK_M=long,
-                END=getattr(ends, end), **unused,
+                END=ending.function, **unused,
             )  # fmt: skip
             warps = kernels.warps(arch, short, long)
             options = dict(num_warps=warps, num_stages=1, **kernels.FUSION)

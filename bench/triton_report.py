@@ -36,6 +36,7 @@ ARGUMENTS = {
     "count": "i32",
     "total": "i32",
     "iterations": "i32",
+    "steps": "i32",
     "n": "i32",
     "coefficients": "*i64",
     "blocks": "i32",

@@ -2,7 +2,8 @@
 
     python -m orthonorm.bench.tune --out FOLDER [--seconds S] [--dtype float16]
 
-With a GPU: sweep launch records of the product kernel and write tables for `kernels/configs/`.
+With a GPU: sweep launch records of the product kernel, find where chains of products in one launch
+stop to pay, and write tables for `kernels/configs/`.
 Without: time the forms of the Newton-Schulz iteration beside `torch.optim.Muon`'s function, in the
 same rounds, and write this processor's row of `orthonorm/rates.json`.
 
@@ -21,12 +22,13 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from orthonorm import OPS
 from orthonorm import orthogonalize as k1
 from orthonorm.ops import gram_polynomial, newton_schulz
 from torch import Tensor
@@ -41,6 +43,7 @@ SHAPES = {
     "product": ((128, 256), (128, 128), (64, 128), (64, 64)),
 }
 WARPS, STAGES = (4, 8), (3, 4, 5)
+CHAIN_SIDES = (96, 128, 160, 192, 256)
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -121,6 +124,32 @@ def sweep(
     return [best[s][0] for s in SHAPES[op] if s in winners], torch_from(ours, torchs)
 
 
+def chain_from(
+    dtype: torch.dtype, sides: Sequence[int] = CHAIN_SIDES, batch: int = 12, device: str = "cuda"
+) -> int:
+    """The side from which on words take less than `gram_polynomial` in one launch, of a batch."""
+    ours, words = {}, {}
+    kernel = importlib.import_module("orthonorm.kernels.gram_polynomial").gram_polynomial
+    triple = [3.4445, -4.7750, 2.0315]
+    for side in sides:
+        X = torch.randn(batch, side, side, device=device) / side
+        R = (X @ X.mT).to(dtype)
+        ours[side] = seconds_of(lambda R=R: kernel(R, triple * 5))
+        words[side] = seconds_of(lambda R=R: OPS["gram_polynomial"].definition(R, triple * 5))
+        print("chain", dtype, side, f"{ours[side] * 1e6:.1f} us", f"{words[side] * 1e6:.1f} us")
+    return torch_from(ours, words) or sides[-1] + 1
+
+
+def stored(op: str, arch: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The table of an op and its row for an architecture, its own from here on."""
+    configs = importlib.import_module("orthonorm.kernels.configs")
+    table = json.loads((configs.FOLDER / f"{op}.json").read_text())
+    row = table.get(arch, {})
+    table[arch] = row = dict(table[row] if isinstance(row, str) else row)
+    row["torch_from"] = dict(row.get("torch_from", {}))
+    return table, row
+
+
 # ---- CPU: rates of the forms ---------------------------------------------------------------------
 CPU_SIDES = (256, 512, 1024)
 ASPECT = 4
@@ -187,14 +216,15 @@ def main(arguments: list[str] | None = None) -> None:
         deadline = start + options.seconds * i / len(SHAPES)
         block_k = 64 if int(arch) >= 90 else 32
         records, limit = sweep(op, getattr(torch, options.dtype), block_k, deadline)
-        table = json.loads((configs.FOLDER / f"{op}.json").read_text())
-        row = table.get(arch, {})
-        row = dict(table[row] if isinstance(row, str) else row)
+        table, row = stored(op, arch)
         row[options.dtype] = [asdict(r) for r in records]
-        limits = {**row.get("torch_from", {}), options.dtype: limit}
-        row["torch_from"] = {d: side for d, side in limits.items() if side is not None}
-        table[arch] = row
+        row["torch_from"].pop(options.dtype, None)
+        if limit is not None:
+            row["torch_from"][options.dtype] = limit
         (options.out / f"{op}.json").write_text(json.dumps(table, indent=1) + "\n")
+    table, row = stored("chain", arch)
+    row["torch_from"][options.dtype] = chain_from(getattr(torch, options.dtype))
+    (options.out / "chain.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ class Config:
 
     @property
     def blocks(self) -> dict[str, int]:
-        return {k.upper(): v for k, v in asdict(self).items() if k.startswith("block")}
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
 SMALLER = 0.8  # an estimate: a tile of 64 x 64 loads twice what one of 128 x 128 does per product
@@ -93,8 +93,9 @@ def precision(dtype: torch.dtype) -> str:
     """How products of this dtype multiply: float32 as torch does, which is to say by tensor cores
     only where `torch.backends.cuda.matmul.fp32_precision` says so, which
     `torch.set_float32_matmul_precision` sets."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 def label(dtype: torch.dtype) -> str:

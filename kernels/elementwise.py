@@ -7,7 +7,8 @@ then extras.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ OPTIONS = dict(num_warps=8, **FUSION)
 
 def block_of(device: torch.device) -> int:
     """Elements of a program; few in the interpreter, for several tiles of small matrices."""
-    return 256 if device.type == "cpu" else 4096
+    return 1024 if device.type == "cpu" else 4096
 
 
 @triton.jit
@@ -124,15 +125,15 @@ class Group(NamedTuple):
     wide: Any  # the dtype of arithmetic
     flat: bool
     block: int
-    entries: list[tables.Entry]
+    entries: tables.Entries
 
     def table(self, numbers: Sequence[float], device: torch.device) -> tables.Table:
-        return tables.table(self.entries, numbers, device)
+        return self.entries.table(numbers, device)
 
     @property
     def most_matrices(self) -> int:
         """Of one entry."""
-        return max(entry[6] for entry in self.entries)
+        return max(entry[6] for entry in self.entries.entries)
 
     @property
     def constants(self) -> tuple[Any, ...]:
@@ -140,32 +141,41 @@ class Group(NamedTuple):
         return (*self.types, self.wide, self.flat, self.block)
 
 
-def groups(
-    lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = ()
-) -> Iterator[Group]:
+def groups(lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = ()) -> list[Group]:
     """Items (one tensor of each list) by dtypes, dense and aligned ones apart from others.
 
     `extras` are further int64 fields of each item.
     """
+    if not lists[0]:
+        return []
+    return groups_of(tables.items(*lists), tuple(extras), block_of(lists[0][0].device))
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def groups_of(
+    items: tuple[tables.Item, ...], extras: tuple[tables.Entry, ...], block: int
+) -> list[Group]:
     rows = []
     first = 0
-    block = block_of(lists[0][0].device) if lists[0] else 0
-    for item, tensors in enumerate(zip(*lists, strict=True)):
-        if tensors[0].numel() == 0:
-            first += tensors[0].shape[:-2].numel()
+    for item, found in enumerate(items):
+        if isinstance(found, int):
+            first += found
             continue
-        for views in tables.views(*tensors):
+        for views in found:
             x = views[0]
             numel = x.rows * x.columns
             flat = numel % 8 == 0 and len({v.order for v in views}) == 1
             flat = flat and all(v.dense and v.regular for v in views)
-            size = triton.cdiv(numel, block)
+            size = tables.cdiv(numel, block)
             extra = extras[item] if extras else ()
             fields = (f for v in views for f in v.fields)
             head = (x.batch * size, size, numel, x.columns, first, item, x.batch)
             entry = (*head, *fields, *extra)
             rows.append(((tuple(v.dtype for v in views), flat), entry))
             first += x.batch
+    made = []
     for (dtypes, flat), entries in tables.grouped(rows).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
-        yield Group(tuple(tables.TYPES[d] for d in dtypes), wide, flat, block, entries)
+        types = tuple(tables.TYPES[d] for d in dtypes)
+        made.append(Group(types, wide, flat, block, tables.Entries(entries)))
+    return made

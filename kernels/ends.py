@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,45 +36,29 @@ def update(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
     batch, i, j,
 ):  # fmt: skip
-    """out <- kept out - step value, kept = base + slope first[0].
+    """out <- kept out - step value, kept = base + slope first[0], where no infinity was found.
 
-    The step is the entry's factor, times second[the entry's item] if there is one, times kept if
-    the decay comes last. Numbers: base, slope, whether it does.
+    The step is the entry's factor times (base + slope first[0]) of its own, and second[the entry's
+    item], unless second is a seed (int64) by which bfloat16 is rounded: then the item is the
+    address where the weight begins. Numbers: both pairs, and the address of found_inf or 0.
     """
-    kept = tiles.number(numbers, 0)
+    rate = 0.0
     if first is not None:
-        kept += tiles.number(numbers, 1) * tl.load(first).to(tl.float64)
-    step = tiles.field(entries, count, entry, EXTRA).to(tl.float64, bitcast=True)
-    if second is not None:
-        step *= tl.load(second + tiles.field(entries, count, entry, EXTRA + 1)).to(tl.float64)
-    step = tl.where(tiles.number(numbers, 2) != 0, kept * step, step)
-    new = updated(at, value, mask, kept, step)
-    tl.store(at, new.to(at.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def updated(at, value, mask, kept, step):
-    """kept out - step value."""
-    old = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    return kept.to(tl.float32) * old - step.to(tl.float32) * value
-
-
-@triton.jit
-def rounded_update(
-    at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
-    batch, i, j,
-):  # fmt: skip
-    """`update` by first[0] times the factor, rounded by the seed second[0] if out is bfloat16.
-
-    The entry's item is the address where the weight begins.
-    """
-    rate = tl.load(first).to(tl.float64)
-    kept = tiles.number(numbers, 0) + tiles.number(numbers, 1) * rate
-    step = rate * tiles.field(entries, count, entry, EXTRA).to(tl.float64, bitcast=True)
-    base = tiles.field(entries, count, entry, EXTRA + 1)
+        rate = tl.load(first).to(tl.float64)
+    kept = (tiles.number(numbers, 0) + tiles.number(numbers, 1) * rate).to(tl.float32)
+    step = tiles.number(numbers, 2) + tiles.number(numbers, 3) * rate
+    step *= tiles.field(entries, count, entry, EXTRA).to(tl.float64, bitcast=True)
+    item = tiles.field(entries, count, entry, EXTRA + 1)
+    SEEDED: tl.constexpr = second is not None and second.dtype.element_ty == tl.int64
+    if second is not None and not SEEDED:
+        step *= tl.load(second + item).to(tl.float64)
+    flag = tl.load(numbers + 4)
+    found = tl.load(flag.to(tl.pointer_type(tl.float32)), mask=flag != 0, other=0.0)
+    new = kept * tl.load(at, mask=mask, other=0.0).to(tl.float32) - step.to(tl.float32) * value
     TYPE: tl.constexpr = at.dtype.element_ty
-    new = rounded(updated(at, value, mask, kept, step), at, base, second, TYPE)
-    tl.store(at, new.to(TYPE), mask=mask)
+    if SEEDED:
+        new = rounded(new, at, item, second, TYPE)
+    tl.store(at, new.to(TYPE), mask=tl.where(found == 0, mask, False))
 
 
 @triton.jit
@@ -118,6 +103,9 @@ def column_squares(
     store_squares(at, value, mask, entries, count, entry, EXTRA, first, batch, i, j, 0)
 
 
+OF_TILES = (row_squares, column_squares)  # results depend on the tile: it must not on company
+
+
 @triton.jit
 def adam(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
@@ -140,9 +128,8 @@ class End(NamedTuple):
         return self._replace(function=self.turned) if turned and self.turned else self
 
     @property
-    def one_tile(self) -> bool:
-        """Whether results depend on the tile, which must not depend on company then."""
-        return self.function in (row_squares, column_squares)
+    def rounds(self) -> bool:
+        return self.second is not None and self.second.dtype == torch.int64
 
     @property
     def padded(self) -> tuple[float, ...]:
@@ -154,14 +141,15 @@ Extra = tuple[int, int]  # factor as bits, item
 PLAIN: Extra = (tables.bits(1.0), 0)
 
 
-def muon(lr: Tensor, weight_decay: float) -> End:
-    """W <- (1 - lr weight_decay) W - lr factor value."""
-    return End(update, (1.0, -weight_decay, 0.0), lr, lr)
+def muon(
+    lr: Tensor, weight_decay: float, seed: Tensor | None = None, found_inf: Tensor | None = None
+) -> End:
+    """W <- (1 - lr weight_decay) W - lr factor value, unless `found_inf` (float32) is not 0.
 
-
-def muon_rounded(lr: Tensor, weight_decay: float, seed: Tensor) -> End:
-    """`muon`, bfloat16 weights rounded stochastically; items are where weights begin."""
-    return End(rounded_update, (1.0, -weight_decay), lr, seed)
+    With a seed, bfloat16 weights are rounded stochastically; items are where weights begin.
+    """
+    flag = 0 if found_inf is None else found_inf.data_ptr()
+    return End(update, (1.0, -weight_decay, 0.0, 1.0, tables.number(flag)), lr, seed)
 
 
 def squares(sums: Tensor) -> End:
@@ -171,17 +159,17 @@ def squares(sums: Tensor) -> End:
 
 def slots(length: int) -> int:
     """Sums of a line."""
-    return triton.cdiv(length, GRAIN.value)
+    return tables.cdiv(length, GRAIN.value)
 
 
 def conda(lr: Tensor, weight_decay: float, scales: Tensor) -> End:
     """W <- (1 - lr weight_decay) (W - scales[item] value)."""
-    return End(update, (1.0, -weight_decay, 1.0), lr, scales)
+    return End(update, (1.0, -weight_decay, 1.0, -weight_decay), lr, scales)
 
 
 def decayed(decay: Tensor | None) -> End:
     """W <- decay W - value."""
-    return End(update, (1.0,) if decay is None else (0.0, 1.0), decay)
+    return End(update, (1.0, 0.0, 1.0) if decay is None else (0.0, 1.0, 1.0), decay)
 
 
 def moments(beta1: float, beta2: float, eps: float) -> End:

@@ -32,6 +32,7 @@ def columns_kernel(
         old = tl.load(v + lane * step, mask=lane < length, other=0.0).to(tl.float64)
         mean = total / tiles.field(entries, count, entry, 2)
         new = tiles.number(table, 0) * old + tiles.number(table, 1) * mean
+        lines.settle()
         tl.store(v + lane * step, new.to(WIDE).to(V_TYPE), mask=lane < length)
         at = tiles.field(entries, count, entry, 5) + batch * length + lane
         tl.store(moments + at, new, mask=lane < length)
@@ -103,14 +104,14 @@ def factored_moment_(
     )
     rows, columns, parts = (torch.empty(n, dtype=torch.float64, device=device) for n in sizes)
     for group in launches:
-        table = tables.table(group.entries, numbers, device)
+        table = group.entries.table(numbers, device)
         sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
         common, steps = (table.data, table.count), (table.steps, *group.constants(0, 1))
         lines.moments_kernel[(table.tiles,)](
             *common, rows, sums, parts, *steps, lines.RAW.value, **lines.options(*group.blocks)
         )
-        blocks = triton.cdiv(max(entry[3] for entry in group.entries), lines.LANES.value)
-        most = max(entry[7] for entry in group.entries)
+        blocks = tables.cdiv(max(entry[3] for entry in group.entries.entries), lines.LANES.value)
+        most = max(entry[7] for entry in group.entries.entries)
         columns_kernel[(most * blocks, table.count)](
             *common, blocks, parts, columns, group.types[2], group.wide, **lines.OPTIONS
         )

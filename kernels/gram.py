@@ -60,13 +60,13 @@ def grams(X: Sequence[Tensor], out: Sequence[Tensor]) -> None:
             products += [plain(a, a.mT, c, c) for a, c in tables.views(x, o)]
             continue
         # their stride is a multiple of 8
-        stride = triton.cdiv(o.numel(), 8) * 8
+        stride = tables.cdiv(o.numel(), 8) * 8
         parts = o.new_empty(count * stride, dtype=torch.float32).view(count, stride)
         parts = parts[:, : o.numel()].view(count, *o.shape)
-        length = triton.cdiv(triton.cdiv(x.shape[-1], count), STEP) * STEP
+        length = tables.cdiv(tables.cdiv(x.shape[-1], count), STEP) * STEP
         for piece, part in zip(x.split(length, dim=-1), parts, strict=False):
             products += [plain(a, a.mT, c, c) for a, c in tables.views(piece, part)]
-        sums.append((o, parts, (triton.cdiv(x.shape[-1], length), stride)))
+        sums.append((o, parts, (tables.cdiv(x.shape[-1], length), stride)))
     product("symmetric", products, X[0].device, X[0].dtype, symmetric=True)
     if sums:
         wholes, partials, extras = zip(*sums, strict=True)

@@ -1,21 +1,34 @@
-"""Polynomials of small Gram matrices in one launch: one program per matrix, all of it on chip.
+"""Polynomials of small Gram matrices in one launch, one program per matrix.
 
-Whatever the long side was, iterations on a short side up to SIDE then take three launches: X X^T,
-this, and Q X. Q, R, Z and W of 128 x 128 do not fit: compiled for sm_90 they spill (168 to 1612
-instructions with 8 and 16 warps; in blocks of 64 x 64, 227; ptxas of Triton 3.9, 2026-11).
+Whatever the long side was, iterations on a short side that a table serves then take three launches:
+X X^T, this, and Q X. Up to SIDE all of it stays in registers. Q, R, Z and W of 128 x 128 do not
+fit: compiled for sm_90 they spill (168 to 1612 instructions with 8 and 16 warps; in blocks of
+64 x 64, 227; ptxas of Triton 3.9, 2026-11). Larger ones lie in the second-level cache, 5 n^2 of
+them, of which a program takes tiles of 128 through shared memory, one product after the other.
+
+Up to which side is the table's `torch_from`, by the shape of one matrix alone, so that results do
+not depend on company. By arithmetic (H100, five iterations, 17 products; 2026-11) a tile takes 0.8
+us of latency and 6.6 ns for each of its n terms, a launch in a graph 3 us: one program takes 28 us
+at n = 128 where launches take 79, at 256 it takes 127 where they take 93 for one matrix and 178
+for 132. Outside of graphs the host decides: each launch takes 34 us of it, this one 51 (measured).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from orthonorm import ops
+from orthonorm.ops.words import Triples, triples_of
 from torch import Tensor
 
-from . import tables, tiles
-from .configs import FUSION
+from . import configs, tables, tiles
+from .configs import FUSION, Config
 from .small_newton_schulz import HALF, block
+from .tables import Entry
 
 SIDE = 64
 
@@ -55,18 +68,139 @@ def polynomial_kernel(
     tl.store(out + first + at, q, mask=mask)
 
 
+@triton.jit
+def tile_of(A, B, i, j, rows, columns, inner, n, depth, gamma):
+    """The tile of gamma I + A B at (i, j), float32, of the first `depth` terms of its sums."""
+    a = tl.multiple_of(A + i * n, 16) + tiles.square(rows, inner, n, 1)
+    b = tl.multiple_of(B + j, 16) + tiles.square(inner, columns, n, 1)
+    acc = tl.where((rows + i)[:, None] == (columns + j)[None, :], gamma, 0.0)
+    for k in tl.range(0, depth, inner.shape[0]):
+        left = (inner < n - k)[None, :] & (rows < n - i)[:, None]
+        x = tl.load(a, mask=left, other=0.0)
+        above = (inner < n - k)[:, None] & (columns < n - j)[None, :]
+        y = tl.load(b, mask=above, other=0.0)
+        acc = tl.dot(x, y, acc)
+        a += inner.shape[0]
+        b += inner.shape[0] * n
+    return acc
+
+
+@triton.jit
+def matrix_of(entries, steps, step, which, skip, TYPE: tl.constexpr):
+    """This program's matrix of a batch whose address is a field."""
+    address = tiles.field(entries, steps, step, which).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(address + skip, 16)
+
+
+@triton.jit(do_not_specialize=["n", "steps"])
+def chain_kernel(
+    entries, steps, n, TYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The steps in order, each out <- alpha (A B + gamma I) + beta C on its lower triangle of tiles
+    and its mirror. Nothing of out is read in its step; n, also a field, is a multiple of 8."""
+    skip = tl.program_id(0).to(tl.int64) * n * n
+    down = tl.cdiv(n, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_K)
+    for step in tl.range(0, steps):
+        depth = tiles.field(entries, steps, step, 1).to(tl.int32)
+        alpha = tiles.field(entries, steps, step, 2).to(tl.float64, bitcast=True).to(tl.float32)
+        beta = tiles.field(entries, steps, step, 3).to(tl.float64, bitcast=True).to(tl.float32)
+        gamma = tiles.field(entries, steps, step, 4).to(tl.float64, bitcast=True).to(tl.float32)
+        out = matrix_of(entries, steps, step, 5, skip, TYPE)
+        C = matrix_of(entries, steps, step, 6, skip, TYPE)
+        A = matrix_of(entries, steps, step, 7, skip, TYPE)
+        B = matrix_of(entries, steps, step, 8, skip, TYPE)
+        for tile in tl.range(0, down * (down + 1) // 2):
+            # anew for every tile, or offsets would take registers through all steps (112 spills)
+            n = tl.load(entries + 9 * steps + step, volatile=True).to(tl.int32) // 8 * 8
+            row, column = tiles.triangle(tl.cast(tile, tl.int64))
+            i = row.to(tl.int32) * BLOCK_M
+            j = column.to(tl.int32) * BLOCK_M
+            acc = alpha * tile_of(A, B, i, j, rows, columns, inner, n, depth, gamma)
+            mask = (rows < n - i)[:, None] & (columns < n - j)[None, :]
+            at = tl.multiple_of(i * n + j, 8) + tiles.square(rows, columns, n, 1)
+            acc += beta * tl.load(C + at, mask=mask, other=0.0).to(tl.float32)
+            mirror = tl.trans(acc)
+            if row == column:
+                acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
+            else:
+                across = tl.multiple_of(j * n + i, 8) + tiles.square(columns, rows, n, 1)
+                opposite = (columns < n - j)[:, None] & (rows < n - i)[None, :]
+                tl.store(out + across, mirror.to(TYPE), mask=opposite)
+            tl.store(out + at, acc.to(TYPE), mask=mask)
+        tl.debug_barrier()  # what this step wrote, the next reads
+
+
+def schedule(
+    R: int, out: int, buffers: Sequence[int], n: int, triples: Iterable[tuple[float, ...]]
+) -> list[Entry]:
+    """`ops.gram_polynomial` of R as steps of `chain_kernel`, between addresses: four buffers."""
+    steps: list[Entry] = []
+
+    def fresh(*live: int) -> int:
+        return next(b for b in buffers if b not in live)
+
+    def step(
+        to: int, C: int, beta: float, A: int = 0, B: int = 0, alpha: float = 1.0, gamma: float = 0.0
+    ) -> int:
+        depth = n if A else 0
+        steps.append((1, depth, *map(tables.bits, (alpha, beta, gamma)), to, C, A, B, n))
+        return to
+
+    r, q, triples = R, 0, tuple(triples)
+    for t, (a, b, c) in enumerate(triples):
+        z, factor = (step(fresh(r, q), r, b, r, r, c), 1.0) if c else (r, b)
+        to = out if t + 1 == len(triples) else fresh(r, q, z)
+        q = step(to, q, a, q, z, factor) if q else step(to, z, factor, gamma=a)
+        if to != out:
+            w = step(fresh(r, z, q), r, a, r, z, factor)
+            r = step(fresh(w, z, q), w, a, w, z, factor)
+    return steps
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def scheduled(
+    R: int, out: int, buffers: tuple[int, ...], n: int, triples: tuple[tuple[float, ...], ...]
+) -> tables.Entries:
+    return tables.Entries(schedule(R, out, buffers, n, triples))
+
+
+def chain(R: Tensor, triples: Triples, record: Config) -> Tensor:
+    """`gram_polynomial` by `chain_kernel`, of matrices with zeros to the next multiple of 8."""
+    n = R.shape[-1]
+    side = tables.cdiv(n, 8) * 8
+    if n < side or R.data_ptr() % 16 or not R.is_contiguous():
+        given, R = R, R.new_zeros(*R.shape[:-2], side, side)
+        R[..., :n, :n] = given
+    out = torch.empty_like(R)
+    buffers = R.new_empty(4, *R.shape)
+    places = (R.data_ptr(), out.data_ptr(), tuple(b.data_ptr() for b in buffers))
+    table = scheduled(*places, side, tuple(triples)).table((), R.device)
+    chain_kernel[(R.numel() // side**2,)](
+        table.data, table.count, side, tables.TYPES[R.dtype], record.block_m, record.block_k,
+        **record.options,
+    )  # fmt: skip
+    return out[..., :n, :n].contiguous()
+
+
 def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
     n = R.shape[-1]
-    if R.dtype not in HALF or not 0 < n <= SIDE:
+    if R.dtype not in HALF or R.numel() == 0:
         return ops.gram_polynomial.definition(R, coefficients)
+    if n > SIDE:
+        arch, _ = configs.device_of(R.device)
+        records = configs.records("chain", R.dtype, arch, n)
+        if not records:
+            return ops.gram_polynomial.definition(R, coefficients)
+        return chain(R, triples_of(coefficients), records[0])
     R, out = R.contiguous(), torch.empty_like(R, memory_format=torch.contiguous_format)
-    count = R.numel() // (n * n)
-    if count:
-        numbers = tables.upload(tuple(map(tables.bits, coefficients)), R.device)
-        polynomial_kernel[(count,)](
-            R, out, numbers, n, len(coefficients) // 3, tables.TYPES[R.dtype], block(n),
-            any(coefficients[2::3]), num_warps=warps(block(n)), num_stages=1, **FUSION,
-        )  # fmt: skip
+    numbers = tables.upload(tuple(map(tables.bits, coefficients)), R.device)
+    polynomial_kernel[(R.numel() // (n * n),)](
+        R, out, numbers, n, len(coefficients) // 3, tables.TYPES[R.dtype], block(n),
+        any(coefficients[2::3]), num_warps=warps(block(n)), num_stages=1, **FUSION,
+    )  # fmt: skip
     return out
 
 

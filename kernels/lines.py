@@ -9,6 +9,7 @@ across), matrices; then X and the moments (`tables.View`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +129,13 @@ def scale(
 
 
 @triton.jit
+def settle():
+    """Between reading few elements and writing them: several threads hold each of them, one writes
+    it, and Triton lets it do so before the others have read (its issue 1615)."""
+    tl.debug_barrier()
+
+
+@triton.jit
 def average(
     table, entries, count, entry, batch, first, lines, length, total, factors, sums,
     V: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
@@ -140,6 +148,7 @@ def average(
     v_at = v + (first + line) * step
     old = tl.load(v_at, mask=line < lines, other=0.0).to(tl.float64)
     new = tiles.number(table, 0) * old + tiles.number(table, 1) * (total / length)
+    settle()
     tl.store(v_at, new.to(WIDE).to(V_TYPE), mask=line < lines)
     factor = new
     if EPS_AT != RAW:
@@ -253,7 +262,7 @@ class Group(NamedTuple):
     order: int
     aligned: bool
     blocks: tuple[int, int]
-    entries: list[tables.Entry]
+    entries: tables.Entries
 
     def constants(self, *which: int) -> tuple[Any, ...]:
         """What every kernel takes after the steps of the search; `which` types of them."""
@@ -267,7 +276,7 @@ def blocks_of(device: torch.device, order: int, parts: bool = False) -> tuple[in
     With `parts` more lines, for fewer sums across, but such that stay in the second-level cache.
     """
     if device.type == "cpu":
-        return (16, 32) if parts else ((8, 16) if order else (16, 8))
+        return (16, 32) if parts or order else (32, 16)
     if order == 1:
         return (32, 128) if parts else (8, 256)
     return (64, 32)
@@ -305,20 +314,27 @@ def groups(
     number per line. A matrix's parts are a sum for every place across of every program, or, by
     `slots`, so many of every line. `extras` are further int64 fields of each item.
     """
+    extras = tuple(extras) or ((),) * len(X)
+    how = (columns, whole, parts, slots, X[0].device)
+    return groups_of(tables.items(X, *others), extras, *how)
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def groups_of(
+    items: tuple[tables.Item, ...], extras: tuple[tables.Entry, ...], columns: bool, whole: bool,
+    parts: bool, slots: Callable[[int], int] | None, device: torch.device,
+) -> tuple[list[Group], Sizes]:  # fmt: skip
     rows: list[tuple[Any, tables.Entry]] = []
     sizes = Sizes()
-    extras = extras or [()] * len(X)
-    for *tensors, extra in zip(X, *others, extras, strict=True):
-        for found in tables.views(*tensors):
+    for item, extra in zip(items, extras, strict=True):
+        for found in () if isinstance(item, int) else item:
             if columns:
                 found = tuple(v.mT for v in found)
             x, other, *_ = found
-            if x.batch == 0:
-                continue
             order = x.order if not whole or x.order == other.order else 2
             aligned = x.aligned and order < 2 and (not whole or other.aligned)
-            blocks = blocks_of(X[0].device, order, parts)
-            size = triton.cdiv(x.rows, blocks[0])
+            blocks = blocks_of(device, order, parts)
+            size = tables.cdiv(x.rows, blocks[0])
             head = (x.batch * size, size, x.rows, x.columns, *sizes, x.batch)
             entry = (*head, *(f for v in found for f in v.fields), *extra)
             rows.append(((tuple(v.dtype for v in found), order, aligned, blocks), entry))
@@ -328,7 +344,7 @@ def groups(
     for (dtypes, order, aligned, blocks), entries in tables.grouped(rows).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
         types = tuple(tables.TYPES[d] for d in dtypes)
-        launches.append(Group(types, wide, order, aligned, blocks, entries))
+        launches.append(Group(types, wide, order, aligned, blocks, tables.Entries(entries)))
     return launches, sizes
 
 
@@ -343,7 +359,7 @@ def moment(
     launches, sizes = groups(X, moments, columns=columns, whole=False)
     factors = torch.empty(sizes.lines, dtype=torch.float64, device=device)
     for group in launches:
-        table = tables.table(group.entries, numbers, device)
+        table = group.entries.table(numbers, device)
         sums = torch.empty(table.tiles, SUMS.value, dtype=torch.float64, device=device)
         steps = (table.steps, *group.constants(0, 1))
         moments_kernel[(table.tiles,)](
@@ -358,7 +374,7 @@ def normalize(X: Tensor, columns: bool, scale: float, eps: float, eps_at: str) -
     """`row_normalize`, or `column_normalize`: one launch."""
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     for group in groups([X], [out], columns=columns, whole=True)[0]:
-        table = tables.table(group.entries, (scale, eps), X.device)
+        table = group.entries.table((scale, eps), X.device)
         normalize_kernel[(table.tiles,)](
             table.data, table.count, table.steps, *group.constants(0, 1), EPS_AT[eps_at], **OPTIONS
         )

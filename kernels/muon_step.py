@@ -36,28 +36,31 @@ def muon_step_(
     mantissas: list[Tensor] | None = None,
 ) -> None:
     iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
-    tensors, flags = (params, grads, momentum_buffers), (grad_scale, found_inf)
+    tensors = (params, grads, momentum_buffers)
     wide = any(t.dtype == torch.float64 for some in tensors for t in some)
-    if not params or wide or found_inf is not None or mantissas is not None:
+    if not params or wide or mantissas is not None:
         arguments = (*tensors, lr, momentum, weight_decay, factors, coefficients, restarts)
         return ops.muon_step_.definition(
-            *arguments, nesterov, *iteration[2:], rounding, *flags, mantissas
+            *arguments, nesterov, *iteration[2:], rounding, grad_scale, found_inf, mantissas
         )
-    lr, device = lr.to(params[0].device), params[0].device
-    end = ends.muon(lr, weight_decay)
-    items = [0] * len(params)
-    if rounding is not None and any(w.dtype == torch.bfloat16 for w in params):
-        end = ends.muon_rounded(lr, weight_decay, rounding.to(device))
-        items = [w.data_ptr() for w in params]
+    device = params[0].device
+    lr = lr.to(device)
+    grad_scale, rounding = (t if t is None else t.to(device) for t in (grad_scale, rounding))
+    if found_inf is not None:
+        found_inf = (found_inf.to(device) != 0).float()  # a table knows only where it is
+    seed = rounding if any(w.dtype == torch.bfloat16 for w in params) else None
+    end = ends.muon(lr, weight_decay, seed, found_inf)
+    items = [0 if seed is None else w.data_ptr() for w in params]
     extras = [(tables.bits(factor), item) for factor, item in zip(factors, items, strict=True)]
     sizes = [b.numel() for b in momentum_buffers]
     for part in tables.stretches(sizes, max(*sizes, ACCELERATOR_WORK)):
         weights, states = params[part], momentum_buffers[part]
         updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in states]
+        flags = (grad_scale, found_inf)
         norms = muon_prologue_(grads[part], states, updates, momentum, nesterov, *flags)
         rows = iteration.run(updates, Target(weights, end, extras[part]), norms)
         if rows:
             polars = iteration.rest(updates, rows, norms)
             some = [weights[i] for i in rows]
             scales = [factors[part][i] for i in rows]
-            decayed_update_(some, polars, lr, weight_decay, scales, rounding)
+            decayed_update_(some, polars, lr, weight_decay, scales, seed, found_inf)

@@ -17,6 +17,7 @@ from . import ends, lines, tables, tiles
 from .muon_prologue import muon_prologue_
 from .newton_schulz import Iteration, Target
 
+SLOTS = tl.constexpr(16)  # sums of a line that a program has in flight
 NUMBERS = tl.constexpr(4)  # beta2, 1 - beta2, eps, weight decay
 W, X, V, FACTOR = (tl.constexpr(lines.HEAD.value + k) for k in (0, 4, 8, 12))  # fields of these
 
@@ -31,13 +32,16 @@ def row_moments_kernel(
     entry, batch, first, left, length = lines.place(entries, count, STEPS, False, LINES)
     rows = tiles.field(entries, count, entry, 2)
     line = tl.arange(0, LINES)
+    slot = tl.arange(0, SLOTS)
     slots = tl.cdiv(length, ends.GRAIN)
-    at = parts + tiles.field(entries, count, entry, lines.PARTS) + batch * slots * rows
-    at += first + line
-    total = tl.zeros((LINES,), dtype=tl.float64)
-    for _ in tl.range(0, slots):
-        total += tl.load(at, mask=line < left, other=0.0).to(tl.float64)
-        at += rows
+    at = parts + tiles.field(entries, count, entry, lines.PARTS) + batch * slots * rows + first
+    at += tiles.square(slot, line, rows, 1)
+    total = tl.zeros((SLOTS, LINES), dtype=tl.float64)
+    for start in tl.range(0, slots, SLOTS):
+        mask = (slot < slots - start)[:, None] & (line < left)[None, :]
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        at += SLOTS * rows
+    total = tl.sum(total, axis=0)
     lines.average(
         table, entries, count, entry, batch, first, left, length, total, factors, sums,
         V, V_TYPE, tl.float32, LINES, 0,
@@ -142,7 +146,7 @@ def update_(
     )  # fmt: skip
     scales = torch.empty(sizes.lines, dtype=torch.float64, device=device)
     for group in launches:
-        table = tables.table(group.entries, numbers, device)
+        table = group.entries.table(numbers, device)
         sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
         row_moments_kernel[(table.tiles,)](
             table.data, table.count, squares, scales, sums, table.steps, group.types[2],

@@ -7,7 +7,8 @@ their part of A^T y; parts are added in order, so nothing is atomic. "v_first" i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -138,6 +139,7 @@ def replace(old_at, new_at, norm, divisor, mask):
     """old <- new / divisor, unless the norm is zero."""
     old = tl.load(old_at, mask=mask, other=0.0)
     new = tl.load(new_at, mask=mask, other=0.0).to(tl.float64) / divisor
+    lines.settle()
     tl.store(old_at, tl.where(norm == 0, old, new.to(tl.float32)), mask=mask)
 
 
@@ -240,15 +242,15 @@ def end_kernel(
 
 
 def rows(
-    W: list[Tensor], u: list[Tensor], v: list[Tensor], transposed: bool
+    items: tuple[tables.Item, ...], transposed: bool
 ) -> Iterator[tuple[tuple[Any, ...], tables.Entry]]:
     """What each launch has in common, and its entries."""
     matrices = 0
-    for w_i, u_i, v_i in zip(W, u, v, strict=True):
-        if w_i.numel() == 0:
-            matrices += w_i.shape[:-2].numel()
+    for found in items:
+        if isinstance(found, int):
+            matrices += found
             continue
-        for w, left, right in tables.views(w_i, u_i.unsqueeze(-1), v_i.unsqueeze(-1)):
+        for w, left, right in found:
             if transposed:
                 w, left, right = w.mT, right, left
             types = (tables.TYPES[x.dtype] for x in (w, left, right))
@@ -257,28 +259,44 @@ def rows(
             matrices += w.batch
 
 
-class Group:
-    """Matrices of one launch: their table, what kernels hand to one another, and the kernels."""
+class Plan(NamedTuple):
+    """Matrices of one launch."""
 
-    def __init__(self, key: tuple[Any, ...], plain: list[tables.Entry], eps: float, sizes: Tensor):
-        *self.types, order, aligned = key
-        self.constants = (
-            self.types[0],
-            order,
-            aligned,
-            *lines.blocks_of(sizes.device, order, True),
-        )
+    types: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    entries: tables.Entries
+    scratch: lines.Sizes
+    blocks: int  # of lanes of a matrix
+    lanes: tuple[int, int]  # grid of programs that own lanes
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def plans(items: tuple[tables.Item, ...], transposed: bool, device: torch.device) -> list[Plan]:
+    made = []
+    for (*types, order, aligned), plain in tables.grouped(rows(items, transposed)).items():
+        blocks = lines.blocks_of(device, order, True)
         before = lines.Sizes()
         entries = []
         for batch, height, width, *fields, matrices in plain:
-            size = triton.cdiv(height, self.constants[3])
+            size = tables.cdiv(height, blocks[0])
             head = (batch * size, size, height, width, *before, batch)
             entries.append((*head, *fields, matrices))
             before = before.and_of(batch, height, width, size * width)
+        constants = (types[0], order, aligned, *blocks)
+        across = tables.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
+        lanes = (max(e[0] // e[1] for e in entries) * across, len(entries))
+        entries = tables.Entries(entries)
+        made.append(Plan(tuple(types), constants, entries, before, across, lanes))
+    return made
+
+
+class Group:
+    """A plan, what its kernels hand to one another, and the kernels."""
+
+    def __init__(self, plan: Plan, eps: float, sizes: Tensor):
+        self.types, self.constants, entries, before, self.blocks, self.lanes = plan
         self.sizes = sizes
-        self.table = tables.table(entries, (eps,), sizes.device)
-        self.blocks = triton.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
-        self.lanes = (max(e[0] // e[1] for e in entries) * self.blocks, len(entries))
+        self.table = entries.table((eps,), sizes.device)
 
         def scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=sizes.device)
@@ -328,6 +346,7 @@ def power_iteration_(
         return ops.power_iteration_.definition(W, u, v, steps, order, eps)
     sizes = magnitude(W)
     sigmas = torch.zeros(sizes.numel(), dtype=torch.float32, device=sizes.device)
-    for key, entries in tables.grouped(rows(W, u, v, order == "v_first")).items():
-        Group(key, entries, eps, sizes).run(steps, sigmas)
+    columns = ([x.unsqueeze(-1) for x in some] for some in (u, v))
+    for plan in plans(tables.items(W, *columns), order == "v_first", sizes.device):
+        Group(plan, eps, sizes).run(steps, sigmas)
     return sigmas

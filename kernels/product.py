@@ -14,7 +14,8 @@ which takes a process-wide allocator, and they serve one layout, aligned (Triton
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -180,20 +181,21 @@ def fitting(
     d_order: int,
     out_order: int,
     aligned: bool,
-    end: End = ends.STORE,
+    function: Any = ends.store,
+    rounds: bool = False,
 ) -> list[Config]:
     """Records whose tiles fit the registers: C read across and out written along takes twice, an
     end that reads as well, one of three tensors more, and so do 64-bit offsets of every element.
     One record, the largest, for an end whose results depend on the tile."""
     limit = 128 * 256
-    if c_order != out_order or d_order != out_order or end.function is not ends.store:
+    if c_order != out_order or d_order != out_order or function is not ends.store:
         limit = 128 * 128
-    if end.function in (ends.adam, ends.rounded_update):
+    if function is ends.adam or rounds:
         limit = 128 * 64
     if not aligned:
         limit = 64 * 64
     fit = [c for c in choices if c.block_m * c.block_n <= limit]
-    return fit[:1] if end.one_tile else fit
+    return fit[:1] if function in ends.OF_TILES else fit
 
 
 class Factors(NamedTuple):
@@ -222,8 +224,8 @@ class Factors(NamedTuple):
 
     def tiles(self, config: Config, symmetric: bool) -> int:
         """Tiles of one matrix."""
-        down = triton.cdiv(self.out.rows, config.block_m)
-        across = triton.cdiv(self.out.columns, config.block_n)
+        down = tables.cdiv(self.out.rows, config.block_m)
+        across = tables.cdiv(self.out.columns, config.block_n)
         return down * (down + 1) // 2 if symmetric else down * across
 
     def entry(self, config: Config, symmetric: bool) -> tables.Entry:
@@ -237,6 +239,37 @@ def plain(A: View, B: View, C: View, out: View, extra: Extra = ends.PLAIN) -> Fa
     return Factors(A, B, C, out, out, extra)
 
 
+class Launch(NamedTuple):
+    """A launch of the kernel, but for what its end reads and its numbers."""
+
+    entries: tables.Entries
+    programs: int
+    constants: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def launches(
+    op: str, products: tuple[Factors, ...], device: torch.device, dtype: torch.dtype,
+    precision: str, function: Any, rounds: bool, symmetric: bool, records: tuple[Config, ...],
+) -> list[Launch]:  # fmt: skip
+    """A launch per dtypes and orders; kept, as the host would take longer than the device."""
+    arch, _ = configs.device_of(device)
+    found = []
+    for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
+
+        def count(config: Config, group: list[Factors] = group) -> int:
+            return sum(p.out.batch * p.tiles(config, symmetric) for p in group)
+
+        choices = fitting(records or configs.records(op, dtype, arch), *key[-4:], function, rounds)
+        config = configs.pick(choices, device, count)
+        entries = tables.Entries(p.entry(config, symmetric) for p in group)
+        constants = (*key, tables.TYPES[dtype], precision)
+        programs = configs.programs(device, count(config))
+        found.append(Launch(entries, programs, constants, {**config.blocks, **config.options}))
+    return found
+
+
 def product(
     op: str,
     products: Sequence[Factors],
@@ -246,24 +279,16 @@ def product(
     beta: float = 0.0,
     end: End = ends.STORE,
     symmetric: bool = False,
-    records: Sequence[Config] | None = None,
+    records: Sequence[Config] = (),
 ) -> None:
     """Every product of the list, of factors rounded to `dtype`: a launch per dtypes and orders.
 
     `records` to choose from instead of the table's, for tuning.
     """
-    arch, _ = configs.device_of(device)
-    for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
-
-        def count(config: Config, group: list[Factors] = group) -> int:
-            return sum(p.out.batch * p.tiles(config, symmetric) for p in group)
-
-        choices = fitting(records or configs.records(op, dtype, arch), *key[-4:], end)
-        config = configs.pick(choices, device, count)
-        numbers = (alpha, beta, *end.padded)
-        table = tables.table([p.entry(config, symmetric) for p in group], numbers, device)
-        product_kernel[(configs.programs(device, table.tiles),)](
-            table.data, table.count, table.tiles, end.first, end.second, table.steps, *key,
-            tables.TYPES[dtype], configs.precision(dtype), beta != 0, symmetric, end.function,
-            **config.blocks, **config.options,
+    how = (configs.precision(dtype), end.function, end.rounds, symmetric, tuple(records))
+    for launch in launches(op, tuple(products), device, dtype, *how):
+        table = launch.entries.table((alpha, beta, *end.padded), device)
+        product_kernel[(launch.programs,)](
+            table.data, table.count, table.tiles, end.first, end.second, table.steps,
+            *launch.constants, beta != 0, symmetric, end.function, **launch.options,
         )  # fmt: skip

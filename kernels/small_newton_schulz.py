@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -101,23 +103,35 @@ def iterate_kernel(
 
 
 def block(side: int) -> int:
-    return max(16, triton.next_power_of_2(side))
+    return max(16, 1 << (side - 1).bit_length())
 
 
 def rows(
-    X: list[Tensor], out: list[Tensor], end: End, extras: Sequence[Extra]
-) -> Iterator[tuple[object, tables.Entry]]:
-    """What each launch has in common, and the entries: wide, whatever the tensor is."""
+    items: tuple[tables.Item, ...], facing: tuple[Any, Any], extras: tuple[Extra, ...]
+) -> Iterator[tuple[Any, tables.Entry]]:
+    """What each launch has in common, and the entries: wide, whatever the tensor is. `facing`: the
+    ends of wide matrices and of tall ones."""
     first = 0
-    for *pair, extra in zip(X, out, extras, strict=True):
-        for x, y in tables.views(*pair):
+    for item, extra in zip(items, extras, strict=True):
+        if isinstance(item, int):
+            first += item
+            continue
+        for x, y in item:
             tall = x.rows > x.columns
             if tall:
                 x, y = x.mT, y.mT
-            if x.batch:
-                entry = (x.batch, x.rows, x.columns, first, *extra, *x.fields, *y.fields)
-                yield (end.facing(tall).function, key(x, y)), entry
+            entry = (x.batch, x.rows, x.columns, first, *extra, *x.fields, *y.fields)
+            yield (facing[tall], key(x, y)), entry
             first += x.batch
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def launches(
+    items: tuple[tables.Item, ...], facing: tuple[Any, Any], extras: tuple[Extra, ...]
+) -> list[tuple[Any, tuple[Any, ...], tables.Entries]]:
+    """The end, what else each launch has in common, and its entries."""
+    groups = tables.grouped(rows(items, facing, extras))
+    return [(*key, tables.Entries(entries)) for key, entries in groups.items()]
 
 
 def key(x: tables.View, y: tables.View) -> tuple[object, ...]:
@@ -165,8 +179,9 @@ def small_iterations(
     """`small_newton_schulz` with an end of its products."""
     norms = None if norms is None else norms.to(torch.float64).contiguous()
     arch, _ = configs.device_of(X[0].device)
-    for (function, launch), entries in tables.grouped(rows(X, out, end, extras)).items():
-        table = tables.table(entries, (eps, safety, *end.padded), X[0].device, coefficients)
+    facing = (end.function, end.facing(True).function)
+    for function, launch, entries in launches(tables.items(X, out), facing, tuple(extras)):
+        table = entries.table((eps, safety, *end.padded), X[0].device, coefficients)
         iterate_kernel[(table.tiles,)](
             table.data, table.count, len(coefficients) // 3, norms, end.first, end.second,
             table.steps, *launch, tables.TYPES[dtype], scale, function,

@@ -8,10 +8,11 @@ tensor its address and its strides over batch, rows and columns. An entry is a b
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -25,78 +26,87 @@ TYPES = {
 }
 
 
-class View(NamedTuple):
-    """A batch of matrices where it lies in memory."""
+class View:
+    """A batch of matrices where it lies in memory. `place` makes one object for each, so equal ones
+    are identical, and as keys of what is kept between steps they cost nothing.
 
-    dtype: torch.dtype
-    batch: int
-    rows: int
-    columns: int
-    fields: tuple[int, int, int, int]  # address, strides of batch, rows, columns
+    Attributes:
+        fields: address, strides of batch, rows, columns.
+        order: the unit stride: 1 along columns, 0 along rows, 2 neither.
+        regular: whether every matrix begins where an access of 16 bytes may.
+        aligned: whether accesses along the unit stride may be 16 bytes wide and stay inside the
+            matrix, and offsets within a tile of at most 512 rows inside 32 bits.
+        dense: whether the elements of one matrix fill one stretch of memory.
+    """
+
+    __slots__ = ("aligned", "batch", "columns", "dense", "dtype", "fields", "order", "regular",
+                 "rows")  # fmt: skip
+
+    def __init__(self, dtype: torch.dtype, batch: int, rows: int, columns: int, fields: Fields):
+        self.dtype, self.batch, self.rows, self.columns = dtype, batch, rows, columns
+        self.fields = fields
+        address, skip, row, column = fields
+        self.order = 1 if column == 1 else (0 if row == 1 else 2)
+        self.regular = address % 16 == 0 and skip % 8 == 0
+        whole = self.order < 2 and rows % 8 == columns % 8 == 0
+        even = all(s == 1 or (s % 8 == 0 and s < 2**22) for s in fields[1:])
+        self.aligned = whole and self.regular and even
+        across, along = ((row, columns), (column, rows))[self.order == 0]
+        self.dense = self.order < 2 and across == along
 
     @property
     def mT(self) -> View:
         address, batch, row, column = self.fields
-        return View(self.dtype, self.batch, self.columns, self.rows, (address, batch, column, row))
+        return place(self.dtype, self.batch, self.columns, self.rows, (address, batch, column, row))
 
-    @property
-    def order(self) -> int:
-        """The unit stride: 1 along columns, 0 along rows, 2 neither."""
-        _, _, row, column = self.fields
-        return 1 if column == 1 else (0 if row == 1 else 2)
 
-    @property
-    def regular(self) -> bool:
-        """Whether every matrix begins where an access of 16 bytes may."""
-        address, batch, *_ = self.fields
-        return address % 16 == 0 and batch % 8 == 0
-
-    @property
-    def aligned(self) -> bool:
-        """Whether accesses along the unit stride may be 16 bytes wide and stay inside the matrix,
-        and offsets within a tile of at most 512 rows inside 32 bits."""
-        whole = self.order < 2 and self.rows % 8 == self.columns % 8 == 0
-        strides = self.fields[2:]
-        even = all(s == 1 or (s % 8 == 0 and s < 2**22) for s in strides)
-        return whole and self.regular and even
-
-    @property
-    def dense(self) -> bool:
-        """Whether the elements of one matrix fill one stretch of memory."""
-        _, _, row, column = self.fields
-        across, along = ((row, self.columns), (column, self.rows))[self.order == 0]
-        return self.order < 2 and across == along
+Fields = tuple[int, int, int, int]
+KEPT = 16384  # views
+LAUNCHES = 512  # lists of launches, by the views they work on
+place = lru_cache(maxsize=KEPT)(View)
 
 
 def views(*tensors: Tensor) -> list[tuple[View, ...]]:
     """Tensors over the same batch as views: one tuple, or several where batches do not fold."""
-    strides = [batch_stride(t) for t in tensors]
-    if any(s is None for s in strides):
+    found = [view(t.dtype, t.shape, t.stride(), t.data_ptr()) for t in tensors]
+    if None in found:
         parts = zip(*(t.unbind(0) for t in tensors), strict=True)
-        return [view for part in parts for view in views(*part)]
-    return [tuple(view(t, s or 0) for t, s in zip(tensors, strides, strict=True))]
+        return [some for part in parts for some in views(*part)]
+    return [tuple(v for v in found if v is not None)]
 
 
-def batch_stride(t: Tensor) -> int | None:
-    """The one stride of all leading dimensions, None if they have no common one."""
-    dims = [(n, s) for n, s in zip(t.shape[:-2], t.stride()[:-2], strict=True) if n != 1]
+Item = tuple[tuple[View, ...], ...] | int
+
+
+def items(*lists: Sequence[Tensor]) -> tuple[Item, ...]:
+    """Views of each item of the lists; of an item without elements the number of its matrices."""
+    return tuple(
+        tuple(views(*tensors)) if tensors[0].numel() else tensors[0].shape[:-2].numel()
+        for tensors in zip(*lists, strict=True)
+    )
+
+
+@lru_cache(maxsize=KEPT)
+def view(
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], address: int
+) -> View | None:
+    """Where a tensor lies, None if its leading dimensions have no common stride."""
+    batch_stride = 0
+    dims = [(n, s) for n, s in zip(shape[:-2], strides[:-2], strict=True) if n != 1]
     for (_, outer), (n, inner) in itertools.pairwise(dims):
         if outer != n * inner:
             return None
-    return dims[-1][1] if dims else 0
-
-
-def view(t: Tensor, batch_stride: int) -> View:
-    shape, strides = (1, 1, *t.shape), (0, 0, *t.stride())
-    rows, columns = shape[-2:]
-    batch = t.numel() // (rows * columns) if t.numel() else 0
-    fields = (t.data_ptr(), batch_stride, strides[-2], strides[-1])
+    if dims:
+        batch_stride = dims[-1][1]
+    rows, columns = (1, 1, *shape)[-2:]
+    batch = math.prod(shape[:-2]) if math.prod(shape) else 0
+    row, column = (0, 0, *strides)[-2:]
     # a stride no step uses is free: the one that makes a single row or column dense
     if columns == 1 and rows != 1:
-        fields = (*fields[:3], rows if fields[2] == 1 else 1)
+        column = rows if row == 1 else 1
     if rows == 1:
-        fields = (*fields[:2], columns, fields[3])
-    return View(t.dtype, batch, rows, columns, fields)
+        row = columns
+    return place(dtype, batch, rows, columns, (address, batch_stride, row, column))
 
 
 def bits(number: float) -> int:
@@ -104,43 +114,71 @@ def bits(number: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
-class Table(NamedTuple):
-    """A table on the device and what a launch needs to know of it."""
-
-    data: Tensor
-    count: int  # entries
-    tiles: int  # of all entries
-    steps: int  # of a binary search among the entries
+def number(bits: int) -> float:
+    """The float64 of these bits: an address on its way into a table's numbers."""
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
 Entry = tuple[int, ...]  # tiles, then fields
 
 
-def table(
-    entries: Sequence[Entry],
-    numbers: Iterable[float],
-    device: torch.device,
-    behind: Iterable[float] = (),
-) -> Table:
-    """The table of `entries`; the first value of each is the number of its tiles.
+class Table:
+    """A table and what a launch needs to know of it: entries, tiles of all of them, and steps of a
+    binary search among them."""
 
-    `behind` are further numbers, as many as there may be, after the entries.
+    def __init__(self, values: tuple[int, ...], device: torch.device, sizes: tuple[int, int, int]):
+        self.count, self.tiles, self.steps = sizes
+        self._values, self._device = values, device
+        self._on: dict[int, Tensor] = {}
+
+    @property
+    def data(self) -> Tensor:
+        """On the device, for the current stream."""
+        return upload(self._values, self._device, self._on)
+
+
+class Entries:
+    """What one launch works on; the first value of each entry is the number of its tiles.
+
+    Tables made of it are kept, as steps meet the same tensors again and again.
     """
-    ends = list(itertools.accumulate(entry[0] for entry in entries))
-    fields = zip([0, *ends[:-1]], *zip(*(entry[1:] for entry in entries), strict=True), strict=True)
-    by_field = itertools.chain.from_iterable(zip(*fields, strict=True))
-    values = (*map(bits, numbers), *by_field, *map(bits, behind))
-    steps = (len(entries) - 1).bit_length()
-    return Table(upload(values, device), len(entries), ends[-1], steps)
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = tuple(entries)
+        ends = list(itertools.accumulate(entry[0] for entry in self.entries))
+        rest = zip(*(entry[1:] for entry in self.entries), strict=True)
+        self._values = tuple(itertools.chain((0, *ends[:-1]), *rest))
+        self._sizes = (len(ends), ends[-1], (len(ends) - 1).bit_length())
+        self._tables: dict[Any, Table] = {}
+
+    def table(
+        self, numbers: Sequence[float], device: torch.device, behind: Sequence[float] = ()
+    ) -> Table:
+        """`behind` are further numbers, as many as there may be, after the entries."""
+        key = (tuple(numbers), device, tuple(behind))
+        found = self._tables.get(key)
+        if found is None:
+            if len(self._tables) == 8:  # of numbers that change with the steps
+                self._tables.clear()
+            values = (*map(bits, numbers), *self._values, *map(bits, behind))
+            found = self._tables[key] = Table(values, device, self._sizes)
+        return found
 
 
-def upload(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 on the device, without waiting for it."""
+def upload(
+    values: tuple[int, ...], device: torch.device, kept: dict[int, Tensor] | None = None
+) -> Tensor:
+    """int64 on the device, without waiting for it; `kept` by stream from an earlier call."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.int64)
-    if not torch.cuda.is_current_stream_capturing():
-        return _uploaded(values, device, torch.cuda.current_stream(device).cuda_stream)
-    return written(values, device)
+    if torch.cuda.is_current_stream_capturing():
+        return written(values, device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if kept is None:
+        return _uploaded(values, device, stream)
+    if stream not in kept:
+        kept[stream] = _uploaded(values, device, stream)
+    return kept[stream]
 
 
 def written(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -151,10 +189,15 @@ def written(values: tuple[int, ...], device: torch.device) -> Tensor:
     return data
 
 
-@lru_cache(maxsize=1024)  # steps meet the same tensors again and again
+@lru_cache(maxsize=1024)
 def _uploaded(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     pinned = torch.tensor(values, dtype=torch.int64).pin_memory()
     return pinned.to(device, non_blocking=True)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes 5 us on the host."""
+    return -(-a // b)
 
 
 def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list[Any]]:

@@ -200,6 +200,30 @@ def test_muon_rounds_where_products_end(layout: str, monkeypatch: pytest.MonkeyP
     assert not any(torch.equal(a, b) for a, b in zip(got, nearest, strict=True))
 
 
+def test_muon_heeds_the_scaler_where_products_end(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is divided out; where an infinity was found, all is left as it was, to the bit."""
+    from orthonorm.kernels import muon_step
+
+    monkeypatch.setattr(muon_step, "decayed_update_", None)
+    case = CASES["muon_step_"]
+    arguments = made(case, ((20, 140), (9, 30)), Inputs(), **ONCE)
+    plain = run(case, case.op, copied(arguments))
+    scaled = copied(arguments)
+    for g in scaled["grads"]:
+        g.mul_(4)
+    flags = {"grad_scale": torch.tensor([4.0]), "found_inf": torch.zeros(1)}
+    assert "update" in launches
+    for found in (0.0, 2.0):
+        flags["found_inf"].fill_(found)
+        got = run(case, case.op, copied(scaled) | flags)
+        for name in ("params", "momentum_buffers"):
+            want = arguments[name] if found else plain[name]
+            assert all(torch.equal(a, b) for a, b in zip(got[name], want, strict=True))
+        scaled["grads"][0][3, 5] = float("inf")
+
+
 def test_stochastic_rounding() -> None:
     test_rounding.check_same_bits(OPS["decayed_update_"])
 
@@ -212,19 +236,20 @@ def test_conda_takes_two_launches(launches: list[str]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_gram_polynomial_of_small_matrices(dtype: str) -> None:
-    """On chip, a program each: right, symmetric, the same alone as in a batch; beyond, words."""
+    """A program each, in registers or by tiles: right, symmetric, alone as in a batch."""
     case = CASES["gram_polynomial"]
     for variant in ({}, *case.variants):
         check_numbers(case, ((2, 19, 33),), Inputs.named(dtype), **variant)
     check_numbers(case, ((64, 70),), Inputs.named(dtype, layout="strided"))
-    arguments = made(case, ((3, 37, 40),), Inputs.named(dtype))
-    Q = case.op(**arguments)
-    assert torch.equal(Q, Q.mT)
-    assert torch.equal(case.op(arguments["R"][1], arguments["coefficients"]), Q[1])
-    assert case.op(arguments["R"][:0], arguments["coefficients"]).shape == (0, 37, 37)
-    check_numbers(
-        case, ((70, 80),), Inputs.named(dtype), coefficients=case.variants[0]["coefficients"]
-    )
+    two = KELLER[:6]
+    check_numbers(case, ((72, 80),), Inputs.named(dtype, layout="strided"), coefficients=two)
+    check_numbers(case, ((65, 70),), Inputs.named(dtype), **case.variants[0])
+    for shape in ((3, 37, 40), (2, 70, 80)):
+        arguments = made(case, (shape,), Inputs.named(dtype), coefficients=two)
+        Q = case.op(**arguments)
+        assert torch.equal(Q, Q.mT)
+        assert torch.equal(case.op(arguments["R"][1], two), Q[1])
+        assert case.op(arguments["R"][:0], two).shape == (0, *Q.shape[1:])
 
 
 @pytest.mark.parametrize("op", ["symmetric", "product"])

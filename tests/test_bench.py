@@ -364,6 +364,18 @@ def test_where_torch_is_faster(torchs: tuple[float, ...], side: int | None) -> N
     assert tune.torch_from(ours, dict(zip(sides, torchs, strict=True))) == side
 
 
+def test_tuning_times_chains_beside_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(tune, "seconds_of", lambda call: made.append(call()) or len(made) % 3)
+    assert tune.chain_from(torch.float32, (8, 16, 24), 2, "cpu") == 24  # 1 and 2, 0 and 1, 2 and 0
+    for chain, words in zip(made[::2], made[1::2], strict=True):
+        torch.testing.assert_close(chain, words)
+    table, row = tune.stored("chain", "100")  # another's row by name, here its own to change
+    row["torch_from"]["float16"] = 1
+    assert table["100"] is row and table["90"]["torch_from"]["float16"] == 257
+
+
 def test_served_by_names_the_backend() -> None:
     case: Case = CASES["muon_step_"]
     calls = case.calls(shapes.parse("6x6"), Inputs())

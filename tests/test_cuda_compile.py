@@ -7,11 +7,13 @@ just been compiled (`build/cuda`, as `.ci/run` does), it must say what the objec
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from orthonorm.bench import cuda_report as report
+from orthonorm.bench.compiled import CUDA_TILES, CUDA_WARPS, kernels
 
 ROWS: list[dict[str, Any]] = json.loads(report.RESULTS.read_text())
 SHARED = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448}  # bytes of a block (CUDA guide)
@@ -61,6 +63,33 @@ def test_table_covers_every_source() -> None:
     for op, kernel in {(row["op"], row["kernel"]) for row in ROWS}:
         arches = [r["arch"] for r in ROWS if (r["op"], r["kernel"]) == (op, kernel)]
         assert sorted(arches) == sorted(report.ARCHES)
+
+
+@pytest.mark.skipif(not report.sources(), reason="not run from a checkout")
+def test_tiles_are_the_sources() -> None:
+    """What `bench static` takes for a block's share of a list."""
+    folder = report.sources()[0].parent
+
+    def constant(file: str, name: str) -> int:
+        found = re.search(rf"\b{name} = (\d+)", (folder / file).read_text())
+        assert found, (file, name)
+        return int(found[1])
+
+    threads = constant("elementwise.h", "threads")
+    runs = re.search(r"runs = N <= (\d+) \? (\d+) : (\d+)", (folder / "elementwise.h").read_text())
+    assert runs
+    for op, tile in CUDA_TILES.items():
+        if op == "line_ops":
+            want = constant("lines.h", "tile_rows") * constant("lines.h", "tile_columns")
+        elif op == "power_iteration_":
+            want = constant("power_sweep.h", "power_rows")
+        else:
+            few, two, one = map(int, runs.groups())
+            want = 8 * threads * (two if constant(f"{op}.h", "lists") <= few else one)
+        assert tile == want, op
+    for file, name in (("lines.h", "line_threads"), ("power_sweep.h", "power_threads")):
+        assert constant(file, name) == threads == 32 * CUDA_WARPS
+    assert {k.op for k in kernels() if k.language == "CUDA"} >= {"power-step", "row_moment"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)

@@ -6,11 +6,13 @@ The interpreter must be chosen before Triton is imported, and replaces compiled 
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from orthonorm import OPS, kernels
 
 if sys.platform != "linux":  # there the dev extra installs it, and its absence is an error
@@ -40,6 +42,23 @@ def test_kernels_are_named_after_ops() -> None:
     files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")}
     assert files - SHARED <= {name.rstrip("_") for name in OPS}
     assert {name.rstrip("_") for name, op in OPS.items() if not op.composite} <= files
+
+
+@pytest.mark.parametrize("squares", ["11111", "00000", "1", "0", "01011", "1110"])
+def test_steps_of_a_chain_are_the_polynomial(squares: str) -> None:
+    """In order, by four buffers, none of which is read where it is written, and R is kept."""
+    from orthonorm.kernels.gram_polynomial import schedule
+
+    R = torch.diag(torch.linspace(0.1, 0.9, 3, dtype=torch.float64))
+    abc = [(1.5 + t, -0.5 - t, 0.25 * int(c)) for t, c in enumerate(squares)]
+    memory = {1: R}
+    for _, depth, *numbers, to, C, A, B, n in schedule(1, 2, (3, 4, 5, 6), 3, abc):
+        assert to not in (1, C, A, B) and to in range(2, 7) and n == 3
+        alpha, beta, gamma = (struct.unpack("<d", struct.pack("<q", k))[0] for k in numbers)
+        whole = memory[A] @ memory[B] if depth else torch.zeros(3, 3)
+        memory[to] = alpha * (whole + gamma * torch.eye(3)) + beta * memory[C]
+    want = OPS["gram_polynomial"].reference(R, [k for triple in abc for k in triple])
+    torch.testing.assert_close(memory[2], want, rtol=1e-12, atol=1e-12)
 
 
 def test_where_triton_cannot_compile_definitions_serve(tmp_path: Path) -> None:

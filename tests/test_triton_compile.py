@@ -17,7 +17,8 @@ if sys.platform != "linux":  # there the dev extra installs it, and its absence 
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
 from orthonorm.bench import triton_report as report
-from orthonorm.bench.triton_builds import ARCHES, Build, builds
+from orthonorm.bench.triton_builds import ARCHES, Build, builds, module
+from orthonorm.kernels import configs
 
 PATH = Path(report.__file__).parent / "results" / "triton_compile.json"
 ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in json.loads(PATH.read_text())}
@@ -31,13 +32,20 @@ SPILLS = {
 }
 
 
+def bounded(build: Build) -> bool:
+    """Whether offsets within a tile fit 32 bits: by `View.aligned`, dense, or by sides of at most
+    256."""
+    aligned = build.constants.get("ALIGNED") or build.constants.get("FLAT")
+    return bool(aligned) or build.op in ("small_gram_polynomial", "gram_chain")
+
+
 def check(build: Build, row: dict[str, Any]) -> None:
     """No spills but for tensors of any strides, whose offsets are of 64 bits; tensor cores in
     products, memory within limits."""
     assert not build.wide or row["spills"] <= SPILLS.get(build.name, 0), row
     assert row["shared"] <= report.SHARED[build.arch], row
     assert row["vectorized"] or not build.wide, row
-    if "-anyhow" in build.op:  # where strides are bounded, offsets within a tile may be 32 bits
+    if not bounded(build):
         assert row["narrow_offsets"] == 0, row
     if build.tensor_cores:
         assert row["tensor_core_instructions"] > 0, row
@@ -54,6 +62,18 @@ def test_report_has_no_other_rows() -> None:
     assert set(ROWS) == {build.name for build in BUILDS}
 
 
+def test_every_kernel_is_compiled_for_any_offsets() -> None:
+    """The probe's, of one element, aside; where offsets are of 64 bits, in bfloat16."""
+    folder = Path(configs.__file__).parent
+    modules = [module(path.stem) for path in folder.glob("*.py") if path.stem != "__init__"]
+    found = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
+    limited = {"probe_kernel", "polynomial_kernel", "chain_kernel"}
+    for arch in ARCHES:
+        free = [b for b in BUILDS if b.arch == arch and b.dtype == "bfloat16" and not bounded(b)]
+        assert {b.kernel.__name__ for b in free} | limited == found
+        assert limited - {"probe_kernel"} <= {b.kernel.__name__ for b in BUILDS if b.arch == arch}
+
+
 HOPPER = [b for b in BUILDS if b.arch == "90" and b.dtype == "bfloat16" and b.wide]
 # the largest tile of every launch: records come so, blocks on chip the other way round
 RECOMPILED = list({b.op: b for b in sorted(HOPPER, key=lambda b: b.tile)}.values())
@@ -68,8 +88,6 @@ def test_compiles(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_table_rules() -> None:
     """Records of a dtype share block_k: results do not depend on which is picked."""
-    from orthonorm.kernels import configs
-
     for path in configs.FOLDER.glob("*.json"):
         for arch, row in configs.load(path.stem).items():
             for dtype, records in row.records.items():
@@ -82,7 +100,6 @@ def test_table_rules() -> None:
 def test_torch_where_it_is_the_better_choice() -> None:
     """Large products in float32 without tensor cores; with them, and of halves, ours."""
     import torch
-    from orthonorm.kernels import configs
 
     limit = configs.row("product", "90").torch_from["float32"]
     assert configs.records("product", torch.float32, "90", limit - 1)
@@ -101,7 +118,6 @@ def test_torch_where_it_is_the_better_choice() -> None:
 def test_architectures_without_a_row() -> None:
     """The nearest older one's, another's by name, or torch."""
     import torch
-    from orthonorm.kernels import configs
 
     rows = [configs.row("product", arch) for arch in ("80", "86", "103", "120", "121")]
     eighty, ninety = (configs.row("product", arch) for arch in ("80", "90"))
@@ -118,7 +134,6 @@ def test_tiles_fill_a_hopper(
 ) -> None:
     """The tile with the least work for the busiest of 132 multiprocessors: a symmetric product."""
     import torch
-    from orthonorm.kernels import configs
 
     monkeypatch.setattr(configs, "device_of", lambda device: ("90", 132))
     choices = configs.records("symmetric", torch.float16, "90")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.words import SMALL, Triples
+from .ops.words import SMALL, Triple, Triples
 
 Rates = dict[str, list[float]]
 
@@ -43,11 +44,19 @@ def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precisio
     torch.compile every comparison of sizes is a guard.
     """
     n, m = sorted(X.shape[-2:])
+    numbers = (n, m, X.dtype, X.device.type == "cpu", tuple(triples), tuple(restarts))
+    symbolic = not (isinstance(n, int) and isinstance(m, int))
+    return (_choice if symbolic else _kept_choice)(*numbers, form, precision)
+
+
+def _choice(
+    n: Any, m: Any, given: torch.dtype, on_cpu: bool, triples: Sequence[Triple],
+    restarts: Sequence[int], form: str, precision: str,
+) -> Choice:  # fmt: skip
     small = m <= SMALL and form != "gram"
-    on_cpu = X.device.type == "cpu"
     if precision not in ("auto", "full"):
         dtypes = [getattr(torch, precision)]
-    elif X.dtype == torch.float64:
+    elif given == torch.float64:
         dtypes = [torch.float64]
     elif precision == "full":
         dtypes = [torch.float32]
@@ -76,13 +85,16 @@ def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precisio
     return best[1]
 
 
+_kept_choice = lru_cache(maxsize=4096)(_choice)
+
+
 # ---- costs: operations over rates ----------------------------------------------------------------
-def _work(aspect: Any, triples: Triples, long: int, square: int) -> Any:
+def _work(aspect: Any, triples: Sequence[Triple], long: int, square: int) -> Any:
     """Operations of a direct form over n^3, n the short side; symmetric products count half."""
     return sum(long * aspect + (square if c else 0) for _, _, c in triples)
 
 
-def work(aspect: float, triples: Triples, restarts: list[int]) -> dict[str, float]:
+def work(aspect: float, triples: Sequence[Triple], restarts: Sequence[int]) -> dict[str, float]:
     """Operations of each part over n^3."""
     sweeps = 1 + len(restarts)
     return {
@@ -94,8 +106,8 @@ def work(aspect: float, triples: Triples, restarts: list[int]) -> dict[str, floa
 
 
 def _cost(
-    rates: Rates, form: str, dtype: torch.dtype, n: int, m: int, triples: Triples,
-    restarts: list[int],
+    rates: Rates, form: str, dtype: torch.dtype, n: int, m: int, triples: Sequence[Triple],
+    restarts: Sequence[int],
 ) -> Any:  # fmt: skip
     kind = "bfloat16" if dtype == torch.bfloat16 else "float32"
     parts = work(m / n, triples, restarts)

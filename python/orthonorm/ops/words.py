@@ -69,7 +69,8 @@ def apply(X: Tensor, B: Tensor, a: float, b: float = 1.0) -> Tensor:
     return addmm(X, B, X, b, a)
 
 
-Triples = list[tuple[float, float, float]]
+Triple = tuple[float, float, float]
+Triples = list[Triple]
 
 
 def triples_of(coefficients: list[float]) -> Triples:
