@@ -30,6 +30,8 @@ SPILLS = {
     for op in ("normuon", "normuon-tall", "muon-rounded")
     for dtype in ("float16", "bfloat16")
 }
+# one register, once: the address of the flag that keeps the weights as they are
+SPILLS["muon-direct-tf32-64x64x32-sm_100"] = 2
 
 
 def bounded(build: Build) -> bool:
