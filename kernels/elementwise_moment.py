@@ -57,5 +57,5 @@ def elementwise_moment_(
             table.data, table.count, corrections, sums, table.steps, *group.constants,
             **each.OPTIONS,
         )  # fmt: skip
-        norms_of(table._replace(data=table.data[3:]), group, sums, norms)  # after the numbers
+        norms_of(group.table((), device), group, sums, norms)  # entries alone
     return norms
