@@ -102,7 +102,7 @@ def start_part(case: Case, calls: list[Arguments]) -> Running:
 
 # torch ops that an optimizer's rule asks for; all else of torch in a step is glue
 ALGEBRA = (
-    "mm", "bmm", "addmm", "baddbmm", "linalg_eigh", "_linalg_eigh", "linalg_qr",
+    "mm", "bmm", "addmm", "baddbmm", "baddbmm_", "linalg_eigh", "_linalg_eigh", "linalg_qr",
     "linalg_cholesky_ex", "cholesky_solve",
 )  # fmt: skip
 

@@ -25,6 +25,7 @@ from .words import (
     gram,
     gram_form,
     gram_polynomial,
+    gram_update_,
     symmetric_update,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "gram_form",
     "gram_iteration",
     "gram_polynomial",
+    "gram_update_",
     "inner",
     "magnitude",
     "muon_prologue_",

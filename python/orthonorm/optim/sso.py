@@ -106,7 +106,7 @@ class SSO(Orthogonalizing):
             size > 0, torch.tensor(radii, dtype=size.dtype, device=size.device) / size, 1.0
         )
         pairs = zip(params, ratios.split(counts), strict=True)
-        torch._foreach_mul_(params, [r.view(*w.shape[:-2], 1, 1) for w, r in pairs])
+        torch._foreach_mul_(params, [r.to(accumulator(w)).view(*w.shape[:-2], 1, 1) for w, r in pairs])
 
     def tangent(self, X: Updates, tops: Updates, group: dict[str, Any]) -> Updates:
         """polar(X + lambda u v^T), orthogonal to u v^T."""
@@ -115,7 +115,7 @@ class SSO(Orthogonalizing):
             counts = [math.prod(x.shape[:-2]) for x in X.stacks]
             triples = zip(X.stacks, tops.stacks, lam.split(counts), strict=True)
             return self.iterated(
-                Updates([x + (s.view(*x.shape[:-2], 1, 1) * top).to(x.dtype)
+                Updates([torch.addcmul(x, s.to(x.dtype).view(*x.shape[:-2], 1, 1), top)
                          for x, top, s in triples]), group
             )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
-from .tensors import local, state_zeros, whole
+from .tensors import is_distributed, local, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -249,8 +249,27 @@ def matrix_state_of(
     return state
 
 
+def make_stacks(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> None:
+    """State of the matrices of new parameters, in stacks of one shape (stacks.py)."""
+    alike: dict[Any, list[tuple[Tensor, str]]] = {}
+    for p in params:
+        if opt.state.get(p) or is_distributed(p):
+            continue
+        dtype = torch.float32 if halved(p, group) else p.dtype
+        for x, named in matrix_shapes(opt, p, group):
+            for name, key, shape in named:
+                own = torch.float32 if SCALES in key else dtype
+                alike.setdefault((name, x.shape, shape, own, p.device), []).append((p, key))
+    for (_, _, shape, dtype, device), places in alike.items():
+        zeros = torch.zeros((len(places), *shape), dtype=dtype, device=device)
+        for (p, key), z in zip(places, zeros.unbind(), strict=True):
+            opt.state[p][key] = z
+
+
 def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
     """Matrix views of parameters, gradients and state that are whole on this rank."""
+    if not torch.compiler.is_compiling():  # a graph's inputs should not share memory
+        make_stacks(opt, params, group)
     halves: list[Any] = []
     batch = Batch([], [], {}, [], [], halves=halves)
     for p in params:
