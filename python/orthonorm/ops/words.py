@@ -46,9 +46,7 @@ def gram(X: Tensor) -> Tensor:
     return _mirror(X @ X.mT)
 
 
-@op(
-    "gram_update_(Tensor(a!) A, Tensor X, float alpha=1.0, float beta=1.0) -> ()", composite=True
-)
+@op("gram_update_(Tensor(a!) A, Tensor X, float alpha=1.0, float beta=1.0) -> ()", composite=True)
 def gram_update_(A: Tensor, X: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
     """A <- beta A + alpha X X^T for symmetric A, symmetric bit for bit: sums and averages of grams.
 

@@ -106,7 +106,9 @@ class SSO(Orthogonalizing):
             size > 0, torch.tensor(radii, dtype=size.dtype, device=size.device) / size, 1.0
         )
         pairs = zip(params, ratios.split(counts), strict=True)
-        torch._foreach_mul_(params, [r.to(accumulator(w)).view(*w.shape[:-2], 1, 1) for w, r in pairs])
+        torch._foreach_mul_(
+            params, [r.to(accumulator(w)).view(*w.shape[:-2], 1, 1) for w, r in pairs]
+        )
 
     def tangent(self, X: Updates, tops: Updates, group: dict[str, Any]) -> Updates:
         """polar(X + lambda u v^T), orthogonal to u v^T."""

@@ -8,8 +8,7 @@ each has a view: their batch is then the memory they lie in. Copies of SOAP's ba
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
