@@ -291,6 +291,7 @@ _ROWS = (
     # steps on lists of parameters and their passes
     Case("magnitude", makers.magnitude, scale_free=True, shapes=_MODEL),
     Case("inner", makers.inner, dtypes=_STATES),
+    Case("sign_", makers.magnitude, scale_free=True),
     Case(
         "muon_prologue_", makers.muon_prologue, written=("updates",), dtypes=_STATES,
         variants=({"nesterov": False},),
