@@ -34,7 +34,7 @@ def to_unit(updates: Updates) -> Updates:
 def to_signs(updates: Updates) -> Updates:
     """X <- sign(X), NaN where X is not finite; X is written."""
     sign_.overload(updates.stacks)
-    return updates
+    return Updates(updates.stacks)  # their norms are others now
 
 
 def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:
