@@ -105,10 +105,9 @@ class SSO(Orthogonalizing):
         ratios = torch.where(
             size > 0, torch.tensor(radii, dtype=size.dtype, device=size.device) / size, 1.0
         )
-        pairs = zip(params, ratios.split(counts), strict=True)
-        torch._foreach_mul_(
-            params, [r.to(accumulator(w)).view(*w.shape[:-2], 1, 1) for w, r in pairs]
-        )
+        parts = ratios.to(accumulator(*params)).split(counts)
+        pairs = zip(params, parts, strict=True)
+        torch._foreach_mul_(params, [r.view(*w.shape[:-2], 1, 1) for w, r in pairs])
 
     def tangent(self, X: Updates, tops: Updates, group: dict[str, Any]) -> Updates:
         """polar(X + lambda u v^T), orthogonal to u v^T."""
