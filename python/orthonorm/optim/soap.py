@@ -107,14 +107,15 @@ class SOAP(MatrixOptimizer):
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], list[Side]]]:
         """What follows a step: the new averages of matrices of one shape and step, and new bases
         where these are due. What needs neither bases nor other ranks is left to `update`."""
-        chunks, found = list(alike(batch)), []
+        chunks = list(alike(batch))
+        found: list[tuple[list[int], list[Side]]] = []
         frequency, alone = group["precondition_frequency"], batch.spread is None
         due = [(t - 1) % frequency == 0 for _, t in chunks]
         wanted = [c for c, now in zip(chunks, due, strict=True) if now or not alone]
         grams_of = iter(self.new_grams(batch, wanted))
         for (rows, t), now in zip(chunks, due, strict=True):
             if alone and not now:
-                found.append((rows, list[Side]()))
+                found.append((rows, []))
                 continue
             state = {key: stacked([values[i] for i in rows])
                      for key, values in batch.state.items() if key.startswith(SIDES)}  # fmt: skip

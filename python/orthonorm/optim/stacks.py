@@ -1,7 +1,7 @@
 """Matrices of one shape as one batch (k, ..., m, n): calls grow with shapes, not with matrices.
 
 With SOAP, 60 matrices of 64 x 64 and 30 of 64 x 128 take 7.3 ms a step instead of 13.7 one by one
-(2 threads, 2026-11). State that belongs to matrices is made in stacks (`stacks_of_zeros`), of which
+(2 threads, 2026-11). State that belongs to matrices is made in stacks (state.py), of which
 each has a view: their batch is then the memory they lie in. Copies of SOAP's bases took 7 of 57 ms
 (llama-3m). Tensors that lie elsewhere, as after some loads, are copied.
 """

@@ -231,9 +231,13 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
 
 
 def matrix_state_of(
-    opt: MatrixOptimizer, p: Tensor, group: dict[str, Any], shapes: Shapes
+    opt: MatrixOptimizer,
+    p: Tensor,
+    group: dict[str, Any],
+    shapes: Shapes,
+    zeros: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The state of a parameter, made where it is new."""
+    """The state of a parameter, made where it is new: that of its matrices by key in `zeros`."""
     state, dtype = opt.state[p], torch.float32 if halved(p, group) else p.dtype
     dtypes = dict.fromkeys(opt.elementwise_state(group), kept_dtype(group) or dtype)
     if halved(p, group):
@@ -243,20 +247,24 @@ def matrix_state_of(
             state[key] = torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format)
     for x, named in shapes:
         for _, key, shape in named:
-            if key not in state:
+            if key not in state and zeros is not None:
+                state[key] = zeros[key]
+            elif key not in state:
                 made = state_zeros(p, shape, x.dim() - 2)
                 state[key] = made.to(torch.float32 if SCALES in key else dtype)
     return state
 
 
-def make_stacks(
+def zeros_in_stacks(
     opt: MatrixOptimizer, params: list[Tensor], known: Mapping[Any, Shapes], group: dict[str, Any]
-) -> None:
-    """State of the matrices of new parameters, in stacks of one shape (stacks.py)."""
+) -> dict[Tensor, dict[str, Tensor]]:
+    """State of the matrices of new parameters, in stacks of one shape (stacks.py), by key."""
     alike: dict[Any, list[tuple[Tensor, str]]] = {}
+    found: dict[Tensor, dict[str, Tensor]] = {}
     for p in params:
-        if opt.state.get(p) or is_distributed(p):
-            continue
+        if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
+            continue  # a graph's inputs should not share memory
+        found[p] = {}
         dtype = torch.float32 if halved(p, group) else p.dtype
         for x, named in known[p.shape]:
             for name, key, shape in named:
@@ -265,7 +273,8 @@ def make_stacks(
     for (_, _, shape, dtype, device), places in alike.items():
         zeros = torch.zeros((len(places), *shape), dtype=dtype, device=device)
         for (p, key), z in zip(places, zeros.unbind(), strict=True):
-            opt.state[p][key] = z
+            found[p][key] = z
+    return found
 
 
 def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
@@ -274,8 +283,7 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
     for p in params:
         if p.shape not in known:
             known[p.shape] = matrix_shapes(opt, p, group)
-    if not torch.compiler.is_compiling():  # a graph's inputs should not share memory
-        make_stacks(opt, params, known, group)
+    zeros = zeros_in_stacks(opt, params, known, group)
     halves: list[Any] = []
     batch = Batch([], [], {}, [], [], halves=halves)
     whole_rows = group.get("split") is None and group.get("heads") is None
@@ -285,7 +293,7 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
         named = [(name, key) for _, names in known[p.shape] for name, key, _ in names]
         wanted = [*keys, *(key for _, key in named), *[MANTISSA] * half]
         if any(key not in state for key in wanted):
-            matrix_state_of(opt, p, group, matrix_shapes(opt, p, group))
+            matrix_state_of(opt, p, group, known[p.shape], zeros.get(p))
         plain = whole_rows and data.dim() == 2
 
         def seen(t: Tensor, like: Tensor = data, plain: bool = plain) -> list[Tensor]:
