@@ -100,16 +100,17 @@ def start_part(case: Case, calls: list[Arguments]) -> Running:
     return run_calls(library_part(case.op), case, calls)
 
 
-# torch ops that an optimizer's rule asks for; all else of torch in a step is glue
+# torch ops that an optimizer's rule asks for: products, factorizations and the choice of rows; all
+# else of torch in a step is glue
 ALGEBRA = (
-    "mm", "bmm", "addmm", "baddbmm", "linalg_eigh", "_linalg_eigh", "linalg_qr",
-    "linalg_cholesky_ex", "cholesky_solve",
+    "mm", "bmm", "addmm", "baddbmm", "baddbmm_", "linalg_eigh", "_linalg_eigh", "linalg_qr",
+    "linalg_cholesky_ex", "cholesky_solve", "topk", "gather", "scatter_",
 )  # fmt: skip
 
 
 class _Serving(TorchDispatchMode):
     """Notes which backend serves every op that a call reaches, bodies of composites included; with
-    `keep` the calls themselves too, torch's products and factorizations among them."""
+    `keep` the calls themselves too, those of torch's ALGEBRA among them."""
 
     def __init__(self, keep: bool = False) -> None:
         super().__init__()

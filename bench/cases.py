@@ -208,6 +208,7 @@ _ROWS = (
         "symmetric_update", makers.symmetric_update, update_flops,
         variants=({"alpha": 1.0, "beta": 0.0},), shapes=("768x768", "2048x2048", "64x128x128"),
     ),
+    Case("gram_update_", makers.gram_update, gram_flops, shapes=_WORDS),
     Case("apply", makers.apply, gram_flops, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
     Case(
         "gram_polynomial", makers.gram_polynomial, gram_polynomial_flops,
@@ -290,6 +291,7 @@ _ROWS = (
     # steps on lists of parameters and their passes
     Case("magnitude", makers.magnitude, scale_free=True, shapes=_MODEL),
     Case("inner", makers.inner, dtypes=_STATES),
+    Case("sign_", makers.magnitude, scale_free=True),
     Case(
         "muon_prologue_", makers.muon_prologue, written=("updates",), dtypes=_STATES,
         variants=({"nesterov": False},),

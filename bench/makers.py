@@ -39,6 +39,12 @@ def symmetric_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {"C": C, "A": A, "B": B, "alpha": 2.0315, "beta": -4.775}
 
 
+def gram_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    X = inputs.matrix("X", shapes[0])
+    A = _symmetric(inputs, shapes[0])  # the sum must not cancel
+    return {"A": inputs.put(A), "X": X, "alpha": 0.25, "beta": 0.75}
+
+
 def gram_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     """A Gram matrix of a trace below 1, as of a matrix divided by its Frobenius norm, and away from
     singular ones, on which float64 itself is too coarse to be an oracle."""

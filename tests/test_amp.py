@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 from orthonorm import optim
 from orthonorm._library import OPS
+from orthonorm.ops import steps
 from orthonorm.ops.mantissa import joined, split_
 from passes import BF16, F32, F64, LISTS, MIXES, check_errors, make, mapped, mutated, run
 from torch import Tensor, nn
@@ -37,6 +39,42 @@ def check_flags() -> None:
             for label in set(mutated(name)) - {"updates"}:
                 pairs = zip(after[label], arguments[label], strict=True)
                 assert all(torch.equal(bits(a), bits(b)) for a, b in pairs), (name, label)
+    check_flags_in_parts()
+
+
+def check_flags_in_parts() -> None:
+    """The same of a whole step whose work does not fit one buffer: muon_step_ goes part by part."""
+    places = [(steps, "WORK"), (steps, "ACCELERATOR_WORK")]
+    if kernel := sys.modules.get("orthonorm.kernels.muon_step"):
+        places.append((kernel, "ACCELERATOR_WORK"))
+    limits = [getattr(*place) for place in places]
+    numbers = (torch.tensor(0.02), torch.tensor(0.95), 0.1, [1.0] * len(SHAPES), [1.5, -0.5, 0.0])
+    given = make("muon_prologue_", SHAPES)
+    for place in places:
+        setattr(*place, 64)
+    try:
+        assert len(steps.work_parts(given["grads"])) > 1
+
+        def step(grads: list[Tensor], *flags: Tensor) -> list[Tensor]:
+            params = [g.clone() for g in given["updates"]]
+            momenta = [b.clone() for b in given["momentum_buffers"]]
+            OPS["muon_step_"](
+                params, grads, momenta, *numbers, [], grad_scale=flags[0], found_inf=flags[1]
+            )
+            return params + momenta
+
+        scale, fine, infinite = (torch.tensor(x) for x in (4.0, 0.0, 1.0))
+        scaled = step([4 * g for g in given["grads"]], scale, fine)
+        alone = step(given["grads"], torch.tensor(1.0), fine)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(scaled, alone, strict=True))
+        bad = [g.clone() for g in given["grads"]]
+        bad[-1].fill_(math.inf)
+        before = [*given["updates"], *given["momentum_buffers"]]
+        kept = step(bad, scale, infinite)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(kept, before, strict=True))
+    finally:
+        for place, limit in zip(places, limits, strict=True):
+            setattr(*place, limit)
 
 
 def signed_zero(t: Tensor) -> Tensor:

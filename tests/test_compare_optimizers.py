@@ -116,10 +116,13 @@ def test_every_optimizer_has_a_default_rate() -> None:
 
 
 def test_states_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    """A row for every storage type, each with less state than the one of float32."""
+    """A row for every storage type: half of float32's state (and a seed), or a quarter."""
     compare_states.main(["--preset", "smoke", "--seeds", "3"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0].removeprefix("| ") for row in rows] == list(compare_states.STATES)
     sizes = [int(row[3].replace(",", "")) for row in rows]
-    assert sizes[1] < 0.6 * sizes[0] and sizes[3] < 0.3 * sizes[0]
+    assert sizes[1] < sizes[2] < 0.6 * sizes[0] and sizes[3] < 0.3 * sizes[0]
+    losses = [row[1] for row in rows]
     assert rows[0][2] == "+0.0000" and all(abs(float(row[2])) < 0.5 for row in rows)
+    for loss, row in zip(losses, rows, strict=True):
+        assert float(row[2]) == pytest.approx(float(loss) - float(losses[0]), abs=2e-4)

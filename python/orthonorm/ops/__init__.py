@@ -14,7 +14,7 @@ from .normalize import (
     row_moment_,
     row_normalize,
 )
-from .passes import adamw_step_, decayed_update_, muon_prologue_
+from .passes import adamw_step_, decayed_update_, muon_prologue_, sign_
 from .rotations import rotate_, rotate_back_
 from .spectral import gram_iteration, power_iteration_, spectral_norm
 from .spectral_normalization import spectral_normalization_, spectral_normalization_gradient
@@ -25,6 +25,7 @@ from .words import (
     gram,
     gram_form,
     gram_polynomial,
+    gram_update_,
     symmetric_update,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "gram_form",
     "gram_iteration",
     "gram_polynomial",
+    "gram_update_",
     "inner",
     "magnitude",
     "muon_prologue_",
@@ -55,6 +57,7 @@ __all__ = [
     "rotated_adam_",
     "row_moment_",
     "row_normalize",
+    "sign_",
     "small_newton_schulz",
     "spectral_norm",
     "spectral_normalization_",

@@ -96,6 +96,22 @@ def _(
     check_flags(name, grads, grad_scale=grad_scale, found_inf=found_inf)
 
 
+@op("sign_(Tensor(a!)[] X) -> ()")
+def sign_(X: list[Tensor]) -> None:
+    """X <- sign(X), 0 of 0, and NaN where X is not finite: of NaN torch.sign makes 0, which would
+    hide it.
+
+    Shapes: any, all written.
+    """
+    for x in X:
+        x.copy_(x.sign() + (x - x))
+
+
+@sign_.check
+def _(X: list[Tensor]) -> None:
+    check.tensors("sign_", "X", X)
+
+
 @op(
     "decayed_update_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float weight_decay, "
     "float[] factors, Tensor? rounding=None, Tensor? found_inf=None, "

@@ -285,13 +285,13 @@ def conda_step_(
     steps = scales * decay
     for i, cut in enumerate(cuts):
         for dim, begin, length in cut:
-            w, g, m, v = (
-                t[i].narrow(dim, begin, length) for t in (params, grads, exp_avg, exp_avg_sq)
-            )
+            w, g, m, v = (t[i] for t in (params, grads, exp_avg, exp_avg_sq))
+            if len(cut) > 1:
+                w, g, m, v = (t.narrow(dim, begin, length) for t in (w, g, m, v))
             work = buffers[m.dtype][: m.numel()].view(m.shape)
-            rotate_(work, g, bases[i])
-            rotated_adam_([m], [v], [work], beta1, beta2, eps, steps[i : i + 1])
-            rotate_back_(w, work, bases[i], decay)
+            rotate_.overload(work, g, bases[i])
+            rotated_adam_.overload([m], [v], [work], beta1, beta2, eps, steps[i : i + 1])
+            rotate_back_.overload(w, work, bases[i], decay)
 
 
 PIECE = 2**20  # elements: products at full speed, and less memory than most matrices

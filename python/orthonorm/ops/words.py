@@ -46,6 +46,18 @@ def gram(X: Tensor) -> Tensor:
     return _mirror(X @ X.mT)
 
 
+@op("gram_update_(Tensor(a!) A, Tensor X, float alpha=1.0, float beta=1.0) -> ()", composite=True)
+def gram_update_(A: Tensor, X: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """A <- beta A + alpha X X^T for symmetric A, symmetric bit for bit: sums and averages of grams.
+
+    Only the lower triangle of A is read. A must not overlap X.
+
+    Shapes: X is (..., m, n) with any strides, A (..., m, m).
+    """
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    A.copy_(_mirror(beta * A.to(dtype) + alpha * gram(X).to(dtype)))
+
+
 @op("symmetric_update(Tensor C, Tensor A, Tensor B, float alpha=1.0, float beta=0.0) -> Tensor")
 def symmetric_update(
     C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 0.0
@@ -235,6 +247,18 @@ def _square(name: str, label: str, A: Tensor) -> None:
 @gram.check
 def _(X: Tensor) -> None:
     check.tensor("gram", "X", X, min_dim=2)
+
+
+@gram_update_.check
+def _(A: Tensor, X: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    name = "gram_update_"
+    check.tensor(name, "X", X, min_dim=2)
+    _square(name, "A", A)
+    check.equal_shape(name, "A", A, (*X.shape[:-1], X.shape[-2]))
+    check.same_device(name, A=[A], X=[X])
+    check.same_dtype(name, A=A, X=X)
+    check.number(name, "alpha", alpha)
+    check.number(name, "beta", beta)
 
 
 @symmetric_update.check

@@ -5,13 +5,16 @@ U = mu B + (1-mu) G, or its Newton-Schulz polynomial (HybridAuON).
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops import divide_each, magnitude
+from ..ops.normalize import accumulator
 from .base import MatrixOptimizer
+from .norms import counts
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import Rule, at_least, one_of
 from .state import Batch, Updates
@@ -20,9 +23,9 @@ AFTER = 1e-8  # added to rho
 
 
 def mean_cosh_square(X: Tensor) -> Tensor:
-    """mean_ij cosh(X_ij)^2 of every matrix, float64, 1-D."""
+    """mean_ij cosh(X_ij)^2 of every matrix, float64, 1-D; X is written."""
     m, n = X.shape[-2:]
-    return magnitude.overload([X.cosh()]).square() / max(m * n, 1)
+    return magnitude.overload([X.cosh_()]).square() / max(m * n, 1)
 
 
 class AuON(MatrixOptimizer):
@@ -102,16 +105,23 @@ class HybridAuON(Orthogonalizing, AuON):
         factors = self.polar(updates, group)
         if group["variant"] == "code":
             return braked(factors, group["gamma"], group["norm_eps"])
-        stacks = factors.stacks
-        return Updates([divide_each.overload(x, mean_cosh_square(x) + AFTER, x.dtype)
-                        for x in stacks])  # fmt: skip
+        return Updates(
+            [
+                divide_each.overload(
+                    x, mean_cosh_square(x.to(accumulator(x), copy=True)) + AFTER, x.dtype
+                )
+                for x in factors.stacks
+            ]
+        )
 
 
 def braked(updates: Updates, gamma: float, norm_eps: float, unit: bool = False) -> Updates:
     """U / (rho + AFTER), or U / |U|_F for U."""
     out = []
-    for x in updates.stacks:
-        units = divide_each.overload(x, magnitude.overload([x]) + norm_eps, x.dtype)
-        rho = mean_cosh_square(gamma * units).sqrt() + AFTER
-        out.append(divide_each.overload(units if unit else x, rho, x.dtype))
+    norms = magnitude.overload(updates.stacks) if updates.norms is None else updates.norms
+    for x, norm in zip(updates.stacks, norms.split(counts(updates)), strict=True):
+        size = norm + norm_eps
+        scaled = divide_each.overload(x, size / gamma if gamma else size * math.inf, accumulator(x))
+        rho = mean_cosh_square(scaled).sqrt() + AFTER
+        out.append(divide_each.overload(x, size * rho if unit else rho, x.dtype))
     return Updates(out)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import column_normalize
+from ..ops import column_normalize, magnitude
 from ..ops.normalize import accumulator
 from .base import MatrixOptimizer
+from .norms import counts
 from .settings import Common, Rule, positive, scheduled
 from .stacks import beside, write_beside_
 from .state import Batch, Updates
@@ -67,26 +68,32 @@ class Dion(MatrixOptimizer):
         mu = self.momentum(group, batch.params[0].device)
         residuals, bases = batch.state["residual_buffer"], batch.state["right_basis"]
         Q = [start(q) if t == 1 else q for q, t in zip(bases, batch.steps, strict=True)]
-        kept, turned = [], []
-        for u, M, q in zip(
-            updates.stacks, beside(updates, residuals), beside(updates, Q), strict=True
-        ):
-            dtype = accumulator(u)
-            B = M.to(dtype) + u.to(dtype)
-            live = (B != 0).flatten(-2).any(-1)[..., None, None]
-            P = torch.where(live, torch.linalg.qr(B @ q.to(dtype)).Q, 0.0)
+        wide = Updates([u.to(accumulator(u)) for u in updates.stacks])
+        torch._foreach_add_(wide.matrices, residuals)
+        lengths = magnitude.overload(wide.stacks).split(counts(wide))
+        turned, out = [], []
+        for B, q, length in zip(wide.stacks, beside(updates, Q), lengths, strict=True):
+            q = q.to(B.dtype)
+            P = torch.linalg.qr(B @ q).Q  # of zeros anything: R and what it brings are zero then
             R = B.mT @ P
             new = column_normalize.overload(R)
-            kept.append(B - (1 - mu.to(dtype)) * P @ R.mT)
-            turned.append(torch.where(live, new, q.to(dtype)))
-            u.copy_(P @ new.mT)
-        write_beside_(residuals, kept)
+            out.append(P @ new.mT)
+            subtract_(B, P * (1 - mu.to(B.dtype)), R)
+            live = (length != 0).view(*B.shape[:-2], 1, 1)
+            turned.append(torch.where(live, new, q))
+        write_beside_(residuals, wide.stacks)
         write_beside_(bases, turned)
-        return updates
+        return Updates(out)
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         m, n = x.shape[-2:]
         return math.sqrt(m / n)
+
+
+def subtract_(B: Tensor, P: Tensor, R: Tensor) -> None:
+    """B <- B - P R^T, a product that is added where it ends."""
+    flat = [t.flatten(0, -3) for t in (B, P, R)]
+    flat[0].baddbmm_(flat[1], flat[2].mT, alpha=-1)
 
 
 def start(q: Tensor) -> Tensor:

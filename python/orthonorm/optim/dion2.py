@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from .. import _checks as check
 from ..ops import row_moment_
+from ..ops.normalize import accumulator
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import Rule, at_least, optional, part, scheduled
 from .stacks import beside, write_beside_
@@ -92,7 +93,8 @@ def largest(B: Tensor, group: dict[str, Any]) -> tuple[int, Tensor]:
     m, n = B.shape[-2:]
     dim, length = (-2, m) if m <= n or group["beta2"] is not None else (-1, n)
     count = min(length, math.ceil(group["fraction"] * length))
-    sizes = B.abs().sum(-3 - dim, keepdim=True, dtype=torch.promote_types(B.dtype, torch.float32))
+    # torch.linalg.vector_norm would need no |B|, but 1.5 ms for 0.6 (llama-3m, 2026-11)
+    sizes = B.abs().sum(-3 - dim, keepdim=True, dtype=accumulator(B))
     places = sizes.topk(count, dim).indices
     return dim, places.expand(*B.shape[:-2], *((count, n) if dim == -2 else (m, count)))
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops import divide_each, magnitude
+from ..ops import divide_each, magnitude, sign_
 from ..ops.normalize import accumulator
 from .state import Updates
 
@@ -32,8 +32,9 @@ def to_unit(updates: Updates) -> Updates:
 
 
 def to_signs(updates: Updates) -> Updates:
-    """X <- sign(X) + 0 X: NaN where X is not finite. torch.sign(nan) is 0, which would hide it."""
-    return Updates([torch.add(x.sign(), x, alpha=0, out=x) for x in updates.stacks])
+    """X <- sign(X), NaN where X is not finite; X is written."""
+    sign_.overload(updates.stacks)
+    return Updates(updates.stacks)  # their norms are others now
 
 
 def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:

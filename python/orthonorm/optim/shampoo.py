@@ -134,15 +134,13 @@ class Shampoo(MatrixOptimizer):
         if study:
             self.normalize_(updates, batch, group)
         roots = [beside(updates, batch.state[f"{side}_root"]) for side in SIDES]
-        for u, left, right in zip(updates.stacks, *roots, strict=True):
-            u.copy_(between(left, u, right))
+        triples = zip(updates.stacks, *roots, strict=True)
+        out = [between(left, u, right) for u, left, right in triples]
         if study:
-            for u, A in zip(
-                updates.stacks, beside(updates, batch.state["right_gram"]), strict=True
-            ):
+            for u, A in zip(out, beside(updates, batch.state["right_gram"]), strict=True):
                 diagonal = A.diagonal(dim1=-2, dim2=-1)
                 u.mul_(diagonal.sqrt().mean(-1)[..., None, None])
-        return updates
+        return Updates(out)
 
     def normalize_(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> None:
         """U <- U / (1 - mu^t) / (sqrt(V) + eps), V with this gradient."""

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import apply, gram
+from ..ops import apply, gram, gram_update_
+from .stacks import in_place, stacked
+from .state import Batch
 
 SIDES = ("left", "right")
 
@@ -41,24 +43,40 @@ def averaged(
     ]
 
 
+def average_(batch: Batch, rows: list[int], beta: float, weight: float) -> None:
+    """L <- beta L + weight G G^T, R <- beta R + weight G^T G, of matrices of one shape."""
+    G = stacked([batch.grads[i] for i in rows])
+    for side, X in zip(SIDES, (G, G.mT), strict=True):
+        with in_place([batch.state[f"{side}_gram"][i] for i in rows]) as A:
+            if A.numel():
+                gram_update_.overload(A, X.to(A.dtype), weight, beta)
+
+
 def between(left: Tensor, X: Tensor, right: Tensor) -> Tensor:
-    """left X right, by the sides there are."""
-    X = apply.overload(X, left, 0.0) if left.numel() else X
-    return apply.overload(X.mT, right.mT, 0.0).mT if right.numel() else X
+    """left X right, by the sides there are; the right one first, so that rows stay rows."""
+    X = apply.overload(X.mT, right.mT, 0.0).mT if right.numel() else X
+    return apply.overload(X, left, 0.0) if left.numel() else X
 
 
 def eigenvectors(A: Tensor) -> Tensor:
-    """Of a symmetric matrix, by descending eigenvalue, in float64; NaN where A is not finite."""
-    finite = A.isfinite().all(-1).all(-1)[..., None, None]
-    identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
-    Q = torch.linalg.eigh(torch.where(finite, A.double(), identity)).eigenvectors.flip(-1)
-    return torch.where(finite, Q, torch.nan)
+    """Of a Gram matrix, by descending eigenvalue, in float64; NaN where A is not finite."""
+    A64, unknown = finite(A)
+    return torch.linalg.eigh(A64).eigenvectors.flip(-1) + unknown
 
 
 def inverse_root(A: Tensor, power: float, eps: float, ridge: float) -> Tensor:
     """Q diag(1 / (|lambda|^power + eps)) Q^T of A + ridge I = Q diag(lambda) Q^T, in float64."""
-    finite = A.isfinite().all(-1).all(-1)[..., None, None]
+    A64, unknown = finite(A)
+    values, Q = torch.linalg.eigh(A64)
+    divisors = (values + ridge).abs() ** power + eps
+    return (Q / (divisors[..., None, :] + unknown)) @ Q.mT
+
+
+def finite(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices in float64, the identity where one is not finite, and 0, or NaN there.
+
+    |A_ij|^2 <= A_ii A_jj: none is that is not so on its diagonal.
+    """
+    fine = A.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)[..., None, None]
     identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
-    values, Q = torch.linalg.eigh(torch.where(finite, A.double() + ridge * identity, identity))
-    root = (Q / (values.abs() ** power + eps)[..., None, :]) @ Q.mT
-    return torch.where(finite, root, torch.nan)
+    return torch.where(fine, A.double(), identity), torch.where(fine, 0.0, torch.nan).double()

@@ -19,7 +19,15 @@ from ..distributed.spread import Sums, folded_size, sum_dtype
 from ..ops import rotated_adam_
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, optional, whole
-from .sides import SIDES, averaged, between, eigenvectors, side_grams, side_shapes
+from .sides import (
+    SIDES,
+    average_,
+    averaged,
+    between,
+    eigenvectors,
+    side_grams,
+    side_shapes,
+)
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates, by_step
 from .tensors import is_distributed, sharded_dims
@@ -98,18 +106,24 @@ class SOAP(MatrixOptimizer):
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], list[Side]]]:
         """What follows a step: the new averages of matrices of one shape and step, and new bases
-        where these are due."""
-        beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
-        chunks, found = list(alike(batch)), []
-        for (rows, t), new in zip(chunks, self.new_grams(batch, chunks), strict=True):
+        where these are due. What needs neither bases nor other ranks is left to `update`."""
+        chunks = list(alike(batch))
+        found: list[tuple[list[int], list[Side]]] = []
+        frequency, alone = group["precondition_frequency"], batch.spread is None
+        due = [(t - 1) % frequency == 0 for _, t in chunks]
+        wanted = [c for c, now in zip(chunks, due, strict=True) if now or not alone]
+        grams_of = iter(self.new_grams(batch, wanted))
+        for (rows, t), now in zip(chunks, due, strict=True):
+            if alone and not now:
+                found.append((rows, []))
+                continue
             state = {key: stacked([values[i] for i in rows])
                      for key, values in batch.state.items() if key.startswith(SIDES)}  # fmt: skip
-            old = [state[f"{side}_gram"] for side in SIDES]
-            grams = averaged(old, new, beta, (1 - beta, 1 - beta))
-            due = (t - 1) % group["precondition_frequency"] == 0
+            old, beta = [state[f"{side}_gram"] for side in SIDES], shampoo_beta(group)
+            grams = averaged(old, next(grams_of), beta, (1 - beta, 1 - beta))
             qr = t > 1 and group["variant"] == "soap"
             sides = [
-                rebased(A, state[f"{side}_basis"], qr) if due and A.numel() else Side(A)
+                rebased(A, state[f"{side}_basis"], qr) if now and A.numel() else Side(A)
                 for side, A in zip(SIDES, grams, strict=True)
             ]
             found.append((rows, sides))
@@ -161,14 +175,17 @@ class SOAP(MatrixOptimizer):
         if later:
             super().update(batch.part(later), group)
         for rows, sides in batch.prepared:
-            renew_(batch.state, rows, sides)
+            if sides:
+                renew_(batch.state, rows, sides)
+            else:
+                average_(batch, rows, shampoo_beta(group), 1 - shampoo_beta(group))
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         bases = [beside(updates, batch.state[f"{side}_basis"]) for side in SIDES]
-        for u, left, right in zip(updates.stacks, *bases, strict=True):
-            u.copy_(between(left.mT, u, right))
+        triples = list(zip(updates.stacks, *bases, strict=True))
+        turned = Updates([between(left.mT, u, right) for u, left, right in triples])
         (beta1, beta2), study = group["betas"], group["variant"] == "study"
-        lists = (batch.state["exp_avg"], batch.state["exp_avg_sq"], updates.matrices)
+        lists = (batch.state["exp_avg"], batch.state["exp_avg_sq"], turned.matrices)
         for t, rows in by_step(batch.steps):
             s = t if study else t - 1
             M, V, X = ([values[i] for i in rows] for values in lists)
@@ -181,9 +198,14 @@ class SOAP(MatrixOptimizer):
             rotated_adam_.overload(M, V, X, beta1, beta2, group["eps"], sizes)
             if study:
                 corrected_(X, M, V, root, size, group["eps"])
-        for u, left, right in zip(updates.stacks, *bases, strict=True):
-            u.copy_(between(left, u, right.mT))
-        return updates
+        pairs = zip(turned.stacks, triples, strict=True)
+        return Updates([between(left, x, right.mT) for x, (_, left, right) in pairs])
+
+
+def shampoo_beta(group: Mapping[str, Any]) -> float:
+    """Of L and R."""
+    given: float | None = group["shampoo_beta"]
+    return group["betas"][1] if given is None else given
 
 
 def corrected_(

@@ -14,7 +14,15 @@ from typing_extensions import Unpack
 from .base import MatrixOptimizer
 from .norms import to_signs
 from .settings import Common, Rule, whole
-from .sides import SIDES, averaged, between, eigenvectors, side_grams, side_shapes
+from .sides import (
+    SIDES,
+    average_,
+    averaged,
+    between,
+    eigenvectors,
+    side_grams,
+    side_shapes,
+)
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
 
@@ -68,18 +76,18 @@ class SPlus(MatrixOptimizer):
         return side_shapes(x, group, "gram", "basis")
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], Any]]:
-        """What matrices of one shape and step keep after the step: new averages, and bases where
-        these are due."""
+        """What matrices of one shape and step keep after the step where new bases are due."""
         found = []
         beta2, frequency = group["beta2"], group["precondition_frequency"]
         for rows, t in alike(batch):
-            old = [stacked([batch.state[f"{side}_gram"][i] for i in rows]) for side in SIDES]
-            G = stacked([batch.grads[i] for i in rows])
-            grams = averaged(old, side_grams(old, G), beta2, (1 - beta2, 1 - beta2))
-            new = {f"{side}_gram": A for side, A in zip(SIDES, grams, strict=True)}
+            new: dict[str, Tensor] = {}
             if t == 1 or t % frequency == 0:
-                new |= {f"{side}_basis": eigenvectors(A)
-                        for side, A in zip(SIDES, grams, strict=True) if A.numel()}  # fmt: skip
+                old = [stacked([batch.state[f"{side}_gram"][i] for i in rows]) for side in SIDES]
+                G = stacked([batch.grads[i] for i in rows])
+                grams = averaged(old, side_grams(old, G), beta2, (1 - beta2, 1 - beta2))
+                for side, A in zip(SIDES, grams, strict=True):
+                    if A.numel():
+                        new |= {f"{side}_gram": A, f"{side}_basis": eigenvectors(A)}
             found.append((rows, new))
         return found
 
@@ -88,15 +96,15 @@ class SPlus(MatrixOptimizer):
         for rows, new in batch.prepared:
             for key, value in new.items():
                 write_(batch.state[key], rows, value)
+            if not new:
+                average_(batch, rows, group["beta2"], 1 - group["beta2"])
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         bases = [beside(updates, started(batch, f"{side}_basis")) for side in SIDES]
-        for u, left, right in zip(updates.stacks, *bases, strict=True):
-            u.copy_(between(left.mT, u, right))
-        to_signs(updates)
-        for u, left, right in zip(updates.stacks, *bases, strict=True):
-            u.copy_(between(left, u, right.mT))
-        return updates
+        triples = list(zip(updates.stacks, *bases, strict=True))
+        turned = to_signs(Updates([between(left.mT, u, right) for u, left, right in triples]))
+        pairs = zip(turned.stacks, triples, strict=True)
+        return Updates([between(left, x, right.mT) for x, (_, left, right) in pairs])
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         return 2.0 / sum(x.shape[-2:])

@@ -105,7 +105,8 @@ class SSO(Orthogonalizing):
         ratios = torch.where(
             size > 0, torch.tensor(radii, dtype=size.dtype, device=size.device) / size, 1.0
         )
-        pairs = zip(params, ratios.split(counts), strict=True)
+        parts = ratios.to(accumulator(*params)).split(counts)
+        pairs = zip(params, parts, strict=True)
         torch._foreach_mul_(params, [r.view(*w.shape[:-2], 1, 1) for w, r in pairs])
 
     def tangent(self, X: Updates, tops: Updates, group: dict[str, Any]) -> Updates:
@@ -115,7 +116,7 @@ class SSO(Orthogonalizing):
             counts = [math.prod(x.shape[:-2]) for x in X.stacks]
             triples = zip(X.stacks, tops.stacks, lam.split(counts), strict=True)
             return self.iterated(
-                Updates([x + (s.view(*x.shape[:-2], 1, 1) * top).to(x.dtype)
+                Updates([torch.addcmul(x, s.to(x.dtype).view(*x.shape[:-2], 1, 1), top)
                          for x, top, s in triples]), group
             )  # fmt: skip
 

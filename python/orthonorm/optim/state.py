@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
-from .tensors import local, state_zeros, whole
+from .tensors import is_distributed, local, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -231,9 +231,13 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
 
 
 def matrix_state_of(
-    opt: MatrixOptimizer, p: Tensor, group: dict[str, Any], shapes: Shapes
+    opt: MatrixOptimizer,
+    p: Tensor,
+    group: dict[str, Any],
+    shapes: Shapes,
+    zeros: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The state of a parameter, made where it is new."""
+    """The state of a parameter, made where it is new: that of its matrices by key in `zeros`."""
     state, dtype = opt.state[p], torch.float32 if halved(p, group) else p.dtype
     dtypes = dict.fromkeys(opt.elementwise_state(group), kept_dtype(group) or dtype)
     if halved(p, group):
@@ -243,37 +247,72 @@ def matrix_state_of(
             state[key] = torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format)
     for x, named in shapes:
         for _, key, shape in named:
-            if key not in state:
+            if key not in state and zeros is not None:
+                state[key] = zeros[key]
+            elif key not in state:
                 made = state_zeros(p, shape, x.dim() - 2)
                 state[key] = made.to(torch.float32 if SCALES in key else dtype)
     return state
 
 
+def zeros_in_stacks(
+    opt: MatrixOptimizer, params: list[Tensor], known: Mapping[Any, Shapes], group: dict[str, Any]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """State of the matrices of new parameters, in stacks of one shape (stacks.py), by key."""
+    alike: dict[Any, list[tuple[Tensor, str]]] = {}
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for p in params:
+        if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
+            continue  # a graph's inputs should not share memory
+        found[p] = {}
+        dtype = torch.float32 if halved(p, group) else p.dtype
+        for x, named in known[p.shape]:
+            for name, key, shape in named:
+                own = torch.float32 if SCALES in key else dtype
+                alike.setdefault((name, x.shape, shape, own, p.device), []).append((p, key))
+    for (_, _, shape, dtype, device), places in alike.items():
+        zeros = torch.zeros((len(places), *shape), dtype=dtype, device=device)
+        for (p, key), z in zip(places, zeros.unbind(), strict=True):
+            found[p][key] = z
+    return found
+
+
 def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
     """Matrix views of parameters, gradients and state that are whole on this rank."""
+    known: dict[Any, Shapes] = {}  # for each parameter: a tenth of Signum's step (2026-11)
+    for p in params:
+        if p.shape not in known:
+            known[p.shape] = matrix_shapes(opt, p, group)
+    zeros = zeros_in_stacks(opt, params, known, group)
     halves: list[Any] = []
     batch = Batch([], [], {}, [], [], halves=halves)
+    whole_rows = group.get("split") is None and group.get("heads") is None
+    keys = opt.elementwise_state(group)
     for p in params:
-        shapes, data = matrix_shapes(opt, p, group), local(p)
-        state = matrix_state_of(opt, p, group, shapes)
-        step = state.get("step", 0) + 1 if opt.counts_steps else 0
-        pieces = [x for x, _ in shapes] if data is p else matrices(data, data, group)
+        data, half, state = local(p), halved(p, group), opt.state[p]
+        named = [(name, key) for _, names in known[p.shape] for name, key, _ in names]
+        wanted = [*keys, *(key for _, key in named), *[MANTISSA] * half]
+        if any(key not in state for key in wanted):
+            matrix_state_of(opt, p, group, known[p.shape], zeros.get(p))
+        plain = whole_rows and data.dim() == 2
+
+        def seen(t: Tensor, like: Tensor = data, plain: bool = plain) -> list[Tensor]:
+            return [t] if plain else matrices(t, like, group)
+
+        pieces = seen(data)
         batch.params.extend(pieces)
         grad = local(p.grad)
-        if halved(p, group) and not opt.self_contained:
+        if half and not opt.self_contained:
             grad = grad.float()  # as the rule would read it beside a float32 weight
-        batch.grads.extend(matrices(grad, data, group))
+        batch.grads.extend(seen(grad))
         batch.owners.extend([p] * len(pieces))
+        step = state.get("step", 0) + 1 if opt.counts_steps else 0
         batch.steps.extend([step] * len(pieces))
-        if halved(p, group):
-            halves.extend(matrices(state[MANTISSA], data, group))
-        else:
-            halves.extend([None] * len(pieces))
-        for key in opt.elementwise_state(group):
-            batch.state.setdefault(key, []).extend(matrices(local(state[key]), data, group))
-        for _, named in shapes:
-            for name, key, _ in named:
-                batch.state.setdefault(name, []).append(local(state[key]))
+        halves.extend(seen(state[MANTISSA]) if half else [None] * len(pieces))
+        for key in keys:
+            batch.state.setdefault(key, []).extend(seen(local(state[key])))
+        for name, key in named:
+            batch.state.setdefault(name, []).append(local(state[key]))
     if group["maximize"]:
         batch = batch._replace(grads=list(torch._foreach_neg(batch.grads)))
     return batch

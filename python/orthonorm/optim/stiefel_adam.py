@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import newton_schulz
+from ..ops import magnitude, newton_schulz
 from ..ops.normalize import accumulator
 from ..polar import polynomial
 from .base import MatrixOptimizer
@@ -96,20 +96,21 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
         .unbind()
     )
     A = X.mT @ G
-    slope = (1 - a / (a - 1)) / 2 * (A - A.mT)
-    Y, p = beta1 * Y - (1 - beta1) * slope, beta2 * p + (1 - beta2) * slope.square()
-    xi = lr * ratio(Y, (p / second).sqrt() + eps) / first
+    slope = (A - A.mT).mul_((1 - a / (a - 1)) / 2)
+    Y, p = averages(Y, p, slope, group)
+    xi = direction(Y, p, second, eps).mul_(lr / first)
     moved = nonzero(G) | nonzero(xi)
     new = X + X @ xi
     if m != n:
         slope = G - X @ A
         turn = (1 - 1.5 * a) * lr * V @ Y if beta1 else 0.0
-        V, q = beta1 * V + turn - (1 - beta1) * slope, beta2 * q + (1 - beta2) * slope.square()
-        D = ratio(V, (q / second).sqrt() + eps)
+        V, q = averages(V, q, slope, group)
+        V += turn
+        D = direction(V, q, second, eps)
         S = new.mT @ new
         # Not linalg.solve: batched LU from n = 200 fails once torch.set_num_threads(2) was called
         # (torch 2.13, oneMKL 2024.2: "pivots given to lu_solve"), and S is positive definite.
-        D = D - new @ torch.cholesky_solve(new.mT @ D, torch.linalg.cholesky_ex(S).L)
+        D -= new @ torch.cholesky_solve(new.mT @ D, torch.linalg.cholesky_ex(S).L)
         V = V - lr * new @ (D.mT @ V)
         moved = moved | nonzero(D)
         new = new + lr * D @ S
@@ -127,10 +128,23 @@ def retracted(X: Tensor) -> Tensor:
     return factors[0]
 
 
+def averages(
+    mean: Tensor, square: Tensor, slope: Tensor, group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """beta1 mean - (1-beta1) slope, beta2 square + (1-beta2) slope^2."""
+    beta1, beta2 = group["betas"]
+    # not addcmul_: torch.compile writes it in another order of products (torch 2.13)
+    squares = torch.mul(square, beta2).add_(slope.square(), alpha=1 - beta2)
+    return torch.mul(mean, beta1).sub_(slope, alpha=1 - beta1), squares
+
+
+def direction(mean: Tensor, square: Tensor, correction: Tensor, eps: float) -> Tensor:
+    """mean / (sqrt(square / correction) + eps), and 0 where that is 0 / 0."""
+    below = (square / correction).sqrt_().add_(eps)
+    found = mean / below
+    return found if eps > 0 else torch.where(below == 0, 0.0, found)
+
+
 def nonzero(x: Tensor) -> Tensor:
-    return (x != 0).any(-1, True).any(-2, True)
-
-
-def ratio(x: Tensor, y: Tensor) -> Tensor:
-    """x / y, and 0 where y is 0."""
-    return torch.where(y == 0, 0.0, x / y)
+    """Whether each matrix has an entry that is not 0."""
+    return (magnitude.overload([x]) != 0).view(*x.shape[:-2], 1, 1)

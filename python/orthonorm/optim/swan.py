@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import magnitude
-from ..ops.normalize import accumulator, inverse
+from ..ops import magnitude, row_normalize
+from ..ops.normalize import accumulator
 from .norms import multiply_each_
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least
@@ -70,4 +70,4 @@ def standardized(G: Tensor, eps: float) -> Tensor:
     """Z of a stack, in the dtype of G."""
     X = G.to(accumulator(G))
     X = X - X.mean(-1, keepdim=True)
-    return (X * inverse(X.square().mean(-1, keepdim=True), eps, "outside")).to(G.dtype)
+    return row_normalize.overload(X, X.shape[-1] ** -0.5, eps).to(G.dtype)

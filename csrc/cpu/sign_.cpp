@@ -1,0 +1,24 @@
+// x <- sign(x), NaN where x is not finite.
+#include "elementwise.h"
+
+namespace orthonorm {
+namespace {
+
+void sign_(const TensorList& X) {
+  const Pass<1> pass("sign_", Unit::tensor, {{{"X", X, Use::update}}});
+  pass.run([&]<class A>(const Part<1>&, int64_t, const std::array<A*, 1>& at, int64_t count) {
+    specialized([=] {
+      A* __restrict x = at[0];
+      for (int64_t i = 0; i < count; ++i) {
+        const A value = x[i], one = value > 0 ? A(1) : A(0);
+        x[i] = (value < 0 ? A(-1) : one) + (value - value);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) { m.impl("sign_", TORCH_BOX(&sign_)); }
+
+}  // namespace orthonorm
