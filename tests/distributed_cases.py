@@ -5,7 +5,6 @@ Every case is a function of a Context; what it raises is written to FOLDER/RANK.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ import distributed_gram  # noqa: F401  (its cases)
 import distributed_training  # noqa: F401  (its cases)
 import torch
 import torch.distributed as dist
+from distributed_layouts import fsdp2, models, train
 from distributed_pairs import (
     ON_TWO,
     OPTIMIZERS,
@@ -30,9 +30,8 @@ from distributed_pairs import (
     placements,
     same,
     set_gradients,
-    whole,
 )
-from distributed_registry import CASES, WORLDS, Context, case, raises
+from distributed_registry import CASES, WORLDS, Context, case, device_mesh, put, raises, whole
 from orthonorm import optim
 from orthonorm.distributed import comm_report
 from orthonorm.monitor import Monitor
@@ -40,9 +39,7 @@ from orthonorm.optim.tensors import is_cut
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, parallel
-from torch.distributed.tensor import init_device_mesh as device_mesh
+from torch.distributed.tensor import Replicate, Shard
 
 
 def add_optimizer(name: str) -> None:
@@ -57,99 +54,6 @@ for _name in OPTIMIZERS:
     add_optimizer(_name)
 
 
-# ---- models under FSDP2, hybrid sharding and DDP -------------------------------------------------
-
-
-class Net(nn.Module):
-    """Even, uneven, one-row and three-row weights, a fused one, convolutions, experts, vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(24, 37)
-        self.second = nn.Linear(37, 64, bias=False)
-        self.few = nn.Linear(64, 3)
-        self.qkv = nn.Linear(64, 72, bias=False)
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.experts = nn.Parameter(torch.randn(4, 8, 72) / 8)
-        self.row = nn.Linear(8, 1, bias=False)
-        self.fused = nn.Parameter(torch.randn(1, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
-        mixed = torch.einsum("eij,bj->bi", self.experts, self.qkv(hidden))
-        images = x[:, :12].reshape(-1, 3, 2, 2).repeat(1, 1, 2, 2)
-        parts = (self.few(hidden), self.row(mixed), self.conv(images))
-        return sum(part.square().mean() for part in parts) + (self.fused - 1).square().sum()
-
-
-FUSED: dict[str, Any] = dict(split={"*qkv.weight": (32, 40)}, heads={"*qkv.weight": (2, 1)})
-
-
-def optimizer_of(name: str, model: nn.Module) -> Any:
-    cls, kwargs = OPTIMIZERS[name]
-    return cls(optim.split_params(model, **FUSED), adamw=dict(lr=0.01), **kwargs)
-
-
-def wrap(kind: str, model: nn.Module, world: int) -> nn.Module:
-    policy = MixedPrecisionPolicy()
-    if kind == "fsdp2_amp":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=True)
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    shape, names = ((2, 2), ("replicate", "shard")) if kind == "hybrid" else ((world,), ("shard",))
-    if kind == "fsdp2_tp":
-        both = device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
-        ways = {
-            "first": parallel.RowwiseParallel(input_layouts=Replicate()),
-            "qkv": parallel.ColwiseParallel(output_layouts=Replicate()),
-        }
-        parallel.parallelize_module(model, both["tensor"], ways)
-        mesh = both["shard"]
-    else:
-        mesh = device_mesh("cpu", shape, mesh_dim_names=names)
-    fully_shard(model.second, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def train(model: nn.Module, steps: range, rank: int, opt: Any, twin: Any = None) -> None:
-    """Two accumulated batches of each rank's own, clipped; the twin takes the same gradients."""
-    for step in steps:
-        opt.zero_grad()
-        for part in range(2):
-            torch.manual_seed(1000 * step + 10 * rank + part)
-            model(torch.randn(5, 24)).backward()
-        if len({getattr(p, "device_mesh", None) for p in model.parameters()}) == 1:
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)  # which takes one mesh
-        if twin is not None:
-            for a, b in zip(opt.param_groups, twin.param_groups, strict=True):
-                for p, q in zip(a["params"], b["params"], strict=True):
-                    q.grad = whole(p.grad).clone()
-            twin.step()
-        opt.step()
-
-
-def models(kind: str, name: str, world: int) -> tuple[nn.Module, Any, nn.Module, Any]:
-    torch.manual_seed(0)
-    plain = Net()
-    model = wrap(kind, copy.deepcopy(plain), world)
-    return model, optimizer_of(name, model), plain, optimizer_of(name, plain)
-
-
-def add_models(kind: str, name: str, *worlds: int) -> None:
-    def body(context: Context) -> None:
-        model, opt, _, twin = models(kind, name, context.world)
-        train(model, range(3), context.rank, opt, twin)
-        same(opt, twin)
-
-    case(*worlds, name=f"{kind}_{name}")(body)
-
-
-for _kind, _worlds in (("ddp", (2,)), ("fsdp2", (2, 4)), ("hybrid", (4,)), ("fsdp2_tp", (4,))):
-    for _name in ("Muon", "NorMuon", "Conda", "Scion"):
-        add_models(_kind, _name, *_worlds)
-add_models("fsdp2_amp", "Muon", 2)  # bfloat16 to compute, float32 to keep
-
-
 # ---- checkpoints, predictions, bad input ---------------------------------------------------------
 
 
@@ -160,7 +64,7 @@ def state_of(model: nn.Module, opt: Any) -> dict[str, Any]:
 
 @case(4)
 def checkpoint_is_saved(context: Context) -> None:
-    model, opt, _, twin = models("fsdp2", "NorMuon", context.world)
+    model, opt, _, twin = models(fsdp2, "NorMuon", context.world)
     train(model, range(2), context.rank, opt, twin)
     checkpoint.save(state_of(model, opt), checkpoint_id=context.folder.parent / "checkpoint")
     same(opt, twin)
@@ -189,7 +93,7 @@ def resume(folder: Path, model: nn.Module, opt: Any, twin: Any) -> None:
 
 @case(2)
 def checkpoint_of_four_ranks_resumes_on_two(context: Context) -> None:
-    model, opt, _, twin = models("fsdp2", "NorMuon", context.world)
+    model, opt, _, twin = models(fsdp2, "NorMuon", context.world)
     resume(context.folder.parent, model, opt, twin)
     train(model, range(2, 4), context.rank, opt, twin)
     same(opt, twin)
@@ -215,13 +119,13 @@ def predicted_bytes_are_the_counted_ones(context: Context) -> None:
 @case(2, 4)
 def work_is_balanced(context: Context) -> None:
     mesh = device_mesh("cpu", (context.world,))
-    weights = [nn.Parameter(distribute_tensor(torch.randn(16, 16), mesh, [Shard(0)]))
+    weights = [nn.Parameter(put(torch.randn(16, 16), mesh, [Shard(0)]))
                for _ in range(8)]  # fmt: skip
     assert comm_report(optim.Muon(weights)).work == 1 / context.world
 
 
 def named(mesh: Any, places: list[Any], names: str, shape: Any = (8, 6)) -> list[Any]:
-    return [(n, nn.Parameter(distribute_tensor(torch.randn(shape), mesh, places))) for n in names]
+    return [(n, nn.Parameter(put(torch.randn(shape), mesh, places))) for n in names]
 
 
 def give_gradients(opt: Any) -> list[Tensor]:
@@ -281,7 +185,7 @@ def a_gradient_placed_otherwise_is_refused(context: Context) -> None:
     mesh = device_mesh("cpu", (2,))
     rows = named(mesh, [Shard(0)], "w")
     opt = optim.Muon(rows)
-    rows[0][1].grad = distribute_tensor(torch.ones(8, 6), mesh, [Replicate()])
+    rows[0][1].grad = put(torch.ones(8, 6), mesh, [Replicate()])
     raises(opt.step, "'w'", "placed as its parameter")
 
 
@@ -321,7 +225,7 @@ def sixteen_bit_weights_are_as_accurate_as_in_one_process(context: Context) -> N
 
 @case(2)
 def a_monitor_measures_whole_matrices(context: Context) -> None:
-    model, opt, plain, twin = models("fsdp2", "Muon", context.world)
+    model, opt, plain, twin = models(fsdp2, "Muon", context.world)
     kinds = ("weights", "gradients", "updates")
     ours, theirs = (Monitor(m, 1, kinds=kinds, budget=None) for m in (model, plain))
     with ours, theirs:

@@ -7,13 +7,12 @@ from typing import Any
 import orthonorm
 import torch
 import torch.distributed as dist
-from distributed_pairs import counted, same, set_gradients, whole
-from distributed_registry import Context, case, raises
+from distributed_pairs import counted, same, set_gradients
+from distributed_registry import Context, case, device_mesh, is_shared, put, raises, whole
 from orthonorm import monitor, optim
 from orthonorm.distributed import comm_report
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor import init_device_mesh as device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 TALL = ((400, 24), (301, 7), (9, 2), (160, 1))  # (9, 2): nothing on the last of four ranks
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -53,12 +52,8 @@ def steps(opt: Any, gradients: list[list[Tensor]]) -> None:
     for some in gradients:
         for p, g in zip(params(opt), some, strict=True):
             g = g.to(p.dtype)
-            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if comm(p) else g
+            p.grad = put(g, p.device_mesh, p.placements) if is_shared(p) else g
         opt.step()
-
-
-def comm(p: Any) -> bool:
-    return hasattr(p, "placements")
 
 
 def inputs(dtype: torch.dtype, wide: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -75,7 +70,7 @@ def sums_of_gram_matrices_are_as_accurate_as_one_process(context: Context) -> No
         for mesh, places, wide in makers(context):
             for dtype in DTYPES if name == "Muon" else (torch.float32,):
                 start, gradients = inputs(dtype, wide)
-                ours = optimizer(name, [distribute_tensor(t, mesh, places) for t in start])
+                ours = optimizer(name, [put(t, mesh, places) for t in start])
                 report = comm_report(ours)
                 assert report.summed > 0
                 if "NorMuon" not in name:  # whose lines are more than small matrices are
@@ -103,14 +98,14 @@ def sums_of_gram_matrices_are_counted(context: Context) -> None:
     for name in RULES if context.world == 2 else ON_FOUR:
         for mesh, places, wide in makers(context):
             start, gradients = inputs(torch.float32, wide)
-            ours = optimizer(name, [distribute_tensor(t, mesh, places) for t in start])
+            ours = optimizer(name, [put(t, mesh, places) for t in start])
             for some in gradients:
                 report = comm_report(ours)
                 found = counted(lambda ours=ours, g=some: steps(ours, [g]))
                 expected = (report.sent, report.received, report.launches, report.summed)
                 assert found == expected, (name, report, found)
                 assert str(report.summed) in str(report)
-            pinned = optimizer(name, [distribute_tensor(t, mesh, places) for t in start])
+            pinned = optimizer(name, [put(t, mesh, places) for t in start])
             pinned.param_groups[0]["method"] = "auto"
             assert comm_report(pinned).summed == 0 < comm_report(pinned).sent
 
@@ -118,7 +113,7 @@ def sums_of_gram_matrices_are_counted(context: Context) -> None:
 @case(2)
 def a_long_side_that_is_cut_has_no_factor(context: Context) -> None:
     mesh = device_mesh("cpu", (2,))
-    cut = nn.Parameter(distribute_tensor(torch.randn(40, 6), mesh, [Shard(0)]))
+    cut = nn.Parameter(put(torch.randn(40, 6), mesh, [Shard(0)]))
     raises(lambda: optim.SOAP([("w", cut)], method="gram"), "SOAP", "'w'", "max_precond_dim", "40")
     optim.SOAP([("w", cut)], method="gram", max_precond_dim=39)
     raises(lambda: optim.Conda([cut], method="direct"), "Conda", "method", "'direct'")
@@ -132,7 +127,7 @@ def sums_of_gram_matrices_do_not_depend_on_scale_and_keep_what_is_not_finite(
     start, gradients = inputs(torch.float32, wide=False)
     found = []
     for size in (1.0, 2.0**100, 2.0**-100):
-        ours = optimizer("Muon", [distribute_tensor(t, mesh, [Shard(0)]) for t in start])
+        ours = optimizer("Muon", [put(t, mesh, [Shard(0)]) for t in start])
         some = [g * size for g in gradients[0]]
         some[1] = some[1] * 0
         some[2] = some[2] / 0
@@ -162,7 +157,7 @@ def spectral_norms_of_parts_are_those_of_the_whole(context: Context) -> None:
     for places in ([Shard(0)], [Shard(1)]):
         DTensor.full_tensor = gathered
         try:
-            found = measured([distribute_tensor(t, mesh, places) for t in start])
+            found = measured([put(t, mesh, places) for t in start])
         finally:
             DTensor.full_tensor = full_tensor
         with orthonorm.reference():
@@ -172,7 +167,7 @@ def spectral_norms_of_parts_are_those_of_the_whole(context: Context) -> None:
         for key, exact in truth.items():
             error, allowed = (abs(x[key] - exact) for x in (found, theirs))
             assert error <= 2 * allowed + 2 * torch.finfo(torch.float32).eps * exact, (key, places)
-        one = distribute_tensor(start[0], mesh, places)
+        one = put(start[0], mesh, places)
         exact = orthonorm.spectral_norm(start[0].double(), 32)
         assert abs(monitor.sigma_1(one) - exact) <= 4 * torch.finfo(torch.float32).eps * exact
     assert gathers == [0]
@@ -197,7 +192,7 @@ def experts_of_a_stack_stay_local(context: Context) -> None:
     for cls in (optim.Conda, optim.SOAP, optim.Shampoo):
         torch.manual_seed(0)
         plain = nn.Parameter(torch.randn(3, 6, 5))
-        ours = nn.Parameter(distribute_tensor(plain.detach(), mesh, [Shard(0)]))
+        ours = nn.Parameter(put(plain.detach(), mesh, [Shard(0)]))
         a, b = cls([ours]), cls([plain])
         for step in range(3):
             set_gradients(step, a, b)
