@@ -16,6 +16,7 @@ from typing import Any
 
 import distributed_compat  # noqa: F401  (its cases)
 import distributed_gram  # noqa: F401  (its cases)
+import distributed_refusals  # noqa: F401  (its cases)
 import distributed_training  # noqa: F401  (its cases)
 import torch
 import torch.distributed as dist
@@ -31,15 +32,16 @@ from distributed_pairs import (
     same,
     set_gradients,
 )
+from distributed_refusals import give_gradients, named
 from distributed_registry import CASES, WORLDS, Context, case, device_mesh, put, raises, whole
 from orthonorm import optim
 from orthonorm.distributed import comm_report
 from orthonorm.monitor import Monitor
 from orthonorm.optim.tensors import is_cut
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 
 def add_optimizer(name: str) -> None:
@@ -54,7 +56,7 @@ for _name in OPTIMIZERS:
     add_optimizer(_name)
 
 
-# ---- checkpoints, predictions, bad input ---------------------------------------------------------
+# ---- checkpoints, predictions, accuracy --------------------------------------------------------
 
 
 def state_of(model: nn.Module, opt: Any) -> dict[str, Any]:
@@ -124,86 +126,6 @@ def work_is_balanced(context: Context) -> None:
     assert comm_report(optim.Muon(weights)).work == 1 / context.world
 
 
-def named(mesh: Any, places: list[Any], names: str, shape: Any = (8, 6)) -> list[Any]:
-    return [(n, nn.Parameter(put(torch.randn(shape), mesh, places))) for n in names]
-
-
-def give_gradients(opt: Any) -> list[Tensor]:
-    params = [p for g in opt.param_groups for p in g["params"]]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    return [p.to_local().clone() for p in params]
-
-
-def unchanged(opt: Any, before: list[Tensor]) -> None:
-    params = [p for g in opt.param_groups for p in g["params"]]
-    assert all(torch.equal(p.to_local(), q) for p, q in zip(params, before, strict=True))
-
-
-@case(2, 4)
-def ranks_that_disagree_all_raise_before_anything_is_written(context: Context) -> None:
-    mesh, odd = device_mesh("cpu", (context.world,)), context.rank == 1
-    params = named(mesh, [Shard(0)], "abc")
-    swapped = [params[i] for i in ((0, 2, 1) if odd else (0, 1, 2))]
-    opt = optim.Muon(swapped)
-    before = give_gradients(opt)
-    raises(opt.step, "'b'", "'c'", "rank 0", "rank 1", f"this is rank {context.rank}")
-    unchanged(opt, before)
-
-    opt = optim.Muon(named(mesh, [Shard(0)], "a"))
-    give_gradients(opt)
-    opt.step()
-    late = named(mesh, [Shard(0)], "z")
-    if odd:
-        opt.add_param_group({"params": late})
-    before = give_gradients(opt)
-    raises(opt.step, "'z'", "rank 1", "no further parameter", f"this is rank {context.rank}")
-    unchanged(opt, before)
-
-    without = optim.Muon(params)
-    before = give_gradients(without)
-    if odd:
-        params[1][1].grad = None
-    raises(without.step, "'b'", "'c'", "rank 1")
-    unchanged(without, before)
-    give_gradients(opt := optim.Muon(params, method="gram" if odd else "auto"))
-    raises(opt.step, "'a'", "'method': 'gram'", "rank 1")
-
-
-@case(4)
-def mismatched_meshes_raise(context: Context) -> None:
-    flat, square = device_mesh("cpu", (4,)), device_mesh("cpu", (2, 2))
-    first = named(flat, [Shard(0)], "a"), named(square, [Replicate(), Shard(0)], "a")
-    opt = optim.Muon(first[context.rank == 1])
-    before = give_gradients(opt)
-    raises(opt.step, "'a'", "[[0, 1], [2, 3]]", "rank 0", "rank 1")
-    unchanged(opt, before)
-
-
-@case(2)
-def a_gradient_placed_otherwise_is_refused(context: Context) -> None:
-    mesh = device_mesh("cpu", (2,))
-    rows = named(mesh, [Shard(0)], "w")
-    opt = optim.Muon(rows)
-    rows[0][1].grad = put(torch.ones(8, 6), mesh, [Replicate()])
-    raises(opt.step, "'w'", "placed as its parameter")
-
-
-@case(2)
-def what_one_owner_raises_all_raise(context: Context) -> None:
-    class Failing(optim.Conda):
-        def prepare(self, batch: Any, group: dict[str, Any]) -> Any:
-            if dist.get_rank() == 1:
-                raise ArithmeticError("no basis")
-            return super().prepare(batch, group)
-
-    opt = Failing(named(device_mesh("cpu", (2,)), [Shard(0)], "ab"))
-    before = give_gradients(opt)
-    raises(opt.step, "Failing", "rank 1 could not", f"this is rank {context.rank}", "no basis")
-    unchanged(opt, before)
-    assert all("step" not in opt.state[p] for p in parameters(opt))
-
-
 @case(2)
 def sixteen_bit_weights_are_as_accurate_as_in_one_process(context: Context) -> None:
     """Their norm is measured before rounding in one process, after it where rows have travelled."""
@@ -236,23 +158,6 @@ def a_monitor_measures_whole_matrices(context: Context) -> None:
     for key, value in exact.items():  # updates are measured in parts: sums in another order
         size = 64 * torch.finfo(torch.float32).eps if key[1] == "updates" else 0.0
         assert abs(found[key] - value) <= size * value, (key, found[key], value)
-
-
-@case(2)
-def a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(context: Context) -> None:
-    mesh = device_mesh("cpu", (2,))
-    opt = optim.Muon(named(mesh, [Shard(0)], "ab"), nonfinite="skip")
-    before = give_gradients(opt)
-    first, second = opt.param_groups[0]["params"]
-    if context.rank == 1:
-        first.grad.to_local()[0, 0] = torch.nan
-    opt.step()
-    assert opt.param_groups[0]["skipped"] == 1
-    assert torch.equal(first.to_local(), before[0]) and not torch.equal(
-        second.to_local(), before[1]
-    )
-    opt.param_groups[0]["nonfinite"] = "error"
-    raises(opt.step, "'a'", "finite")
 
 
 @case(2)
