@@ -221,16 +221,19 @@ def measured(tensors: list[Tensor]) -> dict[Any, float]:
 
 
 @case(2)
-def experts_of_a_stack_stay_local(context: Context) -> None:
+def experts_and_heads_that_no_shard_cuts_stay_local(context: Context) -> None:
     """Rules that no owner can compute run where whole matrices are local."""
     mesh = device_mesh("cpu", (2,))
-    for cls in (optim.Conda, optim.SOAP, optim.Shampoo):
-        torch.manual_seed(0)
-        plain = nn.Parameter(torch.randn(3, 6, 5))
-        ours = nn.Parameter(put(plain.detach(), mesh, [Shard(0)]))
-        a, b = cls([ours]), cls([plain])
-        for step in range(3):
-            set_gradients(step, a, b)
-            assert counted(a.step) == (0, 0, 0, 0)
-            b.step()
-        same(a, b)
+    for shape, views in (((3, 6, 5), {}), ((24, 5), dict(heads=6))):
+        for cls in (optim.Conda, optim.SOAP, optim.Shampoo):
+            torch.manual_seed(0)
+            plain = nn.Parameter(torch.randn(shape))
+            ours = nn.Parameter(put(plain.detach(), mesh, [Shard(0)]))
+            a, b = (cls([{"params": [p], **views}]) for p in (ours, plain))
+            for step in range(3):
+                set_gradients(step, a, b)
+                report = comm_report(a)
+                assert (report.sent, report.launches, report.local) == (0, 0, 1)
+                assert counted(a.step) == (0, 0, 0, 0)
+                b.step()
+            same(a, b)

@@ -40,10 +40,10 @@ class Net(nn.Module):
     def mix(self, x: Tensor) -> Tensor:
         """The sum of what all experts make of the input: every rank's own, added up."""
         if not is_shared(self.experts):
-            return torch.einsum("eij,bj->bi", self.experts, x)
+            return torch.tanh(torch.einsum("eij,bj->ebi", self.experts, x)).sum(0)
         mesh, experts = self.experts.device_mesh, self.experts.to_local()
         x = DTensor.from_local(x, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
-        mine = torch.einsum("eij,bj->bi", experts, x)
+        mine = torch.tanh(torch.einsum("eij,bj->ebi", experts, x)).sum(0)
         return DTensor.from_local(mine, mesh, [Partial()]).full_tensor()
 
 

@@ -88,21 +88,25 @@ def parameters(opt: Any) -> list[Any]:
 def pair(
     name: str, mesh: Any, places: list[Any], dtype: Any = torch.float32, like: Any = None
 ) -> tuple[Any, Any]:
-    """The same optimizer on distributed and on plain parameters, two matrices of them split.
+    """The same optimizer on distributed and on plain parameters, one of them of two matrices, one
+    of eight heads.
 
     `like`: the dtype whose values they have.
     """
     cls, kwargs = OPTIMIZERS[name]
     torch.manual_seed(0)
-    *plain, fused = (
-        nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in (*SHAPES, (30, 8))
-    )
+    shapes = (*SHAPES, (30, 8), (40, 6))
+    plain = [nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in shapes]
 
-    def groups(params: list[nn.Parameter], last: nn.Parameter) -> list[dict[str, Any]]:
-        return [{"params": params}, {"params": [last], "split": (16, 14), "heads": (2, 1)}]
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        *some, fused, heads = params
+        return [
+            {"params": some}, {"params": [fused], "split": (16, 14), "heads": (2, 1)},
+            {"params": [heads], "heads": 8},
+        ]  # fmt: skip
 
-    *ours, last = (nn.Parameter(put(p.detach(), mesh, places)) for p in (*plain, fused))
-    return cls(groups(ours, last), **kwargs), cls(groups(plain, fused), **kwargs)
+    ours = [nn.Parameter(put(p.detach(), mesh, places)) for p in plain]
+    return cls(groups(ours), **kwargs), cls(groups(plain), **kwargs)
 
 
 def set_gradients(step: int, a: Any, b: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
-from .tensors import local, state_zeros, whole
+from .tensors import local, state_zeros, views_here, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -254,23 +254,23 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
     halves: list[Any] = []
     batch = Batch([], [], {}, [], [], halves=halves)
     for p in params:
-        shapes, data = matrix_shapes(opt, p, group), local(p)
+        shapes, data, views = matrix_shapes(opt, p, group), local(p), views_here(p, group)
         state = matrix_state_of(opt, p, group, shapes)
         step = state.get("step", 0) + 1 if opt.counts_steps else 0
-        pieces = [x for x, _ in shapes] if data is p else matrices(data, data, group)
+        pieces = [x for x, _ in shapes] if data is p else matrices(data, data, views)
         batch.params.extend(pieces)
         grad = local(p.grad)
         if halved(p, group) and not opt.self_contained:
             grad = grad.float()  # as the rule would read it beside a float32 weight
-        batch.grads.extend(matrices(grad, data, group))
+        batch.grads.extend(matrices(grad, data, views))
         batch.owners.extend([p] * len(pieces))
         batch.steps.extend([step] * len(pieces))
         if halved(p, group):
-            halves.extend(matrices(state[MANTISSA], data, group))
+            halves.extend(matrices(state[MANTISSA], data, views))
         else:
             halves.extend([None] * len(pieces))
         for key in opt.elementwise_state(group):
-            batch.state.setdefault(key, []).extend(matrices(local(state[key]), data, group))
+            batch.state.setdefault(key, []).extend(matrices(local(state[key]), data, views))
         for _, named in shapes:
             for name, key, _ in named:
                 batch.state.setdefault(name, []).append(local(state[key]))
