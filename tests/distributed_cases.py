@@ -37,7 +37,7 @@ from distributed_pairs import (
 from distributed_refusals import give_gradients, named
 from distributed_registry import CASES, WORLDS, Context, case, device_mesh, put, raises, whole
 from orthonorm import optim
-from orthonorm.distributed import comm_report
+from orthonorm.distributed import agreement, comm_report
 from orthonorm.monitor import Monitor
 from orthonorm.optim.tensors import is_cut
 from torch import nn
@@ -182,6 +182,7 @@ def z_a_killed_rank_ends_the_others(context: Context) -> None:
     opt.step()
     if context.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    agreement.ANSWER = 0.5  # seconds
     raises(opt.step, "rank 0", "ranks [0, 1]", "ranks [1] have ended or do not answer")
 
 

@@ -105,7 +105,8 @@ def part_norms(
              for x, y, o, c in zip(whole, mine, over, across, strict=True)]  # fmt: skip
     good = top.isfinite() & (top > 0)
     kept = [torch.where(g, new, old) for g, new, old in zip(good, found, v, strict=True)]
-    return PartNorms(*((t.to(parts[0].dtype)) for t in (top * sizes, sizes)), kept)
+    dtype = parts[0].dtype
+    return PartNorms((top * sizes).to(dtype), sizes.to(dtype), kept)
 
 
 def started(t: Any, v: Tensor | None) -> Tensor:
