@@ -71,8 +71,11 @@ cuda: $(VENV)/built
 	cmake --build build/cuda -j 2 --target _C_cuda
 	$(PY) -m orthonorm.bench.cuda_report --out bench/results/cuda_compile.json
 
-wheel-cuda: $(VENV)/installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=$(PY) .ci/wheel-cuda
+# With an environment of its own: .venv may have a CPU build of torch.
+CUDA_VENV := build/$(subst ==,-,$(TORCH))
+wheel-cuda:
+	$(MAKE) VENV=$(CUDA_VENV) $(CUDA_VENV)/installed
+	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" PYTHON=$(CUDA_VENV)/bin/python .ci/wheel-cuda
 
 clean:
 	rm -rf build dist $(VENV) runs python/*.egg-info python/orthonorm/*.so
