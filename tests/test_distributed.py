@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 import distributed_cases as cases
+import distributed_layouts as layouts
+import distributed_pairs as pairs
 import pytest
 import torch
 import torch.distributed as dist
@@ -81,11 +83,11 @@ def test_ranks(name: str, world: int, outcomes: dict[int, list[dict[str, str]]])
 @pytest.mark.usefixtures("outcomes")
 def test_checkpoint_of_four_ranks_resumes_on_one(root: Path) -> None:
     torch.manual_seed(0)
-    model, plain = cases.Net(), cases.Net()
-    opt, twin = (cases.optimizer_of("NorMuon", m) for m in (model, plain))
+    model, plain = layouts.Net(), layouts.Net()
+    opt, twin = (layouts.optimizer_of("NorMuon", m) for m in (model, plain))
     cases.resume(root, model, opt, twin)
-    cases.train(model, range(2, 4), 0, opt, twin)
-    cases.same(opt, twin)
+    layouts.train(model, range(2, 4), 0, opt, twin)
+    pairs.same(opt, twin)
 
 
 def test_cuts_that_no_owner_can_collect_are_refused() -> None:
@@ -117,5 +119,5 @@ def test_a_process_without_ranks_imports_no_dtensor() -> None:
 
 
 def test_every_optimizer_is_followed() -> None:
-    followed = {cls.__name__ for cls, _ in cases.OPTIMIZERS.values()}
+    followed = {cls.__name__ for cls, _ in pairs.OPTIMIZERS.values()}
     assert set(optim.REGISTRY) - {"AdamW"} == followed  # AdamW has no matrices
