@@ -36,11 +36,13 @@ test: $(VENV)/built
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # What tests/test_frameworks.py and docs/frameworks.md run with; timm would bring torchvision and
-# torchtitan data sets and loggers, which these do not need.
+# torchtitan data sets and loggers, which these do not need. Emerging-Optimizers asks for Python 3.12
+# for one name of `typing`.
 frameworks:
 	$(MAKE) EXTRAS=dev,frameworks -W setup.py $(VENV)/built
 	$(PY) -m pip install -q --no-deps timm==1.0.31 torchtitan==0.3.0 tyro spmd_types==0.2.3 torchdata \
-		torch_checkpointing einops docstring_parser typeguard
+		torch_checkpointing einops docstring_parser typeguard gram-newton-schulz==0.1.6 absl-py
+	$(PY) -m pip install -q --no-deps --ignore-requires-python emerging-optimizers==0.3.0
 
 docs: $(VENV)/built
 	$(PY) docs/build.py build/docs
@@ -69,8 +71,11 @@ cuda: $(VENV)/built
 	cmake --build build/cuda -j 2 --target _C_cuda
 	$(PY) -m orthonorm.bench.cuda_report --out bench/results/cuda_compile.json
 
-wheel-cuda: $(VENV)/installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=$(PY) .ci/wheel-cuda
+# With an environment of its own: .venv may have a CPU build of torch.
+CUDA_VENV := build/$(subst ==,-,$(TORCH))
+wheel-cuda:
+	$(MAKE) VENV=$(CUDA_VENV) $(CUDA_VENV)/installed
+	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" PYTHON=$(CUDA_VENV)/bin/python .ci/wheel-cuda
 
 clean:
 	rm -rf build dist $(VENV) runs python/*.egg-info python/orthonorm/*.so

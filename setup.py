@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 from glob import glob
 
@@ -44,6 +45,13 @@ def architectures(cuda_home: str, has_gpu: bool) -> str:
             names = [a for a, code in codes.items() if code in known.split()]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
+
+
+def toolkit_libraries(cuda_home: str) -> list[str]:
+    """Where nvcc itself looks for libraries: the one on PATH may be a script of another folder."""
+    command = [os.path.join(cuda_home, "bin", "nvcc"), "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    return re.findall(r'"-L([^"]+)"', said)
 
 
 def compiled() -> dict:
@@ -94,6 +102,7 @@ def compiled() -> dict:
                 "orthonorm._C_cuda",
                 sorted(glob("csrc/cuda/*.cu")),
                 extra_compile_args={"cxx": flags, "nvcc": [*NVCC_FLAGS, built_for]},
+                library_dirs=toolkit_libraries(CUDA_HOME),
                 **common,
             )
         )

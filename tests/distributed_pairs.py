@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed_registry import device_mesh, local, part, put
 from orthonorm import optim
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor import init_device_mesh as device_mesh
+from torch.distributed.tensor import Replicate, Shard
 
 SHAPES = ((37, 24), (24, 37), (3, 64), (1, 16), (64, 64), (4, 8, 12), (3, 12, 8), (8, 3, 3, 2))
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -67,20 +67,16 @@ def placements(world: int) -> dict[str, tuple[tuple[int, ...], list[Any]]]:
     return found
 
 
-def whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
 def same(a: Any, b: Any) -> None:
-    """Parameters and state of two optimizers are equal bit for bit."""
+    """This rank's parts of parameters and state are those of the whole ones of `b`, bit for bit."""
     for first, second in zip(a.param_groups, b.param_groups, strict=True):
         for i, (p, q) in enumerate(zip(first["params"], second["params"], strict=True)):
-            assert torch.equal(whole(p.detach()), q), (i, tuple(q.shape))
+            assert torch.equal(local(p.detach()), part(q.detach(), p)), (i, tuple(q.shape))
             assert a.state[p].keys() == b.state[q].keys()
             for key, value in b.state[q].items():
                 other = a.state[p][key]
                 if isinstance(value, Tensor):
-                    assert torch.equal(whole(other), value), (i, tuple(q.shape), key)
+                    assert torch.equal(local(other), part(value, other)), (i, tuple(q.shape), key)
                 else:
                     assert other == value
 
@@ -92,24 +88,25 @@ def parameters(opt: Any) -> list[Any]:
 def pair(
     name: str, mesh: Any, places: list[Any], dtype: Any = torch.float32, like: Any = None
 ) -> tuple[Any, Any]:
-    """The same optimizer on distributed and on plain parameters, two matrices of them split.
+    """The same optimizer on distributed and on plain parameters, one of them of two matrices, one
+    of eight heads.
 
     `like`: the dtype whose values they have.
     """
     cls, kwargs = OPTIMIZERS[name]
     torch.manual_seed(0)
-    *plain, fused = (
-        nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in (*SHAPES, (30, 8))
-    )
+    shapes = (*SHAPES, (30, 8), (40, 6))
+    plain = [nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in shapes]
 
-    def put(p: Tensor) -> nn.Parameter:
-        return nn.Parameter(distribute_tensor(p.detach(), mesh, places))
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        *some, fused, heads = params
+        return [
+            {"params": some}, {"params": [fused], "split": (16, 14), "heads": (2, 1)},
+            {"params": [heads], "heads": 8},
+        ]  # fmt: skip
 
-    def groups(params: list[nn.Parameter], last: nn.Parameter) -> list[dict[str, Any]]:
-        return [{"params": params}, {"params": [last], "split": (16, 14), "heads": (2, 1)}]
-
-    ours = cls(groups([put(p) for p in plain], put(fused)), **kwargs)
-    return ours, cls(groups(plain, fused), **kwargs)
+    ours = [nn.Parameter(put(p.detach(), mesh, places)) for p in plain]
+    return cls(groups(ours), **kwargs), cls(groups(plain), **kwargs)
 
 
 def set_gradients(step: int, a: Any, b: Any) -> None:
@@ -117,7 +114,7 @@ def set_gradients(step: int, a: Any, b: Any) -> None:
     for first, second in zip(a.param_groups, b.param_groups, strict=True):
         for p, q in zip(first["params"], second["params"], strict=True):
             q.grad = torch.randn(q.shape).to(q.dtype)
-            p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+            p.grad = put(q.grad, p.device_mesh, p.placements)
 
 
 def counted(f: Callable[[], None]) -> tuple[int, int, int, int]:

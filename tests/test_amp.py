@@ -356,3 +356,23 @@ def test_halves_where_they_cannot_be() -> None:
             cls(parameters(BF16), mantissa=True)
     with pytest.raises(ValueError, match="Muon: constraint must be None with mantissa=True"):
         optim.Muon(parameters(BF16), mantissa=True, constraint="normalize")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.int32])
+def test_a_mantissa_is_int16(dtype: torch.dtype) -> None:
+    """Loaded or put in its place by hand: refused, and everything is as it was."""
+    params = [p for p in parameters(BF16) if p.dim() == 2]
+    opt = optim.Muon([("first", params[0])], mantissa=True)
+    set_grads(0, params)
+    opt.step()
+    before, kept = params[0].detach().clone(), opt.state[params[0]]["mantissa"]
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["mantissa"] = kept.to(dtype)
+    rule = "parameter 'first': state 'mantissa' must be int16, got"
+    with pytest.raises(TypeError, match=rule):
+        opt.load_state_dict(saved)
+    assert opt.state[params[0]]["mantissa"] is kept
+    opt.state[params[0]]["mantissa"] = kept.to(dtype)
+    with pytest.raises(TypeError, match=rule):
+        opt.step()
+    assert torch.equal(params[0], before)

@@ -48,6 +48,54 @@ def test_files_convert_as_with_the_model(
     opt.load_state_dict(found["optimizer"])
 
 
+def test_parameters_that_change_places_keep_their_state(tmp_path: Path) -> None:
+    """Matrices and AdamW's parameters in turn, in two groups: each group is cut in two."""
+    params = make(torch.float32, ((5,), (4, 3), (3,), (3, 4), (2, 2), (6,)))
+    group = dict(lr=0.1, wd=0.0, momentum=0.9, nesterov=True, ns_steps=5,
+                 adamw_betas=(0.9, 0.95), adamw_eps=1e-8)  # fmt: skip
+    state: dict[int, Any] = {}
+    for i, p in enumerate(params):
+        here = torch.full_like(p, float(i))
+        state[i] = (
+            {"use_muon": True, "momentum_buffer": here} if p.dim() == 2
+            else {"use_muon": False, "step": i, "moment1": here, "moment2": here}
+        )  # fmt: skip
+    groups = [{**group, "params": [0, 1, 2, 3]}, {**group, "lr": 0.2, "params": [4, 5]}]
+    torch.save({"state": state, "param_groups": groups}, tmp_path / "in.pt")
+    paths = [str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    assert main(["convert", *paths, "--from", "moonlight", "--to", "muon"]) == 0
+    ways = (("matrix", (1, 3)), ("adamw", (0, 2)), ("matrix", (4,)), ("adamw", (5,)))
+    opt = optim.Muon([dict(params=[params[i] for i in some], rule=rule) for rule, some in ways])
+    opt.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
+    assert [g["lr"] for g in opt.param_groups] == [0.1, 0.1, 0.2, 0.2]
+    for i, p in enumerate(params):
+        if p.dim() == 2:  # ours is (1 - mu) of a momentum B <- mu B + G
+            wanted = torch.full_like(p, i * (1 - 0.9))
+            torch.testing.assert_close(opt.state[p]["momentum_buffer"], wanted)
+        else:
+            assert opt.state[p]["step"] == i
+            assert all(torch.equal(opt.state[p][k], torch.full_like(p, float(i)))
+                       for k in ("exp_avg", "exp_avg_sq"))  # fmt: skip
+
+
+def test_what_is_not_written_whole_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(saved_by("keller")[0], tmp_path / "in.pt")
+    written = []
+
+    def full(value: Any, path: Path) -> None:
+        written.append(path.name)
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    paths = [str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    assert main(["convert", *paths, "--from", "keller", "--to", "muon"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert written == ["out.pt.part"] and [p.name for p in tmp_path.iterdir()] == ["in.pt"]
+
+
 class Code:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.system, ("true",)

@@ -14,9 +14,16 @@ import sys
 from pathlib import Path
 
 import distributed_cases as cases
+import distributed_layouts as layouts
+import distributed_pairs as pairs
 import pytest
 import torch
+import torch.distributed as dist
 from orthonorm import optim
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 TIMEOUT = 240  # seconds; the ranks of a world take about 20 on two cores
 
@@ -76,11 +83,34 @@ def test_ranks(name: str, world: int, outcomes: dict[int, list[dict[str, str]]])
 @pytest.mark.usefixtures("outcomes")
 def test_checkpoint_of_four_ranks_resumes_on_one(root: Path) -> None:
     torch.manual_seed(0)
-    model, plain = cases.Net(), cases.Net()
-    opt, twin = (cases.optimizer_of("NorMuon", m) for m in (model, plain))
+    model, plain = layouts.Net(), layouts.Net()
+    opt, twin = (layouts.optimizer_of("NorMuon", m) for m in (model, plain))
     cases.resume(root, model, opt, twin)
-    cases.train(model, range(2, 4), 0, opt, twin)
-    cases.same(opt, twin)
+    layouts.train(model, range(2, 4), 0, opt, twin)
+    pairs.same(opt, twin)
+
+
+def test_cuts_that_no_owner_can_collect_are_refused() -> None:
+    """A mesh of some ranks only, cut twice; a strided cut of a dimension that nothing else cuts."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("a", "b", "c"))
+        some, other = mesh["a", "b"], mesh["a"]
+        for label, of, places, words in (
+            (
+                "twice",
+                some,
+                [Shard(0), Shard(1)],
+                "one mesh dimension, or on a mesh of all 8 ranks",
+            ),
+            ("strided", other, [_StridedShard(0, split_factor=2)], "all mesh dimensions it is str"),
+        ):
+            part = torch.ones(4, 3) if label == "twice" else torch.ones(4, 6)
+            p = DTensor.from_local(part, of, places, run_check=False, shape=(8, 6), stride=(6, 1))
+            with pytest.raises(ValueError, match=f"Muon: parameter '{label}' must be .*{words}"):
+                optim.Muon([(label, nn.Parameter(p))])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_process_without_ranks_imports_no_dtensor() -> None:
@@ -89,5 +119,5 @@ def test_a_process_without_ranks_imports_no_dtensor() -> None:
 
 
 def test_every_optimizer_is_followed() -> None:
-    followed = {cls.__name__ for cls, _ in cases.OPTIMIZERS.values()}
+    followed = {cls.__name__ for cls, _ in pairs.OPTIMIZERS.values()}
     assert set(optim.REGISTRY) - {"AdamW"} == followed  # AdamW has no matrices

@@ -123,8 +123,11 @@ def run(args: argparse.Namespace) -> str:
         result, optimizer = converted(loaded[args.key], args.layout, cls, settings)
         whole = {**loaded, args.key: result}
     part = args.output.with_name(f"{args.output.name}.part")
-    torch.save(whole, part)
-    os.replace(part, args.output)
+    try:
+        torch.save(whole, part)
+        os.replace(part, args.output)
+    finally:
+        part.unlink(missing_ok=True)
     groups = ", ".join(f"{len(g['params'])} by {g['rule']}" for g in optimizer.param_groups)
     return f"wrote {args.output}: {optimizer.name}, groups of {groups}"
 

@@ -2,8 +2,9 @@
 
 Nothing is to be called before training: an optimizer reads the placements of its parameters.
 
-local: whole matrices on every rank (Replicate, or an expert stack sharded along its stack), and
-    rules that act on every entry alone: no communication.
+local: whole matrices on every rank (Replicate, an expert stack sharded along its stack, `heads`
+    whose rows are shared out between them), and rules that act on every entry alone: no
+    communication.
 owner: matrices that are cut (FSDP2, HSDP, tensor parallel, both at once). Momentum and decay work
     on shards; the momentum's shards travel to one rank a matrix, which computes the direction, and
     the direction's travel back: two `all_to_all_single` a bucket, the one of a bucket under way

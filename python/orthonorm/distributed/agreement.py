@@ -6,19 +6,27 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..optim.tensors import Ranks, is_distributed, meets_owner, sharded_dims
+from ..optim.tensors import Ranks, is_distributed, meets_owner, ranks_of, sharded_dims
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
 ANSWER = 5.0  # seconds for a rank to say that it lives, once an exchange has failed
 Work = list[tuple[dict[str, Any], list[int]]]  # groups, with the indices that have gradients
+
+
+class Listed(NamedTuple):
+    """What a rank is to update together with others, or why it cannot."""
+
+    device: torch.device
+    entries: list[str]
+    refused: str = ""
 
 
 def communicates(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
@@ -99,23 +107,46 @@ def all_succeed(name: str, ranks: Ranks, device: torch.device) -> Iterator[None]
     ) from failed
 
 
+@contextlib.contextmanager
+def experts_succeed(
+    opt: MatrixOptimizer, cut: list[Tensor], group: dict[str, Any]
+) -> Iterator[None]:
+    """What a rank raises over its own experts, all raise that exchange other matrices with it."""
+    if not cut or not has_experts(opt, group):
+        yield
+        return
+    with all_succeed(opt.name, ranks_of(cut[0]), cut[0].device):
+        yield
+
+
+def has_experts(opt: MatrixOptimizer, group: dict[str, Any]) -> bool:
+    """Whether ranks prepare matrices of their own, and so may fail alone."""
+    if group["rule"] != "matrix" or not opt.prepares:
+        return False
+    params = [p for p in group["params"] if is_distributed(p)]
+    return any(sharded_dims(p) and not meets_owner(p, group) for p in params)
+
+
 def check(opt: MatrixOptimizer, work: Work) -> None:
     """Raise on every rank unless all are to update the same parameters in the same order.
 
     One gather of eight bytes a rank and step; what differs is gathered where something does.
     """
-    entries: dict[dist.ProcessGroup, list[str]] = {}
-    devices: dict[dist.ProcessGroup, torch.device] = {}
+    listed: dict[dist.ProcessGroup, Listed] = {}
     for group, indices in work:
         present = set(indices)
         for i, p in enumerate(group["params"]):
             if communicates(opt, p, group):
-                listed = entries.setdefault(scope(p), [])
-                devices[scope(p)] = p.device
+                some = listed.setdefault(scope(p), Listed(p.device, []))
                 if i in present:
-                    listed.append(describe(opt, p, group, i))
-    for who, listed in entries.items():
-        compare(opt.name, who, listed, devices[who])
+                    some.entries.append(describe(opt, p, group, i))
+    compare(opt.name, listed)
+
+
+def refuse(opt: MatrixOptimizer, error: Exception) -> None:
+    """In place of `check`, on a rank whose settings, gradients or state are not as they must be."""
+    found = [p for g in opt.param_groups for p in g["params"] if communicates(opt, p, g)]
+    compare(opt.name, {scope(p): Listed(p.device, [], str(error)) for p in found})
 
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
@@ -128,26 +159,38 @@ def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) ->
     )
 
 
-def compare(name: str, who: dist.ProcessGroup, listed: list[str], device: torch.device) -> None:
-    digest = hashlib.sha256("\n".join(listed).encode()).digest()[:8]
-    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(who))]
+def compare(name: str, listed: dict[dist.ProcessGroup, Listed]) -> None:
+    """Tell all scopes, then raise for the first in which ranks differ."""
+    found = [difference(who, mine) for who, mine in listed.items()]
+    if message := next(filter(None, found), ""):
+        raise ValueError(f"{name}: {message} (this is rank {dist.get_rank()})")
+
+
+def difference(who: dist.ProcessGroup, mine: Listed) -> str:
+    """How the lists of ranks differ, the same sentence on all of them; or ""."""
+    text = "\n".join([mine.refused, *mine.entries])
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    sent = torch.tensor([digest], device=mine.device)
+    everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(who))]
     with reporting(who):
-        dist.all_gather(everyone, mine, group=who)
-    if all(int(other) == int(mine) for other in everyone):  # and so for every rank
-        return
-    lists: list[list[str]] = [[] for _ in range(dist.get_world_size(who))]
-    dist.all_gather_object(lists, listed, group=who)
+        dist.all_gather(everyone, sent, group=who)
+    if all(int(other) == digest for other in everyone):  # and so for every rank
+        return ""
     ranks = dist.get_process_group_ranks(who)
+    told: list[tuple[str, list[str]]] = [("", [])] * len(ranks)
+    dist.all_gather_object(told, (mine.refused, mine.entries), group=who)
+    for rank, (refused, _) in zip(ranks, told, strict=True):
+        if refused:
+            return f"rank {rank} cannot make this step: {refused}"
+    lists = [entries for _, entries in told]
     rank, place = next(
         (r, i) for r, other in enumerate(lists) for i in range(max(len(other), len(lists[0])))
         if other[i : i + 1] != lists[0][i : i + 1]
     )  # fmt: skip
     first, other = ((lists[r][place : place + 1] or ["no further parameter"])[0] for r in (0, rank))
-    raise ValueError(
-        f"{name}: all ranks must update the same parameters in the same order, got at place "
-        f"{place}: parameter {first} on rank {ranks[0]}, {other} on rank {ranks[rank]} "
-        f"(this is rank {dist.get_rank()})"
+    return (
+        "all ranks must update the same parameters in the same order, got at place "
+        f"{place}: parameter {first} on rank {ranks[0]}, {other} on rank {ranks[rank]}"
     )
 
 

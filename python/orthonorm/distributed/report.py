@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 
 from ..optim.tensors import is_distributed, sharded_dims
-from .agreement import communicates, exchanged, scope
+from .agreement import communicates, exchanged, has_experts, scope
 from .plan import Bucket
 from .shards import new_plan
 from .spread import Sums
@@ -25,7 +25,8 @@ class Communication(NamedTuple):
         twice; of the next step, as rules may sum more at a refresh.
     local: parameters updated without communication.
     launches: collectives in all: all-to-alls, gathers of 8 bytes by which ranks agree (one a step,
-        and one a bucket whose whole update is at owners), sums of Gram matrices and the gather of
+        one a bucket whose whole update is at owners, and one where ranks decompose matrices of
+        experts beside), sums of Gram matrices and the gather of
         a norm before them, and, with nonfinite="skip" or "error", reductions of one flag a
         parameter.
     work: this rank's share of the multiply-adds of Newton-Schulz; 1 / ranks is even.
@@ -62,6 +63,7 @@ def comm_report(optimizer: MatrixOptimizer) -> Communication:
         launches += reductions(params, group)
         cut = [p for p in params if exchanged(optimizer, p, group)]
         kept += len(params) - len(cut)
+        launches += bool(cut) and has_experts(optimizer, group)
         for bucket in new_plan(optimizer, cut, group):
             rank, ranks = bucket.ranks.rank, range(bucket.ranks.size)
             if bucket.spread is not None:

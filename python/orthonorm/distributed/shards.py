@@ -41,7 +41,6 @@ def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> l
 
 
 def new_plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
-    opt.check_shardings(group)
     return buckets((item_of(opt, p, group) for p in params), lambda p: opt.alike(p, group))
 
 

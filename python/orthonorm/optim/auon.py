@@ -23,9 +23,11 @@ AFTER = 1e-8  # added to rho
 
 
 def mean_cosh_square(X: Tensor) -> Tensor:
-    """mean_ij cosh(X_ij)^2 of every matrix, float64, 1-D; X is written."""
+    """mean_ij cosh(X_ij)^2 of every matrix, float64, 1-D; X may be written."""
     m, n = X.shape[-2:]
-    return magnitude.overload([X.cosh_()]).square() / max(m * n, 1)
+    # torch's float32 cosh of an entry depends on its place (vectors and their ends), so a matrix
+    # alone had other bits than in a stack; in float64 that is far below the rounding of a result
+    return magnitude.overload([X.double().cosh_()]).square() / max(m * n, 1)
 
 
 class AuON(MatrixOptimizer):

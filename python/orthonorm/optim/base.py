@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _checks as check
 from ..distributed import agreement, shards
 from ..distributed.plan import Bucket
 from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
@@ -174,6 +173,11 @@ class MatrixOptimizer(Groups):
     def prepare(self, batch: Batch, group: dict[str, Any]) -> Any:
         """What `update` finds in `batch.prepared`. It may raise, and writes nothing."""
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` does anything, and so may fail."""
+        return type(self).prepare is not MatrixOptimizer.prepare
+
     def on_shards(self, group: dict[str, Any]) -> bool:
         """Whether ranks that hold rows of a matrix need its owner for the direction alone."""
         return self.self_contained and elementwise_end(group)
@@ -230,9 +234,11 @@ class MatrixOptimizer(Groups):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._check_settings(group)
-        work = [(group, self._with_gradients(group)) for group in self.param_groups]
+        try:
+            work = [(group, self._checked(group)) for group in self.param_groups]
+        except (TypeError, ValueError) as error:
+            agreement.refuse(self, error)
+            raise
         agreement.check(self, work)
         kept = [self._finite(group, indices) for group, indices in work]
         plans = self._plans(kept)
@@ -282,18 +288,21 @@ class MatrixOptimizer(Groups):
         plans: list[tuple[Batch | None, list[Bucket]]] = []
         try:
             for group, indices in zip(self.param_groups, kept, strict=True):
-                made += without_state(self, group, indices)
+                params = [group["params"][i] for i in indices]
+                made += [p for p in params if not self.state.get(p)]
                 if group["rule"] == "adamw":
                     plans.append((None, []))
                     continue
-                batch, params = None, [group["params"][i] for i in indices]
+                batch = None
                 cut = [p for p in params if meets_owner(p, group)]
                 rows = [p for p in params if not meets_owner(p, group)] if cut else params
                 if rows:
                     batch = matrix_batch(self, rows, group)
-                    if group["state_dtype"] and type(self).prepare is not MatrixOptimizer.prepare:
+                    if group["state_dtype"] and self.prepares:
                         batch = storage.opened(batch, self.elementwise_state(group), group)
-                    batch = batch._replace(prepared=self.prepare(batch, group))
+                with agreement.experts_succeed(self, cut, group):
+                    if batch is not None:
+                        batch = batch._replace(prepared=self.prepare(batch, group))
                 plans.append((batch, shards.plan(self, cut, group) if cut else []))
         except Exception:
             for p in made:
@@ -315,22 +324,12 @@ class MatrixOptimizer(Groups):
         if group["constraint"] is not None:
             constrain_(batch.params, group["constraint"], group["bound"])
 
-    def _with_gradients(self, group: dict[str, Any]) -> list[int]:
-        params = group["params"]
-        indices = [i for i, p in enumerate(params) if p.grad is not None and p.numel() > 0]
-        for i in indices:
-            g = params[i].grad
-            if is_distributed(g) and g.placements != params[i].placements:
-                raise ValueError(
-                    f"{self.name}: a gradient must be placed as its parameter, "
-                    f"{params[i].placements}, got {g.placements} for parameter "
-                    f"{self.label(group, i)}"
-                )
-            if g.layout != torch.strided or g.dtype not in check.FLOATS:
-                raise ValueError(
-                    f"{self.name}: gradients must be dense and real, got {g.layout}, {g.dtype} "
-                    f"for parameter {self.label(group, i)}"
-                )
+    def _checked(self, group: dict[str, Any]) -> list[int]:
+        """The parameters with gradients; settings, gradients and state are as they must be."""
+        self._check_settings(group)
+        indices = self._with_gradients(group)
+        if any(map(is_distributed, without_state(self, group, indices))):
+            self.check_shardings(group)
         return indices
 
     def _finite(self, group: dict[str, Any], indices: list[int]) -> list[int]:

@@ -195,20 +195,41 @@ class Groups(torch.optim.Optimizer):
                     f"got {p.dtype}, {p.layout}"
                 )
             check.not_expanded(label, p)
-        if group["state_dtype"] and any(map(is_distributed, params)):
-            raise ValueError(f"{self.name}: state_dtype must be None for sharded parameters")
         if group["rule"] == "matrix":
             self._check_views(group)
-            if group["mantissa"] and any(map(is_distributed, params)):
-                raise ValueError(f"{self.name}: mantissa must be False for sharded parameters")
         self.check_shardings(group)
 
     def check_shardings(self, group: Mapping[str, Any]) -> None:
-        """Of DTensors; anew where a plan is made, as accelerate replaces parameters by theirs."""
+        """Of DTensors; anew before they get state, as accelerate replaces parameters by theirs."""
         for i, p in enumerate(group["params"]):
-            if is_distributed(p):
-                cut = group["rule"] == "matrix" and meets_owner(p, group)
-                check_placements(f"{self.name}: parameter {self.label(group, i)}", p, cut)
+            if not is_distributed(p):
+                continue
+            for key, needed in (("state_dtype", None), ("mantissa", False)):
+                if group.get(key):
+                    raise ValueError(
+                        f"{self.name}: {key} must be {needed} for sharded parameters, "
+                        f"got {group[key]!r} for parameter {self.label(group, i)}"
+                    )
+            cut = group["rule"] == "matrix" and meets_owner(p, group)
+            check_placements(f"{self.name}: parameter {self.label(group, i)}", p, cut)
+
+    def _with_gradients(self, group: dict[str, Any]) -> list[int]:
+        params = group["params"]
+        indices = [i for i, p in enumerate(params) if p.grad is not None and p.numel() > 0]
+        for i in indices:
+            g = params[i].grad
+            if is_distributed(g) and g.placements != params[i].placements:
+                raise ValueError(
+                    f"{self.name}: a gradient must be placed as its parameter, "
+                    f"{params[i].placements}, got {g.placements} for parameter "
+                    f"{self.label(group, i)}"
+                )
+            if g.layout != torch.strided or g.dtype not in check.FLOATS:
+                raise ValueError(
+                    f"{self.name}: gradients must be dense and real, got {g.layout}, {g.dtype} "
+                    f"for parameter {self.label(group, i)}"
+                )
+        return indices
 
     def _check_views(self, group: Mapping[str, Any]) -> None:
         for i, p in enumerate(group["params"]):

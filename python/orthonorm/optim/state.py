@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
-from .tensors import is_distributed, local, state_zeros, whole
+from .tensors import is_distributed, local, state_zeros, views_here, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -294,10 +294,12 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
         wanted = [*keys, *(key for _, key in named), *[MANTISSA] * half]
         if any(key not in state for key in wanted):
             matrix_state_of(opt, p, group, known[p.shape], zeros.get(p))
-        plain = whole_rows and data.dim() == 2
+        plain, views = whole_rows and data.dim() == 2, views_here(p, group)
 
-        def seen(t: Tensor, like: Tensor = data, plain: bool = plain) -> list[Tensor]:
-            return [t] if plain else matrices(t, like, group)
+        def seen(
+            t: Tensor, like: Tensor = data, plain: bool = plain, views: Mapping[str, Any] = views
+        ) -> list[Tensor]:
+            return [t] if plain else matrices(t, like, views)
 
         pieces = seen(data)
         batch.params.extend(pieces)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .views import flattens
+from .views import flattens, heads_of
 
 PLAIN = (Tensor, torch.nn.Parameter)  # the quick answer
 
@@ -59,12 +59,13 @@ def state_zeros(p: Any, shape: Sequence[int], batch_dims: int) -> Tensor:
 
 
 def state_placements(p: Any, batch_dims: int) -> list[Any]:
-    """State is sharded along the stack that p is sharded along, or dim 0."""
+    """State is sharded along the stack that p is sharded along, in the same order, or dim 0."""
     shard = sys.modules["torch.distributed.tensor"].Shard
     places = []
     for x in p.placements:
-        stacked = is_cut(x) and x.dim % p.dim() < batch_dims
-        places.append(shard(x.dim % p.dim() if stacked else 0) if is_cut(x) else x)
+        dim = x.dim % p.dim() if is_cut(x) else 0
+        kept = not is_cut(x) or (strided(x) and dim < batch_dims)
+        places.append(x if kept else shard(dim if dim < batch_dims else 0))
     return places
 
 
@@ -129,10 +130,28 @@ def ranks_of(p: Any) -> Ranks:
 
 def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
     """Whether matrices of `p` are cut, so that no rank has them whole."""
-    if not is_distributed(p):
+    if not is_distributed(p) or has_whole_heads(p, group):
         return False
     stacks = 0 if p.dim() < 3 or flattens(p.shape, group) else p.dim() - 2
     return any(p.placements[i].dim % p.dim() >= stacks for i in sharded_dims(p))
+
+
+def has_whole_heads(p: Any, group: Mapping[str, Any]) -> bool:
+    """Whether `p` is cut between heads: along its rows, among a divisor of their number."""
+    if group.get("heads") is None or group.get("split") is not None:
+        return False
+    dims = sharded_dims(p)
+    (heads,) = heads_of(group, [p])
+    by_rows = all(p.placements[i].dim % p.dim() == 0 for i in dims)
+    return by_rows and heads % math.prod(p.device_mesh.size(i) for i in dims) == 0
+
+
+def views_here(p: Any, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The view keys of this rank's block of `p`, whose matrices are whole: of heads, its own."""
+    if not is_distributed(p) or not has_whole_heads(p, group):
+        return group
+    (heads,) = heads_of(group, [p])
+    return {**group, "heads": heads * p.to_local().shape[0] // p.shape[0]}
 
 
 def check_placements(label: str, p: Any, cut: bool) -> None:

@@ -19,7 +19,8 @@ from .. import _checks as check
 VIEW_DEFAULTS: dict[str, Any] = {"flatten": None, "split": None, "heads": None}
 
 
-def _heads_of(group: Mapping[str, Any], pieces: Sequence[Any]) -> Sequence[int]:
+def heads_of(group: Mapping[str, Any], pieces: Sequence[Any]) -> Sequence[int]:
+    """The number of heads of every split piece."""
     heads = group.get("heads")
     if heads is None:
         return (1,) * len(pieces)
@@ -49,7 +50,7 @@ def check_views(
     pieces = (shape[0],) if split is None else check_counts(name, "split", split)
     if sum(pieces) != shape[0]:
         raise ValueError(f"{name}: split must be row counts that add up to {shape[0]}, got {split}")
-    counts = check_counts(name, "heads", _heads_of(group, pieces))
+    counts = check_counts(name, "heads", heads_of(group, pieces))
     if len(counts) != len(pieces):
         raise ValueError(f"{name}: heads must be one number or one per split piece, got {heads}")
     for rows, count in zip(pieces, counts, strict=True):
@@ -88,5 +89,5 @@ def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     pieces = [t] if split is None else list(t.split(list(split)))
     return [
         piece if count == 1 and heads is None else piece.unflatten(0, (count, -1))
-        for piece, count in zip(pieces, _heads_of(group, pieces), strict=True)
+        for piece, count in zip(pieces, heads_of(group, pieces), strict=True)
     ]
