@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.words import SMALL, Triples
+from .ops.words import SMALL, Triples, fits
 
 Rates = dict[str, list[float]]
 
@@ -43,8 +43,8 @@ def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precisio
     torch.compile every comparison of sizes is a guard.
     """
     n, m = sorted(X.shape[-2:])
-    small = m <= SMALL and form != "gram"
     on_cpu = X.device.type == "cpu"
+    small = form != "gram" and (fits(n, m) if on_cpu else m <= SMALL)
     if precision not in ("auto", "full"):
         dtypes = [getattr(torch, precision)]
     elif X.dtype == torch.float64:
