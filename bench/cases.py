@@ -45,7 +45,7 @@ class Case:
         shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
         quotients: outputs over result0, one number of each matrix, whose error they share: they
             are judged by their products with it.
-        limit: longest side the op takes.
+        limit: longest side all kernels of the op take.
         polar: its result approximates the polar factor of "X".
         quick: its workload in the quick suite, the first of `shapes` if empty.
     """

@@ -1,4 +1,4 @@
-// X <- a X + (b A + c A^2) X, A = X X^T, of one matrix whose sides are at most 128; torch-free.
+// X <- a X + (b A + c A^2) X, A = X X^T, of one matrix of at most 128 x 128 elements; torch-free.
 //
 // One core, one workspace: the matrix stays in its cache through all iterations. Wide matrices are
 // transposed on the way in and out, so that the iteration works on the short side's Gram matrix.
@@ -10,11 +10,15 @@
 #include "cpu/isa.h"
 #include "small_newton_schulz_bf16.h"
 #include "small_newton_schulz_real.h"
+#include "small_newton_schulz_row.h"
 #include "small_newton_schulz_scale.h"
 
 namespace orthonorm::small {
 
-inline constexpr int64_t max_side = 128;
+// Whether the iterates of a matrix stay in a core's cache. A single row or column has none.
+inline bool fits(int64_t rows, int64_t cols) {
+  return std::min(rows, cols) <= 1 || rows <= 128 * 128 / cols;
+}
 
 // What the products' operands are; bfloat16 needs Isa::avx512bf16.
 enum class Arithmetic { float32, float64, bfloat16 };
@@ -85,6 +89,7 @@ inline Bf16Buffers bf16_buffers(Cutter& cut, int64_t L, int64_t S) {
 inline int64_t workspace_bytes(int64_t m, int64_t n, Arithmetic arithmetic) {
   Cutter cut(nullptr);
   cut.take<double>(m * n);
+  if (std::min(m, n) == 1) return cut.used();
   if (arithmetic == Arithmetic::float64) real_buffers<double>(cut, std::max(m, n), std::min(m, n));
   if (arithmetic == Arithmetic::float32) real_buffers<float>(cut, std::max(m, n), std::min(m, n));
 #if ORTHONORM_X86
@@ -148,6 +153,22 @@ void deliver(Isa isa, const E* X, int64_t ld, int64_t L, int64_t S, bool wide, E
   });
 }
 
+// A row, contiguous in `scratch` unless it is so in memory that y does not share.
+template <class In, class E>
+void run_row(Isa isa, const Source<In>& x, const Scaling& scaling, const double* norm,
+             const Polynomial& p, In* scratch, E* y) {
+  const int64_t count = x.rows * x.cols;
+  const In* from = x.data;
+  if ((x.cols == 1 && x.ld != 1) || static_cast<const void*>(y) == from) {
+    const int64_t step = x.cols == 1 ? x.ld : 1;
+    for (int64_t i = 0; i < count; ++i) scratch[i] = from[i * step];
+    from = scratch;
+  }
+  on<double>(isa, ORTHONORM_BODY(machine) {
+    iterate_row<decltype(machine)>(from, count, scaling, norm, p, y);
+  });
+}
+
 // Apart from `run`, so that the largest code is compiled once per E.
 template <class E>
 void iterate_on(Isa isa, Buffers<E>& m, const Polynomial& p) {
@@ -168,6 +189,7 @@ void run(Isa isa, Arithmetic arithmetic, const Source<In>& x, const Scaling& sca
   const bool wide = x.flipped ? x.cols < x.rows : x.rows < x.cols;
   Cutter cut(workspace);
   In* const scratch = reinterpret_cast<In*>(cut.take<double>(L * S));
+  if (S == 1) return run_row(isa, x, scaling, norm, p, scratch, y);
 #if ORTHONORM_X86
   if constexpr (sizeof(E) == 4) {
     if (arithmetic == Arithmetic::bfloat16 && isa == Isa::avx512bf16) {

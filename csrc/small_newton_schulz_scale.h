@@ -93,30 +93,40 @@ inline Divisor unit_of(double largest) {
   return {std::ldexp(1.0, -exponent), 1, 1};
 }
 
-// The divisor of a matrix by what `norm`, if given, or its own entries say; by = 0 means: all zero.
 // Squares of float fit double; doubles are measured in units of their largest entry.
+template <class In>
+ORTHONORM_INLINE Divisor unit_for(const In* x, int64_t ld, int64_t L, int64_t S) {
+  if (sizeof(In) == 4) return {};
+  double largest = 0;
+  for (int64_t r = 0; r < L; ++r) {
+    for (int64_t c = 0; c < S; ++c) {
+      const double v = std::fabs(double(x[r * ld + c]));
+      largest = v > largest ? v : largest;
+    }
+  }
+  return unit_of(largest);
+}
+
+// The divisor of a matrix whose norm is `own` in these units, or `norm` if given; by = 0 means: all
+// zero.
+inline Divisor divisor_of(const Divisor& unit, double own, const Scaling& scaling,
+                          const double* norm) {
+  if (!scaling.scale) return {1, 1, scaling.safety};
+  // A comparison with NaN is false: a NaN norm stays.
+  if (norm != nullptr) {
+    return {1, 1, scaling.safety * (*norm < scaling.eps ? scaling.eps : *norm)};
+  }
+  if (own < scaling.eps * unit.first * unit.second) return {1, 1, scaling.safety * scaling.eps};
+  return {unit.first, unit.second, scaling.safety * own};
+}
+
+// The divisor of a matrix, which is measured only if need be.
 template <class M, class In>
 ORTHONORM_INLINE Divisor measure(const In* x, int64_t ld, int64_t L, int64_t S,
                                  const Scaling& scaling, const double* norm) {
-  if (!scaling.scale) return {1, 1, scaling.safety};
-  // A comparison with NaN is false: a NaN norm stays.
-  const auto clamped = [&](double n) { return n < scaling.eps ? scaling.eps : n; };
-  if (norm != nullptr) return {1, 1, scaling.safety * clamped(*norm)};
-  Divisor d;
-  if (sizeof(In) == 8) {
-    double largest = 0;
-    for (int64_t r = 0; r < L; ++r) {
-      for (int64_t c = 0; c < S; ++c) {
-        const double v = std::fabs(double(x[r * ld + c]));
-        largest = v > largest ? v : largest;
-      }
-    }
-    d = unit_of(largest);
-  }
-  const double n = std::sqrt(sum_squares<M>(x, ld, L, S, d));
-  if (n < scaling.eps * d.first * d.second) return {1, 1, scaling.safety * scaling.eps};
-  d.by = scaling.safety * n;
-  return d;
+  if (!scaling.scale || norm != nullptr) return divisor_of({}, 0, scaling, norm);
+  const Divisor unit = unit_for(x, ld, L, S);
+  return divisor_of(unit, std::sqrt(sum_squares<M>(x, ld, L, S, unit)), scaling, nullptr);
 }
 
 // X = f(x) for a function of vectors of doubles and of a double; zeros in columns [S, columns) and

@@ -22,7 +22,7 @@ from .ends import End, Extra
 from .gram import grams
 from .magnitude import magnitude
 from .product import plain, product, served
-from .small_newton_schulz import HALF, small_iterations
+from .small_newton_schulz import HALF, on_chip, small_iterations
 from .symmetric_update import symmetric_update
 
 
@@ -108,7 +108,7 @@ class Iteration(NamedTuple):
         if self.scale != "frobenius" or x.numel() == 0 or x.dtype == torch.float64:
             return None
         if how.small:
-            return (0, how.dtype, "small") if how.dtype in HALF else None
+            return (0, how.dtype, "small") if how.dtype in HALF and on_chip(x) else None
         if how.form == "gram" and how.dtype == torch.bfloat16:  # its chain is in float32
             return None
         if not served("product", how.dtype, x):

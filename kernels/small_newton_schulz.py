@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from orthonorm import ops
+from orthonorm.ops.words import SMALL
 from torch import Tensor
 
 from . import configs, ends, tables, tiles
@@ -146,6 +147,10 @@ def warps(arch: str, short: int, long: int) -> int:
     return max(1, min(256, short * long // 32) // configs.lanes(arch))
 
 
+def on_chip(x: Tensor) -> bool:
+    return max(x.shape[-2:]) <= SMALL
+
+
 def small_newton_schulz(
     X: list[Tensor],
     coefficients: list[float],
@@ -155,7 +160,8 @@ def small_newton_schulz(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> list[Tensor]:
-    if not X or dtype not in HALF or any(x.dtype == torch.float64 for x in X):
+    served = dtype in HALF and all(x.dtype != torch.float64 and on_chip(x) for x in X)
+    if not X or not served:
         arguments = (X, coefficients, dtype, scale, eps, safety, norms)
         return ops.small_newton_schulz.definition(*arguments)
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]

@@ -184,5 +184,5 @@ def test_bad_keyword(case: Case) -> None:
 def test_small_newton_schulz_refuses_large_sides() -> None:
     case = CASES["small_newton_schulz"]
     (arguments,) = case.calls(Workload("", ((4, 4),)), Inputs())
-    arguments["X"].append(torch.zeros(3, 129))
+    arguments["X"].append(torch.zeros(128, 129))
     refused(case, arguments, ValueError, "129")

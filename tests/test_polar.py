@@ -176,7 +176,7 @@ def test_batch_list_and_loop(shape: tuple[int, ...], form: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(together, loop, strict=True))
         batch = polar(X, method=form, precision=precision)
         assert batch.shape == X.shape and batch.is_contiguous()
-        small = max(shape[-2:]) <= k1.SMALL and form == "direct"
+        small = k1.fits(*shape[-2:]) and form == "direct"
         words = ("small_newton_schulz",) if small else ("gram", "symmetric_update", "apply")
         exact = all((word, "CPU") in LOADED.served for word in words)
         restarts = restarts_of(c, precision) if form == "gram" else None

@@ -173,8 +173,9 @@ Batch make_batch(const Tensor& x, size_t i, int64_t first) {
   STD_TORCH_CHECK(is_float(x.scalar_type()), "small_newton_schulz: X[", i,
                   "] must be float32, float64, bfloat16 or float16");
   const int64_t rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(std::max(rows, cols) <= small::max_side, "small_newton_schulz: X[", i,
-                  "] must have sides of at most ", small::max_side, ", got ", rows, " x ", cols);
+  STD_TORCH_CHECK(small::fits(rows, cols), "small_newton_schulz: X[", i,
+                  "] must have at most 128 x 128 entries or a single row or column, got ", rows,
+                  " x ", cols);
   int64_t count = 1;
   for (int64_t d = 0; d + 2 < x.dim(); ++d) count *= x.size(d);
   const Tensor y = torch::stable::new_empty(x, x.sizes());

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.words import SMALL, Triple, Triples
+from .ops.words import SMALL, Triple, Triples, fits
 
 Rates = dict[str, list[float]]
 
@@ -53,7 +53,7 @@ def _choice(
     n: Any, m: Any, given: torch.dtype, on_cpu: bool, triples: Sequence[Triple],
     restarts: Sequence[int], form: str, precision: str,
 ) -> Choice:  # fmt: skip
-    small = m <= SMALL and form != "gram"
+    small = form != "gram" and (fits(n, m) if on_cpu else m <= SMALL)
     if precision not in ("auto", "full"):
         dtypes = [getattr(torch, precision)]
     elif given == torch.float64:

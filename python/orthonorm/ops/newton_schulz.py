@@ -18,6 +18,7 @@ from .words import (
     check_coefficients,
     check_restarts,
     direct_polynomial,
+    fits,
     gram,
     gram_form,
     triples_of,
@@ -159,7 +160,8 @@ def small_newton_schulz(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> list[Tensor]:
-    """`newton_schulz` in direct form for matrices whose sides are at most 128, one core each.
+    """`newton_schulz` in direct form for matrices of at most 128 x 128 entries, or a single row or
+    column of any length, one core each.
 
     A kernel keeps a whole matrix in cache through all iterations and may accumulate more precisely
     than `dtype`, which bounds the products' operands (float32, bfloat16, float16 or float64).
@@ -179,7 +181,9 @@ def small_newton_schulz(
     return out
 
 
-@small_newton_schulz.serves_part("products in float16 or bfloat16, matrices not in float64")
+@small_newton_schulz.serves_part(
+    "products in float16 or bfloat16, sides up to 128, matrices not in float64"
+)
 def _(
     X: list[Tensor],
     coefficients: list[float],
@@ -191,7 +195,8 @@ def _(
 ) -> bool:
     known = norms is None or norms.device == X[0].device
     half = dtype in HALF and all(x.dtype != torch.float64 for x in X)
-    return bool(X) and half and known and len(coefficients) <= MOST
+    square = all(max(x.shape[-2:]) <= SMALL for x in X)
+    return bool(X) and half and square and known and len(coefficients) <= MOST
 
 
 def split_norms(X: list[Tensor], norms: Tensor | None) -> list[Tensor | None]:
@@ -304,9 +309,10 @@ def _(
     _check_polynomial(name, X, coefficients, eps, safety, norms)
     check.choice(name, "dtype", dtype, check.FLOATS)
     for i, x in enumerate(X):
-        if max(x.shape[-2:]) > SMALL:
+        if not fits(*x.shape[-2:]):
             raise ValueError(
-                f"{name}: X[{i}] must have sides of at most {SMALL}, got {check.shape(x)}"
+                f"{name}: X[{i}] must have at most {SMALL} x {SMALL} entries or a single row or "
+                f"column, got {check.shape(x)}"
             )
 
 

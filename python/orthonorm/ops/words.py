@@ -16,12 +16,18 @@ from torch import Tensor
 from .. import _checks as check
 from .._library import op
 
-SMALL = 128  # matrices with both sides up to this stay on chip through all iterations
+SMALL = 128  # matrices with both sides up to this stay on chip through all iterations; see `fits`
 CHAIN_BYTES = 104448  # of shared memory, for gram_polynomial of sides above SMALL // 2 in CUDA C++
 CLUSTER = 256  # short sides up to which a cluster of blocks does, each with CLUSTER_BYTES
 CLUSTER_BLOCKS, CLUSTER_BYTES = 4, 119808
 MOST = 3 * 128  # coefficients that fit the launch of a compiled kernel for them
 HALF = (torch.float16, torch.bfloat16)
+
+
+def fits(rows: int, cols: int) -> bool:
+    """Whether a CPU's core keeps such a matrix in its cache through all iterations, or, of a single
+    row or column, has but its norm to iterate."""
+    return min(rows, cols) <= 1 or rows * cols <= SMALL**2
 
 
 def _mirror(A: Tensor) -> Tensor:
