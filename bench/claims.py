@@ -27,7 +27,7 @@ from .shapes import MODELS, parse
 from .steps import KERNELS, MUON, Model
 from .timing import Plan, interleave, median_ratio, quantile
 
-SMALL_TARGETS = {"500x32x32": 100.0, "500x64x64": 19.0, "64x128x128": 4.5}
+SMALL_TARGETS = {"500x32x32": 200.0, "500x64x64": 30.0, "64x128x128": 6.0}
 FOUR_TO_ONE = ("768x3072", "1024x4096")
 K2 = (
     "rotated_adam_", "row_moment_", "column_moment_", "factored_moment_", "elementwise_moment_",
@@ -91,10 +91,11 @@ Section = tuple[str, Callable[[Request], Iterator[Found]]]
 
 def _polynomials(base: Request) -> Iterator[Found]:
     for shape, target in SMALL_TARGETS.items():
-        for precision in ("float32", "bfloat16"):
+        # float32 is ten thousand times as exact: no slower is what is asked of it
+        for precision, least in (("float32", 1.0), ("bfloat16", target)):
             rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
                                    precision=precision, kinds=("torch",)))  # fmt: skip
-            claim = compare(rows, POLYNOMIAL, f"newton_schulz {shape} {precision}", ">=", target)
+            claim = compare(rows, POLYNOMIAL, f"newton_schulz {shape} {precision}", ">=", least)
             yield replace(claim, exact=True), rows
     for shape in LARGE:
         wide = shape in FOUR_TO_ONE

@@ -121,23 +121,35 @@ void on(Isa isa, const Body& body) {
 
 #define ORTHONORM_BODY(machine) [&](auto machine) __attribute__((always_inline))
 
-// x brought into X (L x S, tall), scaled.
-template <class In, class E>
-void prepare(Isa isa, const Source<In>& x, const Scaling& scaling, const double* norm, In* scratch,
-             int64_t L, int64_t S, E* X, int64_t ld) {
-  const In* from = x.data;
-  int64_t ld_from = x.ld;
-  if (x.rows != L || (x.flipped && L == S)) {
-    on<In>(isa, ORTHONORM_BODY(machine) {
-      transpose_copy<decltype(machine)>(x.data, x.ld, x.rows, x.cols, scratch, S);
-    });
-    from = scratch;
-    ld_from = S;
-  }
-  on<E>(isa, ORTHONORM_BODY(machine) {
+// Where a tall matrix lies, and what divides it.
+template <class In>
+struct Tall {
+  const In* data;
+  int64_t ld;
+  Divisor divisor;
+};
+
+// x, transposed into `scratch` if it lies the other way, and measured.
+template <class In>
+Tall<In> measured(Isa isa, const Source<In>& x, const Scaling& scaling, const double* norm,
+                  In* scratch, int64_t L, int64_t S) {
+  Tall<In> tall{x.data, x.ld, {}};
+  const bool turned = x.rows != L || (x.flipped && L == S);
+  if (turned) tall.data = scratch, tall.ld = S;
+  on<In>(isa, ORTHONORM_BODY(machine) {
     using M = decltype(machine);
-    const Divisor d = measure<M>(from, ld_from, L, S, scaling, norm);
-    scale<M>(from, ld_from, L, S, d, X, ld, round_up(L, 4), round_up(S, 16));
+    if (turned) transpose_copy<M>(x.data, x.ld, x.rows, x.cols, scratch, S);
+    tall.divisor = measure<M>(tall.data, tall.ld, L, S, scaling, norm);
+  });
+  return tall;
+}
+
+// It brought into X (L x S), scaled.
+template <class In, class E>
+void prepare(Isa isa, const Tall<In>& x, int64_t L, int64_t S, E* X, int64_t ld) {
+  on<E>(isa, ORTHONORM_BODY(machine) {
+    scale<decltype(machine)>(x.data, x.ld, L, S, x.divisor, X, ld, round_up(L, 4),
+                             round_up(S, 16));
   });
 }
 
@@ -175,7 +187,10 @@ void iterate_on(Isa isa, Buffers<E>& m, const Polynomial& p) {
   on<E>(isa, ORTHONORM_BODY(machine) { iterate<decltype(machine)>(m, p); });
 }
 #if ORTHONORM_X86
-ORTHONORM_AVX512BF16 [[gnu::noinline]] inline void run_bf16(Bf16Buffers& m, const Polynomial& p) {
+ORTHONORM_AVX512BF16 [[gnu::noinline]] inline void run_bf16(Bf16Buffers& m, const float* x,
+                                                            int64_t ld, const FloatDivisor& d,
+                                                            const Polynomial& p) {
+  round_bf16(m, x, ld, d);
   iterate_bf16(m, p);
 }
 #endif
@@ -190,19 +205,24 @@ void run(Isa isa, Arithmetic arithmetic, const Source<In>& x, const Scaling& sca
   Cutter cut(workspace);
   In* const scratch = reinterpret_cast<In*>(cut.take<double>(L * S));
   if (S == 1) return run_row(isa, x, scaling, norm, p, scratch, y);
+  const Tall<In> tall = measured(isa, x, scaling, norm, scratch, L, S);
 #if ORTHONORM_X86
   if constexpr (sizeof(E) == 4) {
-    if (arithmetic == Arithmetic::bfloat16 && isa == Isa::avx512bf16) {
+    if (arithmetic == Arithmetic::bfloat16 && isa == Isa::avx512bf16 && p.steps > 0) {
       Bf16Buffers m = bf16_buffers(cut, L, S);
-      prepare(isa, x, scaling, norm, scratch, L, S, m.X, m.ld);
-      run_bf16(m, p);
+      if constexpr (sizeof(In) == 4) {
+        run_bf16(m, tall.data, tall.ld, FloatDivisor(tall.divisor.by), p);
+      } else {
+        prepare(isa, tall, L, S, m.X, m.ld);
+        run_bf16(m, m.X, m.ld, {}, p);
+      }
       return deliver(isa, m.X, m.ld, L, S, wide, y);
     }
   }
 #endif
   static_cast<void>(arithmetic);
   Buffers<E> m = real_buffers<E>(cut, L, S);
-  prepare(isa, x, scaling, norm, scratch, L, S, m.X, m.ld);
+  prepare(isa, tall, L, S, m.X, m.ld);
   iterate_on(isa, m, p);
   deliver(isa, m.X, m.ld, L, S, wide, y);
 }

@@ -15,6 +15,8 @@
 
 #if ORTHONORM_X86
 
+#include <cmath>
+
 #include <immintrin.h>
 
 namespace orthonorm::small {
@@ -24,7 +26,7 @@ namespace orthonorm::small {
 // Columns beyond S are zero, and so is row L of X where L is odd.
 struct Bf16Buffers {
   int64_t L, S, ld, ld_rows;
-  float* X;  // the scaled matrix, and the result
+  float* X;  // the result; at first room for a matrix to be scaled in
   uint32_t *X_pairs, *A_pairs, *B_pairs;
   uint32_t *X_rows, *Y_rows;  // take turns
 };
@@ -230,14 +232,39 @@ ORTHONORM_BF16_INLINE void apply_bf16(const Bf16Buffers& m, const ApplyBf16& don
   }
 }
 
-// The scaled matrix in m.X as operands.
-ORTHONORM_BF16_INLINE void round_bf16(const Bf16Buffers& m) {
+// x / divisor of floats as (x first) second, first a power of two and x first between x and the
+// quotient: no order of magnitude overflows, and a power of two in x and in its norm cancels.
+struct FloatDivisor {
+  float first = 1, second = 1;
+
+  FloatDivisor() = default;
+  explicit FloatDivisor(double by) {
+    int e = 0;
+    if (by > 0 && !std::isinf(by)) by = std::frexp(by, &e);
+    first = std::ldexp(1.0f, -(e / 2));
+    second = by == 0 ? 0.0f : std::ldexp(static_cast<float>(1 / by), e / 2 - e);
+  }
+};
+
+// 16 values from x on, scaled; zero where `inside` is.
+ORTHONORM_BF16_INLINE __m512 scaled_bf16(const float* x, __mmask16 inside, const FloatDivisor& d) {
+  const __m512 near = _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, x), _mm512_set1_ps(d.first));
+  return _mm512_mul_ps(near, _mm512_set1_ps(d.second));
+}
+
+// L x S floats at x, scaled, as operands. What is scaled in float is rounded to bfloat16 at once:
+// through double and a float copy it took a sixth of a 32 x 32 polynomial (2026-11).
+ORTHONORM_BF16_INLINE void round_bf16(const Bf16Buffers& m, const float* x, int64_t ld,
+                                      const FloatDivisor& d) {
   const int64_t rows = round_up(m.L, 4), columns = round_up(m.S, 16);
-  for (int64_t i = 0; i < rows; i += 2) {
-    for (int64_t j = 0; j < columns; j += 16) {
-      const float* const x = m.X + i * m.ld + j;
+  for (int64_t j = 0; j < columns; j += 16) {
+    const auto inside = static_cast<__mmask16>(m.S - j >= 16 ? 0xffff : (1 << (m.S - j)) - 1);
+    for (int64_t i = 0; i < rows; i += 2) {
+      const float* const from = x + i * ld + j;
+      const __mmask16 first = i < m.L ? inside : 0, second = i + 1 < m.L ? inside : 0;
+      const __m512 even[1] = {scaled_bf16(from, first, d)};
+      const __m512 odd[1] = {scaled_bf16(from + ld, second, d)};
       uint32_t* const to = m.X_rows + i * m.ld_rows + j / 2;
-      const __m512 even[1] = {_mm512_load_ps(x)}, odd[1] = {_mm512_load_ps(x + m.ld)};
       store_pairs<1>(even, odd, m.X_pairs + i / 2 * m.ld + j, nullptr, 0);
       _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(even[0]));
       _mm256_storeu_si256((__m256i*)(to + m.ld_rows), (__m256i)_mm512_cvtneps_pbh(odd[0]));
@@ -245,9 +272,9 @@ ORTHONORM_BF16_INLINE void round_bf16(const Bf16Buffers& m) {
   }
 }
 
-// X <- a X + X (b A + c A^2), A = X^T X, for each (a, b, c), of the scaled matrix in m.X.
+// X <- a X + X (b A + c A^2), A = X^T X, for each (a, b, c), of the matrix in operands;
+// the result is in m.X.
 ORTHONORM_BF16_INLINE void iterate_bf16(Bf16Buffers& m, const Polynomial& p) {
-  if (p.steps > 0) round_bf16(m);
   for (int64_t t = 0; t < p.steps; ++t) {
     const float a = static_cast<float>(p.coefficients[3 * t]);
     const float b = static_cast<float>(p.coefficients[3 * t + 1]);

@@ -110,6 +110,17 @@ def test_several_python_threads_at_once() -> None:
         assert all(map(torch.equal, pool.map(polar, matrices), want))
 
 
+@compiled
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1100, 1100), (500, 2000), (40, 128, 128)], ids=str)
+def test_numbers_of_an_earlier_call_are_not_seen(shape: tuple[int, ...], precision: str) -> None:
+    """Memory of large products stays for the next call, as it was left: here full of NaN."""
+    X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    want = polar(X, precision=precision)
+    assert polar(X * math.nan, precision=precision).isnan().all()
+    assert torch.equal(polar(X, precision=precision), want)
+
+
 NESTED = """
 import ctypes, torch
 from orthonorm import ops, polar

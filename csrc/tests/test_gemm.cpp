@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
@@ -250,6 +251,24 @@ void conversions() {
   }
 }
 
+// Memory of a call that is over serves the next of about its size; none that is still in use.
+void recycled() {
+  constexpr int64_t large = int64_t{8} << 20;
+  const auto fill = [](Workspace& w, int byte) {
+    return std::memset(w.take<char>(large), byte, static_cast<size_t>(large));
+  };
+  void* left = nullptr;
+  {
+    Workspace over(large);
+    left = fill(over, 0xff);
+  }
+  Workspace little(large / 4), next(large), beside(large);
+  const auto* byte = next.take<unsigned char>(large);
+  CHECK(byte == left && byte[large - 1] == 0xff, "new memory, not %p", left);
+  CHECK(little.take<char>(1) != left && fill(beside, 1) != left, "%p given twice", left);
+  CHECK(byte[0] == 0xff, "written by its neighbour: %d", byte[0]);
+}
+
 template <class T>
 void all() {
   shapes<T>();
@@ -262,6 +281,7 @@ void all() {
 }  // namespace
 
 int main() {
+  recycled();
   conversions();
   all<float>();
   all<double>();

@@ -259,7 +259,7 @@ def newton_schulz(
     for dtype, rows in small.items():
         some = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])  # type: ignore[union-attr]
         matrices = [X[i] for i in rows]
-        done = small_newton_schulz(
+        done = small_newton_schulz.overload(
             matrices, coefficients, dtype, scale != "none", eps, safety, some
         )
         for i, y in zip(rows, done, strict=True):
