@@ -108,7 +108,7 @@ class AxisScaling {
 
   void first_pass(const Unit& unit) {
     const Job& job = jobs_[unit.job];
-    along(job) ? sum_runs(unit) : sum_columns(job, unit, workspace_.at(unit.work));
+    along(job) ? sum_runs(unit) : sum_columns(job.x, unit, workspace_.at(unit.work));
   }
 
   // Sums and factors of whole runs, a group at a time that fits L1. If no norm is kept the group is

@@ -99,6 +99,11 @@ class FactoredMoments {
     part(unit.work) = total;
   }
 
+  // Whether float64 shows how sums over runs were rounded.
+  static bool wide(const Job& job) {
+    return job.x.dtype == ScalarType::Double || job.along_inner().dtype == ScalarType::Double;
+  }
+
   // Runs [o, o + R) of a unit.
   template <int R>
   void add_runs(const Unit& unit, int64_t o, double* sums, Part& total) const {

@@ -56,36 +56,6 @@ inline bool fits_float(const float* sums, int64_t count) {
   return bit_cast<float>(least) >= 0x1p-100f && bit_cast<float>(most) <= FLT_MAX;
 }
 
-// sums_j = x_j^2, or += if they hold earlier runs.
-template <class T>
-inline void add_squares(const Rows<1, T>& x, int64_t count, float* sums, bool more) {
-  specialized([=]<Isa set>(For<set>) {
-    int64_t j = 0;
-    for (; j + 16 <= count; j += 16) {
-      Sixteen sum = {}, v;
-      if (more) std::memcpy(&sum, sums + j, sizeof(sum));
-      x.prefetch(0, j);
-      load_sixteen<set>(x.at[0] + j, v);
-      sum += v * v;
-      std::memcpy(sums + j, &sum, sizeof(sum));
-    }
-    for (; j < count; ++j) {
-      const float value = widen(x.at[0][j]);
-      sums[j] = (more ? sums[j] : 0) + value * value;
-    }
-  });
-}
-
-// to_j += sums_j if float held them; returns whether it did.
-inline bool add_if_held(const float* sums, int64_t count, double* to) {
-  bool held;
-  specialized([=, &held] {
-    held = fits_float(sums, count);
-    for (int64_t j = 0; held && j < count; ++j) to[j] += sums[j];
-  });
-  return held;
-}
-
 // Squares of R runs are summed plainly and with two weights of each run.
 template <int R>
 struct Weights {
