@@ -13,7 +13,7 @@ import torch
 from orthonorm import ops
 from orthonorm import orthogonalize as k1
 from orthonorm.ops.newton_schulz import split_norms
-from orthonorm.ops.words import Triples, segments, triples_of, wide
+from orthonorm.ops.words import SMALL, Triples, segments, triples_of, wide
 from torch import Tensor
 
 from . import ends, tables
@@ -107,7 +107,7 @@ class Iteration(NamedTuple):
         how = k1.choose(x, triples_of(self.coefficients), self.restarts, self.form, self.precision)
         if self.scale != "frobenius" or x.numel() == 0 or x.dtype == torch.float64:
             return None
-        if how.small:
+        if how.small and max(x.shape[-2:]) <= SMALL:  # longer ones are for a core's cache
             return (0, how.dtype, "small") if how.dtype in HALF and on_chip(x) else None
         if how.form == "gram" and how.dtype == torch.bfloat16:  # its chain is in float32
             return None

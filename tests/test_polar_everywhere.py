@@ -60,7 +60,8 @@ def test_long_matrices_are_touched_once(shape: tuple[int, int]) -> None:
     """A single row as well: in direct form 65536 numbers took 36 ms instead of 0.4 (2026-11)."""
     numbers, restarts, *_ = polynomial("keller", precision="float32")
     X = torch.empty(shape)
-    assert choose(X, triples_of(numbers), restarts, "auto", "auto").form == "gram"
+    how = choose(X, triples_of(numbers), restarts, "auto", "auto")
+    assert how.form == "gram" or how.small
 
 
 def step(shapes: list[tuple[int, int]], rows: list[int], precision: str) -> list[Tensor]:
