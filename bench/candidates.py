@@ -100,11 +100,11 @@ def start_part(case: Case, calls: list[Arguments]) -> Running:
     return run_calls(library_part(case.op), case, calls)
 
 
-# torch ops that an optimizer's rule asks for: products, factorizations and the choice of rows; all
-# else of torch in a step is glue
+# torch ops that an optimizer's rule asks for: products and factorizations; all else of torch in a
+# step is glue
 ALGEBRA = (
     "mm", "bmm", "addmm", "baddbmm", "baddbmm_", "linalg_eigh", "_linalg_eigh", "linalg_qr",
-    "linalg_cholesky_ex", "cholesky_solve", "topk", "gather", "scatter_",
+    "linalg_cholesky_ex", "cholesky_solve",
 )  # fmt: skip
 
 

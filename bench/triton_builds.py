@@ -171,6 +171,7 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
         "elementwise_moment_kernel", ("V", "X"),
         (("corrections", "*fp64"), ("sums", "*fp64")), {},
     ),
+    "sign": ("sign_kernel", ("X",), (), {}),
     "gram_fold": ("fold_kernel", ("OUT", "X"), (), {}),
     "muon_prologue": (
         "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True, **FLAGS}

@@ -52,7 +52,8 @@ def update(
     SEEDED: tl.constexpr = second is not None and second.dtype.element_ty == tl.int64
     if second is not None and not SEEDED:
         step *= tl.load(second + item).to(tl.float64)
-    flag = tl.load(numbers + 4)
+    # volatile, so read here: before all tiles it would take registers through them (sm_100 spilled)
+    flag = tl.load(numbers + 4, volatile=True)
     found = tl.load(flag.to(tl.pointer_type(tl.float32)), mask=flag != 0, other=0.0)
     new = kept * tl.load(at, mask=mask, other=0.0).to(tl.float32) - step.to(tl.float32) * value
     TYPE: tl.constexpr = at.dtype.element_ty

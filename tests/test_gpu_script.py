@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
 import orthonorm.bench
-import pytest
 from orthonorm.bench.cases import CASES
 from orthonorm.bench.options import matches, parser, requests
 
 SCRIPT = Path(orthonorm.bench.__file__).resolve().parent / "gpu.sh"
 TESTS = Path(__file__).with_name("test_gpu.py").read_text()
-if shutil.which("bash") is None or shutil.which("timeout") is None:
-    pytest.skip("the script needs bash and timeout", allow_module_level=True)
 
 
 def commands(folder: Path, *arguments: str) -> tuple[list[list[str]], list[str], int]:

@@ -38,8 +38,7 @@ def fits(case: Case, shape: Shape) -> bool:
 def made(case: Case, shapes: Shapes, inputs: Inputs, **keywords: Any) -> Arguments:
     """The arguments of one call; an op on one matrix takes the first shape."""
     shapes = tuple(s for s in shapes if fits(case, s))
-    if not case.takes_list:
-        shapes = shapes[:1]
+    shapes = shapes if case.takes_list else shapes[:1]
     (arguments,) = case.calls(Workload("", shapes), inputs, **keywords)
     return arguments
 

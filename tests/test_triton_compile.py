@@ -29,7 +29,7 @@ SPILLS = {
     f"small_{op}-{dtype}-128x128-sm_80": 8
     for op in ("normuon", "normuon-tall", "muon-rounded")
     for dtype in ("float16", "bfloat16")
-} | {"muon-direct-tf32-64x64x32-sm_100": 2}  # one register, once, for the flag of the update
+}
 
 
 def bounded(build: Build) -> bool:

@@ -19,15 +19,7 @@ from ..distributed.spread import Sums, folded_size, sum_dtype
 from ..ops import rotated_adam_
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, optional, whole
-from .sides import (
-    SIDES,
-    average_,
-    averaged,
-    between,
-    eigenvectors,
-    side_grams,
-    side_shapes,
-)
+from .sides import SIDES, average_, averaged, between, eigenvectors, side_grams, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates, by_step
 from .tensors import is_distributed, sharded_dims

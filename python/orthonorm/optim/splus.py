@@ -14,15 +14,7 @@ from typing_extensions import Unpack
 from .base import MatrixOptimizer
 from .norms import to_signs
 from .settings import Common, Rule, whole
-from .sides import (
-    SIDES,
-    average_,
-    averaged,
-    between,
-    eigenvectors,
-    side_grams,
-    side_shapes,
-)
+from .sides import SIDES, average_, averaged, between, eigenvectors, side_grams, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
 
