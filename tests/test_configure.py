@@ -152,6 +152,13 @@ def test_classes_by_name(name: str) -> None:
     assert type(opt).__name__.lower() == name.lower()
 
 
+def test_a_wrapper_is_no_optimizer_of_ours() -> None:
+    """Trainers wrap an optimizer in a class made of theirs and its own, so that isinstance holds."""
+    before = dict(optim.REGISTRY)
+    type("WrappedMuon", (type("Wrapper", (), {}), optim.Muon), {})
+    assert before == optim.REGISTRY
+
+
 def test_report_says_why() -> None:
     said: list[str] = []
     optim.configure(Dense(), "muon", report=said.append)

@@ -86,8 +86,8 @@ class MatrixOptimizer(Groups):
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.rules = {**super(cls, cls).rules, **cls.rules}
-        if not abstract:
-            REGISTRY[cls.__name__] = cls
+        if not abstract and issubclass(cls.__bases__[0], MatrixOptimizer):
+            REGISTRY[cls.__name__] = cls  # a wrapper (Lightning's) puts its own class first
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ones: dict[torch.device, Tensor] = {}

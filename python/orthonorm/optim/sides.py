@@ -73,10 +73,7 @@ def inverse_root(A: Tensor, power: float, eps: float, ridge: float) -> Tensor:
 
 
 def finite(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices in float64, the identity where one is not finite, and 0, or NaN there.
-
-    |A_ij|^2 <= A_ii A_jj: none is that is not so on its diagonal.
-    """
-    fine = A.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)[..., None, None]
+    """Gram matrices in float64, the identity where one is not finite, and 0, or NaN there."""
+    fine = A.isfinite().all(-1).all(-1)[..., None, None]
     identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
     return torch.where(fine, A.double(), identity), torch.where(fine, 0.0, torch.nan).double()
