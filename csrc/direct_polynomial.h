@@ -138,7 +138,7 @@ void direct_polynomial(Strided<const T> X, const std::vector<Triple>& triples, S
   };
 #if ORTHONORM_X86
   if constexpr (std::is_same_v<T, Bf16>) {
-    if (chosen == Isa::avx512bf16) return as.template operator()<Isa::avx512bf16, Pair>();
+    if (chosen >= Isa::avx512bf16) return as.template operator()<Isa::avx512bf16, Pair>();
   }
   if (chosen >= Isa::avx512) return as.template operator()<Isa::avx512, Wide>();
   if (chosen == Isa::avx2) return as.template operator()<Isa::avx2, Wide>();

@@ -184,7 +184,7 @@ void multiply(const Product<T, O>& p, int64_t threads, const Parallel& parallel,
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 #if ORTHONORM_X86
   if constexpr (std::is_same_v<T, Bf16>) {
-    if (chosen == Isa::avx512bf16) {
+    if (chosen >= Isa::avx512bf16) {
       return multiply_as<Isa::avx512bf16, Pair>(p, threads, parallel);
     }
   }

@@ -35,7 +35,7 @@ constexpr double unit_cost = 4e6;
 
 Arithmetic arithmetic_of(ScalarType dtype) {
   if (dtype == ScalarType::Double) return Arithmetic::float64;
-  if (dtype == ScalarType::BFloat16 && isa() == Isa::avx512bf16) return Arithmetic::bfloat16;
+  if (dtype == ScalarType::BFloat16 && isa() >= Isa::avx512bf16) return Arithmetic::bfloat16;
   return Arithmetic::float32;  // also for float16: more precise, and no slower here
 }
 
