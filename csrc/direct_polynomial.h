@@ -21,16 +21,14 @@ class DirectPolynomial {
       : n_(n),
         m_(m),
         lanes_(lanes_of<Lane>(n)),
-        memory_(Workspace::bytes_for<Lane>(P::size(n, m)) +
-                2 * Workspace::bytes_for<Lane>(P::size(m, n)) +
-                2 * Workspace::bytes_for<Lane>(P::size(n, n)) +
-                Workspace::bytes_for<S>(slots * SIDE * SIDE)) {
-    rows_ = memory_.template take<Lane>(P::size(n, m));
+        memory_(P::bytes(n, m) + 2 * Workspace::bytes_for<Lane>(P::size(m, n)) +
+                2 * P::bytes(n, n) + Workspace::bytes_for<S>(slots * SIDE * SIDE)) {
+    rows_ = P::take(memory_, n, m);
     for (Lane** X : {&X_, &next_}) *X = memory_.template take<Lane>(P::size(m, n));
-    for (Lane** A : {&A_, &B_}) *A = memory_.template take<Lane>(P::size(n, n));
+    for (auto* A : {&A_, &B_}) *A = P::take(memory_, n, n);
     sums_ = memory_.template take<S>(slots * SIDE * SIDE);
     P::clear_edge(next_, m, n);
-    for (Lane* A : {A_, B_}) P::clear_edge(A, n, n);
+    for (const auto& A : {A_, B_}) P::clear_edge(A.left, n, n);
   }
 
   void run(Strided<const T> X, const std::vector<Triple>& triples, Strided<T> out,
@@ -45,7 +43,7 @@ class DirectPolynomial {
       gram(crew);
       if (c != 0) update(static_cast<S>(b), static_cast<S>(c), crew);
       const bool last = t + 1 == triples.size();
-      apply(c != 0 ? B_ : A_, static_cast<S>(c != 0 ? 1 : b), static_cast<S>(a),
+      apply((c != 0 ? B_ : A_).left, static_cast<S>(c != 0 ? 1 : b), static_cast<S>(a),
             last ? &out : nullptr, crew);
     }
   }
@@ -53,10 +51,12 @@ class DirectPolynomial {
  private:
   void pack(Strided<const T> X, const Crew& crew) {
     const auto groups = [](int64_t count) { return (F::panels(count) + F::GROUP - 1) / F::GROUP; };
-    const int64_t left = groups(n_);
+    const int64_t left = groups(n_), deep = lanes_of<Lane>(m_);
     crew.each(left + groups(m_), [&](int64_t, int64_t index) {
       if (index < left) {
-        F::pack_group(X, n_, index * F::GROUP, 0, m_, rows_, lanes_of<Lane>(m_));
+        F::pack_group(X, n_, index * F::GROUP, 0, m_, rows_.left, deep, true);
+        if (rows_.left == rows_.right) return;
+        F::pack_group(X, n_, index * F::GROUP, 0, m_, rows_.right, deep);
       } else {
         F::pack_group(X.transposed(), m_, (index - left) * F::GROUP, 0, n_, X_, lanes_);
       }
@@ -75,7 +75,7 @@ class DirectPolynomial {
 
   // A = X X^T.
   void gram(const Crew& crew) {
-    multiply(square_, rows_, rows_, m_, crew,
+    multiply(square_, rows_.left, rows_.right, m_, crew,
              [&](int64_t row, int64_t col, int64_t rows, int64_t cols, S* sums) {
                P::put_symmetric(sums, row, col, rows, cols, lanes_, A_);
              });
@@ -83,9 +83,9 @@ class DirectPolynomial {
 
   // B = b A + c A^2.
   void update(S b, S c, const Crew& crew) {
-    multiply(square_, A_, A_, n_, crew,
+    multiply(square_, A_.left, A_.right, n_, crew,
              [&](int64_t row, int64_t col, int64_t rows, int64_t cols, S* sums) {
-               P::combine(sums, c, b, A_, row, col, rows, lanes_);
+               P::combine(sums, c, b, A_.right, row, col, rows, lanes_);
                P::put_symmetric(sums, row, col, rows, cols, lanes_, B_);
              });
   }
@@ -99,15 +99,16 @@ class DirectPolynomial {
                  const Strided<T> to{out->at(row, col), out->row, out->col, 0};
                  return F::store_strip(sums, rows, cols, to);
                }
-               P::put(sums, row, col, rows, lanes_, next_);
-               P::put_turned(sums, row, col, rows, cols, lanes_of<Lane>(m_), rows_);
+               P::put(sums, row, col, rows, cols, lanes_, next_);
+               P::put_rows(sums, row, col, rows, cols, lanes_of<Lane>(m_), rows_);
              });
     std::swap(X_, next_);
   }
 
   const int64_t n_, m_, lanes_;
   Workspace memory_;
-  Lane *rows_, *X_, *next_, *A_, *B_;  // X by rows and by columns, and its next by columns
+  Operand<Lane> rows_, A_, B_;  // X by rows
+  Lane *X_, *next_;             // X by columns, and its next
   S* sums_;
   std::vector<Block> square_, whole_;  // blocks of A and of X
 };
@@ -138,7 +139,10 @@ void direct_polynomial(Strided<const T> X, const std::vector<Triple>& triples, S
   };
 #if ORTHONORM_X86
   if constexpr (std::is_same_v<T, Bf16>) {
-    if (chosen >= Isa::avx512bf16) return as.template operator()<Isa::avx512bf16, Pair>();
+#if ORTHONORM_HAS_AMX
+    if (chosen == Isa::amx) return as.template operator()<Isa::amx, TilePair>();
+#endif
+    if (chosen == Isa::avx512bf16) return as.template operator()<Isa::avx512bf16, Pair>();
   }
   if (chosen >= Isa::avx512) return as.template operator()<Isa::avx512, Wide>();
   if (chosen == Isa::avx2) return as.template operator()<Isa::avx2, Wide>();

@@ -33,13 +33,13 @@ class Engine {
         lanes_(lanes_of<Lane>(depth_)),
         width_(p.gram ? p.cols : std::min(p.cols, slab_width(slots))),
         left_size_(panels(p.rows) * WIDTH * lanes_),
-        right_size_(p.gram ? 0 : panels(width_) * WIDTH * lanes_),
+        right_size_(shared(p) ? 0 : panels(width_) * WIDTH * lanes_),
         kept_size_(p.depth > depth_ ? blocks(p.rows) * blocks(width_) * SIDE * SIDE : 0),
         memory_(Workspace::bytes_for<Lane>(left_size_) + Workspace::bytes_for<Lane>(right_size_) +
                 Workspace::bytes_for<S>(kept_size_) +
                 Workspace::bytes_for<S>(slots * block_size())) {
     left_ = memory_.template take<Lane>(left_size_);
-    right_ = p.gram ? left_ : memory_.template take<Lane>(right_size_);
+    right_ = shared(p) ? left_ : memory_.template take<Lane>(right_size_);
     kept_ = memory_.template take<S>(kept_size_);
     sums_ = memory_.template take<S>(slots * block_size());
   }
@@ -65,6 +65,8 @@ class Engine {
  private:
   static int64_t panels(int64_t count) { return F::panels(count); }
   static int64_t blocks(int64_t count) { return F::blocks(count); }
+  // Whether packed rows are packed columns too.
+  static bool shared(const Product<T, O>& p) { return p.gram && !on_tiles<Lane>; }
   // Sums of the largest block in whole strips.
   int64_t block_size() const {
     return std::min<int64_t>(SIDE, (p_.rows + HEIGHT - 1) / HEIGHT * HEIGHT) *
@@ -83,16 +85,16 @@ class Engine {
     const bool again = first_col_ > 0 && now_ == p_.depth;
     const int64_t left = again ? 0 : (panels(p_.rows) + GROUP - 1) / GROUP * parts;
     const int64_t cols = end_col_ - first_col_;
-    const int64_t right = p_.gram ? 0 : (panels(cols) + GROUP - 1) / GROUP * parts;
-    Strided<const T> L = p_.L, R = p_.R.transposed();
+    const int64_t right = shared(p_) ? 0 : (panels(cols) + GROUP - 1) / GROUP * parts;
+    Strided<const T> L = p_.L, R = p_.gram ? p_.L : p_.R.transposed();
     L.data = L.at(0, from_);
-    if (!p_.gram) R.data = R.at(first_col_, from_);
+    R.data = R.at(first_col_, from_);
     crew.each(left + right, [&](int64_t, int64_t index) {
       const bool is_left = index < left;
       const int64_t group = (is_left ? index : index - left) / parts * GROUP;
       const int64_t begin = (is_left ? index : index - left) % parts * part;
       F::pack_group(is_left ? L : R, is_left ? p_.rows : cols, group, begin,
-                    std::min(part, now_ - begin), is_left ? left_ : right_, lanes_);
+                    std::min(part, now_ - begin), is_left ? left_ : right_, lanes_, is_left);
     });
   }
 
@@ -105,8 +107,9 @@ class Engine {
       sums = kept_ + (block.row / SIDE * blocks(width_) + col / SIDE) * SIDE * SIDE +
              (block.row % SIDE * SIDE + col % SIDE * half);
     }
-    for (int64_t k = 0; k == 0 || k < lanes; k += DEEP) {
-      const int64_t chunk = std::min(DEEP, lanes - k);
+    [[maybe_unused]] const TilesOf<Lane> tiles;
+    for (int64_t k = 0; k == 0 || k < lanes; k += DEEP<Lane>) {
+      const int64_t chunk = std::min(DEEP<Lane>, lanes - k);
       S* strip = sums;
       for (int64_t col = block.col; col < block.col + block.cols; col += WIDTH) {
         const Lane* panel = right_ + (col - first_col_) * lanes_ + k * WIDTH;
@@ -184,7 +187,10 @@ void multiply(const Product<T, O>& p, int64_t threads, const Parallel& parallel,
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 #if ORTHONORM_X86
   if constexpr (std::is_same_v<T, Bf16>) {
-    if (chosen >= Isa::avx512bf16) {
+#if ORTHONORM_HAS_AMX
+    if (chosen == Isa::amx) return multiply_as<Isa::amx, TilePair>(p, threads, parallel);
+#endif
+    if (chosen == Isa::avx512bf16) {
       return multiply_as<Isa::avx512bf16, Pair>(p, threads, parallel);
     }
   }

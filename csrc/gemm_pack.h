@@ -2,6 +2,7 @@
 //
 // A panel holds `width` neighbours (rows of L or columns of R) for the whole depth, depth-major:
 // lane (k, j) at panel[k width + j], zeros beyond the matrix. Strides end here, and so do dtypes.
+// Panels of L for tiles are another layout: gemm_amx.h.
 #pragma once
 
 #include "gemm_types.h"
@@ -19,12 +20,13 @@ namespace orthonorm::gemm {
 
 template <class Lane>
 constexpr int64_t per_lane() {
-  return std::is_same_v<Lane, Pair> ? 2 : 1;
+  return paired<Lane> ? 2 : 1;
 }
 
 template <class Lane>
 constexpr int64_t lanes_of(int64_t depth) {
-  return (depth + per_lane<Lane>() - 1) / per_lane<Lane>();
+  constexpr int64_t whole = on_tiles<Lane> ? TILE : 1, step = per_lane<Lane>() * whole;
+  return (depth + step - 1) / step * whole;
 }
 
 template <class T, int BYTES>
@@ -65,11 +67,12 @@ ORTHONORM_INLINE void transpose(V (&r)[W]) {
   }
 }
 
-// Lanes for elements (k, j), whichever fit; `more` says whether a pair has its second element.
+// The lane that begins with the element at `at`, of which `left` follow along the depth.
 template <class T, class Lane>
-ORTHONORM_INLINE Lane lane(const T* at, int64_t stride_k, bool more) {
-  if constexpr (std::is_same_v<Lane, Pair>) {
-    return {at[0].bits | (more ? static_cast<uint32_t>(at[stride_k].bits) << 16 : 0u)};
+ORTHONORM_INLINE Lane lane(const T* at, int64_t stride_k, int64_t left) {
+  if (left <= 0) return Lane{};
+  if constexpr (paired<Lane>) {
+    return {at[0].bits | (left > 1 ? static_cast<uint32_t>(at[stride_k].bits) << 16 : 0u)};
   } else {
     return static_cast<Lane>(widen(at[0]));
   }
@@ -78,7 +81,7 @@ ORTHONORM_INLINE Lane lane(const T* at, int64_t stride_k, bool more) {
 // W lanes along the depth from elements next to each other in memory.
 template <class T, class Lane, int W>
 ORTHONORM_INLINE void lanes_along_depth(const T* from, Lane* to) {
-  if constexpr (std::is_same_v<Lane, Pair> || std::is_same_v<Lane, T>) {
+  if constexpr (paired<Lane> || std::is_same_v<Lane, T>) {
     std::memcpy(to, from, sizeof(Lane) * W);
   } else {
     for (int i = 0; i < W; ++i) to[i] = widen(from[i]);
@@ -97,13 +100,12 @@ ORTHONORM_INLINE void pack_across(
   for (int64_t k = 0; k < whole; ++k) {
     const T* row = from + k * step * stride_k;
     for (int64_t i = 0; i < step; ++i) __builtin_prefetch(row + (ROWS_AHEAD * step + i) * stride_k);
-    for (int j = 0; j < WIDTH; ++j) to[k * WIDTH + j] = lane<T, Lane>(row + j, stride_k, true);
+    for (int j = 0; j < WIDTH; ++j) to[k * WIDTH + j] = lane<T, Lane>(row + j, stride_k, step);
   }
   for (int64_t k = whole; k < lanes_of<Lane>(depth); ++k) {
     const T* row = from + k * step * stride_k;
-    const bool more = k * step + 1 < depth;
     for (int64_t j = 0; j < count; ++j) {
-      to[k * WIDTH + j] = lane<T, Lane>(row + j, stride_k, more);
+      to[k * WIDTH + j] = lane<T, Lane>(row + j, stride_k, depth - k * step);
     }
     for (int64_t j = count; j < WIDTH; ++j) to[k * WIDTH + j] = Lane{};
   }
@@ -133,10 +135,9 @@ ORTHONORM_INLINE void pack_along(
       for (int i = 0; i < W; ++i) save(to + (k + i) * WIDTH + j, r[i]);
     }
     for (int64_t k = whole; k < lanes_of<Lane>(depth); ++k) {
-      const bool more = k * step + 1 < depth;
       for (int i = 0; i < W; ++i) {
-        to[k * WIDTH + j + i] =
-            i < valid ? lane<T, Lane>(rows + i * stride_j + k * step, 1, more) : Lane{};
+        const int64_t left = i < valid ? depth - k * step : 0;
+        to[k * WIDTH + j + i] = lane<T, Lane>(rows + i * stride_j + k * step, 1, left);
       }
     }
   }
@@ -150,9 +151,9 @@ ORTHONORM_INLINE void pack_panel(const T* from, int64_t stride_j, int64_t stride
   if (stride_k == 1) return pack_along<T, Lane, WIDTH, BYTES>(from, stride_j, count, depth, to);
   for (int64_t k = 0; k < lanes_of<Lane>(depth); ++k) {
     const T* row = from + k * per_lane<Lane>() * stride_k;
-    const bool more = k * per_lane<Lane>() + 1 < depth;
     for (int64_t j = 0; j < WIDTH; ++j) {
-      to[k * WIDTH + j] = j < count ? lane<T, Lane>(row + j * stride_j, stride_k, more) : Lane{};
+      const int64_t left = j < count ? depth - k * per_lane<Lane>() : 0;
+      to[k * WIDTH + j] = lane<T, Lane>(row + j * stride_j, stride_k, left);
     }
   }
 }

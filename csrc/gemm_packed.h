@@ -8,6 +8,12 @@
 
 namespace orthonorm::gemm {
 
+// A matrix as the left operand of a product and as the right one of a product with its transpose.
+template <class Lane>
+struct Operand {
+  Lane *left, *right;  // the same but on tiles
+};
+
 // Stored as T: what is put is rounded to it, and what is got was.
 template <Isa I, class T, class Lane>
 struct Packed {
@@ -21,8 +27,18 @@ struct Packed {
     return F::panels(count) * WIDTH * lanes_of<Lane>(depth);
   }
 
-  // Beyond the matrix there are zeros, as in what is packed from memory.
+  // Room for an operand of `count` rows.
+  static int64_t bytes(int64_t count, int64_t depth) {
+    return (on_tiles<Lane> ? 2 : 1) * Workspace::bytes_for<Lane>(size(count, depth));
+  }
+  static Operand<Lane> take(Workspace& memory, int64_t count, int64_t depth) {
+    Lane* left = memory.template take<Lane>(size(count, depth));
+    return {left, on_tiles<Lane> ? memory.template take<Lane>(size(count, depth)) : left};
+  }
+
+  // Beyond the matrix there are zeros, as in what is packed from memory; strips on tiles bring them.
   static void clear_edge(Lane* to, int64_t count, int64_t depth) {
+    if (on_tiles<Lane>) return;
     const int64_t all = size(count, depth), panel = WIDTH * lanes_of<Lane>(depth);
     std::fill(to + all - panel, to + all, Lane{});
   }
@@ -46,9 +62,13 @@ struct Packed {
 
   // The strip at (row, col) into panels of columns.
   ORTHONORM_INLINE static void put(const S* sums, int64_t row, int64_t col, int64_t rows,
-                                   int64_t lanes, Lane* to) {
+                                   [[maybe_unused]] int64_t cols, int64_t lanes, Lane* to) {
     to += at(row, col, lanes);
-    if constexpr (STEP == 2) {
+    if constexpr (on_tiles<Lane>) {
+      alignas(64) Lane block[BLOCK];
+      round_rows(sums, rows, cols, block);
+      pair_rows(block, to);
+    } else if constexpr (STEP == 2) {
       int64_t r = 0;
       for (; r + 2 <= rows; r += 2) {
         for (int c = 0; c < WIDTH; ++c) {
@@ -63,6 +83,36 @@ struct Packed {
   }
 
   // The same into panels of rows.
+  ORTHONORM_INLINE static void put_rows(const S* sums, int64_t row, int64_t col, int64_t rows,
+                                        int64_t cols, int64_t lanes, const Operand<Lane>& to) {
+    if constexpr (on_tiles<Lane>) {
+      Lane* block = to.left + at(col, row, lanes);
+      round_rows(sums, rows, cols, block);
+      turn_rows(block, to.right + at(col, row, lanes));
+    } else {
+      put_turned(sums, row, col, rows, cols, lanes, to.left);
+    }
+  }
+
+  // A strip of a symmetric result and its mirror image.
+  ORTHONORM_INLINE static void put_symmetric(S* sums, int64_t row, int64_t col, int64_t rows,
+                                             int64_t cols, int64_t lanes,
+                                             const Operand<Lane>& to) {
+    if (row == col) F::mirror(sums);
+    if constexpr (on_tiles<Lane>) {
+      const int64_t here = at(row, col, lanes), there = at(col, row, lanes);
+      round_rows(sums, rows, cols, to.left + there);
+      pair_rows(to.left + there, to.right + here);
+      if (row == col) return;
+      turn_pairs(to.right + here, to.left + here);
+      turn_rows(to.left + there, to.right + there);
+    } else {
+      put(sums, row, col, rows, cols, lanes, to.left);
+      put_turned(sums, row, col, rows, cols, lanes, to.left);
+    }
+  }
+
+  // The strip, turned, into panels of columns of the transpose.
   ORTHONORM_INLINE static void put_turned(const S* sums, int64_t row, int64_t col, int64_t rows,
                                           int64_t cols, int64_t lanes, Lane* to) {
     alignas(64) S turned[(WIDTH + 1) * HEIGHT];
@@ -96,14 +146,6 @@ struct Packed {
     } else {
       for (int64_t i = 0; i < rows * WIDTH; ++i) sums[i] = alpha * sums[i] + beta * E[i];
     }
-  }
-
-  // A strip of a symmetric result and its mirror image.
-  ORTHONORM_INLINE static void put_symmetric(S* sums, int64_t row, int64_t col, int64_t rows,
-                                             int64_t cols, int64_t lanes, Lane* to) {
-    if (row == col) F::mirror(sums);
-    put(sums, row, col, rows, lanes, to);
-    put_turned(sums, row, col, rows, cols, lanes, to);
   }
 };
 

@@ -2,6 +2,7 @@
 // torch-free.
 #pragma once
 
+#include "gemm_amx.h"
 #include "gemm_crew.h"
 #include "gemm_tiles.h"
 
@@ -13,8 +14,11 @@ namespace orthonorm::gemm {
 // 498 (bfloat16) GFLOP/s in registers: 200 and 400. All of R packed at once, not in slabs: 150 and
 // 360.
 //
-// A block takes the depth this many lanes at a time: 768 KB of L are reused for its panels of R.
-inline constexpr int64_t DEEP = 1024;
+// A block takes the depth this many lanes at a time: 768 KB of L are reused for its panels of R. On
+// tiles, two thirds of whose time are loads, a panel of each is in the first cache: 64 and 128 lanes
+// do as well, 256 take up to a quarter longer (2 threads of a Xeon with AMX, 2026-11).
+template <class Lane>
+inline constexpr int64_t DEEP = on_tiles<Lane> ? 64 : 1024;
 
 // Runs body() compiled for instruction set I.
 template <Isa I, class Body>
@@ -44,10 +48,14 @@ struct Strips {
   using S = Sum<Lane>;
   using B = Blocks<I>;
   static constexpr int BYTES = B::BYTES, W = BYTES / sizeof(S), WIDTH = B::VECTORS * W;
-  static constexpr int HEIGHT = 48;  // rows of a strip: whole tiles and whole square blocks
-  static constexpr int SIDE = 192;   // of a block: whole strips and whole panels
+  // Rows of a strip: whole tiles and whole square blocks.
+  static constexpr int HEIGHT = on_tiles<Lane> ? SQUARE : 48;
+  // Of a block: whole strips and whole panels. Tiles ask more of the caches than vectors: 192
+  // instead of 384 takes two to ten percent longer.
+  static constexpr int SIDE = on_tiles<Lane> ? 384 : 192;
   static constexpr int64_t STEP = per_lane<Lane>();
-  static_assert(HEIGHT % (4 * B::QUADS) == 0 && HEIGHT % W == 0 && WIDTH % 4 == 0);
+  static_assert(on_tiles<Lane> || HEIGHT % (4 * B::QUADS) == 0);
+  static_assert(HEIGHT % W == 0 && WIDTH % 4 == 0);
   static_assert(SIDE / 2 % HEIGHT == 0 && SIDE / 2 % WIDTH == 0 && HEIGHT >= WIDTH);
 
   static int64_t panels(int64_t count) { return (count + WIDTH - 1) / WIDTH; }
@@ -77,7 +85,7 @@ struct Strips {
   static constexpr int64_t GROUP = 4;
   template <class T>
   static void pack_group(Strided<const T> from, int64_t count, int64_t group, int64_t begin,
-                         int64_t depth, Lane* to, int64_t stride) {
+                         int64_t depth, Lane* to, int64_t stride, bool left = false) {
     const int64_t turn = from.row == 1 ? 16 * STEP : std::max<int64_t>(depth, 1);
     const int64_t last = std::min(group + GROUP, panels(count));
     for (int64_t k = begin; k == begin || k < begin + depth; k += turn) {
@@ -87,6 +95,9 @@ struct Strips {
         const int64_t deep = std::min(turn, begin + depth - k);
         Lane* lanes = to + (panel * stride + k / STEP) * WIDTH;
         on<I>([&] {
+          if constexpr (on_tiles<Lane>) {
+            if (left) return pack_left_tiles<BYTES>(start, from.row, from.col, valid, deep, lanes);
+          }
           pack_panel<T, Lane, WIDTH, BYTES>(start, from.row, from.col, valid, deep, lanes);
         });
       }
@@ -97,17 +108,22 @@ struct Strips {
   // `panel`, over `chunk` lanes from k on.
   static void multiply_strip(const Lane* left, int64_t stride, int64_t row, int64_t rows,
                              int64_t cols, const Lane* panel, int64_t k, int64_t chunk, bool more,
-                             S* sums) {
+                             S* sums, [[maybe_unused]] const Ahead& ahead = {}) {
     if (!more && (rows < HEIGHT || cols < WIDTH)) std::memset(sums, 0, sizeof(S) * HEIGHT * WIDTH);
-    for (int64_t r = 0; r < rows; r += 4 * B::QUADS) {
-      const Lane* quads[B::QUADS];
-      const int64_t count = std::min<int64_t>(B::QUADS, (rows - r + 3) / 4);
-      for (int64_t q = 0; q < count; ++q) {
-        const int64_t at = row + r + 4 * q;
-        quads[q] = left + (at / WIDTH * stride + k) * WIDTH + at % WIDTH;
+    if constexpr (on_tiles<Lane>) {
+      return multiply_tiles(left + row * stride + k * WIDTH, panel, rows, cols, chunk, more, sums,
+                            ahead);
+    } else {
+      for (int64_t r = 0; r < rows; r += 4 * B::QUADS) {
+        const Lane* quads[B::QUADS];
+        const int64_t count = std::min<int64_t>(B::QUADS, (rows - r + 3) / 4);
+        for (int64_t q = 0; q < count; ++q) {
+          const int64_t at = row + r + 4 * q;
+          quads[q] = left + (at / WIDTH * stride + k) * WIDTH + at % WIDTH;
+        }
+        S* out = sums + r * WIDTH;
+        choose_tile<B::QUADS, B::VECTORS>(count, cols, quads, panel, chunk, more, out);
       }
-      S* out = sums + r * WIDTH;
-      choose_tile<B::QUADS, B::VECTORS>(count, cols, quads, panel, chunk, more, out);
     }
   }
 
@@ -139,8 +155,9 @@ struct Strips {
   static void multiply_block(const Block& block, const Lane* left, const Lane* right, int64_t lanes,
                              int64_t all_cols, bool symmetric, S* sums, const Done& done) {
     const int64_t end = block.row + block.rows;
-    for (int64_t k = 0; k < lanes; k += DEEP) {
-      const int64_t chunk = std::min(DEEP, lanes - k);
+    [[maybe_unused]] const TilesOf<Lane> tiles;
+    for (int64_t k = 0; k < lanes; k += DEEP<Lane>) {
+      const int64_t chunk = std::min(DEEP<Lane>, lanes - k);
       S* strip = sums;
       for (int64_t col = block.col; col < block.col + block.cols; col += WIDTH) {
         const Lane* panel = right + (col * lanes + k * WIDTH);
@@ -148,12 +165,29 @@ struct Strips {
         for (int64_t row = symmetric ? std::max(block.row, col) : block.row; row < end;
              row += HEIGHT) {
           const int64_t rows = std::min<int64_t>(HEIGHT, end - row);
-          multiply_strip(left, lanes, row, rows, cols, panel, k, chunk, k > 0, strip);
+          Ahead ahead;
+          if constexpr (on_tiles<Lane>) {
+            ahead = next_chunk(block, row, col, left, right, lanes, k + chunk);
+          }
+          multiply_strip(left, lanes, row, rows, cols, panel, k, chunk, k > 0, strip, ahead);
           if (k + chunk == lanes) on<I>([&] { done(row, col, rows, cols, strip); });
           strip += HEIGHT * WIDTH;
         }
       }
     }
+  }
+
+  // A strip's share of the operands of its block from lane k on.
+  static Ahead next_chunk(const Block& block, int64_t row, int64_t col, const Lane* left,
+                          const Lane* right, int64_t lanes, int64_t k) {
+    const int64_t deep = std::min(DEEP<Lane>, lanes - k) * WIDTH;  // lanes of a panel
+    const int64_t parts = std::min(panels(block.rows), panels(block.cols));
+    const int64_t lines = deep / TILE / parts;
+    const auto share = [&](const Lane* panel, int64_t part) {
+      return part < parts ? panel + k * WIDTH + part * lines * TILE : nullptr;
+    };
+    return {share(left + row * lanes, (col - block.col) / WIDTH),
+            share(right + col * lanes, (row - block.row) / WIDTH), lines};
   }
 
   // The square of a strip that lies on the diagonal: its lower triangle counts.

@@ -2,7 +2,7 @@
 //
 // An element is what a tensor stores; a lane is what a packed panel holds and a product consumes:
 // the float or double itself, a 16-bit element widened to float, or a pair of bfloat16 neighbours
-// along the depth for the processor's pairwise dot product.
+// along the depth for the processor's pairwise dot product, on vectors (Pair) or tiles (TilePair).
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,17 @@ namespace orthonorm::gemm {
 struct Pair {
   uint32_t bits;  // element 2k in the low half, 2k + 1 in the high half
 };
+
+// A pair in panels for AMX, as deep as whole tiles: see gemm_amx.h.
+struct TilePair {
+  uint32_t bits;
+};
+inline constexpr int64_t TILE = 16;  // lines of a tile, and lanes of a line
+
+template <class Lane>
+inline constexpr bool on_tiles = std::is_same_v<Lane, TilePair>;
+template <class Lane>
+inline constexpr bool paired = std::is_same_v<Lane, Pair> || on_tiles<Lane>;
 
 // What products of a lane are summed in.
 template <class Lane>

@@ -99,7 +99,7 @@ class GramPolynomial {
           plan_[index], L, R, n_, n_, true, sums_ + slot * SIDE * SIDE,
           [&](int64_t row, int64_t col, int64_t rows, int64_t cols, S* sums) {
             P::combine(sums, a, b, L, row, col, rows, n_);
-            P::put_symmetric(sums, row, col, rows, cols, n_, D);
+            P::put_symmetric(sums, row, col, rows, cols, n_, {D, D});
           });
     });
   }

@@ -17,7 +17,7 @@ using namespace orthonorm::gemm;
 
 namespace {
 
-const Isa SETS[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16};
+const Isa SETS[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx};
 
 const Parallel on_threads = [](int64_t n, const Range& f) {
   std::vector<std::thread> team;
