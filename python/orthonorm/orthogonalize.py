@@ -136,8 +136,6 @@ def table() -> dict[str, Rates]:
 def processor() -> str:
     """The table's row for this processor and ORTHONORM_ISA."""
     lowered = os.environ.get("ORTHONORM_ISA") in ("portable", "avx2", "avx512")
-    if torch.cpu._is_amx_tile_supported():
-        return "amx"
     if lowered or not torch.cpu._is_avx512_bf16_supported():
         return "other"
-    return "avx512bf16"
+    return "amx" if torch.cpu._is_amx_tile_supported() else "avx512bf16"
