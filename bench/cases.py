@@ -224,6 +224,11 @@ _ROWS = (
         variants=({"coefficients": CUBIC, "restarts": [1, 3]},),
         shapes=("768x3072", "1024x4096", "12x768x768"),
     ),
+    Case(
+        "scaled_polynomial_", makers.scaled_polynomial, direct_polynomial_flops,
+        variants=({"gram": True, "restarts": [2]}, {"coefficients": CUBIC}),
+        shapes=("768x3072", "2048x2048", "12x768x768"),
+    ),
     Case("divide_each", makers.divide_each, maps=True, scale_free=True),
     Case(
         "small_newton_schulz", makers.small_newton_schulz, polynomial_flops, scale_free=True,

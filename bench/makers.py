@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,6 +91,13 @@ def divide_each(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     X = inputs.matrix("X", shapes[0])
     norms = torch.linalg.vector_norm(X.double(), dim=(-2, -1)).reshape(-1)
     return {"X": X, "divisors": norms, "dtype": inputs.dtype}
+
+
+def scaled_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    """The matrices of `gram_form`, over their norms."""
+    made = gram_form(shapes, inputs)
+    norms = torch.linalg.matrix_norm(made["X"].double()).reshape(-1)
+    return {**made, "divisors": norms, "gram": False, "dtype": inputs.dtype}
 
 
 def magnitude(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:

@@ -31,7 +31,8 @@ class DirectPolynomial {
     for (const auto& A : {A_, B_}) P::clear_edge(A.left, n, n);
   }
 
-  void run(Strided<const T> X, const std::vector<Triple>& triples, Strided<T> out,
+  template <class O>
+  void run(Strided<const T> X, const std::vector<Triple>& triples, Strided<O> out,
            const Crew& crew) {
     if (square_.empty()) {
       square_ = F::divide(n_, 0, n_, true, crew.threads);
@@ -91,12 +92,13 @@ class DirectPolynomial {
   }
 
   // X <- a X + z B X, to memory in the end.
-  void apply(const Lane* B, S z, S a, const Strided<T>* out, const Crew& crew) {
+  template <class O>
+  void apply(const Lane* B, S z, S a, const Strided<O>* out, const Crew& crew) {
     multiply(whole_, B, X_, n_, crew,
              [&](int64_t row, int64_t col, int64_t rows, int64_t cols, S* sums) {
                P::combine(sums, z, a, X_, row, col, rows, lanes_);
                if (out != nullptr) {
-                 const Strided<T> to{out->at(row, col), out->row, out->col, 0};
+                 const Strided<O> to{out->at(row, col), out->row, out->col, 0};
                  return F::store_strip(sums, rows, cols, to);
                }
                P::put(sums, row, col, rows, cols, lanes_, next_);
@@ -113,8 +115,8 @@ class DirectPolynomial {
   std::vector<Block> square_, whole_;  // blocks of A and of X
 };
 
-template <Isa I, class Lane, class T>
-void direct_polynomial_as(Strided<const T> X, const std::vector<Triple>& triples, Strided<T> out,
+template <Isa I, class Lane, class T, class O>
+void direct_polynomial_as(Strided<const T> X, const std::vector<Triple>& triples, Strided<O> out,
                           int64_t batch, int64_t n, int64_t m, int64_t threads,
                           const Parallel& parallel) {
   using Engine = DirectPolynomial<I, T, Lane>;
@@ -128,9 +130,10 @@ void direct_polynomial_as(Strided<const T> X, const std::vector<Triple>& triples
       });
 }
 
-// `batch` matrices of n rows and m columns, neither 0, at least one triple.
-template <class T>
-void direct_polynomial(Strided<const T> X, const std::vector<Triple>& triples, Strided<T> out,
+// `batch` matrices of n rows and m columns, neither 0, at least one triple. `out` may be X: X is
+// packed before anything is written.
+template <class T, class O>
+void direct_polynomial(Strided<const T> X, const std::vector<Triple>& triples, Strided<O> out,
                        int64_t batch, int64_t n, int64_t m, int64_t threads,
                        const Parallel& parallel, Isa chosen) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;

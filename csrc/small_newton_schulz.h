@@ -208,7 +208,7 @@ void run(Isa isa, Arithmetic arithmetic, const Source<In>& x, const Scaling& sca
   const Tall<In> tall = measured(isa, x, scaling, norm, scratch, L, S);
 #if ORTHONORM_X86
   if constexpr (sizeof(E) == 4) {
-    if (arithmetic == Arithmetic::bfloat16 && isa == Isa::avx512bf16 && p.steps > 0) {
+    if (arithmetic == Arithmetic::bfloat16 && isa >= Isa::avx512bf16 && p.steps > 0) {
       Bf16Buffers m = bf16_buffers(cut, L, S);
       if constexpr (sizeof(In) == 4) {
         run_bf16(m, tall.data, tall.ld, FloatDivisor(tall.divisor.by), p);

@@ -9,6 +9,7 @@ X / X.norm(): the polynomials multiply an error of the norm by up to 150).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -114,12 +115,23 @@ class Judge:
 
     def holds(self, Q: Tensor, dtype: torch.dtype, restarts: Sequence[int] | None = None) -> None:
         """The rule; on a few elements plain torch may be exact by luck, hence 4 ulp (test_ops)."""
-        ulp = torch.finfo(dtype).eps * self.exact.norm().item()
-        few = 4 * ulp if self.exact.numel() < 100 else 0.0
-        out = torch.finfo(Q.dtype).eps * self.exact.norm().item()  # if the result is rounded again
-        out = out if torch.finfo(Q.dtype).eps > torch.finfo(dtype).eps else 0.0
-        assert Q.isfinite().all()
-        assert self.off(Q, dtype).norm().item() <= self.bound(dtype, restarts) + few + out
+        hold([(self, Q)], dtype, restarts)
+
+
+def hold(
+    judged: Sequence[tuple[Judge, Tensor]],
+    dtype: torch.dtype,
+    restarts: Sequence[int] | None = None,
+) -> None:
+    """The rule on what several matrices of one shape are off by together."""
+    off = math.hypot(*(j.off(Q, dtype).norm().item() for j, Q in judged))
+    bound = math.hypot(*(j.bound(dtype, restarts) for j, _ in judged))
+    size = math.hypot(*(j.exact.norm().item() for j, _ in judged))
+    few = 4 * torch.finfo(dtype).eps * size if judged[0][0].exact.numel() < 100 else 0.0
+    eps = torch.finfo(judged[0][1].dtype).eps  # if the result is rounded again
+    out = eps * size if eps > torch.finfo(dtype).eps else 0.0
+    assert all(Q.isfinite().all() for _, Q in judged)
+    assert off <= bound + few + out
 
 
 def spectrum(kind: str, n: int) -> Tensor:

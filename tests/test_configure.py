@@ -153,7 +153,7 @@ def test_classes_by_name(name: str) -> None:
 
 
 def test_a_wrapper_is_no_optimizer_of_ours() -> None:
-    """Trainers wrap an optimizer in a class made of theirs and its own, so that isinstance holds."""
+    """Trainers wrap an optimizer in a class made of its own and theirs: isinstance holds."""
     before = dict(optim.REGISTRY)
     type("WrappedMuon", (type("Wrapper", (), {}), optim.Muon), {})
     assert before == optim.REGISTRY

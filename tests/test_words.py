@@ -39,7 +39,7 @@ SHAPES = [
     (2, 3, 17, 19),
     (17, 5, 9),
 ]
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

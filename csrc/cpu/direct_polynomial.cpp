@@ -8,10 +8,6 @@
 namespace orthonorm {
 namespace {
 
-// Elements of X from which on it is not held in three packed copies but taken slab by slab: at
-// 8192 x 8192 the copies are 800 MB in float32, and repacking X is a hundredth of the products.
-constexpr int64_t PACKED = int64_t{1} << 26;
-
 // One matrix. A and B are rounded to T as the packed ones are; X is iterated in `out` and one copy.
 template <class T>
 void word_by_word(gemm::Strided<const T> X, const Sizes& x,
@@ -35,10 +31,41 @@ void word_by_word(gemm::Strided<const T> X, const Sizes& x,
       compute(p);
     }
     const T* left = c != 0 ? B.data : A.data;
-    apply_into<T>(X, x, {left, A.row, A.col, 0}, a, c != 0 ? 1 : b, last);
+    apply_into<T, T>(X, x, {left, A.row, A.col, 0}, a, c != 0 ? 1 : b, last);
     X = {last.data, last.row, last.col, 0};
   }
 }
+
+}  // namespace
+
+template <class T, class O>
+void direct_form(gemm::Strided<const T> X, const Sizes& x,
+                 const std::vector<gemm::Triple>& triples, gemm::Strided<O> out) {
+  if (x.rows * x.cols < PACKED || !std::is_same_v<T, O>) {
+    return gemm::direct_polynomial<T, O>(X, triples, out, x.batch, x.rows, x.cols,
+                                         torch::stable::get_num_threads(), torch_threads, isa());
+  }
+  if constexpr (std::is_same_v<T, O>) {
+    for (int64_t b = 0; b < x.batch; ++b) {
+      word_by_word<T>(X.matrix(b), {1, x.rows, x.cols}, triples, out.matrix(b));
+    }
+  }
+}
+
+template void direct_form(gemm::Strided<const float>, const Sizes&,
+                          const std::vector<gemm::Triple>&, gemm::Strided<float>);
+template void direct_form(gemm::Strided<const double>, const Sizes&,
+                          const std::vector<gemm::Triple>&, gemm::Strided<double>);
+template void direct_form(gemm::Strided<const Bf16>, const Sizes&,
+                          const std::vector<gemm::Triple>&, gemm::Strided<Bf16>);
+template void direct_form(gemm::Strided<const Bf16>, const Sizes&,
+                          const std::vector<gemm::Triple>&, gemm::Strided<float>);
+template void direct_form(gemm::Strided<const Fp16>, const Sizes&,
+                          const std::vector<gemm::Triple>&, gemm::Strided<Fp16>);
+template void direct_form(gemm::Strided<const Fp16>, const Sizes&,
+                          const std::vector<gemm::Triple>&, gemm::Strided<float>);
+
+namespace {
 
 Tensor direct_polynomial(Tensor X, std::vector<double> coefficients) {
   check_matrix("direct_polynomial", "X", X);
@@ -50,13 +77,7 @@ Tensor direct_polynomial(Tensor X, std::vector<double> coefficients) {
   with_element("direct_polynomial", shape.dtype, [&](auto element) {
     using T = decltype(element);
     const auto [from, to, sizes] = short_side_first<T>(x, out);
-    if (sizes.rows * sizes.cols < PACKED) {
-      return gemm::direct_polynomial<T>(from, triples, to, sizes.batch, sizes.rows, sizes.cols,
-                                        torch::stable::get_num_threads(), torch_threads, isa());
-    }
-    for (int64_t b = 0; b < sizes.batch; ++b) {
-      word_by_word<T>(from.matrix(b), {1, sizes.rows, sizes.cols}, triples, to.matrix(b));
-    }
+    direct_form<T, T>(from, sizes, triples, to);
   });
   return out;
 }

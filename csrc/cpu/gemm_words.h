@@ -49,14 +49,16 @@ void gram_into(gemm::Strided<const T> X, const Sizes& x, gemm::Strided<O> A) {
   compute(p);
 }
 
-// D = a X + b B X.
-template <class T>
+// D = a X + b B X; a is 0 where D has another dtype.
+template <class T, class O>
 void apply_into(gemm::Strided<const T> X, const Sizes& x, gemm::Strided<const T> B, double a,
-                double b, gemm::Strided<T> D) {
-  gemm::Product<T> p;
+                double b, gemm::Strided<O> D) {
+  gemm::Product<T, O> p;
   p.batch = x.batch, p.rows = p.depth = x.rows, p.cols = x.cols;
   p.L = B, p.R = X, p.D = D;
-  if (a != 0) p.E = X;
+  if constexpr (std::is_same_v<T, O>) {
+    if (a != 0) p.E = X;
+  }
   p.alpha = b, p.beta = a;
   compute(p);
 }
@@ -107,6 +109,24 @@ Wide<T> short_side_first(const Tensor& X, const Tensor& out) {
   const auto turned = [](auto s) { return decltype(s){s.data, s.col, s.row, s.batch}; };
   return {turned(from), turned(to), {x.batch, x.cols, x.rows}};
 }
+
+// Elements of X from which on the direct form does not hold it in three packed copies but takes it
+// slab by slab: at 8192 x 8192 the copies are 800 MB in float32, and repacking X is a hundredth of
+// the products.
+inline constexpr int64_t PACKED = int64_t{1} << 26;
+
+// p(X) in direct form, and in Gram form in segments between restarts, which direct_polynomial.cpp
+// and gram_form.cpp compile. Short side first. O is T, or float for 16-bit T of less than PACKED
+// elements.
+template <class T, class O>
+void direct_form(gemm::Strided<const T> X, const Sizes& x, const std::vector<gemm::Triple>& triples,
+                 gemm::Strided<O> out);
+template <class T, class O>
+void gram_form(gemm::Strided<const T> X, const Sizes& x,
+               const std::vector<std::vector<gemm::Triple>>& segments, gemm::Strided<O> out);
+std::vector<std::vector<gemm::Triple>> segments_of(const char* op,
+                                                   const std::vector<gemm::Triple>& triples,
+                                                   const std::vector<int64_t>& restarts);
 
 // A fresh contiguous tensor with the batch dimensions of `like`.
 inline Tensor fresh(const Tensor& like, int64_t rows, int64_t cols) {

@@ -5,13 +5,11 @@
 #include "gemm_words.h"
 
 namespace orthonorm {
-namespace {
-
 // X <- Q X with Q = p(X X^T) for every segment of the iterations; Gram matrices and the chain in S,
 // Q and what is between the segments in T.
-template <class T>
-void gram_form_into(gemm::Strided<const T> X, const Sizes& x, gemm::Strided<T> out,
-                    const std::vector<std::vector<gemm::Triple>>& segments) {
+template <class T, class O>
+void gram_form(gemm::Strided<const T> X, const Sizes& x,
+               const std::vector<std::vector<gemm::Triple>>& segments, gemm::Strided<O> out) {
   using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
   using gemm::Workspace;
   const int64_t squares = x.batch * x.rows * x.rows;
@@ -27,14 +25,29 @@ void gram_form_into(gemm::Strided<const T> X, const Sizes& x, gemm::Strided<T> o
     gram_into(X, x, R);
     gemm::gram_polynomial<S, T>({R.data, R.row, R.col, R.batch}, segments[i], Q, x.batch, x.rows,
                                 torch::stable::get_num_threads(), torch_threads, isa());
-    const gemm::Strided<T> to = i + 1 == segments.size() ? out : next;
-    apply_into<T>(X, x, {Q.data, Q.row, Q.col, Q.batch}, 0, 1, to);
-    X = {to.data, to.row, to.col, to.batch};
+    const gemm::Strided<const T> by{Q.data, Q.row, Q.col, Q.batch};
+    if (i + 1 == segments.size()) return apply_into<T, O>(X, x, by, 0, 1, out);
+    apply_into<T, T>(X, x, by, 0, 1, next);
+    X = {next.data, next.row, next.col, next.batch};
     std::swap(next, spare);
   }
 }
 
-std::vector<std::vector<gemm::Triple>> segments_of(const std::vector<gemm::Triple>& triples,
+template void gram_form(gemm::Strided<const float>, const Sizes&,
+                        const std::vector<std::vector<gemm::Triple>>&, gemm::Strided<float>);
+template void gram_form(gemm::Strided<const double>, const Sizes&,
+                        const std::vector<std::vector<gemm::Triple>>&, gemm::Strided<double>);
+template void gram_form(gemm::Strided<const Bf16>, const Sizes&,
+                        const std::vector<std::vector<gemm::Triple>>&, gemm::Strided<Bf16>);
+template void gram_form(gemm::Strided<const Bf16>, const Sizes&,
+                        const std::vector<std::vector<gemm::Triple>>&, gemm::Strided<float>);
+template void gram_form(gemm::Strided<const Fp16>, const Sizes&,
+                        const std::vector<std::vector<gemm::Triple>>&, gemm::Strided<Fp16>);
+template void gram_form(gemm::Strided<const Fp16>, const Sizes&,
+                        const std::vector<std::vector<gemm::Triple>>&, gemm::Strided<float>);
+
+std::vector<std::vector<gemm::Triple>> segments_of(const char* op,
+                                                   const std::vector<gemm::Triple>& triples,
                                                    const std::vector<int64_t>& restarts) {
   std::vector<std::vector<gemm::Triple>> segments;
   int64_t from = 0;
@@ -44,7 +57,7 @@ std::vector<std::vector<gemm::Triple>> segments_of(const std::vector<gemm::Tripl
   };
   const int64_t count = static_cast<int64_t>(triples.size());
   for (const int64_t r : restarts) {
-    STD_TORCH_CHECK(from < r && r < count, "gram_form: restarts must increase within [1, ",
+    STD_TORCH_CHECK(from < r && r < count, op, ": restarts must increase within [1, ",
                     count - 1, "], got ", r);
     cut(r);
   }
@@ -52,9 +65,11 @@ std::vector<std::vector<gemm::Triple>> segments_of(const std::vector<gemm::Tripl
   return segments;
 }
 
-Tensor gram_form(Tensor X, std::vector<double> coefficients, std::vector<int64_t> restarts) {
+namespace {
+
+Tensor gram_form_op(Tensor X, std::vector<double> coefficients, std::vector<int64_t> restarts) {
   check_matrix("gram_form", "X", X);
-  const auto segments = segments_of(triples_of("gram_form", coefficients), restarts);
+  const auto segments = segments_of("gram_form", triples_of("gram_form", coefficients), restarts);
   const Tensor x = batched(X);
   const MatrixView shape = view(x);
   Tensor out = fresh(x, shape.rows, shape.cols);
@@ -62,13 +77,13 @@ Tensor gram_form(Tensor X, std::vector<double> coefficients, std::vector<int64_t
   with_element("gram_form", shape.dtype, [&](auto element) {
     using T = decltype(element);
     const auto [from, to, sizes] = short_side_first<T>(x, out);
-    gram_form_into<T>(from, sizes, to, segments);
+    gram_form<T, T>(from, sizes, segments, to);
   });
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) { m.impl("gram_form", TORCH_BOX(&gram_form)); }
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) { m.impl("gram_form", TORCH_BOX(&gram_form_op)); }
 
 }  // namespace orthonorm

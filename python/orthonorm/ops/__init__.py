@@ -4,7 +4,14 @@ Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.re
 the bare torch op (`torch.ops.orthonorm.gram`).
 """
 
-from .newton_schulz import divide_each, inner, magnitude, newton_schulz, small_newton_schulz
+from .newton_schulz import (
+    divide_each,
+    inner,
+    magnitude,
+    newton_schulz,
+    scaled_polynomial_,
+    small_newton_schulz,
+)
 from .normalize import (
     column_moment_,
     column_normalize,
@@ -57,6 +64,7 @@ __all__ = [
     "rotated_adam_",
     "row_moment_",
     "row_normalize",
+    "scaled_polynomial_",
     "sign_",
     "small_newton_schulz",
     "spectral_norm",

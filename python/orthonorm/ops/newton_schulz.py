@@ -199,6 +199,51 @@ def _(
     return bool(X) and half and square and known and len(coefficients) <= MOST
 
 
+@op(
+    "scaled_polynomial_(Tensor(a!) X, Tensor divisors, float[] coefficients, int[] restarts, "
+    "bool gram, ScalarType dtype) -> ()",
+    composite=True,
+)
+def scaled_polynomial_(
+    X: Tensor,
+    divisors: Tensor,
+    coefficients: list[float],
+    restarts: list[int],
+    gram: bool,
+    dtype: torch.dtype,
+) -> None:
+    """X <- the polynomial of X / divisor, of each matrix of a batch in place.
+
+    `divide_each`, then `gram_form` or `direct_polynomial` in `dtype`. A kernel keeps what lies
+    between in memory of its own: new memory costs a CPU more than the passes over it.
+
+    Shapes: X (..., m, n); divisors (batch,), float64, 0 where the matrix is.
+    """
+    y = divide_each(X, divisors, dtype)
+    y = gram_form(y, coefficients, restarts) if gram else direct_polynomial(y, coefficients)
+    X.copy_(y)
+
+
+@scaled_polynomial_.check
+def _(
+    X: Tensor,
+    divisors: Tensor,
+    coefficients: list[float],
+    restarts: list[int],
+    gram: bool,
+    dtype: torch.dtype,
+) -> None:
+    name = "scaled_polynomial_"
+    check.tensor(name, "X", X, min_dim=2)
+    check.not_expanded(f"{name}: X", X)
+    check.tensor(name, "divisors", divisors)
+    check.equal_shape(name, "divisors", divisors, (math.prod(X.shape[:-2]),))
+    check.same_device(name, X=[X], divisors=[divisors])
+    check_coefficients(name, coefficients)
+    check_restarts(name, restarts, len(coefficients) // 3)
+    check.choice(name, "dtype", dtype, check.FLOATS)
+
+
 def split_norms(X: list[Tensor], norms: Tensor | None) -> list[Tensor | None]:
     """The norm of each matrix of the list, shaped to divide it: (..., 1, 1)."""
     if norms is None:
@@ -239,6 +284,23 @@ def newton_schulz(
 
     Zero in, zero out. A non-finite entry stays inside its own matrix of the batch.
     """
+    how = (coefficients, restarts, form, precision, scale, eps, safety)
+    return iterated(X, *how, norms)
+
+
+def iterated(
+    X: list[Tensor],
+    coefficients: list[float],
+    restarts: list[int],
+    form: str,
+    precision: str,
+    scale: str,
+    eps: float,
+    safety: float,
+    norms: Tensor | None,
+    own: bool = False,
+) -> list[Tensor]:
+    """`newton_schulz`; with `own`, results may be written over X."""
     triples = triples_of(coefficients)
     out: list[Tensor] = list(X)
     small: dict[torch.dtype, list[int]] = {}
@@ -249,8 +311,15 @@ def newton_schulz(
             out[i] = torch.empty_like(x, memory_format=torch.contiguous_format)
         elif choice.small and scale in ("frobenius", "none"):
             small.setdefault(choice.dtype, []).append(i)
+        elif scale == "frobenius" and x.dtype != torch.float64:
+            norm = parts[i]
+            norm = magnitude([x]) if norm is None else norm.reshape(-1)
+            out[i] = x if own else x.clone(memory_format=torch.contiguous_format)
+            divisors = safety * norm.clamp(min=eps)
+            gram_too = choice.form == "gram"
+            scaled_polynomial_(out[i], divisors, coefficients, restarts, gram_too, choice.dtype)
         else:
-            y = _scaled(x, scale, eps, safety, choice.dtype, parts[i])
+            y = scaled(x, scale, eps, safety, choice.dtype, parts[i])
             if choice.form == "gram":
                 y = gram_form(y, coefficients, restarts)
             else:
@@ -265,16 +334,6 @@ def newton_schulz(
         for i, y in zip(rows, done, strict=True):
             out[i] = y
     return out
-
-
-def _scaled(
-    X: Tensor, scale: str, eps: float, safety: float, dtype: torch.dtype, norm: Tensor | None
-) -> Tensor:
-    """`scaled`, in two passes by kernels where these serve."""
-    if scale != "frobenius" or X.dtype == torch.float64:
-        return scaled(X, scale, eps, safety, dtype, norm)
-    norm = magnitude([X]) if norm is None else norm.reshape(-1)
-    return divide_each(X, safety * norm.clamp(min=eps), dtype)
 
 
 def _check_polynomial(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
-from .newton_schulz import check_iteration, newton_schulz
+from .newton_schulz import check_iteration, iterated
 from .normalize import check_moments, rotated_adam_, row_moment_
 from .passes import check_flags, check_halves, decayed_update_, muon_prologue_
 from .rotations import rotate_, rotate_back_
@@ -74,15 +74,16 @@ def _polars(
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Momentum, updated, and the polar factors of what follows from it, in buffers of their own: of
     as many matrices at a time as fit one work buffer, by their numbers in the list."""
-    for part in work_parts(momentum_buffers):
+    found = work_parts(momentum_buffers)
+    for part, batches in zip(found, stacks_in_turn(momentum_buffers, found), strict=True):
         rows = [i for batch in part for i in batch]
         states = [momentum_buffers[i] for i in rows]
-        batches = stacks_of(momentum_buffers, part)
         updates = [u for batch in batches for u in batch.unbind()]
         norms = muon_prologue_(
             [grads[i] for i in rows], states, updates, momentum, nesterov, *flags
         )
-        yield rows, [u for batch in newton_schulz(batches, *how, norms) for u in batch.unbind()]
+        polars = iterated(batches, *how, norms, own=True)
+        yield rows, [u for batch in polars for u in batch.unbind()]
 
 
 @op(
@@ -145,6 +146,32 @@ def stacks_of(
 ) -> list[Tensor]:
     """Work buffers (k, *shape), of the tensors' dtype or another, for a part's batches."""
     return [tensors[k[0]].new_empty((len(k), *tensors[k[0]].shape), dtype=dtype) for k in part]
+
+
+def stacks_in_turn(
+    tensors: list[Tensor], found: list[list[list[int]]], dtype: torch.dtype | None = None
+) -> Iterator[list[Tensor]]:
+    """`stacks_of` every part in turn, all in the same memory: the system clears new pages, which on
+    a CPU takes longer than the passes over them."""
+
+    def batches(part: list[list[int]]) -> Iterator[tuple[torch.dtype, int]]:
+        for rows in part:
+            yield dtype or tensors[rows[0]].dtype, len(rows) * tensors[rows[0]].numel()
+
+    needed: dict[torch.dtype, int] = {}
+    for part in found:
+        together: dict[torch.dtype, int] = {}
+        for kind, size in batches(part):
+            together[kind] = together.get(kind, 0) + size
+        needed.update({k: max(n, needed.get(k, 0)) for k, n in together.items()})
+    rooms = {kind: tensors[0].new_empty(size, dtype=kind) for kind, size in needed.items()}
+    for part in found:
+        stacks, used = [], dict.fromkeys(needed, 0)
+        for rows, (kind, size) in zip(part, batches(part), strict=True):
+            room = rooms[kind].narrow(0, used[kind], size)
+            stacks.append(room.view(len(rows), *tensors[rows[0]].shape))
+            used[kind] += size
+        yield stacks
 
 
 def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:

@@ -1,0 +1,149 @@
+// X <- the polynomial of X over its norm, in place: scaled into memory that calls leave to each
+// other, iterated there, written back in the dtype of X.
+#include "../orthonorm.h"
+
+#include "elementwise.h"
+#include "gemm_words.h"
+
+namespace orthonorm {
+namespace {
+
+// Lines of memory of a batch of matrices: its rows, or its columns where these are contiguous.
+struct Lines {
+  char* data;
+  ScalarType dtype;
+  int64_t batch, count, length, batch_stride, stride, step;  // strides in elements
+
+  explicit Lines(const MatrixView& v, bool columns)
+      : data(static_cast<char*>(v.data)),
+        dtype(v.dtype),
+        batch(v.batch),
+        count(columns ? v.cols : v.rows),
+        length(columns ? v.rows : v.cols),
+        batch_stride(v.stride_batch),
+        stride(columns ? v.stride_col : v.stride_row),
+        step(columns ? v.stride_row : v.stride_col) {}
+
+  char* line(int64_t index) const {
+    const int64_t at = index / count * batch_stride + index % count * stride;
+    return data + at * element_size(dtype);
+  }
+};
+
+constexpr int64_t RUN = 1024;  // elements of a line at a time: in the first cache
+
+// to = from / divisor, rounded once; 0 for 0. In double, where one over the norm of narrower numbers
+// is normal: a power of two in both cancels.
+template <class A, class T>
+void scale_run(const A* __restrict from, double divisor, int64_t count, T* __restrict to) {
+  if (divisor == 0) return static_cast<void>(std::fill(to, to + count, T{}));
+  const double by = 1.0 / divisor;
+  for (int64_t j = 0; j < count; ++j) {
+    const double value = static_cast<double>(from[j]);
+    const double quotient = sizeof(A) == 8 ? value / divisor : value * by;
+    if constexpr (sizeof(T) == 2) {
+      narrow(to_odd(quotient), to[j]);
+    } else {
+      to[j] = static_cast<T>(quotient);
+    }
+  }
+}
+
+template <class A, class T>
+void scale_line(const Lines& x, int64_t index, double divisor, T* to) {
+  for (int64_t i = 0; i < x.length; i += RUN) {
+    const int64_t count = std::min(RUN, x.length - i);
+    alignas(64) A values[RUN];
+    const char* const at = x.line(index) + i * x.step * element_size(x.dtype);
+    const A* const from = load<A>(at, x.dtype, x.step, count, values);
+    specialized([=] { scale_run(from, divisor, count, to + i); });
+  }
+}
+
+template <class T, class O>
+void run(const MatrixView& v, const std::vector<double>& divisors,
+         const std::vector<gemm::Triple>& triples,
+         const std::vector<std::vector<gemm::Triple>>& segments) {
+  using gemm::Workspace;
+  using A = std::conditional_t<std::is_same_v<O, double>, double, float>;
+  constexpr bool direct_out = std::is_same_v<T, O> || std::is_same_v<O, float>;
+  const bool by_columns = v.stride_row == 1 && v.stride_col != 1;
+  const Lines lines(v, by_columns);
+  const int64_t size = v.rows * v.cols;
+  const bool straight = std::is_same_v<T, O> || (sizeof(T) == 2 && direct_out && size < PACKED);
+  Workspace memory((straight ? 1 : 2) * Workspace::bytes_for<T>(v.batch * size));
+  T* const scaled = memory.take<T>(v.batch * size);
+  T* const result = straight ? nullptr : memory.take<T>(v.batch * size);
+  const int64_t total = v.batch * lines.count;
+  parallel(total, 1 + (int64_t{1} << 14) / (lines.length + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      scale_line<A>(lines, i, divisors[i / lines.count], scaled + i * lines.length);
+    }
+  });
+  // As matrices with the short side first.
+  const bool turned = v.rows > v.cols;
+  const Sizes sizes{v.batch, std::min(v.rows, v.cols), std::max(v.rows, v.cols)};
+  const auto held = [&](auto* at) {
+    gemm::Strided<std::remove_pointer_t<decltype(at)>> s{at, by_columns ? 1 : v.cols,
+                                                         by_columns ? v.rows : 1, size};
+    if (turned) std::swap(s.row, s.col);
+    return s;
+  };
+  const auto form = [&](auto out) {
+    const auto X = held(static_cast<const T*>(scaled));
+    segments.empty() ? direct_form(X, sizes, triples, out) : gram_form(X, sizes, segments, out);
+  };
+  if (straight) {
+    if constexpr (std::is_same_v<T, O> || (sizeof(T) == 2 && direct_out)) {
+      gemm::Strided<O> out{static_cast<O*>(v.data), v.stride_row, v.stride_col, v.stride_batch};
+      if (turned) std::swap(out.row, out.col);
+      form(out);
+    }
+    return;
+  }
+  form(held(result));
+  parallel(total, 1 + (int64_t{1} << 14) / (lines.length + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* const from = result + i * lines.length;
+      O* const to = reinterpret_cast<O*>(lines.line(i));
+      for (int64_t j = 0; j < lines.length; ++j) {
+        if constexpr (sizeof(T) == 8 && sizeof(O) == 2) {
+          narrow(to_odd(from[j]), to[j * lines.step]);
+        } else if constexpr (sizeof(O) == 2) {
+          narrow(widen(from[j]), to[j * lines.step]);
+        } else {
+          to[j * lines.step] = static_cast<O>(widen(from[j]));
+        }
+      }
+    }
+  });
+}
+
+void scaled_polynomial_(Tensor X, Tensor divisors, std::vector<double> coefficients,
+                        std::vector<int64_t> restarts, bool gram, ScalarType dtype) {
+  const char* const op = "scaled_polynomial_";
+  check_matrix(op, "X", X);
+  const std::vector<gemm::Triple> triples = triples_of(op, coefficients);
+  const auto segments = gram ? segments_of(op, triples, restarts)
+                             : std::vector<std::vector<gemm::Triple>>();
+  const std::vector<double> by = numbers(op, "divisors", divisors);
+  const Tensor x = batched(X);
+  const MatrixView v = view(x);
+  STD_TORCH_CHECK(static_cast<int64_t>(by.size()) == v.batch, op, ": divisors must have ", v.batch,
+                  " numbers, got ", by.size());
+  if (v.numel() == 0) return;
+  with_element(op, dtype, [&](auto iterated) {
+    with_element(op, v.dtype, [&](auto stored) {
+      run<decltype(iterated), decltype(stored)>(v, by, triples, segments);
+    });
+  });
+  if (x.data_ptr() != X.data_ptr()) torch::stable::copy_(X, x);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(orthonorm, CPU, m) {
+  m.impl("scaled_polynomial_", TORCH_BOX(&scaled_polynomial_));
+}
+
+}  // namespace orthonorm
