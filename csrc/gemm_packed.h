@@ -36,7 +36,7 @@ struct Packed {
     return {left, on_tiles<Lane> ? memory.template take<Lane>(size(count, depth)) : left};
   }
 
-  // Beyond the matrix there are zeros, as in what is packed from memory; strips on tiles bring them.
+  // Zeros beyond the matrix, as in what is packed from memory. Strips on tiles bring their own.
   static void clear_edge(Lane* to, int64_t count, int64_t depth) {
     if (on_tiles<Lane>) return;
     const int64_t all = size(count, depth), panel = WIDTH * lanes_of<Lane>(depth);

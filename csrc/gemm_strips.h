@@ -15,8 +15,8 @@ namespace orthonorm::gemm {
 // 360.
 //
 // A block takes the depth this many lanes at a time: 768 KB of L are reused for its panels of R. On
-// tiles, two thirds of whose time are loads, a panel of each is in the first cache: 64 and 128 lanes
-// do as well, 256 take up to a quarter longer (2 threads of a Xeon with AMX, 2026-11).
+// tiles a panel of each is in the first cache: 64 and 128 lanes do as well, 256 take up to a quarter
+// longer (2 threads of a Xeon with AMX, 2026-11).
 template <class Lane>
 inline constexpr int64_t DEEP = on_tiles<Lane> ? 64 : 1024;
 

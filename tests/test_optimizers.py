@@ -9,6 +9,7 @@ import pytest
 import torch
 from optimizer_rows import ROWS, Row, build, make, set_grads, snapshot
 from orthonorm import optim
+from orthonorm.ops import steps
 from torch import Tensor
 
 ALL = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
@@ -27,6 +28,21 @@ def test_follows_trusted_implementation(row: Row) -> None:
         a.step()
         b.step()
     for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-12, rtol=1e-12)
+
+
+@ALL
+def test_parts_of_a_step_share_one_work_buffer(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that do not fit it together are updated as those that do."""
+    together, apart = make(), make()
+    a, b = build(row, together), build(row, apart)
+    for step in range(3):
+        set_grads(step, together, apart)
+        a.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "WORK", 1)
+            b.step()
+    for p, q in zip(together, apart, strict=True):
         torch.testing.assert_close(p, q, atol=1e-12, rtol=1e-12)
 
 

@@ -28,8 +28,8 @@ namespace orthonorm {
 
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 
-// Whether the processor has AMX for bfloat16 and Linux lets this process use it, which must be asked
-// for.
+// Whether the processor has AMX for bfloat16 and Linux lets this process use it: that has to be
+// asked for.
 inline bool amx_permitted() {
 #if ORTHONORM_HAS_AMX
   unsigned a, b, c, d;

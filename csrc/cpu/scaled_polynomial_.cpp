@@ -32,8 +32,8 @@ struct Lines {
 
 constexpr int64_t RUN = 1024;  // elements of a line at a time: in the first cache
 
-// to = from / divisor, rounded once; 0 for 0. In double, where one over the norm of narrower numbers
-// is normal: a power of two in both cancels.
+// to = from / divisor, rounded once; 0 for 0. In double, where one over the norm of narrower
+// numbers is normal: a power of two in both cancels.
 template <class A, class T>
 void scale_run(const A* __restrict from, double divisor, int64_t count, T* __restrict to) {
   if (divisor == 0) return static_cast<void>(std::fill(to, to + count, T{}));

@@ -141,18 +141,12 @@ def work_parts(tensors: list[Tensor]) -> list[list[list[int]]]:
     return parts(tensors, max(*(t.numel() for t in tensors), limit))
 
 
-def stacks_of(
-    tensors: list[Tensor], part: list[list[int]], dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """Work buffers (k, *shape), of the tensors' dtype or another, for a part's batches."""
-    return [tensors[k[0]].new_empty((len(k), *tensors[k[0]].shape), dtype=dtype) for k in part]
-
-
 def stacks_in_turn(
     tensors: list[Tensor], found: list[list[list[int]]], dtype: torch.dtype | None = None
 ) -> Iterator[list[Tensor]]:
-    """`stacks_of` every part in turn, all in the same memory: the system clears new pages, which on
-    a CPU takes longer than the passes over them."""
+    """Work buffers (k, *shape), of the tensors' dtype or another, for the batches of every part in
+    turn, all in the same memory: the system clears new pages, which on a CPU takes longer than the
+    passes over them."""
 
     def batches(part: list[list[int]]) -> Iterator[tuple[torch.dtype, int]]:
         for rows in part:

@@ -18,7 +18,7 @@ from ..distributed import agreement, shards
 from ..distributed.plan import Bucket
 from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
 from ..ops import adamw_step_, magnitude
-from ..ops.steps import stacks_of, work_parts
+from ..ops.steps import stacks_in_turn, work_parts
 from ..ops.words import segments, triples_of
 from ..polar import Polynomial
 from . import storage
@@ -201,10 +201,10 @@ class MatrixOptimizer(Groups):
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
         probe = self.probe(group)
-        for part in work_parts(batch.params):
+        found = work_parts(batch.params)
+        for part, stacks in zip(found, stacks_in_turn(batch.params, found, dtype), strict=True):
             some = batch.part([i for rows in part for i in rows])
             with unless(flags.found_inf, some.written_by_rules(group)):
-                stacks = stacks_of(batch.params, part, dtype)
                 updates = updates_from(some, stacks, mu, group, flags)
                 if probe:
                     probe.add_updates(updates)
