@@ -264,7 +264,7 @@ def test_any_finite_matrix(X: Tensor, name: str) -> None:
         assert not Q.any()
         return
     dtype = torch.float64 if X.dtype == torch.float64 else torch.float32
-    # Plain torch may be exact by luck on few elements or singular values: X is judged beside rotated
-    # ones, of the same singular values and another rounding.
+    # Plain torch may be exact by luck on few elements or singular values: X is judged beside
+    # rotated ones, of the same singular values and another rounding.
     more = [rotated(X, seed) for seed in range(39)]
     hold([(Judge(x, c), polar(x, name)) for x in (X, *more)], dtype)
