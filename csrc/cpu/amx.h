@@ -4,6 +4,8 @@
 // the depth; a right tile's line is 16 columns of one pair along the depth.
 #pragma once
 
+#include <cstdint>
+
 #include "isa.h"
 
 namespace orthonorm::amx {
