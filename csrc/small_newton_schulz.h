@@ -93,7 +93,7 @@ inline AmxBuffers amx_buffers(Cutter& cut, int64_t L, int64_t S) {
   m.ld = leading<float>(32 * m.across);
   const int64_t rows = m.down * m.across * amx_lanes, square = m.across * m.across * amx_lanes;
   m.X = cut.take<float>(32 * m.down * m.ld);
-  m.sums = cut.take<float>(2 * amx_sums);
+  m.sums = cut.take<float>(amx_sums);
   for (uint32_t** x : {&m.X_left, &m.Y_left, &m.X_right, &m.Xt_left}) {
     *x = cut.take<uint32_t>(rows);
   }
