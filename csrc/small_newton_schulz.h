@@ -8,6 +8,7 @@
 #include <cstddef>
 
 #include "cpu/isa.h"
+#include "small_newton_schulz_amx.h"
 #include "small_newton_schulz_bf16.h"
 #include "small_newton_schulz_real.h"
 #include "small_newton_schulz_row.h"
@@ -20,8 +21,8 @@ inline bool fits(int64_t rows, int64_t cols) {
   return std::min(rows, cols) <= 1 || rows <= 128 * 128 / cols;
 }
 
-// What the products' operands are; bfloat16 needs Isa::avx512bf16.
-enum class Arithmetic { float32, float64, bfloat16 };
+// What the products' operands are; bfloat16 needs Isa::avx512bf16, and in tiles Isa::amx.
+enum class Arithmetic { float32, float64, bfloat16, bfloat16_tiles };
 
 // Row-major values: `ld` elements from row to row. The matrix meant is the transpose if `flipped`.
 template <class In>
@@ -85,6 +86,22 @@ inline Bf16Buffers bf16_buffers(Cutter& cut, int64_t L, int64_t S) {
 }
 #endif
 
+#if ORTHONORM_HAS_AMX
+inline AmxBuffers amx_buffers(Cutter& cut, int64_t L, int64_t S) {
+  AmxBuffers m{};
+  m.L = L, m.S = S, m.down = (L + 31) / 32, m.across = (S + 31) / 32;
+  m.ld = leading<float>(32 * m.across);
+  const int64_t rows = m.down * m.across * amx_lanes, square = m.across * m.across * amx_lanes;
+  m.X = cut.take<float>(32 * m.down * m.ld);
+  m.sums = cut.take<float>(amx_sums);
+  for (uint32_t** x : {&m.X_left, &m.Y_left, &m.X_right, &m.Xt_left}) {
+    *x = cut.take<uint32_t>(rows);
+  }
+  for (uint32_t** x : {&m.A_left, &m.A_right, &m.B_right}) *x = cut.take<uint32_t>(square);
+  return m;
+}
+#endif
+
 // Bytes, aligned to 64, that `run` needs for one m x n matrix.
 inline int64_t workspace_bytes(int64_t m, int64_t n, Arithmetic arithmetic) {
   Cutter cut(nullptr);
@@ -94,6 +111,12 @@ inline int64_t workspace_bytes(int64_t m, int64_t n, Arithmetic arithmetic) {
   if (arithmetic == Arithmetic::float32) real_buffers<float>(cut, std::max(m, n), std::min(m, n));
 #if ORTHONORM_X86
   if (arithmetic == Arithmetic::bfloat16) bf16_buffers(cut, std::max(m, n), std::min(m, n));
+#endif
+#if ORTHONORM_HAS_AMX
+  if (arithmetic == Arithmetic::bfloat16_tiles) {
+    amx_buffers(cut, std::max(m, n), std::min(m, n));
+    real_buffers<float>(cut, std::max(m, n), std::min(m, n));  // where there are no steps
+  }
 #endif
   return cut.used();
 }
@@ -194,6 +217,13 @@ ORTHONORM_AVX512BF16 [[gnu::noinline]] inline void run_bf16(Bf16Buffers& m, cons
   iterate_bf16(m, p);
 }
 #endif
+#if ORTHONORM_HAS_AMX
+ORTHONORM_AMX [[gnu::noinline]] inline void run_amx(AmxBuffers& m, const float* x, int64_t ld,
+                                                    const FloatDivisor& d, const Polynomial& p) {
+  round_amx(m, x, ld, d);
+  iterate_amx(m, p);
+}
+#endif
 
 // y = the polynomial of x, scaled. E is double for Arithmetic::float64 and float otherwise; y is
 // contiguous; `workspace` holds workspace_bytes; `norm` may be null.
@@ -215,6 +245,21 @@ void run(Isa isa, Arithmetic arithmetic, const Source<In>& x, const Scaling& sca
       } else {
         prepare(isa, tall, L, S, m.X, m.ld);
         run_bf16(m, m.X, m.ld, {}, p);
+      }
+      return deliver(isa, m.X, m.ld, L, S, wide, y);
+    }
+  }
+#endif
+#if ORTHONORM_HAS_AMX
+  if constexpr (sizeof(E) == 4) {
+    if (arithmetic == Arithmetic::bfloat16_tiles && p.steps > 0) {
+      AmxBuffers m = amx_buffers(cut, L, S);
+      const amx::Tiles tiles;
+      if constexpr (sizeof(In) == 4) {
+        run_amx(m, tall.data, tall.ld, FloatDivisor(tall.divisor.by), p);
+      } else {
+        prepare(isa, tall, L, S, m.X, m.ld);
+        run_amx(m, m.X, m.ld, {}, p);
       }
       return deliver(isa, m.X, m.ld, L, S, wide, y);
     }

@@ -22,6 +22,7 @@ struct Batch {
   Tensor x, y;
   int64_t count, rows, cols;
   int64_t first;  // place of its first matrix among the matrices of the whole list
+  Arithmetic arithmetic;
 };
 
 // One thread's share of work at a time: matrices [begin, end) of a batch.
@@ -33,9 +34,16 @@ struct Unit {
 // Multiplications, about 10 us: threads meet at a counter per unit.
 constexpr double unit_cost = 4e6;
 
-Arithmetic arithmetic_of(ScalarType dtype) {
+// By dtype and shape alone: the same alone and in any company.
+Arithmetic arithmetic_of(ScalarType dtype, int64_t rows, int64_t cols) {
   if (dtype == ScalarType::Double) return Arithmetic::float64;
-  if (dtype == ScalarType::BFloat16 && isa() >= Isa::avx512bf16) return Arithmetic::bfloat16;
+  if (dtype == ScalarType::BFloat16 && isa() == Isa::amx) {
+    // float32 is more precise, and here faster than vdpbf16ps at every size (32 x 32: 5.7 against
+    // 10 us) and than tiles, 32 columns wide, at short sides up to 16 (16 x 16: 1.2 against 2.1 us,
+    // 24 x 24: 3.7 against 2.2 us; one thread of a Xeon, 2026-11).
+    return std::min(rows, cols) > 16 ? Arithmetic::bfloat16_tiles : Arithmetic::float32;
+  }
+  if (dtype == ScalarType::BFloat16 && isa() == Isa::avx512bf16) return Arithmetic::bfloat16;
   return Arithmetic::float32;  // also for float16: more precise, and no slower here
 }
 
@@ -84,7 +92,6 @@ small::Source<In> source(const Batch& b, const char* data, In* staging) {
 struct Job {
   std::vector<Batch> batches;
   std::vector<Unit> units;
-  Arithmetic arithmetic;
   Scaling scaling;
   Polynomial polynomial;
   const Tensor* norms;  // null: measure
@@ -103,7 +110,7 @@ void run_one(const Job& job, const Batch& b, int64_t index, std::byte* staging,
                    index * b.rows * b.cols * element_size(dtype);
   // The input is no longer needed when the result is delivered: both may use `staging`.
   E* const y = target(to, dtype, 1, reinterpret_cast<E*>(staging));
-  small::run<In, E>(isa(), job.arithmetic, x, job.scaling, job.norms ? &norm : nullptr,
+  small::run<In, E>(isa(), b.arithmetic, x, job.scaling, job.norms ? &norm : nullptr,
                     job.polynomial, workspace, y);
   specialized([&] { store(y, to, dtype, 1, b.rows * b.cols); });
 }
@@ -111,7 +118,7 @@ void run_one(const Job& job, const Batch& b, int64_t index, std::byte* staging,
 void run_unit(const Job& job, const Unit& unit, std::byte* staging, std::byte* workspace) {
   const Batch& b = job.batches[unit.batch];
   const bool from64 = b.x.scalar_type() == ScalarType::Double;
-  const bool in64 = job.arithmetic == Arithmetic::float64;
+  const bool in64 = b.arithmetic == Arithmetic::float64;
   for (int64_t i = unit.begin; i < unit.end; ++i) {
     if (from64 && in64) run_one<double, double>(job, b, i, staging, workspace);
     if (from64 && !in64) run_one<double, float>(job, b, i, staging, workspace);
@@ -139,7 +146,7 @@ void cut_units(Job& job) {
     }
     job.staging_bytes = std::max(job.staging_bytes, small::round_up(b.rows * b.cols * 8, 64));
     job.workspace_bytes = std::max(job.workspace_bytes,
-                                   small::workspace_bytes(b.rows, b.cols, job.arithmetic));
+                                   small::workspace_bytes(b.rows, b.cols, b.arithmetic));
   }
 }
 
@@ -166,7 +173,7 @@ void run_units(const Job& job) {
   });
 }
 
-Batch make_batch(const Tensor& x, size_t i, int64_t first) {
+Batch make_batch(const Tensor& x, size_t i, int64_t first, ScalarType dtype) {
   STD_TORCH_CHECK(x.dim() >= 2, "small_newton_schulz: X[", i,
                   "] must have at least 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(x.is_cpu(), "small_newton_schulz: X[", i, "] must be on the CPU");
@@ -179,7 +186,7 @@ Batch make_batch(const Tensor& x, size_t i, int64_t first) {
   int64_t count = 1;
   for (int64_t d = 0; d + 2 < x.dim(); ++d) count *= x.size(d);
   const Tensor y = torch::stable::new_empty(x, x.sizes());
-  return {x, y, count, rows, cols, first};
+  return {x, y, count, rows, cols, first, arithmetic_of(dtype, rows, cols)};
 }
 
 TensorList small_newton_schulz(TensorList X, std::vector<double> coefficients, ScalarType dtype,
@@ -191,14 +198,13 @@ TensorList small_newton_schulz(TensorList X, std::vector<double> coefficients, S
   STD_TORCH_CHECK(is_float(dtype),
                   "small_newton_schulz: dtype must be float32, float64, bfloat16 or float16");
   Job job;
-  job.arithmetic = arithmetic_of(dtype);
   job.scaling = {scale, eps, safety};
   job.polynomial = {coefficients.data(), static_cast<int64_t>(coefficients.size() / 3)};
   job.norms = scale && norms.has_value() ? &*norms : nullptr;
   int64_t first = 0;
   TensorList result;
   for (size_t i = 0; i < X.size(); ++i) {
-    job.batches.push_back(make_batch(X[i], i, first));
+    job.batches.push_back(make_batch(X[i], i, first, dtype));
     first += job.batches.back().count;
     result.push_back(job.batches.back().y);
   }

@@ -266,6 +266,10 @@ int main() {
       all<float, float>(isa, Arithmetic::bfloat16);
       all<double, float>(isa, Arithmetic::bfloat16);
     }
+    if (isa == Isa::amx) {
+      all<float, float>(isa, Arithmetic::bfloat16_tiles);
+      all<double, float>(isa, Arithmetic::bfloat16_tiles);
+    }
   }
   std::printf("small_newton_schulz: %d failures\n", failures);
   return failures != 0;
