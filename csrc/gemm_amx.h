@@ -6,6 +6,7 @@
 // A block of 32 x 32 elements is 2 KB in either, and its transpose is a transpose of words away.
 #pragma once
 
+#include "bf16_pairs.h"
 #include "cpu/amx.h"
 #include "gemm_pack.h"
 
@@ -84,6 +85,7 @@ ORTHONORM_AMX [[gnu::noinline]] void multiply_blocks(const TilePair* left, const
                                                      const Ahead& ahead) {
   constexpr int64_t LINE = 4 * TILE, PANEL = 4 * SQUARE;  // bytes to the next line
   float *const beside = out + TILE, *const below = out + TILE * SQUARE;
+  asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from memory
   _tile_zero(0);
   if constexpr (COLS > 1) _tile_zero(1);
   if constexpr (ROWS > 1) _tile_zero(2);
@@ -143,17 +145,12 @@ ORTHONORM_AVX512BF16 [[gnu::noinline]] inline void round_rows(const float* sums,
 
 // A block of left tiles as a block of right tiles: pairs of rows.
 ORTHONORM_AVX512BF16 [[gnu::noinline]] inline void pair_rows(const TilePair* block, TilePair* to) {
-  alignas(64) static constexpr uint16_t join[2][32] = {
-      {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-       8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-  const __m512i first = _mm512_load_si512(join[0]), second = _mm512_load_si512(join[1]);
   for (int64_t k = 0; k < TILE; ++k) {
     const __m512i even = _mm512_loadu_si512(block + 2 * k * TILE);
     const __m512i odd = _mm512_loadu_si512(block + (2 * k + 1) * TILE);
-    _mm512_storeu_si512(to + k * SQUARE, _mm512_permutex2var_epi16(even, first, odd));
-    _mm512_storeu_si512(to + k * SQUARE + TILE, _mm512_permutex2var_epi16(even, second, odd));
+    const Pairs pairs = join_rows(even, odd);
+    _mm512_storeu_si512(to + k * SQUARE, pairs.first);
+    _mm512_storeu_si512(to + k * SQUARE + TILE, pairs.last);
   }
 }
 

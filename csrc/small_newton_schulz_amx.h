@@ -100,20 +100,15 @@ struct TwoRows {
   // Rounded, into a block of either layout.
   template <bool to_left>
   ORTHONORM_AMX_INLINE void store(uint32_t* left, uint32_t* right, int64_t p) const {
-    alignas(64) static constexpr uint16_t join[2][32] = {
-        {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-         8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-         24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
     const __m512i e = (__m512i)_mm512_cvtne2ps_pbh(even[1], even[0]);
     const __m512i o = (__m512i)_mm512_cvtne2ps_pbh(odd[1], odd[0]);
-    const __m512i low = _mm512_load_si512(join[0]), high = _mm512_load_si512(join[1]);
     if constexpr (to_left) {
       _mm512_store_si512(left + 32 * p, e);
       _mm512_store_si512(left + 32 * p + 16, o);
     }
-    _mm512_store_si512(right + 16 * p, _mm512_permutex2var_epi16(e, low, o));
-    _mm512_store_si512(right + amx_lanes / 2 + 16 * p, _mm512_permutex2var_epi16(e, high, o));
+    const Pairs joined = join_rows(e, o);
+    _mm512_store_si512(right + 16 * p, joined.first);
+    _mm512_store_si512(right + amx_lanes / 2 + 16 * p, joined.last);
   }
 };
 

@@ -10,7 +10,7 @@
 //          factor of X B
 #pragma once
 
-#include "cpu/isa.h"
+#include "bf16_pairs.h"
 #include "small_newton_schulz_real.h"
 
 #if ORTHONORM_X86
@@ -74,23 +74,17 @@ ORTHONORM_BF16_INLINE void band_bf16(const uint32_t* a, int64_t lda, const uint3
 template <int N>
 ORTHONORM_BF16_INLINE void store_pairs(const __m512 (&even)[N], const __m512 (&odd)[N],
                                        uint32_t* pairs, uint32_t* rows, int64_t ld_rows) {
-  alignas(64) static constexpr uint16_t join[2][32] = {
-      {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-       8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-  const __m512i low = _mm512_load_si512(join[0]);
   __m512i e, o;
   if constexpr (N == 2) {
     e = (__m512i)_mm512_cvtne2ps_pbh(even[1], even[0]);
     o = (__m512i)_mm512_cvtne2ps_pbh(odd[1], odd[0]);
-    const __m512i high = _mm512_load_si512(join[1]);
-    _mm512_store_si512(pairs + 16, _mm512_permutex2var_epi16(e, high, o));
   } else {
     e = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(even[0]));
     o = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(odd[0]));
   }
-  _mm512_store_si512(pairs, _mm512_permutex2var_epi16(e, low, o));
+  const Pairs joined = join_rows(e, o);
+  _mm512_store_si512(pairs, joined.first);
+  if constexpr (N == 2) _mm512_store_si512(pairs + 16, joined.last);
   if (rows != nullptr) {  // these are 32 columns, or 16 and padding
     _mm512_store_si512(rows, e);
     _mm512_store_si512(rows + ld_rows, o);

@@ -56,7 +56,7 @@ def test_emerging_optimizers(nvidia: Any) -> None:
     assert set(ours.SETS) == set(theirs._COEFFICIENT_SETS)
     for name in set(ours.SETS) - {"aol"}:  # which ours refuses
         ends = "repeat_last" if ours.SETS[name][1] == "repeat_last" else "cycle"
-        for shape in ((24, 40), (40, 24), (3, 10, 6)):
+        for shape in ((24, 40), (40, 24), (60, 10, 6)):  # few elements are luck
             x = torch.randn(shape)
             X = x.double().mT if shape[-2] > shape[-1] else x.double()
             X = X / X.norm(dim=(-2, -1), keepdim=True)

@@ -284,23 +284,6 @@ def newton_schulz(
 
     Zero in, zero out. A non-finite entry stays inside its own matrix of the batch.
     """
-    how = (coefficients, restarts, form, precision, scale, eps, safety)
-    return iterated(X, *how, norms)
-
-
-def iterated(
-    X: list[Tensor],
-    coefficients: list[float],
-    restarts: list[int],
-    form: str,
-    precision: str,
-    scale: str,
-    eps: float,
-    safety: float,
-    norms: Tensor | None,
-    own: bool = False,
-) -> list[Tensor]:
-    """`newton_schulz`; with `own`, results may be written over X."""
     triples = triples_of(coefficients)
     out: list[Tensor] = list(X)
     small: dict[torch.dtype, list[int]] = {}
@@ -314,7 +297,7 @@ def iterated(
         elif scale == "frobenius" and x.dtype != torch.float64:
             norm = parts[i]
             norm = magnitude([x]) if norm is None else norm.reshape(-1)
-            out[i] = x if own else x.clone(memory_format=torch.contiguous_format)
+            out[i] = x.clone(memory_format=torch.contiguous_format)
             divisors = safety * norm.clamp(min=eps)
             gram_too = choice.form == "gram"
             scaled_polynomial_(out[i], divisors, coefficients, restarts, gram_too, choice.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
-from .newton_schulz import check_iteration, iterated
+from .newton_schulz import check_iteration, newton_schulz
 from .normalize import check_moments, rotated_adam_, row_moment_
 from .passes import check_flags, check_halves, decayed_update_, muon_prologue_
 from .rotations import rotate_, rotate_back_
@@ -82,7 +82,7 @@ def _polars(
         norms = muon_prologue_(
             [grads[i] for i in rows], states, updates, momentum, nesterov, *flags
         )
-        polars = iterated(batches, *how, norms, own=True)
+        polars = newton_schulz(batches, *how, norms)
         yield rows, [u for batch in polars for u in batch.unbind()]
 
 
