@@ -8,7 +8,6 @@ on the arguments in float64 (`inputs.doubled`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from orthonorm._library import OPS, Op
 from torch import Tensor
 
-from . import makers
+from . import flops, makers
 from .inputs import Arguments, Inputs
 from .makers import KELLER, Make
 from .shapes import Workload
@@ -121,67 +120,6 @@ def tensors(arguments: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     return found
 
 
-# ---- work ----------------------------------------------------------------------------------------
-def sides(t: Tensor) -> tuple[int, int, int]:
-    """Matrices in the batch, short side, long side."""
-    n, m = sorted(t.shape[-2:])
-    return math.prod(t.shape[:-2]), n, m
-
-
-def polynomial_flops(arguments: Arguments) -> float:
-    """Nominal: the direct form, T (4 n^2 m + 2 n^3), or T 4 n^2 m where c = 0."""
-    squares = arguments["coefficients"][2::3]
-    total = 0.0
-    for x in arguments["X"] if "X" in arguments else arguments["params"]:
-        batch, n, m = sides(x)
-        total += batch * sum(4.0 * n * n * m + (2.0 * n**3 if c else 0.0) for c in squares)
-    return total
-
-
-def gram_flops(arguments: Arguments) -> float:
-    """Full products: X X^T or B X."""
-    X: Tensor = arguments["X"]
-    return 2.0 * X.numel() * X.shape[-2]
-
-
-def update_flops(arguments: Arguments) -> float:
-    A: Tensor = arguments["A"]
-    return 2.0 * A.numel() * A.shape[-1]
-
-
-def gram_polynomial_flops(arguments: Arguments) -> float:
-    """R^2, and all but the first time Q Z, and all but the last R Z and Z W."""
-    R: Tensor = arguments["R"]
-    return 2.0 * R.numel() * R.shape[-1] * (4 * len(arguments["coefficients"]) / 3 - 3)
-
-
-def direct_polynomial_flops(arguments: Arguments) -> float:
-    """X X^T, its square, and the product with X."""
-    batch, n, m = sides(arguments["X"])
-    return batch * 2.0 * n * n * (2 * m + n) * len(arguments["coefficients"]) / 3
-
-
-def norm_flops(arguments: Arguments) -> float:
-    """Two products with a vector per step."""
-    return 4.0 * arguments["W"].numel() * float(arguments.get("steps", 32))
-
-
-def gram_iteration_flops(arguments: Arguments) -> float:
-    batch, n, m = sides(arguments["W"])
-    return batch * 2.0 * n * n * (m + (arguments.get("steps", 5) - 1) * n)
-
-
-def basis_flops(arguments: Arguments) -> float:
-    """One product with the basis, 2 m n k."""
-    Q: Tensor = arguments["Q"]
-    return 2.0 * next(iter(arguments.values())).numel() * Q.shape[-1]
-
-
-def rotation_flops(arguments: Arguments) -> float:
-    """Two products with the basis, 4 m n k."""
-    return sum(4.0 * w.numel() * min(w.shape[-2:]) for w in arguments["params"])
-
-
 # ---- the table -----------------------------------------------------------------------------------
 _EPS_AT = ({"eps_at": "inside", "keep_norm": False}, {"eps_at": "clamp", "eps": 0.5})
 _DIVISORS = (
@@ -203,41 +141,41 @@ _STATES = (*BOTH, "mixed")
 
 _ROWS = (
     # K1: the words of the algorithm, then whole polynomials
-    Case("gram", makers.matrix("X"), gram_flops, shapes=_WORDS),
+    Case("gram", makers.matrix("X"), flops.gram, shapes=_WORDS),
     Case(
-        "symmetric_update", makers.symmetric_update, update_flops,
+        "symmetric_update", makers.symmetric_update, flops.update,
         variants=({"alpha": 1.0, "beta": 0.0},), shapes=("768x768", "2048x2048", "64x128x128"),
     ),
-    Case("gram_update_", makers.gram_update, gram_flops, shapes=_WORDS),
-    Case("apply", makers.apply, gram_flops, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
+    Case("gram_update_", makers.gram_update, flops.gram, shapes=_WORDS),
+    Case("apply", makers.apply, flops.gram, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
     Case(
-        "gram_polynomial", makers.gram_polynomial, gram_polynomial_flops,
+        "gram_polynomial", makers.gram_polynomial, flops.gram_polynomial,
         variants=({"coefficients": CUBIC}, {"coefficients": CUBIC[:3]}),
         shapes=("768x768", "2048x2048", "12x768x768"),
     ),
     Case(
-        "direct_polynomial", makers.direct_polynomial, direct_polynomial_flops,
+        "direct_polynomial", makers.direct_polynomial, flops.direct_polynomial,
         variants=({"coefficients": CUBIC},), shapes=("768x3072", "2048x2048", "12x768x768"),
     ),
     Case(
-        "gram_form", makers.gram_form, direct_polynomial_flops,
+        "gram_form", makers.gram_form, flops.direct_polynomial,
         variants=({"coefficients": CUBIC, "restarts": [1, 3]},),
         shapes=("768x3072", "1024x4096", "12x768x768"),
     ),
     Case(
-        "scaled_polynomial_", makers.scaled_polynomial, direct_polynomial_flops,
+        "scaled_polynomial_", makers.scaled_polynomial, flops.direct_polynomial,
         variants=({"gram": True, "restarts": [2]}, {"coefficients": CUBIC}),
         shapes=("768x3072", "2048x2048", "12x768x768"),
     ),
     Case("divide_each", makers.divide_each, maps=True, scale_free=True),
     Case(
-        "small_newton_schulz", makers.small_newton_schulz, polynomial_flops, scale_free=True,
+        "small_newton_schulz", makers.small_newton_schulz, flops.polynomial, scale_free=True,
         variants=({"eps": 1e-7, "safety": 1.05}, {"coefficients": CUBIC},
                   {"norms": makers.norms, "dtype": torch.float32}),
         shapes=SMALL, limit=128, polar=True,
     ),
     Case(
-        "newton_schulz", makers.newton_schulz, polynomial_flops, scale_free=True, variants=_FORMS,
+        "newton_schulz", makers.newton_schulz, flops.polynomial, scale_free=True, variants=_FORMS,
         shapes=SMALL + LARGE, polar=True, quick="64x128x128",
     ),
     # K2: second moments and normalization
@@ -266,9 +204,9 @@ _ROWS = (
         "column_normalize", makers.matrix("X"), reread=("X",), maps=True, scale_free=True,
         variants=_DIVISORS,
     ),
-    Case("rotate_", makers.rotate, basis_flops, written=("out",), shapes=_ROTATED),
+    Case("rotate_", makers.rotate, flops.basis, written=("out",), shapes=_ROTATED),
     Case(
-        "rotate_back_", makers.rotate_back, basis_flops, shapes=_ROTATED,
+        "rotate_back_", makers.rotate_back, flops.basis, shapes=_ROTATED,
         variants=({"decay": None},),
     ),
     # K3: spectral norms
@@ -286,11 +224,11 @@ _ROWS = (
         scale_free=True, shapes=_MODEL,
     ),
     Case(
-        "spectral_norm", makers.matrix("W", steps=8), norm_flops, scale_free=True,
+        "spectral_norm", makers.matrix("W", steps=8), flops.norm, scale_free=True,
         variants=({"steps": 1},), quick="768x3072",
     ),
     Case(
-        "gram_iteration", makers.matrix("W"), gram_iteration_flops, scale_free=True,
+        "gram_iteration", makers.matrix("W"), flops.gram_iteration, scale_free=True,
         variants=({"steps": 0}, {"steps": 2}), quick="768x768",
     ),
     # steps on lists of parameters and their passes
@@ -311,18 +249,18 @@ _ROWS = (
                   {"rounding": makers.seed}),
     ),
     Case(
-        "muon_step_", makers.muon_step, polynomial_flops, dtypes=_STATES,
+        "muon_step_", makers.muon_step, flops.polynomial, dtypes=_STATES,
         variants=({"nesterov": False, "precision": "full", "factors": makers.factors},
                   {"form": "gram", "eps": 1e-7, "restarts": [3]}, {"rounding": makers.seed}),
         shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
     Case(
-        "normuon_step_", makers.normuon_step, polynomial_flops, dtypes=_STATES,
+        "normuon_step_", makers.normuon_step, flops.polynomial, dtypes=_STATES,
         variants=({"precision": "full", "factors": makers.factors, "norm_eps": 0.5},),
         shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
     Case(
-        "conda_step_", makers.conda_step, rotation_flops, dtypes=_STATES,
+        "conda_step_", makers.conda_step, flops.rotation, dtypes=_STATES,
         variants=({"weight_decay": 0.0},), shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
 )  # fmt: skip
@@ -353,7 +291,7 @@ class Step:
 def _relative(optimizer: str, lr: float, states: int = 1, polynomial: bool = True) -> Step:
     """A row of an optimizer that no peer has; `polynomial`: it takes a polar factor a step."""
     flops: Callable[[Tensor], float] = (
-        (lambda w: polynomial_flops({"X": [w], "coefficients": KELLER}))
+        (lambda w: flops.polynomial({"X": [w], "coefficients": KELLER}))
         if polynomial
         else (lambda _: 0.0)
     )
@@ -368,12 +306,12 @@ STEPS: dict[str, Step] = {
     for step in (
         Step(
             "muon", "Muon", {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95},
-            flops=lambda w: polynomial_flops({"X": [w], "coefficients": KELLER}),
+            flops=lambda w: flops.polynomial({"X": [w], "coefficients": KELLER}),
         ),
         Step(
             "conda", "Conda", {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8},
             own={"scale": 0.25, "update_proj_gap": 10**9},  # the one refresh falls into the warm-up
-            flops=lambda w: rotation_flops({"params": [w]}), states=2,
+            flops=lambda w: flops.rotation({"params": [w]}), states=2,
         ),
         Step(
             "adamw", "AdamW",
