@@ -16,7 +16,7 @@ import torch
 from orthonorm._library import OPS, Op
 from torch import Tensor
 
-from . import flops, makers
+from . import makers, work
 from .inputs import Arguments, Inputs
 from .makers import KELLER, Make
 from .shapes import Workload
@@ -141,41 +141,41 @@ _STATES = (*BOTH, "mixed")
 
 _ROWS = (
     # K1: the words of the algorithm, then whole polynomials
-    Case("gram", makers.matrix("X"), flops.gram, shapes=_WORDS),
+    Case("gram", makers.matrix("X"), work.gram, shapes=_WORDS),
     Case(
-        "symmetric_update", makers.symmetric_update, flops.update,
+        "symmetric_update", makers.symmetric_update, work.update,
         variants=({"alpha": 1.0, "beta": 0.0},), shapes=("768x768", "2048x2048", "64x128x128"),
     ),
-    Case("gram_update_", makers.gram_update, flops.gram, shapes=_WORDS),
-    Case("apply", makers.apply, flops.gram, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
+    Case("gram_update_", makers.gram_update, work.gram, shapes=_WORDS),
+    Case("apply", makers.apply, work.gram, variants=({"a": 0.0, "b": 1.0},), shapes=_WORDS),
     Case(
-        "gram_polynomial", makers.gram_polynomial, flops.gram_polynomial,
+        "gram_polynomial", makers.gram_polynomial, work.gram_polynomial,
         variants=({"coefficients": CUBIC}, {"coefficients": CUBIC[:3]}),
         shapes=("768x768", "2048x2048", "12x768x768"),
     ),
     Case(
-        "direct_polynomial", makers.direct_polynomial, flops.direct_polynomial,
+        "direct_polynomial", makers.direct_polynomial, work.direct_polynomial,
         variants=({"coefficients": CUBIC},), shapes=("768x3072", "2048x2048", "12x768x768"),
     ),
     Case(
-        "gram_form", makers.gram_form, flops.direct_polynomial,
+        "gram_form", makers.gram_form, work.direct_polynomial,
         variants=({"coefficients": CUBIC, "restarts": [1, 3]},),
         shapes=("768x3072", "1024x4096", "12x768x768"),
     ),
     Case(
-        "scaled_polynomial_", makers.scaled_polynomial, flops.direct_polynomial,
+        "scaled_polynomial_", makers.scaled_polynomial, work.direct_polynomial,
         variants=({"gram": True, "restarts": [2]}, {"coefficients": CUBIC}),
         shapes=("768x3072", "2048x2048", "12x768x768"),
     ),
     Case("divide_each", makers.divide_each, maps=True, scale_free=True),
     Case(
-        "small_newton_schulz", makers.small_newton_schulz, flops.polynomial, scale_free=True,
+        "small_newton_schulz", makers.small_newton_schulz, work.polynomial, scale_free=True,
         variants=({"eps": 1e-7, "safety": 1.05}, {"coefficients": CUBIC},
                   {"norms": makers.norms, "dtype": torch.float32}),
         shapes=SMALL, limit=128, polar=True,
     ),
     Case(
-        "newton_schulz", makers.newton_schulz, flops.polynomial, scale_free=True, variants=_FORMS,
+        "newton_schulz", makers.newton_schulz, work.polynomial, scale_free=True, variants=_FORMS,
         shapes=SMALL + LARGE, polar=True, quick="64x128x128",
     ),
     # K2: second moments and normalization
@@ -204,9 +204,9 @@ _ROWS = (
         "column_normalize", makers.matrix("X"), reread=("X",), maps=True, scale_free=True,
         variants=_DIVISORS,
     ),
-    Case("rotate_", makers.rotate, flops.basis, written=("out",), shapes=_ROTATED),
+    Case("rotate_", makers.rotate, work.basis, written=("out",), shapes=_ROTATED),
     Case(
-        "rotate_back_", makers.rotate_back, flops.basis, shapes=_ROTATED,
+        "rotate_back_", makers.rotate_back, work.basis, shapes=_ROTATED,
         variants=({"decay": None},),
     ),
     # K3: spectral norms
@@ -224,11 +224,11 @@ _ROWS = (
         scale_free=True, shapes=_MODEL,
     ),
     Case(
-        "spectral_norm", makers.matrix("W", steps=8), flops.norm, scale_free=True,
+        "spectral_norm", makers.matrix("W", steps=8), work.norm, scale_free=True,
         variants=({"steps": 1},), quick="768x3072",
     ),
     Case(
-        "gram_iteration", makers.matrix("W"), flops.gram_iteration, scale_free=True,
+        "gram_iteration", makers.matrix("W"), work.gram_iteration, scale_free=True,
         variants=({"steps": 0}, {"steps": 2}), quick="768x768",
     ),
     # steps on lists of parameters and their passes
@@ -249,18 +249,18 @@ _ROWS = (
                   {"rounding": makers.seed}),
     ),
     Case(
-        "muon_step_", makers.muon_step, flops.polynomial, dtypes=_STATES,
+        "muon_step_", makers.muon_step, work.polynomial, dtypes=_STATES,
         variants=({"nesterov": False, "precision": "full", "factors": makers.factors},
                   {"form": "gram", "eps": 1e-7, "restarts": [3]}, {"rounding": makers.seed}),
         shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
     Case(
-        "normuon_step_", makers.normuon_step, flops.polynomial, dtypes=_STATES,
+        "normuon_step_", makers.normuon_step, work.polynomial, dtypes=_STATES,
         variants=({"precision": "full", "factors": makers.factors, "norm_eps": 0.5},),
         shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
     Case(
-        "conda_step_", makers.conda_step, flops.rotation, dtypes=_STATES,
+        "conda_step_", makers.conda_step, work.rotation, dtypes=_STATES,
         variants=({"weight_decay": 0.0},), shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
     ),
 )  # fmt: skip
@@ -291,7 +291,7 @@ class Step:
 def _relative(optimizer: str, lr: float, states: int = 1, polynomial: bool = True) -> Step:
     """A row of an optimizer that no peer has; `polynomial`: it takes a polar factor a step."""
     flops: Callable[[Tensor], float] = (
-        (lambda w: flops.polynomial({"X": [w], "coefficients": KELLER}))
+        (lambda w: work.polynomial({"X": [w], "coefficients": KELLER}))
         if polynomial
         else (lambda _: 0.0)
     )
@@ -306,12 +306,12 @@ STEPS: dict[str, Step] = {
     for step in (
         Step(
             "muon", "Muon", {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95},
-            flops=lambda w: flops.polynomial({"X": [w], "coefficients": KELLER}),
+            flops=lambda w: work.polynomial({"X": [w], "coefficients": KELLER}),
         ),
         Step(
             "conda", "Conda", {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8},
             own={"scale": 0.25, "update_proj_gap": 10**9},  # the one refresh falls into the warm-up
-            flops=lambda w: flops.rotation({"params": [w]}), states=2,
+            flops=lambda w: work.rotation({"params": [w]}), states=2,
         ),
         Step(
             "adamw", "AdamW",
