@@ -210,20 +210,37 @@ void iterate_on(Isa isa, Buffers<E>& m, const Polynomial& p) {
   on<E>(isa, ORTHONORM_BODY(machine) { iterate<decltype(machine)>(m, p); });
 }
 #if ORTHONORM_X86
-ORTHONORM_AVX512BF16 [[gnu::noinline]] inline void run_bf16(Bf16Buffers& m, const float* x,
-                                                            int64_t ld, const FloatDivisor& d,
-                                                            const Polynomial& p) {
-  round_bf16(m, x, ld, d);
-  iterate_bf16(m, p);
-}
+struct OnPairs {
+  ORTHONORM_AVX512BF16 [[gnu::noinline]] static void run(Bf16Buffers& m, const float* x,
+                                                         int64_t ld, const FloatDivisor& d,
+                                                         const Polynomial& p) {
+    round_bf16(m, x, ld, d);
+    iterate_bf16(m, p);
+  }
+};
 #endif
 #if ORTHONORM_HAS_AMX
-ORTHONORM_AMX [[gnu::noinline]] inline void run_amx(AmxBuffers& m, const float* x, int64_t ld,
-                                                    const FloatDivisor& d, const Polynomial& p) {
-  round_amx(m, x, ld, d);
-  iterate_amx(m, p);
-}
+struct OnTiles {
+  ORTHONORM_AMX [[gnu::noinline]] static void run(AmxBuffers& m, const float* x, int64_t ld,
+                                                  const FloatDivisor& d, const Polynomial& p) {
+    const amx::Tiles tiles;
+    round_amx(m, x, ld, d);
+    iterate_amx(m, p);
+  }
+};
 #endif
+
+// The iteration on operands of bfloat16, rounded from x at once where that is float already.
+template <class Products, class In, class M>
+void run_rounded(Isa isa, const Tall<In>& x, M m, const Polynomial& p, bool wide, float* y) {
+  if constexpr (sizeof(In) == 4) {
+    Products::run(m, x.data, x.ld, FloatDivisor(x.divisor.by), p);
+  } else {
+    prepare(isa, x, m.L, m.S, m.X, m.ld);
+    Products::run(m, m.X, m.ld, {}, p);
+  }
+  deliver(isa, m.X, m.ld, m.L, m.S, wide, y);
+}
 
 // y = the polynomial of x, scaled. E is double for Arithmetic::float64 and float otherwise; y is
 // contiguous; `workspace` holds workspace_bytes; `norm` may be null.
@@ -236,35 +253,18 @@ void run(Isa isa, Arithmetic arithmetic, const Source<In>& x, const Scaling& sca
   In* const scratch = reinterpret_cast<In*>(cut.take<double>(L * S));
   if (S == 1) return run_row(isa, x, scaling, norm, p, scratch, y);
   const Tall<In> tall = measured(isa, x, scaling, norm, scratch, L, S);
-#if ORTHONORM_X86
   if constexpr (sizeof(E) == 4) {
+#if ORTHONORM_X86
     if (arithmetic == Arithmetic::bfloat16 && isa >= Isa::avx512bf16 && p.steps > 0) {
-      Bf16Buffers m = bf16_buffers(cut, L, S);
-      if constexpr (sizeof(In) == 4) {
-        run_bf16(m, tall.data, tall.ld, FloatDivisor(tall.divisor.by), p);
-      } else {
-        prepare(isa, tall, L, S, m.X, m.ld);
-        run_bf16(m, m.X, m.ld, {}, p);
-      }
-      return deliver(isa, m.X, m.ld, L, S, wide, y);
+      return run_rounded<OnPairs>(isa, tall, bf16_buffers(cut, L, S), p, wide, y);
     }
-  }
 #endif
 #if ORTHONORM_HAS_AMX
-  if constexpr (sizeof(E) == 4) {
     if (arithmetic == Arithmetic::bfloat16_tiles && p.steps > 0) {
-      AmxBuffers m = amx_buffers(cut, L, S);
-      const amx::Tiles tiles;
-      if constexpr (sizeof(In) == 4) {
-        run_amx(m, tall.data, tall.ld, FloatDivisor(tall.divisor.by), p);
-      } else {
-        prepare(isa, tall, L, S, m.X, m.ld);
-        run_amx(m, m.X, m.ld, {}, p);
-      }
-      return deliver(isa, m.X, m.ld, L, S, wide, y);
+      return run_rounded<OnTiles>(isa, tall, amx_buffers(cut, L, S), p, wide, y);
     }
-  }
 #endif
+  }
   static_cast<void>(arithmetic);
   Buffers<E> m = real_buffers<E>(cut, L, S);
   prepare(isa, tall, L, S, m.X, m.ld);

@@ -24,9 +24,9 @@ struct Lines {
         stride(columns ? v.stride_col : v.stride_row),
         step(columns ? v.stride_row : v.stride_col) {}
 
-  char* line(int64_t index) const {
-    const int64_t at = index / count * batch_stride + index % count * stride;
-    return data + at * element_size(dtype);
+  char* at(int64_t line, int64_t place) const {
+    const int64_t start = line / count * batch_stride + line % count * stride;
+    return data + (start + place * step) * element_size(dtype);
   }
 };
 
@@ -49,36 +49,40 @@ void scale_run(const A* __restrict from, double divisor, int64_t count, T* __res
   }
 }
 
-template <class A, class T>
-void scale_line(const Lines& x, int64_t index, double divisor, T* to) {
-  for (int64_t i = 0; i < x.length; i += RUN) {
-    const int64_t count = std::min(RUN, x.length - i);
-    alignas(64) A values[RUN];
-    const char* const at = x.line(index) + i * x.step * element_size(x.dtype);
-    const A* const from = load<A>(at, x.dtype, x.step, count, values);
-    specialized([=] { scale_run(from, divisor, count, to + i); });
-  }
+// f(line, place in it, count) for all runs of all lines, shared among threads.
+template <class F>
+void over_runs(const Lines& lines, const F& f) {
+  parallel(lines.batch * lines.count, 1 + (int64_t{1} << 14) / (lines.length + 1),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t i = begin; i < end; ++i) {
+               for (int64_t j = 0; j < lines.length; j += RUN) {
+                 f(i, j, std::min(RUN, lines.length - j));
+               }
+             }
+           });
 }
 
 template <class T, class O>
-void run(const MatrixView& v, const std::vector<double>& divisors,
+void run(const MatrixView& v, ScalarType iterated, const std::vector<double>& divisors,
          const std::vector<gemm::Triple>& triples,
          const std::vector<std::vector<gemm::Triple>>& segments) {
   using gemm::Workspace;
-  using A = std::conditional_t<std::is_same_v<O, double>, double, float>;
-  constexpr bool direct_out = std::is_same_v<T, O> || std::is_same_v<O, float>;
+  using A = std::conditional_t<sizeof(T) == 8 || sizeof(O) == 8, double, float>;
+  constexpr bool same = std::is_same_v<T, O>;
+  constexpr bool writes = same || (sizeof(T) == 2 && std::is_same_v<O, float>);  // O, from T
   const bool by_columns = v.stride_row == 1 && v.stride_col != 1;
   const Lines lines(v, by_columns);
   const int64_t size = v.rows * v.cols;
-  const bool straight = std::is_same_v<T, O> || (sizeof(T) == 2 && direct_out && size < PACKED);
+  const bool straight = same || (writes && size < PACKED);
   Workspace memory((straight ? 1 : 2) * Workspace::bytes_for<T>(v.batch * size));
   T* const scaled = memory.take<T>(v.batch * size);
   T* const result = straight ? nullptr : memory.take<T>(v.batch * size);
-  const int64_t total = v.batch * lines.count;
-  parallel(total, 1 + (int64_t{1} << 14) / (lines.length + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      scale_line<A>(lines, i, divisors[i / lines.count], scaled + i * lines.length);
-    }
+  over_runs(lines, [&](int64_t line, int64_t place, int64_t count) {
+    alignas(64) A values[RUN];
+    const A* const from = load<A>(lines.at(line, place), v.dtype, lines.step, count, values);
+    T* const to = scaled + line * lines.length + place;
+    const double divisor = divisors[line / lines.count];
+    specialized([=] { scale_run(from, divisor, count, to); });
   });
   // As matrices with the short side first.
   const bool turned = v.rows > v.cols;
@@ -94,7 +98,7 @@ void run(const MatrixView& v, const std::vector<double>& divisors,
     segments.empty() ? direct_form(X, sizes, triples, out) : gram_form(X, sizes, segments, out);
   };
   if (straight) {
-    if constexpr (std::is_same_v<T, O> || (sizeof(T) == 2 && direct_out)) {
+    if constexpr (writes) {
       gemm::Strided<O> out{static_cast<O*>(v.data), v.stride_row, v.stride_col, v.stride_batch};
       if (turned) std::swap(out.row, out.col);
       form(out);
@@ -102,20 +106,11 @@ void run(const MatrixView& v, const std::vector<double>& divisors,
     return;
   }
   form(held(result));
-  parallel(total, 1 + (int64_t{1} << 14) / (lines.length + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* const from = result + i * lines.length;
-      O* const to = reinterpret_cast<O*>(lines.line(i));
-      for (int64_t j = 0; j < lines.length; ++j) {
-        if constexpr (sizeof(T) == 8 && sizeof(O) == 2) {
-          narrow(to_odd(from[j]), to[j * lines.step]);
-        } else if constexpr (sizeof(O) == 2) {
-          narrow(widen(from[j]), to[j * lines.step]);
-        } else {
-          to[j * lines.step] = static_cast<O>(widen(from[j]));
-        }
-      }
-    }
+  over_runs(lines, [&](int64_t line, int64_t place, int64_t count) {
+    alignas(64) A values[RUN];
+    const T* const from = result + line * lines.length + place;
+    store(load<A>(from, iterated, 1, count, values), lines.at(line, place), v.dtype, lines.step,
+          count);
   });
 }
 
@@ -134,7 +129,7 @@ void scaled_polynomial_(Tensor X, Tensor divisors, std::vector<double> coefficie
   if (v.numel() == 0) return;
   with_element(op, dtype, [&](auto iterated) {
     with_element(op, v.dtype, [&](auto stored) {
-      run<decltype(iterated), decltype(stored)>(v, by, triples, segments);
+      run<decltype(iterated), decltype(stored)>(v, dtype, by, triples, segments);
     });
   });
   if (x.data_ptr() != X.data_ptr()) torch::stable::copy_(X, x);
