@@ -70,6 +70,14 @@ def cases_of(wanted: Sequence[Request]) -> str:
     return "\n".join(report.align([(r.id, r.command) for r in wanted], left=2))
 
 
+def _progress(text: str = "") -> None:
+    """On a terminal a line that the next replaces, else lines that stay."""
+    if sys.stderr.isatty():
+        print(f"\r{text[:99]}\033[K", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
 def _measured(
     wanted: Sequence[Request], limits: bool, again: bool = False
 ) -> Iterator[list[Record]]:
@@ -77,16 +85,13 @@ def _measured(
     judged."""
     start = time.monotonic()
     for i, request in enumerate(wanted, 1):
-        if sys.stderr.isatty():
-            left = (time.monotonic() - start) / max(1, i - 1) * (len(wanted) - i + 1)
-            about = f", about {left:.0f} s left" if i > 1 else ""
-            text = f"[{i}/{len(wanted)}{about}] {request.id}"
-            print(f"\r{text[:99]}\033[K", end="", file=sys.stderr, flush=True)
+        left = (time.monotonic() - start) / max(1, i - 1) * (len(wanted) - i + 1)
+        about = f", about {left:.0f} s left" if i > 1 else ""
+        _progress(f"[{i}/{len(wanted)}{about}] {request.id}")
         threads = request.threads or torch.get_num_threads()
         rates = ceilings.measured(request.device, threads) if limits else {}
         found = measure(replace(request, limits=rates, refcheck=request.refcheck and not again))
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        _progress()
         if not again:
             print(report.table(found), end="\n\n", flush=True)
         yield found
@@ -149,8 +154,7 @@ def run(
             compare.check_comparable(found, old)
         code = _run_here(options, wanted, found)
     _write(options, found)
-    if any(r.noisy for r in found.records):
-        print("! noisy: p90 above 1.25 p10, or the halves of the rounds apart by more than 5%")
+    print("\n".join(report.legend(found.records)), flush=True)
     for line in sweep.report(found.records):
         print(line)
     if old is not None:
@@ -167,7 +171,7 @@ def _run_here(options: argparse.Namespace, wanted: Sequence[Request], found: Run
     others: rows whose medians moved between are flagged.
     """
     if wanted or {"claims", "cluster"} & set(options.names):
-        print("\n".join(describe(found.environment)), end="\n\n")
+        print("\n".join(describe(found.environment)), end="\n\n", flush=True)
     kept = options.worker or options.json
     plan = Plan(options.rounds, options.seconds or 4.0)
     passes = options.passes or (2 if options.quick else 1)

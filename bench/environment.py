@@ -23,24 +23,28 @@ from orthonorm._library import LOADED
 from .timing import overhead
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it; virtual machines leave the model out."""
+    about = _cpuinfo()
+    name = about.get("model name", platform.processor() or platform.machine())
+    if "cpu family" not in about or any(c.isdigit() for c in name):
+        return name
+    return f"{name} (family {about['cpu family']}, model {about['model']})"
 
 
 def _instructions() -> str:
-    flags = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-    found = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return " ".join(flag for flag in flags if flag in found)
+    found = _cpuinfo().get("flags", "").split()
+    return " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in found)
 
 
 def commit() -> str:

@@ -72,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser(
-        prog="orthonorm bench", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m orthonorm bench", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="How fast and how exact, beside what else is installed.",
     )  # fmt: skip
     p.add_argument(
@@ -111,7 +111,7 @@ def _what(what: argparse._ArgumentGroup) -> None:
         help="kinds: " + ", ".join(KINDS) + "; packages: " + ", ".join(SOURCES) + " (all)",
     )  # fmt: skip
     what.add_argument("-k", dest="filter", metavar="EXPR", help="cases whose id matches, as pytest")
-    what.add_argument("--quick", action="store_true", help="every name once, two minutes in all")
+    what.add_argument("--quick", action="store_true", help="every op and step, two minutes in all")
     what.add_argument("--dry-run", action="store_true", help="list the cases and stop")
 
 
@@ -159,8 +159,11 @@ def known(label: str, value: str, choices: Sequence[str]) -> str:
     if value in choices:
         return value
     close = difflib.get_close_matches(value, choices, 3, 0.6)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(f"bench: unknown {label} {value!r}; {hint}choose from {', '.join(choices)}")
+    if close:
+        hint = f"did you mean {' or '.join(close)}? --list has all"
+    else:
+        hint = f"choose from {', '.join(choices)}"
+    raise ValueError(f"bench: unknown {label} {value!r}; {hint}")
 
 
 def matches(expression: str, text: str) -> bool:

@@ -36,7 +36,9 @@ BLOCK = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WID
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="orthonorm.bench.ranks", description=__doc__.split("\n")[0])
+    out = argparse.ArgumentParser(
+        prog="python -m orthonorm.bench.ranks", description=__doc__.split("\n")[0]
+    )
     out.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     out.add_argument("--layers", type=int, default=4, help="blocks of GPT-2 small's matrices")
     out.add_argument("--steps", type=int, default=5, help="timed, after one that is not")

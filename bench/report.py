@@ -90,6 +90,23 @@ def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
+def legend(records: Sequence[Record]) -> list[str]:
+    """What the columns of these records' tables say."""
+    lines = []
+    if any(r.ratio is not None for r in records):
+        lines.append("ours is 2x: that candidate takes twice our time")
+    if any(r.of_ceiling is not None for r in records):
+        lines.append("ceiling: share of the machine's rate that binds, of nominal work")
+    if any(r.error is not None for r in records):
+        lines.append("error: |result - reference in float64| / |reference|")
+    if any(r.polar_error is not None for r in records):
+        lines.append("polar: distance to the polar factor, which a few steps only approach;")
+        lines.append("sigmas: smallest and largest singular value of the result")
+    if any(r.noisy for r in records):
+        lines.append("!: noisy, p90 above 1.25 p10 or halves of the rounds apart by more than 5%")
+    return lines
+
+
 def title(members: Sequence[Record]) -> str:
     return "  ".join(part for part in members[0].group[:6] if part) + (
         f"  threads={members[0].threads}" if members[0].threads else ""

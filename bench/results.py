@@ -113,7 +113,14 @@ def readme_table(name: str, run: Run) -> str:
 
 def readme(text: str, found: dict[str, Run], folder: Path = FOLDER) -> str:
     """The README with its generated blocks replaced."""
-    tables = [readme_table(name, run) for name, run in latest(found).values() if run.claims]
+    tables = []
+    chosen = [(name, run) for name, run in latest(found).values() if run.claims]
+    for kind in (True, False):  # the newest of a GPU and of a CPU; the others are linked
+        of_kind = [c for c in chosen if c[1].environment["device"].startswith("NVIDIA") == kind]
+        tables += [readme_table(*c) for c in of_kind[:1]]
+        others = [f"[{run.title}](bench/results/{name})" for name, run in of_kind[1:]]
+        if others:
+            tables.append(f"Of other machines, as they were then: {'; '.join(others)}.")
     if not any(run.environment["device"].startswith("NVIDIA") for run in found.values()):
         tables.append("GPU: not measured.")
     body = "\n\n".join(tables)

@@ -20,9 +20,9 @@ LEAD = """# What is supported where
 Written by `make results` from the case table, the sources and the registry of optimizers.
 
 **Ops.** On a CPU the C++ kernel serves, where the library was built. On CUDA the C++ kernel serves
-where one was built (nvcc and a CUDA build of torch), else Triton's. "words" are ops that call other
-ops, whose kernels serve them. Everything else, on every device of torch, is served by the op's
-definition in plain torch, as are float64 products on CUDA. "all" dtypes are float32, bfloat16,
+where one was built (nvcc and a CUDA build of torch), else Triton's. "composite" are ops that call
+other ops, whose kernels serve them. Everything else, on every device of torch, is served by the
+op's definition in plain torch, as are float64 products on CUDA. "all" dtypes are float32, bfloat16,
 float16 and float64; "mixed" ops also take lists whose tensors differ in dtype.
 
 The tests run every op in each of these dtypes on the CPU; the CUDA C++ kernels by an emulation on
@@ -39,13 +39,13 @@ def yes(it_is: bool) -> str:
 
 
 def op_row(case: Case) -> tuple[str, ...]:
-    words = "words" if OPS[case.name].composite else ""
+    composite = "composite" if OPS[case.name].composite else ""
     cpu = (ROOT / "csrc" / "cpu" / f"{case.name}.cpp").exists()
     cuda = (ROOT / "csrc" / "cuda" / f"{case.name}.cu").exists()
     triton = (ROOT / "kernels" / f"{case.name.rstrip('_')}.py").exists()
     return (
-        f"`{case.name}`", "C++" if cpu else words, "C++" if cuda else "",
-        "Triton" if triton else words, "all, mixed" if "mixed" in case.dtypes else "all",
+        f"`{case.name}`", "C++" if cpu else composite, "C++" if cuda else "",
+        "Triton" if triton else composite, "all, mixed" if "mixed" in case.dtypes else "all",
         yes(case.takes_list),
     )  # fmt: skip
 

@@ -121,7 +121,9 @@ def _run(*command: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="triton_report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m orthonorm.bench.triton_report", description=__doc__
+    )
     parser.add_argument("--out", type=Path, help="write JSON here instead of to the terminal")
     parser.add_argument("--arch", choices=ARCHES, action="append")
     parser.add_argument("--kernel", default="", help="only ops whose name contains this")

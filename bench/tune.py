@@ -201,7 +201,7 @@ def tune_cpu(out: Path, seconds: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m orthonorm.bench.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--seconds", type=float, default=50.0, help="about how long (50)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))

@@ -201,7 +201,7 @@ def stored(path: Path, how: dict[str, Any]) -> dict[str, Any] | None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="orthonorm.examples.compare_optimizers", description=__doc__,
+        prog="python -m orthonorm.examples.compare_optimizers", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument

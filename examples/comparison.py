@@ -69,8 +69,10 @@ def explanation(about: dict[str, Any]) -> str:
         f"{about['parameters'] / 1e6:.2f} M parameters ({c['layers']} layers of {c['hidden']}), "
         f"{c['steps']} steps of {c['batch']} x {c['context']} bytes of {about['text']}; "
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['date']}. "
-        f"The matrices' learning rate: {about['rates']}; all else by default, embeddings, head "
-        "and gains by the same AdamW in all. Val loss: nats per byte, mean and half the range of "
+        f"The matrices' learning rate: {about['rates']}; all else by default but "
+        "AdamW's betas (0.9, 0.95) and decay 0.1, Conda's betas (0.9, 0.99) and gap of 50 and "
+        "Scion's momentum 0.1; embeddings, head and gains by that AdamW, at its rate, in all. "
+        "Val loss: nats per byte, mean and half the range of "
         "the seeds. A short run of a small model: it tells that an optimizer learns and what it "
         "costs, not which one is best."
     )

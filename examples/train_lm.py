@@ -35,7 +35,9 @@ from orthonorm.examples.workspace import RunFailed, Workspace
 def make_parser() -> argparse.ArgumentParser:
     """Options of the comparison, then one per field of Config."""
     parser = argparse.ArgumentParser(
-        prog="orthonorm train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m orthonorm train",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="sizes and schedule (default: demo)")
@@ -53,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="settings to read; for --sweep to write (default: OUT/tuned.json)")  # fmt: skip
     sizes = parser.add_argument_group("sizes, schedule and text (defaults: those of the preset)")
     for field in dataclasses.fields(Config):
-        kind: dict[str, Any] = {"type": type(field.default), "metavar": "N"}
+        kind: dict[str, Any] = {"type": type(field.default)}
+        kind["metavar"] = field.name.upper() if kind["type"] is str else "N"
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         flag = "--" + field.name.replace("_", "-")

@@ -294,7 +294,9 @@ def peak_bytes(device: torch.device) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains the run in one folder, from its checkpoint if it has one."""
-    parser = argparse.ArgumentParser(prog="orthonorm.examples.training", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m orthonorm.examples.training", description=__doc__
+    )
     parser.add_argument("folder", type=Path, help="folder that holds run.json")
     parser.add_argument("--stop-after", type=int, help="stop at the first evaluation at this step")
     args = parser.parse_args(argv)

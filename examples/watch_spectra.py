@@ -121,7 +121,7 @@ def report(name: str, outcome: Outcome, rule: tuple[str, str], every: int) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """All runs; 0 if the first has no alarm, and the others their own before they explode."""
     parser = argparse.ArgumentParser(
-        prog="orthonorm.examples.watch_spectra", description=__doc__,
+        prog="python -m orthonorm.examples.watch_spectra", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=1600, help="most steps of a run (1600)")

@@ -1,6 +1,6 @@
 """Run by CI inside a fresh environment, outside the checkout: the installed package is whole.
 
-python tests/installed.py compiled|sdist|pure
+python tests/installed.py compiled|pure
 """
 
 from __future__ import annotations

@@ -236,7 +236,21 @@ def test_a_cap_leaves_smaller_singular_values() -> None:
         torch.testing.assert_close(p.detach(), want, atol=1e-12, rtol=0)
 
 
-def test_adamw_has_no_matrix_rule() -> None:
-    p = nn.Parameter(torch.ones(3, 2))
-    with pytest.raises(ValueError, match="AdamW: rule must be 'adamw'"):
-        optim.AdamW([{"params": [p], "rule": "matrix"}])
+def test_adamw_takes_the_groups_of_a_model() -> None:
+    """Its own rule whatever a group names: one line changes the optimizer, not the groups."""
+    models = [nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    views = {"0.weight": (2, 4)}
+    opts = [optim.AdamW(optim.split_params(models[0], split=views)),
+            optim.AdamW(models[1].parameters())]  # fmt: skip
+    assert [g["rule"] for g in opts[0].param_groups] == ["adamw"] * len(opts[0].param_groups)
+    for model, opt in zip(models, opts, strict=True):
+        for _ in range(3):
+            opt.zero_grad()
+            model(torch.ones(3, 4)).square().sum().backward()
+            opt.step()
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+    opts[0].param_groups[0]["rule"] = "matrix"
+    with pytest.raises(ValueError, match="AdamW: rule must be one of 'adamw', got 'matrix'"):
+        opts[0].step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,15 @@ def serving(name: str, key: str) -> tuple[str, str]:
     return "reference", "no kernel yet" if state == "loaded" else f"{library} {state}"
 
 
+def instruction_set() -> str:
+    """What ORTHONORM_ISA (csrc/cpu/isa.h) asks of the CPU kernels."""
+    wish = os.environ.get("ORTHONORM_ISA")
+    known = "portable", "avx2", "avx512", "avx512bf16", "amx"
+    if wish is None or wish in known:
+        return wish or "the processor's"
+    return f"the processor's: {wish!r} is none of {', '.join(known)}"
+
+
 def versions() -> list[tuple[str, str]]:
     """Versions and what was found, as (name, text) rows."""
     try:
@@ -56,6 +66,7 @@ def versions() -> list[tuple[str, str]]:
         ),
         ("cpu capability", torch.backends.cpu.get_cpu_capability()),
         ("ORTHONORM_BACKEND", LOADED.backend),
+        ("ORTHONORM_ISA", instruction_set()),
     ]
     return rows + [(name, state) for name, state in LOADED.libraries.items()]
 
@@ -67,10 +78,10 @@ def show_config(markdown: bool = False) -> str:
         head = ["| op | CPU | CUDA |", "|---|---|---|"]
         return "\n".join(head + [f"| `{n}` | {cpu} | {cuda} |" for n, cpu, _, cuda, _ in ops])
     lines = [f"{name:18} {text}" for name, text in versions()]
-    lines += ["", f"{'op':22} {'CPU':10} {'CUDA':10} why"]
+    lines += ["", f"{'op':31} {'CPU':10} {'CUDA':10} why"]
     for name, cpu, why_cpu, cuda, why_cuda in ops:
         why = why_cpu if why_cpu == why_cuda else f"CPU: {why_cpu}; CUDA: {why_cuda}"
-        lines.append(f"{name:22} {cpu:10} {cuda:10} {why}")
+        lines.append(f"{name:31} {cpu:10} {cuda:10} {why}")
     return "\n".join(lines)
 
 
@@ -88,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", nargs="?", choices=[*COMMANDS], help=argparse.SUPPRESS)
     parser.add_argument("--markdown", action="store_true", help="the op table for a README")
-    print(show_config(parser.parse_args(arguments).markdown))
+    try:
+        print(show_config(parser.parse_args(arguments).markdown), flush=True)
+    except BrokenPipeError:  # the reader, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

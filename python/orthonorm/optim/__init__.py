@@ -13,10 +13,12 @@ from .dion2 import Dion2
 from .muon import Muon
 from .muoneq import MuonEq
 from .normuon import NorMuon
+from .orthogonal import NewtonSchulz
 from .polargrad import PolarGrad
 from .qk_clip import observe_logits_, qk_clip_, qk_clip_after_step
 from .scale import SCALE
 from .scion import Scion, ScionLight
+from .settings import Common
 from .shampoo import Shampoo
 from .signum import Signum
 from .soap import SOAP
@@ -40,6 +42,7 @@ __all__ = [
     "AdamW",
     "AuON",
     "Batch",
+    "Common",
     "Conda",
     "Dion",
     "Dion2",
@@ -47,6 +50,7 @@ __all__ = [
     "MatrixOptimizer",
     "Muon",
     "MuonEq",
+    "NewtonSchulz",
     "NorMuon",
     "PolarGrad",
     "SPlus",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import MatrixOptimizer
+from .settings import Rule, one_of
+from .views import VIEW_DEFAULTS
 
 
 class AdamW(MatrixOptimizer):
     """torch.optim.AdamW's update (defaults, order of operations, state names) as one fused pass.
 
     Args:
-        params: parameters, named parameters or param groups; all use the AdamW rule.
+        params: parameters, named parameters or param groups; all use the AdamW rule, whatever
+            rule and views a group of `split_params` names.
         lr: learning rate, a number or a one-element tensor.
         betas, eps, weight_decay: as torch.optim.AdamW.
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
@@ -25,6 +27,8 @@ class AdamW(MatrixOptimizer):
 
     Source: arXiv:1711.05101.
     """
+
+    rules: ClassVar[dict[str, Rule]] = {"rule": one_of("adamw")}
 
     def __init__(
         self,
@@ -52,5 +56,8 @@ class AdamW(MatrixOptimizer):
         )
         super().__init__(params, {"rule": "adamw", **settings}, torchs, settings)
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        raise ValueError("AdamW: rule must be 'adamw', it has no other, got 'matrix'")
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and param_group.get("rule") == "matrix":
+            view = ("rule", *VIEW_DEFAULTS)
+            param_group = {k: v for k, v in param_group.items() if k not in view}
+        super().add_param_group(param_group)

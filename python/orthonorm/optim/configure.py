@@ -66,7 +66,9 @@ def by_name(name: object) -> type[MatrixOptimizer]:
         return name
     known = {key.lower(): cls for key, cls in REGISTRY.items()}
     if not isinstance(name, str) or name.lower() not in known:
-        raise ValueError(f"optimizer must be one of {sorted(REGISTRY)}, got {name!r}")
+        raise ValueError(
+            f"orthonorm.optim: optimizer must be one of {sorted(REGISTRY)}, got {name!r}"
+        )
     return known[name.lower()]
 
 

@@ -23,7 +23,8 @@ class Common(TypedDict, total=False):
     maximize: step along the gradient instead of against it.
     heavy_ball: momentum B <- mu B + G instead of B <- mu B + (1-mu) G (optimizers with momentum).
     decay: how weight_decay acts (decay.py): "decoupled", "cautious" or "clipped".
-    constraint: what W is mapped to after the step, a name of constraints.CONSTRAINTS or None.
+    constraint: what W is mapped to after the step (constraints.py): "normalize", "hammer", "cap",
+        "fast_cap", "stiefel" or None.
     telemetry: measure every so many steps what `optimizer.telemetry()` tells (0: never).
     mantissa: True keeps beside every bfloat16 weight what it lacks of a float32 one, 2 bytes, and
         state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). Not for
@@ -33,7 +34,8 @@ class Common(TypedDict, total=False):
         Not for sharded parameters, nor with mantissa.
     stochastic_rounding: of bfloat16 state; group["rounding_seed"] counts, and is saved.
     bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
-    adamw: settings of groups with rule="adamw" (ADAMW_DEFAULTS says which).
+    adamw: settings of groups with rule="adamw": lr (3e-4), betas (0.9, 0.95), eps (1e-8),
+        weight_decay (0), and those of these options that AdamW takes.
     foreach: as torch.optim's; steps work on lists of tensors whatever is said.
     fused: True has torch.amp.GradScaler leave unscaling and skipping to the step, as with
         torch.optim's fused optimizers, where no host decides: no synchronization
