@@ -250,15 +250,15 @@ class AxisScaling {
   template <class By>
   void scale_columns(const Job& job, const Unit& unit, const By& by) const {
     const bool divides = rule_.divides(job.x.dtype);
-    map_runs(job, unit, runs_ahead(job.x, kAhead),
-             [&]<class T>(int64_t, int64_t i, const T* x, int64_t n, T* y, const Ahead& next) {
-               const auto factors = by(i - unit.i0);
-               if constexpr (sizeof(T) == 8 &&
-                             std::is_same_v<decltype(factors), const double* const>) {
-                 if (divides) return divide_each(x, factors, n, y);
-               }
-               scale_each(x, factors, n, y, next);
-             });
+    const auto scaled = [&]<class T>(int64_t, int64_t i, const T* x, int64_t n, T* y,
+                                     const Ahead& next) {
+      const auto factors = by(i - unit.i0);
+      if constexpr (sizeof(T) == 8 && std::is_same_v<decltype(factors), const double* const>) {
+        if (divides) return divide_each(x, factors, n, y);
+      }
+      scale_each(x, factors, n, y, next);
+    };
+    for_bands(unit, [&](const Unit& band, int64_t ahead) { map_runs(job, band, ahead, scaled); });
   }
 
   // What lies `ahead` runs further on comes into the cache meanwhile, if `ahead` is not 0.

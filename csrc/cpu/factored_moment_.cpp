@@ -268,16 +268,17 @@ class FactoredMoments {
 
   void near_pass(const Unit& unit, const Place& p) const {
     const Job& job = jobs_[unit.job];
-    for (int64_t i = unit.i0; i < unit.i1; i += kTile) {
-      const Unit tile{unit.job, unit.o0, unit.o1, i, std::min(i + kTile, unit.i1), 0};
+    for_bands(unit, [&](const Unit& band, int64_t ahead) {
+      const int64_t i = band.i0;
       const double* columns = work(p.inner) + i;
-      if (job.x.dtype != ScalarType::Double && splits(tile, p)) {
-        const SplitTile split(columns, tile.i1 - i);
-        scale_near_tile(tile, p, [&](int64_t j) { return split.from(j - i); });
+      if (job.x.dtype != ScalarType::Double && splits(band, p)) {
+        const SplitTile split(columns, band.i1 - i);
+        scale_near_band(band, ahead, p, [&](int64_t j) { return split.from(j - i); });
       } else {
-        scale_near_tile(tile, p, [&](int64_t j) -> const double* { return columns + (j - i); });
+        scale_near_band(band, ahead, p,
+                        [&](int64_t j) -> const double* { return columns + (j - i); });
       }
-    }
+    });
   }
 
   // Whether floats hold the numbers of rows and columns and all their products.
@@ -302,15 +303,16 @@ class FactoredMoments {
 
   // With the columns' numbers from column j on where `columns(j)` points.
   template <class Columns>
-  void scale_near_tile(const Unit& tile, const Place& p, const Columns& columns) const {
-    const Job& job = jobs_[tile.job];
+  void scale_near_band(const Unit& band, int64_t ahead, const Place& p,
+                       const Columns& columns) const {
+    const Job& job = jobs_[band.job];
     const auto near = [&](int64_t o, int64_t i, const auto* x, int64_t n, auto* y,
                           const Ahead& next) {
       const NearRun run = near_run(p, o);
       at_ == EpsAt::inside ? scale_near<true>(x, run, columns(i), n, y, next)
                            : scale_near<false>(x, run, columns(i), n, y, next);
     };
-    map_runs(job, tile, runs_ahead(job.x, kAhead), near);
+    map_runs(job, band, ahead, near);
   }
 
   static constexpr int64_t kUnitRuns = 128;  // of a unit at least: its three rows of sums are small

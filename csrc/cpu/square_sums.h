@@ -58,6 +58,12 @@ inline double fold(double* sums) {
   return sums[0];
 }
 
+// Fetches a line that is needed some kilobytes later. Into the second cache: the first one, of
+// 32 KB on many processors, would lose it again to a tile's sums and factors before it is used
+// (column sums of 170 MB on one thread of Zen 4, 8 runs at a time, 2026-11: 9.1 to 10.7 ms into the
+// first, 7.2 to 7.9 into the second).
+inline void prefetch_l2(const char* address) { __builtin_prefetch(address, 0, 2); }
+
 // R runs of values, and how many bytes behind each of them lies what will be read next (0:
 // unknown). The hardware prefetcher stops at every page and follows few runs at once; column sums
 // of 340 MB on two threads took 11.5 ms without and take 7.2 ms with it done by hand (2026-11).
@@ -69,7 +75,7 @@ struct Rows {
   // Fetches what lies ahead of elements [j, j + 8).
   void prefetch(int r, int64_t j) const {
     if (ahead == 0 || j * sizeof(T) % 64 != 0) return;
-    __builtin_prefetch(reinterpret_cast<const char*>(at[r] + j) + ahead);
+    prefetch_l2(reinterpret_cast<const char*>(at[r] + j) + ahead);
   }
 };
 
@@ -116,22 +122,27 @@ inline SquareSum sum_squares(const Rows<1, double>& x, int64_t count) {
   return sum;
 }
 
-// sums_j += x_j^2.
-template <class T>
-inline void add_squares(const Rows<1, T>& x, int64_t count, double* sums) {
+// sums_j += x_rj^2, run after run.
+template <int R, class T>
+inline void add_squares(const Rows<R, T>& x, int64_t count, double* sums) {
   specialized([=]<Isa set>(For<set>) {
     int64_t j = 0;
     for (; j + 8 <= count; j += 8) {
       Eight sum, v;
       std::memcpy(&sum, sums + j, sizeof(sum));
-      x.prefetch(0, j);
-      load_eight<set>(x.at[0] + j, v);
-      sum += v * v;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        x.prefetch(r, j);
+        load_eight<set>(x.at[r] + j, v);
+        sum += v * v;
+      }
       std::memcpy(sums + j, &sum, sizeof(sum));
     }
     for (; j < count; ++j) {
-      const double value = widen(x.at[0][j]);
-      sums[j] += value * value;
+      for (int r = 0; r < R; ++r) {
+        const double value = widen(x.at[r][j]);
+        sums[j] += value * value;
+      }
     }
   });
 }
