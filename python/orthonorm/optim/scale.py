@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import column_normalize
+from ..ops import column_normalize, normalize_columns_
+from .amp import Flags
 from .base import MatrixOptimizer
 from .settings import Common, Rule, at_least
 from .state import Batch, Updates
@@ -55,3 +56,20 @@ class SCALE(MatrixOptimizer):
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         eps = group["norm_eps"]
         return Updates([column_normalize.overload(u, 1.0, eps) for u in updates.stacks])
+
+    def directed(
+        self,
+        batch: Batch,
+        stacks: list[Tensor],
+        mu: Tensor | None,
+        group: dict[str, Any],
+        flags: Flags,
+    ) -> Updates:
+        """Gradients as they are need not be copied before they are normalized."""
+        updates = Updates(stacks)
+        pairs = list(zip(updates.matrices, batch.grads, strict=True))
+        alike = all(u.dtype == g.dtype for u, g in pairs)
+        if mu is not None or flags.grad_scale is not None or not alike or self.probe(group):
+            return super().directed(batch, stacks, mu, group, flags)
+        normalize_columns_.overload(*map(list, zip(*pairs, strict=True)), group["norm_eps"])
+        return updates

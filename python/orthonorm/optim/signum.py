@@ -6,6 +6,8 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from ..ops import signum_step_
+from .amp import flags_of
 from .base import MatrixOptimizer
 from .norms import to_signs
 from .settings import Common
@@ -44,3 +46,16 @@ class Signum(MatrixOptimizer):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         return to_signs(updates)
+
+    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
+        """The whole step as one op, where it is that of Signum."""
+        other = group["heavy_ball"] or group["decay"] != "decoupled" or self.probe(group)
+        if other or batch.mantissas:
+            super().update_alike(batch, group)
+            return
+        device = batch.params[0].device
+        signum_step_.overload(
+            batch.params, batch.grads, batch.state["momentum_buffer"],
+            self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
+            self.factors(batch, group), group["nesterov"], *flags_of(self, device),
+        )  # fmt: skip
