@@ -168,6 +168,11 @@ class MatrixOptimizer(Groups):
         """Whether `prepare` does anything, and so may fail."""
         return type(self).prepare is not MatrixOptimizer.prepare
 
+    @property
+    def has_matrix_state(self) -> bool:
+        """Whether `matrix_state` may name any."""
+        return type(self).matrix_state is not MatrixOptimizer.matrix_state
+
     def on_shards(self, group: dict[str, Any]) -> bool:
         """Whether ranks that hold rows of a matrix need its owner for the direction alone."""
         return self.self_contained and elementwise_end(group)
@@ -178,6 +183,9 @@ class MatrixOptimizer(Groups):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
+        if type(self).alike is MatrixOptimizer.alike and not group.get("mantissa"):
+            self.update_alike(batch, group)  # most rules; to ask for each parameter takes 10 us
+            return
         kinds = [(self.alike(p, group), halved(p, group)) for p in batch.owners]
         different = list(dict.fromkeys(kinds))
         for kind in different:

@@ -80,20 +80,24 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
 def made_states(
     opt: MatrixOptimizer, params: list[Tensor], halves: list[bool], group: dict[str, Any]
 ) -> dict[Any, Shapes]:
-    """Make what state is lacking; what every shape of parameter has."""
+    """Make what state is lacking; the state of matrices of every shape of parameter, if any."""
+    keys = {*opt.elementwise_state(group)}
+    pairs = [(opt.state[p].keys(), half) for p, half in zip(params, halves, strict=True)]
+    whole = all(have >= keys and (not half or MANTISSA in have) for have, half in pairs)
+    if whole and not opt.has_matrix_state and group["state_dtype"] != "8bit":
+        return {}
     known: dict[Any, Shapes] = {}  # for each parameter: a tenth of Signum's step (2026-11)
     for p in params:
         if p.shape not in known:
             known[p.shape] = matrix_shapes(opt, p, group)
-    keys = opt.elementwise_state(group)
     wanted = {
-        shape: {*keys, *(key for _, names in found for _, key, _ in names)}
+        shape: keys.union(key for _, names in found for _, key, _ in names)
         for shape, found in known.items()
     }
     lacking = [
         p
-        for p, half in zip(params, halves, strict=True)
-        if not opt.state[p].keys() >= wanted[p.shape] or (half and MANTISSA not in opt.state[p])
+        for p, (have, half) in zip(params, pairs, strict=True)
+        if not have >= wanted[p.shape] or (half and MANTISSA not in have)
     ]
     if lacking:
         zeros = zeros_in_stacks(opt, lacking, known, group)
