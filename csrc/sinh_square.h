@@ -10,8 +10,8 @@
 
 namespace orthonorm {
 
-// sinh(y)^2 of z = y^2 by its series, sum_k 2^(2k-1) z^k / (2k)!. What is left out is below 2^-56 of
-// it for |y| <= series_end.
+// sinh(y)^2 of z = y^2 by its series, sum_k 2^(2k-1) z^k / (2k)!. What is left out is below 2^-56
+// of it for |y| <= series_end.
 inline constexpr double series_end = 0.375;
 ORTHONORM_HD inline double sinh_square(double z) {
   double p = 0x1p15 / 20922789888000;

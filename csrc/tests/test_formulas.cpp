@@ -234,7 +234,7 @@ void test_merging() {
   CHECK(!std::isfinite((sum_of(std::vector<double>{inf}) + a).norm()), "infinity stays");
 }
 
-// Against the library's sinh in long double: within the series, beyond it, and where d is no divisor.
+// Against sinh in long double: within the series, beyond it, and where d is no divisor.
 template <class A>
 void test_sinh_squares() {
   Random random(17);
