@@ -65,7 +65,7 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
         found = seen([s.get(MANTISSA, p) for s, p in zip(states, params, strict=True)])
         rest = [x if half else None for x, half in zip(found, each(halves), strict=True)]
     state = {key: seen([s[key] for s in states]) for key in opt.elementwise_state(group)}
-    if any(names for found in known.values() for _, names in found):
+    if known:
         for p, s in zip(params, states, strict=True):
             for _, names in known[p.shape]:
                 for name, key, _ in names:
@@ -82,8 +82,10 @@ def made_states(
 ) -> dict[Any, Shapes]:
     """Make what state is lacking; the state of matrices of every shape of parameter, if any."""
     keys = {*opt.elementwise_state(group)}
-    pairs = [(opt.state[p].keys(), half) for p, half in zip(params, halves, strict=True)]
-    whole = all(have >= keys and (not half or MANTISSA in have) for have, half in pairs)
+    pairs = [(opt.state[p], half) for p, half in zip(params, halves, strict=True)]
+    whole = not torch.compiler.is_compiling() and all(  # dynamo knows less of sets (torch 2.13)
+        have.keys() >= keys and (not half or MANTISSA in have) for have, half in pairs
+    )
     if whole and not opt.has_matrix_state and group["state_dtype"] != "8bit":
         return {}
     known: dict[Any, Shapes] = {}  # for each parameter: a tenth of Signum's step (2026-11)
@@ -91,13 +93,13 @@ def made_states(
         if p.shape not in known:
             known[p.shape] = matrix_shapes(opt, p, group)
     wanted = {
-        shape: keys.union(key for _, names in found for _, key, _ in names)
+        shape: [*keys, *(key for _, names in found for _, key, _ in names)]
         for shape, found in known.items()
     }
     lacking = [
         p
         for p, (have, half) in zip(params, pairs, strict=True)
-        if not have >= wanted[p.shape] or (half and MANTISSA not in have)
+        if any(key not in have for key in wanted[p.shape]) or (half and MANTISSA not in have)
     ]
     if lacking:
         zeros = zeros_in_stacks(opt, lacking, known, group)
