@@ -235,6 +235,11 @@ _ROWS = (
     Case("magnitude", makers.magnitude, scale_free=True, shapes=_MODEL),
     Case("inner", makers.inner, dtypes=_STATES),
     Case("sign_", makers.magnitude, scale_free=True),
+    Case("mean_sinh_square", makers.mean_sinh_square, scale_free=True),
+    Case(
+        "normalize_columns_", makers.normalize_columns, reread=("X",), written=("out",),
+        scale_free=True, variants=({"eps": 0.5},),
+    ),
     Case(
         "muon_prologue_", makers.muon_prologue, written=("updates",), dtypes=_STATES,
         variants=({"nesterov": False},),
@@ -247,6 +252,10 @@ _ROWS = (
         "adamw_step_", makers.adamw_step, dtypes=_STATES,
         variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0},
                   {"rounding": makers.seed}),
+    ),
+    Case(
+        "signum_step_", makers.signum_step, dtypes=_STATES,
+        variants=({"nesterov": True, "weight_decay": 0.0, "factors": makers.factors},),
     ),
     Case(
         "muon_step_", makers.muon_step, work.polynomial, dtypes=_STATES,

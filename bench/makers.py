@@ -236,6 +236,21 @@ def muon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     }
 
 
+def signum_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    made = muon_step(shapes, inputs)
+    return {k: v for k, v in made.items() if k not in ("coefficients", "restarts")}
+
+
+def normalize_columns(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    X = each(inputs.matrix, "X", shapes)
+    return {"out": [torch.zeros_like(x) for x in X], "X": X}
+
+
+def mean_sinh_square(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    made = magnitude(shapes, inputs)
+    return {**made, "divisors": norms(made)}
+
+
 def normuon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     moments = each(inputs.moment, "row_moments", [(*s[:-1], 1) for s in shapes])
     return {**muon_step(shapes, inputs), "row_moments": moments, "beta2": 0.95, "norm_eps": 1e-10}

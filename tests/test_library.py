@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import orthonorm
 import pytest
 import torch
-from orthonorm import LOADED, OPS, _gpus, ops
+from orthonorm import LOADED, OPS, _gpus, ops, optim
 from orthonorm.__main__ import main, serving
 from orthonorm._library import Loaded, guarded
 from torch._subclasses import FakeTensorMode
@@ -31,6 +32,13 @@ def test_every_op_is_exported_and_documented() -> None:
         assert getattr(ops, name) is op
         assert op.__doc__ and op.schema.startswith(f"{name}(")
         assert getattr(torch.ops.orthonorm, name).default is op.overload
+
+
+def test_every_optimizer_says_its_step_and_source() -> None:
+    ours = [c for c in optim.REGISTRY.values() if c.__module__.startswith("orthonorm.")]
+    for cls in ours:  # other tests make some of their own
+        text = inspect.getdoc(cls) or ""
+        assert "<-" in text and "Source:" in text, f"help({cls.__name__}) has no formula or source"
 
 
 def test_every_leaf_op_has_a_cpu_kernel_where_the_library_is_built() -> None:

@@ -90,7 +90,8 @@ LONE = ("gram", "gram_polynomial", "direct_polynomial", "gram_form", "row_normal
         "newton_schulz", "scaled_polynomial_", "sign_")  # fmt: skip
 FREE_RANK = ("rotated_adam_", "decayed_update_", "adamw_step_", "sign_")
 # any number of columns goes with B, with a Gram matrix, one moment per row, one number per matrix
-WIDER = (("apply", "X"), ("gram_update_", "X"), ("row_moment_", "X"), ("divide_each", "X"))
+WIDER = (("apply", "X"), ("gram_update_", "X"), ("row_moment_", "X"), ("divide_each", "X"),
+         ("mean_sinh_square", "X"))  # fmt: skip
 KEYWORDS: dict[str, list[Any]] = {
     "beta1": [-0.1, 1.0, "x"],
     "beta2": [1.5, float("nan")],

@@ -1,4 +1,6 @@
 // x <- sign(x), NaN where x is not finite.
+#include "../sign.h"
+
 #include "elementwise.h"
 
 namespace orthonorm {
@@ -9,10 +11,7 @@ void sign_(const TensorList& X) {
   pass.run([&]<class A>(const Part<1>&, int64_t, const std::array<A*, 1>& at, int64_t count) {
     specialized([=] {
       A* __restrict x = at[0];
-      for (int64_t i = 0; i < count; ++i) {
-        const A value = x[i], one = value > 0 ? A(1) : A(0);
-        x[i] = (value < 0 ? A(-1) : one) + (value - value);
-      }
+      for (int64_t i = 0; i < count; ++i) x[i] = sign_or_nan(x[i]);
     });
   });
 }

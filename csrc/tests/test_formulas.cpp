@@ -18,6 +18,7 @@
 #include "magnitude.h"
 #include "muon_prologue.h"
 #include "rotated_adam.h"
+#include "sinh_square.h"
 #include "tests/check.h"
 
 using namespace orthonorm;
@@ -233,6 +234,29 @@ void test_merging() {
   CHECK(!std::isfinite((sum_of(std::vector<double>{inf}) + a).norm()), "infinity stays");
 }
 
+// Against sinh in long double: within the series, beyond it, and where d is no divisor.
+template <class A>
+void test_sinh_squares() {
+  Random random(17);
+  for (const double largest : {1e-20, 0.03, 0.37, 3.0, 300.0}) {
+    A x[100];
+    for (A& value : x) value = static_cast<A>(random() * largest);
+    for (const double d : {0.9, -1.0, 0x1p-1010, inf, 0.0}) {
+      long double want = 0;
+      for (const A value : x) {
+        const long double s = d == 0 ? 0.0L : std::sinh(static_cast<long double>(value) / d);
+        want += s * s;
+      }
+      const double got = sum_of_sinh_squares(x, d, 100);
+      const double most = static_cast<double>(want);
+      CHECK(got == most || std::abs(got - most) <= (8 + 2 * largest / std::abs(d)) * 0x1p-52 * most,
+            "%g instead of %g for %g", got, most, largest / d);
+    }
+  }
+  A bad[3] = {0, std::numeric_limits<A>::quiet_NaN(), 0};
+  CHECK(std::isnan(sum_of_sinh_squares(bad, 1.0, 3)), "NaN is lost");
+}
+
 }  // namespace
 
 int main() {
@@ -261,6 +285,8 @@ int main() {
   test_square_sum<float>();
   test_square_sum<double>();
   test_merging();
+  test_sinh_squares<float>();
+  test_sinh_squares<double>();
   if (failures) std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -4,6 +4,7 @@ Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.re
 the bare torch op (`torch.ops.orthonorm.gram`).
 """
 
+from .light_steps import mean_sinh_square, normalize_columns_, signum_step_
 from .newton_schulz import (
     divide_each,
     inner,
@@ -54,9 +55,11 @@ __all__ = [
     "gram_update_",
     "inner",
     "magnitude",
+    "mean_sinh_square",
     "muon_prologue_",
     "muon_step_",
     "newton_schulz",
+    "normalize_columns_",
     "normuon_step_",
     "power_iteration_",
     "rotate_",
@@ -66,6 +69,7 @@ __all__ = [
     "row_normalize",
     "scaled_polynomial_",
     "sign_",
+    "signum_step_",
     "small_newton_schulz",
     "spectral_norm",
     "spectral_normalization_",

@@ -1,7 +1,4 @@
-"""AdaGO: W <- (1 - lr wd) W - max(floor, lr min(|G|_F, gamma) / v) polar(B), v^2 = v0^2 + S.
-
-B <- mu B + (1-mu) G, S <- S + min(|G|_F^2, gamma^2), one number per matrix.
-"""
+"""The optimizer AdaGO."""
 
 from __future__ import annotations
 
@@ -20,6 +17,9 @@ from .state import Batch, Updates
 
 class AdaGO(Orthogonalizing):
     """Muon with AdaGrad's step size, from the norms of the gradients of each matrix.
+
+    W <- (1 - lr wd) W - max(floor, lr min(|G|_F, gamma) / v) polar(B), v^2 = v0^2 + S.
+    B <- mu B + (1-mu) G, S <- S + min(|G|_F^2, gamma^2), one number per matrix.
 
     Args:
         params, lr, weight_decay, momentum: as Muon.

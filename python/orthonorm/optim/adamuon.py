@@ -1,7 +1,4 @@
-"""AdaMuon: W <- (1 - lr wd) W - lr 0.2 sqrt(mn) N / |N|_F, N = O / (sqrt(V / (1-beta2^t)) + eps).
-
-O = polar(mu B + (1-mu) G), V <- beta2 V + (1-beta2) O^2, elementwise.
-"""
+"""The optimizer AdaMuon."""
 
 from __future__ import annotations
 
@@ -22,6 +19,9 @@ from .state import Batch, Updates
 
 class AdaMuon(Orthogonalizing):
     """Muon with Adam's second moment of the orthogonalized momentum, at an update RMS of 0.2.
+
+    W <- (1 - lr wd) W - lr 0.2 sqrt(mn) N / |N|_F, N = O / (sqrt(V / (1-beta2^t)) + eps).
+    O = polar(mu B + (1-mu) G), V <- beta2 V + (1-beta2) O^2, elementwise.
 
     Args:
         params, lr, weight_decay, momentum, nesterov: as Muon.

@@ -1,4 +1,4 @@
-"""AdamW: W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), fused over all parameters of a group."""
+"""The optimizer AdamW."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .views import VIEW_DEFAULTS
 
 class AdamW(MatrixOptimizer):
     """torch.optim.AdamW's update (defaults, order of operations, state names) as one fused pass.
+
+    W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), fused over all parameters of a group.
 
     Args:
         params: parameters, named parameters or param groups; all use the AdamW rule, whatever

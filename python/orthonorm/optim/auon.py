@@ -1,18 +1,15 @@
-"""AuON: W <- (1 - lr wd) W - lr U / (rho + 1e-8), rho = sqrt(mean cosh(gamma U / |U|_F)^2).
-
-U = mu B + (1-mu) G, or its Newton-Schulz polynomial (HybridAuON).
-"""
+"""The optimizers AuON and HybridAuON."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import divide_each, magnitude
-from ..ops.normalize import accumulator
+from ..ops import divide_each, magnitude, mean_sinh_square
 from .base import MatrixOptimizer
 from .norms import counts
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
@@ -22,16 +19,11 @@ from .state import Batch, Updates
 AFTER = 1e-8  # added to rho
 
 
-def mean_cosh_square(X: Tensor) -> Tensor:
-    """mean_ij cosh(X_ij)^2 of every matrix, float64, 1-D; X may be written."""
-    m, n = X.shape[-2:]
-    # torch's float32 cosh of an entry depends on its place (vectors and their ends), so a matrix
-    # alone had other bits than in a stack; in float64 that is far below the rounding of a result
-    return magnitude.overload([X.double().cosh_()]).square() / max(m * n, 1)
-
-
 class AuON(MatrixOptimizer):
     """Momentum over the root mean square of the cosh of its entries, for parameters of any shape.
+
+    W <- (1 - lr wd) W - lr U / (rho + 1e-8), rho = sqrt(mean cosh(gamma U / |U|_F)^2).
+    U = mu B + (1-mu) G.
 
     Args:
         params, lr, weight_decay, momentum, nesterov: as Muon.
@@ -86,6 +78,8 @@ class AuON(MatrixOptimizer):
 class HybridAuON(Orthogonalizing, AuON):
     """Muon without a shape factor over the root mean square of the cosh of its entries.
 
+    W <- (1 - lr wd) W - lr O / (rho + 1e-8), O = polar(U), rho as AuON's of gamma O.
+
     Args:
         params, lr, weight_decay, momentum, nesterov, gamma, norm_eps: as AuON.
         variant: "code": five Newton-Schulz steps, then O / (rho + 1e-8) with rho of O; "paper": one
@@ -107,23 +101,26 @@ class HybridAuON(Orthogonalizing, AuON):
         factors = self.polar(updates, group)
         if group["variant"] == "code":
             return braked(factors, group["gamma"], group["norm_eps"])
-        return Updates(
-            [
-                divide_each.overload(
-                    x, mean_cosh_square(x.to(accumulator(x), copy=True)) + AFTER, x.dtype
-                )
-                for x in factors.stacks
-            ]
+        ones = torch.ones(
+            sum(counts(factors)), dtype=torch.float64, device=factors.stacks[0].device
         )
+        return divided(factors, mean_cosh_square(factors, ones) + AFTER)
 
 
 def braked(updates: Updates, gamma: float, norm_eps: float, unit: bool = False) -> Updates:
     """U / (rho + AFTER), or U / |U|_F for U."""
-    out = []
     norms = magnitude.overload(updates.stacks) if updates.norms is None else updates.norms
-    for x, norm in zip(updates.stacks, norms.split(counts(updates)), strict=True):
-        size = norm + norm_eps
-        scaled = divide_each.overload(x, size / gamma if gamma else size * math.inf, accumulator(x))
-        rho = mean_cosh_square(scaled).sqrt() + AFTER
-        out.append(divide_each.overload(x, size * rho if unit else rho, x.dtype))
-    return Updates(out)
+    size = norms + norm_eps
+    rho = mean_cosh_square(updates, size / gamma if gamma else size * math.inf).sqrt() + AFTER
+    return divided(updates, size * rho if unit else rho)
+
+
+def mean_cosh_square(updates: Updates, divisors: Tensor) -> Tensor:
+    """mean_ij cosh(U_ij / d)^2 of every matrix, float64, 1-D."""
+    return 1 + mean_sinh_square.overload(updates.stacks, divisors)
+
+
+def divided(updates: Updates, numbers: Tensor) -> Updates:
+    """U / number, a number per matrix, 1-D, in new stacks."""
+    pairs = zip(updates.stacks, numbers.split(counts(updates)), strict=True)
+    return Updates([divide_each.overload(x, d, x.dtype) for x, d in pairs])

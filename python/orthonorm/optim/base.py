@@ -22,26 +22,14 @@ from ..ops.steps import stacks_in_turn, work_parts
 from ..ops.words import segments, triples_of
 from ..polar import Polynomial
 from . import storage
-from .amp import flags_of, unless
+from .amp import Flags, flags_of, unless
+from .batches import adamw_batch, matrix_batch
 from .constraints import constrain_
 from .decay import decayed_update
 from .groups import Groups, seeded
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
-from .state import (
-    ADAMW_STATE,
-    MOMENTUM,
-    Batch,
-    Updates,
-    adamw_batch,
-    fit,
-    halved,
-    held,
-    matrix_batch,
-    shaped,
-    unheld,
-    without_state,
-)
+from .state import ADAMW_STATE, MOMENTUM, Batch, Updates, fit, halved, held, unheld, without_state
 from .telemetry import Probe, read
 from .tensors import is_distributed, local, meets_owner
 
@@ -94,6 +82,7 @@ class MatrixOptimizer(Groups):
         self._seen: dict[Tensor, dict[str, weakref.ref[Tensor]]] = {}
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
+        self._new: list[Tensor] = []  # parameters that a step found without state
         super().__init__(*args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,6 +99,7 @@ class MatrixOptimizer(Groups):
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
         self._ones, self._seen, self.plans, self._probes = {}, {}, {}, {}
+        self._new = []
         try:
             for group in self.param_groups:
                 for key, value in self.group_defaults(group).items():
@@ -178,6 +168,11 @@ class MatrixOptimizer(Groups):
         """Whether `prepare` does anything, and so may fail."""
         return type(self).prepare is not MatrixOptimizer.prepare
 
+    @property
+    def has_matrix_state(self) -> bool:
+        """Whether `matrix_state` may name any."""
+        return type(self).matrix_state is not MatrixOptimizer.matrix_state
+
     def on_shards(self, group: dict[str, Any]) -> bool:
         """Whether ranks that hold rows of a matrix need its owner for the direction alone."""
         return self.self_contained and elementwise_end(group)
@@ -188,6 +183,9 @@ class MatrixOptimizer(Groups):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
+        if type(self).alike is MatrixOptimizer.alike and not group.get("mantissa"):
+            self.update_alike(batch, group)  # most rules; to ask for each parameter takes 10 us
+            return
         kinds = [(self.alike(p, group), halved(p, group)) for p in batch.owners]
         different = list(dict.fromkeys(kinds))
         for kind in different:
@@ -205,10 +203,7 @@ class MatrixOptimizer(Groups):
         for part, stacks in zip(found, stacks_in_turn(batch.params, found, dtype), strict=True):
             some = batch.part([i for rows in part for i in rows])
             with unless(flags.found_inf, some.written_by_rules(group)):
-                updates = updates_from(some, stacks, mu, group, flags)
-                if probe:
-                    probe.add_updates(updates)
-                updates = self.direction(updates, some, group)
+                updates = self.directed(some, stacks, mu, group, flags)
             factors = self.factors(some, group)
             if probe:
                 probe.add_directions(updates, factors, lr)
@@ -216,6 +211,20 @@ class MatrixOptimizer(Groups):
                 some.params, updates.matrices, lr, self.weight_decay(group), factors, group,
                 flags.found_inf, some.mantissas,
             )  # fmt: skip
+
+    def directed(
+        self,
+        batch: Batch,
+        stacks: list[Tensor],
+        mu: Tensor | None,
+        group: dict[str, Any],
+        flags: Flags,
+    ) -> Updates:
+        """The direction of momentum, or of gradients, that are written into `stacks`."""
+        updates = updates_from(batch, stacks, mu, group, flags)
+        if probe := self.probe(group):
+            probe.add_updates(updates)
+        return self.direction(updates, batch, group)
 
     def factors(self, batch: Batch, group: dict[str, Any]) -> list[float]:
         pairs = zip(batch.params, batch.owners, strict=True)
@@ -234,6 +243,7 @@ class MatrixOptimizer(Groups):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._new = []
         try:
             work = [(group, self._checked(group)) for group in self.param_groups]
         except (TypeError, ValueError) as error:
@@ -284,12 +294,10 @@ class MatrixOptimizer(Groups):
         """What matrix groups update: matrices that are whole here, and buckets of those that are
         sharded. Where anything fails, no state has been made.
         """
-        made: list[Tensor] = []
         plans: list[tuple[Batch | None, list[Bucket]]] = []
         try:
             for group, indices in zip(self.param_groups, kept, strict=True):
                 params = [group["params"][i] for i in indices]
-                made += [p for p in params if not self.state.get(p)]
                 if group["rule"] == "adamw":
                     plans.append((None, []))
                     continue
@@ -305,7 +313,7 @@ class MatrixOptimizer(Groups):
                         batch = batch._replace(prepared=self.prepare(batch, group))
                 plans.append((batch, shards.plan(self, cut, group) if cut else []))
         except Exception:
-            for p in made:
+            for p in self._new:
                 self.state.pop(p, None)
             raise
         return plans
@@ -328,8 +336,10 @@ class MatrixOptimizer(Groups):
         """The parameters with gradients; settings, gradients and state are as they must be."""
         self._check_settings(group)
         indices = self._with_gradients(group)
-        if any(map(is_distributed, without_state(self, group, indices))):
+        new = without_state(self, group, indices)
+        if any(map(is_distributed, new)):
             self.check_shardings(group)
+        self._new += new
         return indices
 
     def _finite(self, group: dict[str, Any], indices: list[int]) -> list[int]:
@@ -353,24 +363,15 @@ class MatrixOptimizer(Groups):
         storage.update(whole, ADAMW_STATE, group, self._adamw_update_some)
 
     def _adamw_update_some(self, batch: Batch, group: dict[str, Any]) -> None:
-        (beta1, beta2), params = group["betas"], batch.params
-        first, second = (shaped(batch.state[key], params) for key in ADAMW_STATE)
+        params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
+        if group["state_dtype"] == "8bit":  # opened as rows of elements
+            first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
         adamw_step_.overload(
-            params,
-            batch.grads,
-            first,
-            second,
-            batch.state["step"],
-            self.scalar(group, "lr", params[0].device),
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            group["decay_first"],
-            group["correct_eps"],
-            None,
+            params, batch.grads, first, second, batch.state["step"],
+            self.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
+            group["weight_decay"], group["decay_first"], group["correct_eps"], None,
             *flags_of(self, params[0].device),
-        )
+        )  # fmt: skip
         if probe := self.probe(group):
             probe.add_momenta(first)
 

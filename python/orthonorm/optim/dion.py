@@ -1,7 +1,4 @@
-"""Dion: W <- (1 - lr wd) W - lr sqrt(m/n) P Q^T, P = QR(B Q), R = B^T P, Q <- R by unit columns.
-
-B = M + G; P Q^T is of rank k, M <- B - (1-mu) P R^T keeps what the step leaves out.
-"""
+"""The optimizer Dion."""
 
 from __future__ import annotations
 
@@ -23,6 +20,9 @@ from .state import Batch, Updates
 
 class Dion(MatrixOptimizer):
     """Orthonormal updates of low rank by one power step, with error feedback.
+
+    W <- (1 - lr wd) W - lr sqrt(m/n) P Q^T, P = QR(B Q), R = B^T P, Q <- R by unit columns.
+    B = M + G; P Q^T is of rank k, M <- B - (1-mu) P R^T keeps what the step leaves out.
 
     Args:
         params, lr, weight_decay: as Muon.

@@ -214,15 +214,16 @@ class Groups(torch.optim.Optimizer):
             check_placements(f"{self.name}: parameter {self.label(group, i)}", p, cut)
 
     def _with_gradients(self, group: dict[str, Any]) -> list[int]:
-        params = group["params"]
-        indices = [i for i, p in enumerate(params) if p.grad is not None and p.numel() > 0]
-        for i in indices:
-            g = params[i].grad
-            if is_distributed(g) and g.placements != params[i].placements:
+        indices = []
+        for i, p in enumerate(group["params"]):
+            g = p.grad
+            if g is None or p.numel() == 0:
+                continue
+            indices.append(i)
+            if is_distributed(g) and g.placements != p.placements:
                 raise ValueError(
                     f"{self.name}: a gradient must be placed as its parameter, "
-                    f"{params[i].placements}, got {g.placements} for parameter "
-                    f"{self.label(group, i)}"
+                    f"{p.placements}, got {g.placements} for parameter {self.label(group, i)}"
                 )
             if g.layout != torch.strided or g.dtype not in check.FLOATS:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Muon: W <- (1 - lr wd) W - lr s(m, n) polar(mu B + (1-mu) G), B <- mu B + (1-mu) G."""
+"""The optimizer Muon."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .state import Batch, Updates
 
 class Muon(Orthogonalizing):
     """Momentum orthogonalized by Newton-Schulz; takes all that torch.optim.Muon takes and more.
+
+    W <- (1 - lr wd) W - lr s(m, n) polar(mu B + (1-mu) G), B <- mu B + (1-mu) G.
 
     Args:
         params: parameters, named parameters or param groups (`split_params(model)` makes them).

@@ -1,7 +1,4 @@
-"""MuonEq: W <- (1 - lr wd) W - lr s(m, n) polar(R U C), R_i = 1 / sqrt(sum_j U_ij^2 + eps).
-
-U = mu B + (1-mu) G; C_j likewise over rows; R, C or both.
-"""
+"""The optimizer MuonEq."""
 
 from __future__ import annotations
 
@@ -21,6 +18,9 @@ SIDES = {"row": (-1,), "column": (-2,), "both": (-1, -2)}  # the dims summed ove
 
 class MuonEq(Orthogonalizing):
     """Muon of momentum whose rows, columns or both have been brought to one length.
+
+    W <- (1 - lr wd) W - lr s(m, n) polar(R U C), R_i = 1 / sqrt(sum_j U_ij^2 + eps).
+    U = mu B + (1-mu) G; C_j likewise over rows; R, C or both.
 
     Args:
         params, lr, weight_decay, momentum, nesterov: as Muon; the defaults are Moonlight's.

@@ -1,7 +1,4 @@
-"""NorMuon: W <- (1 - lr wd) W - lr s(m, n) N, N = O / (sqrt(v) + eps) at the norm of O.
-
-O = polar(mu B + (1-mu) G), v_i <- beta2 v_i + (1-beta2) mean_j O_ij^2, one number per row.
-"""
+"""The optimizer NorMuon."""
 
 from __future__ import annotations
 
@@ -25,6 +22,9 @@ from .state import Batch, Updates
 
 class NorMuon(Orthogonalizing):
     """Muon whose rows (output neurons) are normalized by their running mean square.
+
+    W <- (1 - lr wd) W - lr s(m, n) N, N = O / (sqrt(v) + eps) at the norm of O.
+    O = polar(mu B + (1-mu) G), v_i <- beta2 v_i + (1-beta2) mean_j O_ij^2, one number per row.
 
     Args:
         params, lr, weight_decay, momentum, nesterov, adjust_lr_fn: as Muon.

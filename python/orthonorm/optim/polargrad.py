@@ -1,7 +1,4 @@
-"""PolarGrad: W <- (1 - lr wd) W - lr <B, U> U, U = polar(B), B <- mu B + (1-mu) G.
-
-<B, U> is the nuclear norm of B: steepest descent in the spectral norm, at its own length.
-"""
+"""The optimizer PolarGrad."""
 
 from __future__ import annotations
 
@@ -19,6 +16,9 @@ from .state import Batch, Updates
 
 class PolarGrad(Orthogonalizing):
     """Muon times the nuclear norm of what it orthogonalizes.
+
+    W <- (1 - lr wd) W - lr <B, U> U, U = polar(B), B <- mu B + (1-mu) G.
+    <B, U> is the nuclear norm of B: steepest descent in the spectral norm, at its own length.
 
     Args:
         params, lr, weight_decay, momentum, nesterov (False): as Muon.

@@ -1,7 +1,4 @@
-"""SCALE: W <- (1 - lr wd) W - lr U_:j / (|U_:j|_2 + eps), column by column; U = G, or momentum.
-
-Momentum is for the last layer only: `{"params": [head], "momentum": 0.9}`.
-"""
+"""The optimizer SCALE."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import column_normalize
+from ..ops import column_normalize, normalize_columns_
+from .amp import Flags
 from .base import MatrixOptimizer
 from .settings import Common, Rule, at_least
 from .state import Batch, Updates
@@ -18,6 +16,9 @@ from .state import Batch, Updates
 
 class SCALE(MatrixOptimizer):
     """Gradients with columns (input features) of length one, with momentum where a group asks.
+
+    W <- (1 - lr wd) W - lr U_:j / (|U_:j|_2 + eps), column by column; U = G, or momentum.
+    Momentum is for the last layer only: `{"params": [head], "momentum": 0.9}`.
 
     Args:
         params: parameters, named parameters or param groups.
@@ -55,3 +56,20 @@ class SCALE(MatrixOptimizer):
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         eps = group["norm_eps"]
         return Updates([column_normalize.overload(u, 1.0, eps) for u in updates.stacks])
+
+    def directed(
+        self,
+        batch: Batch,
+        stacks: list[Tensor],
+        mu: Tensor | None,
+        group: dict[str, Any],
+        flags: Flags,
+    ) -> Updates:
+        """Gradients as they are need not be copied before they are normalized."""
+        updates = Updates(stacks)
+        pairs = list(zip(updates.matrices, batch.grads, strict=True))
+        alike = all(u.dtype == g.dtype for u, g in pairs)
+        if mu is not None or flags.grad_scale is not None or not alike or self.probe(group):
+            return super().directed(batch, stacks, mu, group, flags)
+        normalize_columns_.overload(*map(list, zip(*pairs, strict=True)), group["norm_eps"])
+        return updates

@@ -1,7 +1,4 @@
-"""Scion: W <- (1 - lr) W - lr scale LMO(D), D <- (1-alpha) D + alpha G.
-
-LMO(D) is the unit vector of a norm for which <D, LMO(D)> is largest; each group names its norm.
-"""
+"""The optimizers Scion and ScionLight."""
 
 from __future__ import annotations
 
@@ -28,6 +25,9 @@ NORMALIZED = {"spectral": True, "spectral_conv": True, "column": False, "row": T
 
 class Scion(Orthogonalizing):
     """Linear minimization over norm balls, a norm per group; for parameters of any shape.
+
+    W <- (1 - lr) W - lr scale LMO(D), D <- (1-alpha) D + alpha G.
+    LMO(D) is the unit vector of a norm for which <D, LMO(D)> is largest; each group names its norm.
 
     Args:
         params: parameters, named parameters or param groups with their `norm` and `scale`.

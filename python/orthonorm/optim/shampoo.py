@@ -1,7 +1,4 @@
-"""Shampoo: W <- (1 - lr wd) W - lr L^(-1/4) U R^(-1/4), L <- L + G G^T, R <- R + G^T G.
-
-U is the gradient, or its momentum.
-"""
+"""The optimizer Shampoo."""
 
 from __future__ import annotations
 
@@ -28,6 +25,9 @@ class Side(NamedTuple):
 
 class Shampoo(MatrixOptimizer):
     """Preconditioning of both sides of a matrix.
+
+    W <- (1 - lr wd) W - lr L^(-1/4) U R^(-1/4), L <- L + G G^T, R <- R + G^T G.
+    U is the gradient, or its momentum.
 
     Args:
         params: parameters, named parameters or param groups (`split_params(model)` makes them).

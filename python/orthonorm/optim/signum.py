@@ -1,4 +1,4 @@
-"""Signum: W <- (1 - lr wd) W - lr sign(B), B <- mu B + (1-mu) G."""
+"""The optimizer Signum."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from ..ops import signum_step_
+from ..ops.words import HALF
+from .amp import flags_of
 from .base import MatrixOptimizer
 from .norms import to_signs
 from .settings import Common
@@ -14,6 +17,8 @@ from .state import Batch, Updates
 
 class Signum(MatrixOptimizer):
     """Sign descent with momentum, for parameters of any shape.
+
+    W <- (1 - lr wd) W - lr sign(B), B <- mu B + (1-mu) G.
 
     Args:
         params: parameters, named parameters or param groups.
@@ -44,3 +49,20 @@ class Signum(MatrixOptimizer):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         return to_signs(updates)
+
+    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
+        """The whole step as one op, where it is that of Signum.
+
+        Not in half precision: updates are rounded there, on sharded parameters too, before they
+        lose all but their signs, and the op knows no rounded updates.
+        """
+        other = group["heavy_ball"] or group["decay"] != "decoupled" or self.probe(group)
+        if other or batch.mantissas or any(p.dtype in HALF for p in batch.params):
+            super().update_alike(batch, group)
+            return
+        device = batch.params[0].device
+        signum_step_.overload(
+            batch.params, batch.grads, batch.state["momentum_buffer"],
+            self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
+            self.factors(batch, group), group["nesterov"], *flags_of(self, device),
+        )  # fmt: skip

@@ -1,8 +1,4 @@
-"""SOAP: W <- (1 - lr wd) W - lr c_t Q_L N Q_R^T, N = M / (sqrt(V) + eps), Adam's averages of G'.
-
-G' = Q_L^T G Q_R; Q_L, Q_R are eigenvectors of L <- beta L + (1-beta) G G^T and of R likewise for
-G^T G; c_t = sqrt(1-beta2^t) / (1-beta1^t).
-"""
+"""The optimizer SOAP."""
 
 from __future__ import annotations
 
@@ -35,6 +31,10 @@ class Side(NamedTuple):
 
 class SOAP(MatrixOptimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner.
+
+    W <- (1 - lr wd) W - lr c_t Q_L N Q_R^T, N = M / (sqrt(V) + eps), Adam's averages of G'.
+    G' = Q_L^T G Q_R; Q_L, Q_R are eigenvectors of L <- beta L + (1-beta) G G^T and of R likewise
+    for G^T G; c_t = sqrt(1-beta2^t) / (1-beta1^t).
 
     Args:
         params: parameters, named parameters or param groups (`split_params(model)` makes them).

@@ -1,7 +1,4 @@
-"""SPlus: W <- (1 - lr wd) W - lr 2/(m+n) Q_L sign(Q_L^T B Q_R) Q_R^T, B <- mu B + (1-mu) G.
-
-Q_L, Q_R are eigenvectors of L <- beta2 L + (1-beta2) G G^T and of R likewise for G^T G.
-"""
+"""The optimizer SPlus."""
 
 from __future__ import annotations
 
@@ -21,6 +18,9 @@ from .state import Batch, Updates
 
 class SPlus(MatrixOptimizer):
     """Sign of the momentum in the eigenbasis of Shampoo's preconditioner.
+
+    W <- (1 - lr wd) W - lr 2/(m+n) Q_L sign(Q_L^T B Q_R) Q_R^T, B <- mu B + (1-mu) G.
+    Q_L, Q_R are eigenvectors of L <- beta2 L + (1-beta2) G G^T and of R likewise for G^T G.
 
     Args:
         params, lr, weight_decay, momentum, nesterov (False): as Muon.

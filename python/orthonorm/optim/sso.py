@@ -1,7 +1,4 @@
-"""SSO: W <- R W / sigma_1(W), W <- W - lr R polar(X + lambda u v^T), X = B / |B|_F.
-
-R = radius sqrt(m/n); u, v are W's leading singular vectors, and lambda leaves sigma_1 as it is.
-"""
+"""The optimizer SSO."""
 
 from __future__ import annotations
 
@@ -23,6 +20,9 @@ from .state import Batch, Updates
 
 class SSO(Orthogonalizing):
     """Spectral sphere: steepest descent in the spectral norm among matrices of one spectral norm.
+
+    W <- R W / sigma_1(W), W <- W - lr R polar(X + lambda u v^T), X = B / |B|_F.
+    R = radius sqrt(m/n); u, v are W's leading singular vectors, and lambda leaves sigma_1 as it is.
 
     Args:
         params, lr, momentum, nesterov: as Muon; lr is relative to W's norm.

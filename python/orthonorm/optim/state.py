@@ -1,4 +1,4 @@
-"""State tensors of a parameter, and the lists of matrices that rules see."""
+"""State tensors of a parameter, and what rules see: batches of matrices, and their updates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
-from .tensors import is_distributed, local, state_zeros, views_here, whole
+from .tensors import state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -255,110 +255,11 @@ def matrix_state_of(
     return state
 
 
-def zeros_in_stacks(
-    opt: MatrixOptimizer, params: list[Tensor], known: Mapping[Any, Shapes], group: dict[str, Any]
-) -> dict[Tensor, dict[str, Tensor]]:
-    """State of the matrices of new parameters, in stacks of one shape (stacks.py), by key."""
-    alike: dict[Any, list[tuple[Tensor, str]]] = {}
-    found: dict[Tensor, dict[str, Tensor]] = {}
-    for p in params:
-        if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
-            continue  # a graph's inputs should not share memory
-        found[p] = {}
-        dtype = torch.float32 if halved(p, group) else p.dtype
-        for x, named in known[p.shape]:
-            for name, key, shape in named:
-                own = torch.float32 if SCALES in key else dtype
-                alike.setdefault((name, x.shape, shape, own, p.device), []).append((p, key))
-    for (_, _, shape, dtype, device), places in alike.items():
-        zeros = torch.zeros((len(places), *shape), dtype=dtype, device=device)
-        for (p, key), z in zip(places, zeros.unbind(), strict=True):
-            found[p][key] = z
-    return found
-
-
-def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Matrix views of parameters, gradients and state that are whole on this rank."""
-    known: dict[Any, Shapes] = {}  # for each parameter: a tenth of Signum's step (2026-11)
-    for p in params:
-        if p.shape not in known:
-            known[p.shape] = matrix_shapes(opt, p, group)
-    zeros = zeros_in_stacks(opt, params, known, group)
-    halves: list[Any] = []
-    batch = Batch([], [], {}, [], [], halves=halves)
-    whole_rows = group.get("split") is None and group.get("heads") is None
-    keys = opt.elementwise_state(group)
-    for p in params:
-        data, half, state = local(p), halved(p, group), opt.state[p]
-        named = [(name, key) for _, names in known[p.shape] for name, key, _ in names]
-        wanted = [*keys, *(key for _, key in named), *[MANTISSA] * half]
-        if any(key not in state for key in wanted):
-            matrix_state_of(opt, p, group, known[p.shape], zeros.get(p))
-        plain, views = whole_rows and data.dim() == 2, views_here(p, group)
-
-        def seen(
-            t: Tensor, like: Tensor = data, plain: bool = plain, views: Mapping[str, Any] = views
-        ) -> list[Tensor]:
-            return [t] if plain else matrices(t, like, views)
-
-        pieces = seen(data)
-        batch.params.extend(pieces)
-        grad = local(p.grad)
-        if half and not opt.self_contained:
-            grad = grad.float()  # as the rule would read it beside a float32 weight
-        batch.grads.extend(seen(grad))
-        batch.owners.extend([p] * len(pieces))
-        step = state.get("step", 0) + 1 if opt.counts_steps else 0
-        batch.steps.extend([step] * len(pieces))
-        halves.extend(seen(state[MANTISSA]) if half else [None] * len(pieces))
-        for key in keys:
-            batch.state.setdefault(key, []).extend(seen(local(state[key])))
-        for name, key in named:
-            batch.state.setdefault(name, []).append(local(state[key]))
-    if group["maximize"]:
-        batch = batch._replace(grads=list(torch._foreach_neg(batch.grads)))
-    return batch
-
-
 def named_state(
     opt: MatrixOptimizer, x: Tensor, group: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """All state that belongs to one matrix."""
     return opt.matrix_state(x, group) | scales_of(x, opt.elementwise_state(group), group)
-
-
-def shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    pairs = zip(tensors, like, strict=True)
-    return [t if t.shape == x.shape else t.view(x.shape) for t, x in pairs]
-
-
-def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Parameters, gradients and AdamW's state; 8-bit state as matrices of one row."""
-    states = adamw_state(opt, params, group)
-    lists = [local(p) for p in params], [local(p.grad) for p in params]
-    names = [*ADAMW_STATE, *scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)]
-    state = {key: [local(s[key]) for s in states] for key in names}
-    if group["state_dtype"] == "8bit":
-        state |= {key: [t.view(1, -1) for t in state[key]] for key in ADAMW_STATE}
-    state["step"] = [s["step"] for s in states]
-    if group["maximize"]:
-        lists = lists[0], list(torch._foreach_neg(lists[1]))
-    return Batch(*lists, state, params, [0] * len(params))
-
-
-def adamw_state(
-    opt: MatrixOptimizer, params: list[Tensor], group: Mapping[str, Any]
-) -> list[dict[str, Tensor]]:
-    """The AdamW companion's state of each parameter, made where it is new."""
-    for p in params:
-        state = opt.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for key in ADAMW_STATE:
-                state[key] = zeros_for(p, kept_dtype(group) or p.dtype, group)
-            for key, shape in scales_of(p.reshape(1, -1), ADAMW_STATE, group).items():
-                state[key] = torch.zeros(shape, device=p.device)
-    return [opt.state[p] for p in params]
 
 
 class Held:

@@ -1,8 +1,4 @@
-"""Steepest descent: W <- (1 - lr wd) W - lr <U, T> T, T of norm 1 with <U, T> largest.
-
-U = G, or its momentum. <U, T> is the dual norm of U: this minimizes <U, D> + |D|^2 / (2 lr) over
-steps D, in the norm of the group's role.
-"""
+"""The optimizer SteepestDescent."""
 
 from __future__ import annotations
 
@@ -28,6 +24,10 @@ SIZES = {  # |T| = 1 in the role's norm, over what `direction` makes
 
 class SteepestDescent(Orthogonalizing):
     """Each group goes down steepest in the norm of its role, at the length that the norm says.
+
+    W <- (1 - lr wd) W - lr <U, T> T, T of norm 1 with <U, T> largest.
+    U = G, or its momentum. <U, T> is the dual norm of U: this minimizes <U, D> + |D|^2 / (2 lr)
+    over steps D, in the norm of the group's role.
 
     Args:
         params: parameters, named parameters or param groups with their `norm`.

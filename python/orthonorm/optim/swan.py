@@ -1,7 +1,4 @@
-"""SWAN: W <- (1 - lr wd) W - lr s(m, n) polar(Z), Z_i = (G_i - mean G_i) / (std G_i + eps).
-
-Rows are centred and standardized, then the matrix is orthogonalized; no state.
-"""
+"""The optimizer SWAN."""
 
 from __future__ import annotations
 
@@ -21,6 +18,9 @@ from .state import Batch, Updates
 
 class SWAN(Orthogonalizing):
     """Gradients normalized by row, then whitened: an optimizer without any state.
+
+    W <- (1 - lr wd) W - lr s(m, n) polar(Z), Z_i = (G_i - mean G_i) / (std G_i + eps).
+    Rows are centred and standardized, then the matrix is orthogonalized; no state.
 
     Args:
         params, lr, weight_decay: as Muon.

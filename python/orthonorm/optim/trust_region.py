@@ -1,8 +1,4 @@
-"""Trust region: W <- argmin <B, X> + wd/2 |X|_F^2 over |X - W| <= lr, B <- mu B + (1-mu) G.
-
-Without decay W - lr T, T the unit vector of the norm that <B, T> is largest for: polar(B) for the
-spectral norm, sign(B) for the largest entry, B / |B|_F for the Frobenius norm.
-"""
+"""The optimizer TrustRegion."""
 
 from __future__ import annotations
 
@@ -21,6 +17,10 @@ from .state import Batch, Updates
 
 class TrustRegion(Orthogonalizing):
     """Orthogonalized, sign or normalized momentum: steepest descent in a norm, of radius lr.
+
+    W <- argmin <B, X> + wd/2 |X|_F^2 over |X - W| <= lr, B <- mu B + (1-mu) G.
+    Without decay W - lr T, T the unit vector of the norm that <B, T> is largest for: polar(B) for
+    the spectral norm, sign(B) for the largest entry, B / |B|_F for the Frobenius norm.
 
     Args:
         params, lr, momentum: as Muon.

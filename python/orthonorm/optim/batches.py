@@ -1,0 +1,164 @@
+"""The lists that rules see, made anew every step, as gradients are new tensors then.
+
+What Python touches between kernels has left the caches, so these lists are made column by column,
+in few loops: of 28 parameters they took a third of what Python adds to a step (2026-11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .state import (
+    ADAMW_STATE,
+    MANTISSA,
+    Batch,
+    Shapes,
+    halved,
+    kept_dtype,
+    matrix_shapes,
+    matrix_state_of,
+    scales_of,
+    zeros_for,
+)
+from .storage import SCALES
+from .tensors import PLAIN, is_distributed, local, views_here
+from .views import matrices
+
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer
+
+T = TypeVar("T")
+
+
+def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
+    """Matrix views of parameters, gradients and state that are whole on this rank."""
+    halves = [halved(p, group) for p in params] if group.get("mantissa") else [False] * len(params)
+    known = made_states(opt, params, halves, group)
+    states = [opt.state[p] for p in params]
+    own = group.get("split") is None and group.get("heads") is None
+    own = own and all(type(p) in PLAIN and p.dim() == 2 for p in params)  # their only matrices
+    like = [] if own else [(local(p), views_here(p, group)) for p in params]
+    counts = [len(matrices(data, data, views)) for data, views in like]
+
+    def seen(tensors: list[Tensor]) -> list[Tensor]:
+        """A tensor of every parameter, as matrices."""
+        if own:
+            return tensors
+        pairs = zip(tensors, like, strict=True)
+        return [x for t, (data, views) in pairs for x in matrices(local(t), data, views)]
+
+    def each(values: list[T]) -> list[T]:
+        """A value of every parameter, for all of its matrices."""
+        if own:
+            return values
+        return [v for v, n in zip(values, counts, strict=True) for _ in range(n)]
+
+    grads: list[Any] = [p.grad for p in params]
+    rest: list[Any] = []
+    if any(halves):
+        if not opt.self_contained:  # as the rule would read it beside a float32 weight
+            grads = [local(g).float() if h else g for g, h in zip(grads, halves, strict=True)]
+        found = seen([s.get(MANTISSA, p) for s, p in zip(states, params, strict=True)])
+        rest = [x if half else None for x, half in zip(found, each(halves), strict=True)]
+    state = {key: seen([s[key] for s in states]) for key in opt.elementwise_state(group)}
+    if known:
+        for p, s in zip(params, states, strict=True):
+            for _, names in known[p.shape]:
+                for name, key, _ in names:
+                    state.setdefault(name, []).append(local(s[key]))
+    steps = [s.get("step", 0) + 1 for s in states] if opt.counts_steps else [0] * len(params)
+    grads = seen(grads)
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    return Batch(seen(params), grads, state, each(params), each(steps), halves=rest)
+
+
+def made_states(
+    opt: MatrixOptimizer, params: list[Tensor], halves: list[bool], group: dict[str, Any]
+) -> dict[Any, Shapes]:
+    """Make what state is lacking; the state of matrices of every shape of parameter, if any."""
+    keys = {*opt.elementwise_state(group)}
+    pairs = [(opt.state[p], half) for p, half in zip(params, halves, strict=True)]
+    whole = not torch.compiler.is_compiling() and all(  # dynamo knows less of sets (torch 2.13)
+        have.keys() >= keys and (not half or MANTISSA in have) for have, half in pairs
+    )
+    if whole and not opt.has_matrix_state and group["state_dtype"] != "8bit":
+        return {}
+    known: dict[Any, Shapes] = {}  # for each parameter: a tenth of Signum's step (2026-11)
+    for p in params:
+        if p.shape not in known:
+            known[p.shape] = matrix_shapes(opt, p, group)
+    wanted = {
+        shape: [*keys, *(key for _, names in found for _, key, _ in names)]
+        for shape, found in known.items()
+    }
+    lacking = [
+        p
+        for p, (have, half) in zip(params, pairs, strict=True)
+        if any(key not in have for key in wanted[p.shape]) or (half and MANTISSA not in have)
+    ]
+    if lacking:
+        zeros = zeros_in_stacks(opt, lacking, known, group)
+        for p in lacking:
+            matrix_state_of(opt, p, group, known[p.shape], zeros.get(p))
+    return known
+
+
+def zeros_in_stacks(
+    opt: MatrixOptimizer, params: list[Tensor], known: Mapping[Any, Shapes], group: dict[str, Any]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """State of the matrices of new parameters, in stacks of one shape (stacks.py), by key."""
+    alike: dict[Any, list[tuple[Tensor, str]]] = {}
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for p in params:
+        if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
+            continue  # a graph's inputs should not share memory
+        found[p] = {}
+        dtype = torch.float32 if halved(p, group) else p.dtype
+        for x, named in known[p.shape]:
+            for name, key, shape in named:
+                own = torch.float32 if SCALES in key else dtype
+                alike.setdefault((name, x.shape, shape, own, p.device), []).append((p, key))
+    for (_, _, shape, dtype, device), places in alike.items():
+        zeros = torch.zeros((len(places), *shape), dtype=dtype, device=device)
+        for (p, key), z in zip(places, zeros.unbind(), strict=True):
+            found[p][key] = z
+    return found
+
+
+def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
+    """Parameters, gradients and AdamW's state; 8-bit state as matrices of one row."""
+    states, own = adamw_state(opt, params, group), all(type(p) in PLAIN for p in params)
+
+    def here(tensors: list[Any]) -> list[Tensor]:
+        return tensors if own else [local(t) for t in tensors]
+
+    names, small = ["step", *ADAMW_STATE], group["state_dtype"] == "8bit"
+    if small:
+        names += scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)
+    state = {key: here([s[key] for s in states]) for key in names}
+    if small:
+        state |= {key: [t.view(1, -1) for t in state[key]] for key in ADAMW_STATE}
+    grads = here([p.grad for p in params])
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    return Batch(here(params), grads, state, params, [0] * len(params))
+
+
+def adamw_state(
+    opt: MatrixOptimizer, params: list[Tensor], group: Mapping[str, Any]
+) -> list[dict[str, Tensor]]:
+    """The AdamW companion's state of each parameter, made where it is new."""
+    states = [opt.state[p] for p in params]
+    for p, state in zip(params, states, strict=True):
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for key in ADAMW_STATE:
+                state[key] = zeros_for(p, kept_dtype(group) or p.dtype, group)
+            for key, shape in scales_of(p.reshape(1, -1), ADAMW_STATE, group).items():
+                state[key] = torch.zeros(shape, device=p.device)
+    return states
