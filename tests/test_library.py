@@ -15,6 +15,9 @@ import torch
 from orthonorm import LOADED, OPS, _gpus, ops, optim
 from orthonorm.__main__ import main, serving
 from orthonorm._library import Loaded, guarded
+from orthonorm.bench.cases import CASES, Case, as_list, tensors
+from orthonorm.bench.inputs import Inputs, copied
+from orthonorm.bench.shapes import Workload
 from torch._subclasses import FakeTensorMode
 
 KELLER = [3.4445, -4.7750, 2.0315] * 5
@@ -179,3 +182,28 @@ def test_kernels_run_with_their_tensors_device_as_the_current_one(
     expected = x.device.index or 0
     assert kernel(3, [x]) == kernel(3, X=[x]) == kernel(3, [], scale=x) == expected
     assert kernel(3, []) == 0 and current == [0]
+
+
+WRITERS = [case for case in CASES.values() if case.op._written]
+
+
+@pytest.mark.parametrize("case", WRITERS, ids=lambda c: c.name)
+def test_what_is_written_must_not_be_expanded(case: Case) -> None:
+    """Elements that share their memory: refused by name, before anything is written."""
+    (good,) = case.calls(Workload("", ((4, 6),)), Inputs())
+    tried = 0
+    for name in (name for _, name in case.op._written if good.get(name) is not None):
+        arguments = copied(good)
+        first, *rest = as_list(arguments[name])
+        long = next((d for d, n in enumerate(first.shape) if n > 1), None)
+        if long is None:  # a number: nothing to expand
+            continue
+        spoilt = first.narrow(long, 0, 1).clone().expand(first.shape)
+        arguments[name] = [spoilt, *rest] if isinstance(good[name], list) else spoilt
+        before = [t.clone() for ts in tensors(arguments).values() for t in ts]
+        with pytest.raises(ValueError, match=rf"{case.name}: {name}.* must not be expanded"):
+            case.op(**arguments)
+        after = [t for ts in tensors(arguments).values() for t in ts]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        tried += 1
+    assert tried

@@ -17,7 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _gpus
+from . import _checks, _gpus
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,12 +48,22 @@ class Op(Generic[P, R]):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._checked_body, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        arguments = enumerate(self.overload._schema.arguments)
+        self._written = [
+            (i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write
+        ]
         if schema.endswith("-> ()"):  # its shapes are known; bodies may cut them, a graph must not
             torch.library.register_fake(self.overload, self._fake_update, lib=_library)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._check is not None:
             self._check(*args, **kwargs)
+        for i, name in self._written:
+            value: Any = args[i] if i < len(args) else kwargs.get(name)
+            if isinstance(value, torch.Tensor):
+                _checks.not_expanded(f"{self.name}: {name}", value)
+            for j, t in enumerate(value if isinstance(value, (list, tuple)) else ()):
+                _checks.not_expanded(f"{self.name}: {name}[{j}]", t)
         result: R = self.overload(*args, **kwargs)
         return result
 

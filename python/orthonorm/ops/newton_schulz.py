@@ -235,7 +235,6 @@ def _(
 ) -> None:
     name = "scaled_polynomial_"
     check.tensor(name, "X", X, min_dim=2)
-    check.not_expanded(f"{name}: X", X)
     check.tensor(name, "divisors", divisors)
     check.equal_shape(name, "divisors", divisors, (math.prod(X.shape[:-2]),))
     check.same_device(name, X=[X], divisors=[divisors])
