@@ -170,7 +170,8 @@ def _moments(base: Request) -> Iterator[Found]:
 
 def _power(base: Request) -> Iterator[Found]:
     workload = MODELS["gpt2-small"]
-    rows = measure(replace(base, name="power_iteration_", workload=workload))
+    kinds = ("torch", "floor")  # the reference takes forty times as long: few rounds were left
+    rows = measure(replace(base, name="power_iteration_", workload=workload, kinds=kinds))
     yield compare(rows, FLOOR, "power_iteration_, one step", "<=", 1.15), rows
     yield compare(rows, POWER, "power_iteration_, one step", ">=", 4.5), []
 
