@@ -13,7 +13,9 @@ from .dion2 import Dion2
 from .muon import Muon
 from .muoneq import MuonEq
 from .normuon import NorMuon
-from .orthogonal import NewtonSchulz
+from .orthogonal import (
+    NewtonSchulz as NewtonSchulz,
+)  # not in __all__: pdoc loses its inherited keys
 from .polargrad import PolarGrad
 from .qk_clip import observe_logits_, qk_clip_, qk_clip_after_step
 from .scale import SCALE
@@ -50,7 +52,6 @@ __all__ = [
     "MatrixOptimizer",
     "Muon",
     "MuonEq",
-    "NewtonSchulz",
     "NorMuon",
     "PolarGrad",
     "SPlus",
