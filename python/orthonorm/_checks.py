@@ -35,7 +35,8 @@ def tensor(op: str, name: str, value: object, min_dim: int = 0) -> None:
 
 def not_expanded(label: str, value: Tensor) -> None:
     """No two elements of a tensor that will be written share their memory by a stride of 0."""
-    if any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+    steps = zip(value.shape, value.stride(), strict=True)
+    if 0 not in value.shape and any(n > 1 and step == 0 for n, step in steps):
         raise ValueError(f"{label} must not be expanded, got strides {value.stride()}")
 
 
