@@ -154,7 +154,8 @@ def run(
             compare.check_comparable(found, old)
         code = _run_here(options, wanted, found)
     _write(options, found)
-    print("\n".join(report.legend(found.records)), flush=True)
+    if found.records and not found.claims:  # whose table has columns of its own
+        print("\n".join(report.legend(found.records)), flush=True)
     for line in sweep.report(found.records):
         print(line)
     if old is not None:
