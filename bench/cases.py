@@ -241,6 +241,14 @@ _ROWS = (
         scale_free=True, variants=({"eps": 0.5},),
     ),
     Case(
+        "quantize_blocks_", makers.quantize_blocks, written=("codes", "scales"),
+        dtypes=("float32",), variants=({"signed": False},), shapes=_MODEL,
+    ),
+    Case(
+        "dequantize_blocks_", makers.dequantize_blocks, written=("out",), dtypes=("float32",),
+        variants=({"signed": False},), shapes=_MODEL,
+    ),
+    Case(
         "muon_prologue_", makers.muon_prologue, written=("updates",), dtypes=_STATES,
         variants=({"nesterov": False},),
     ),

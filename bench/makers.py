@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from orthonorm.ops.blocks import scales_shape
 from torch import Tensor
 
 from .inputs import Arguments, Inputs
@@ -249,6 +250,26 @@ def normalize_columns(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 def mean_sinh_square(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     made = magnitude(shapes, inputs)
     return {**made, "divisors": norms(made)}
+
+
+def _scales(inputs: Inputs, shapes: Sequence[Shape]) -> list[Tensor]:
+    made = [inputs.normal(f"scales[{i}]", scales_shape(s)).abs() for i, s in enumerate(shapes)]
+    return [inputs.put(s, torch.float32) for s in made]
+
+
+def quantize_blocks(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    X = each(inputs.matrix, "X", shapes)
+    codes = [inputs.put(torch.zeros(x.shape), torch.uint8) for x in X]
+    return {"codes": codes, "scales": _scales(inputs, shapes), "X": X}
+
+
+def dequantize_blocks(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    codes = [(128 + 40 * inputs.normal(f"codes[{i}]", s)).clamp(0, 255) for i, s in enumerate(shapes)]
+    return {
+        "out": [torch.zeros_like(x) for x in each(inputs.matrix, "X", shapes)],
+        "codes": [inputs.put(c, torch.uint8) for c in codes],
+        "scales": _scales(inputs, shapes),
+    }
 
 
 def normuon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:

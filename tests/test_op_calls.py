@@ -81,8 +81,8 @@ CHANGES: dict[str, tuple[Any, type[Exception]]] = {
     "sparse": (lambda t: t.clone().to_sparse(), TypeError),
     "a number": (lambda t: 3.0, TypeError),
     "None": (lambda t: None, TypeError),
-    "a longer side": (lambda t: torch.zeros(*t.shape[:-1], t.shape[-1] + 1), ValueError),
-    "rank 1": (lambda t: torch.zeros(5), ValueError),
+    "a longer side": (lambda t: t.new_zeros(*t.shape[:-1], t.shape[-1] + 1), ValueError),
+    "rank 1": (lambda t: t.new_zeros(5), ValueError),
     "another device": (lambda t: t.to("meta"), ValueError),
 }
 LONE = ("gram", "gram_polynomial", "direct_polynomial", "gram_form", "row_normalize",

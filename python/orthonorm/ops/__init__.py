@@ -4,6 +4,7 @@ Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.re
 the bare torch op (`torch.ops.orthonorm.gram`).
 """
 
+from .blocks import dequantize_blocks_, quantize_blocks_
 from .light_steps import mean_sinh_square, normalize_columns_, signum_step_
 from .newton_schulz import (
     divide_each,
@@ -44,6 +45,7 @@ __all__ = [
     "column_normalize",
     "conda_step_",
     "decayed_update_",
+    "dequantize_blocks_",
     "direct_polynomial",
     "divide_each",
     "elementwise_moment_",
@@ -62,6 +64,7 @@ __all__ = [
     "normalize_columns_",
     "normuon_step_",
     "power_iteration_",
+    "quantize_blocks_",
     "rotate_",
     "rotate_back_",
     "rotated_adam_",

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .storage import SCALES, UNSIGNED, dequantized, quantized, scales_shape
+from ..ops import dequantize_blocks_, quantize_blocks_
+from ..ops.blocks import scales_shape
+from .storage import SCALES, UNSIGNED
 from .tensors import state_zeros, whole
 from .views import matrices
 
@@ -146,13 +148,14 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
             )
         if t.dtype == torch.uint8:
             read = torch.zeros_like(p, dtype=torch.float32, memory_format=like)
-            parts = dequantized(views, [state.pop(k) for k in named], key not in UNSIGNED)
-            torch._foreach_copy_(views_of(read, p, group), parts)
+            scales = [state.pop(k) for k in named]
+            dequantize_blocks_(views_of(read, p, group), views, scales, key not in UNSIGNED)
             t = read
         if wanted == torch.uint8:
             codes = zeros_for(p, torch.uint8, group)
-            new, scales = quantized(views_of(t, p, group), key not in UNSIGNED)
-            torch._foreach_copy_(views_of(codes, p, group), new)
+            given = views_of(t, p, group)
+            scales = [torch.zeros(scales_shape(x.shape), device=x.device) for x in given]
+            quantize_blocks_(views_of(codes, p, group), scales, given, key not in UNSIGNED)
             state |= zip(named, scales, strict=True)
             t = codes
         state[key] = t.to(own)
