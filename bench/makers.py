@@ -264,7 +264,9 @@ def quantize_blocks(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 
 def dequantize_blocks(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
-    codes = [(128 + 40 * inputs.normal(f"codes[{i}]", s)).clamp(0, 255) for i, s in enumerate(shapes)]
+    codes = [
+        (128 + 40 * inputs.normal(f"codes[{i}]", s)).clamp(0, 255) for i, s in enumerate(shapes)
+    ]
     return {
         "out": [torch.zeros_like(x) for x in each(inputs.matrix, "X", shapes)],
         "codes": [inputs.put(c, torch.uint8) for c in codes],

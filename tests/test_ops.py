@@ -120,7 +120,7 @@ def pooled(case: Case, f: Any, calls: list[Arguments]) -> dict[str, Errors]:
         got = judged(case, run(case, f, copied(arguments)))
         assert got.keys() == want.keys()
         for name, values in got.items():
-            if any(not value.is_floating_point() for value in values):
+            if any(not value.is_floating_point() for value in values):  # codes
                 assert all(map(torch.equal, values, want[name])), f"{case.name}: {name}"
                 continue
             pool = found.setdefault(name, Errors())
@@ -261,9 +261,7 @@ SCALES = {"float32": (2.0**-133, 2.0**-100, 2.0**119), "float64": (2.0**-1000, 2
 
 
 @pytest.mark.parametrize("case", [c for c in ALL if c.scale_free], ids=lambda c: c.name)
-@pytest.mark.parametrize(
-    ("dtype", "scale"), [(d, s) for d, values in SCALES.items() for s in values],
-)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "scale"), [(d, s) for d, v in SCALES.items() for s in v])
 def test_scale(case: Case, dtype: str, scale: float) -> None:
     """Denormals (1e-40) and numbers whose squares overflow (1e36) are numbers like others."""
     check_numbers(case, ((6, 9), (2, 7, 4)), Inputs.named(dtype, scale=scale))

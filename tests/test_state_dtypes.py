@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from optimizer_rows import ROWS, Row, build, make, set_grads, snapshot
-from orthonorm import optim
-from orthonorm.ops import steps
-from orthonorm.optim import storage
+from orthonorm import ops, optim
+from orthonorm.ops import blocks, steps
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -141,21 +140,59 @@ def test_views_and_companion(kind: str, dtype: torch.dtype) -> None:
     assert same(snapshot(a), snapshot(b)) and all(p.isfinite().all() for p in params)
 
 
+def coded(x: Tensor, signed: bool, backend: str = "kernel") -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of a matrix, and what they stand for, in its layout."""
+    codes = torch.full_like(x, 77, dtype=torch.uint8)
+    scales, back = torch.full(blocks.scales_shape(x.shape), 7.0), torch.full_like(x, 7.0)
+    calls = [ops.quantize_blocks_, ops.dequantize_blocks_]
+    quantize, dequantize = (op if backend == "kernel" else op.reference for op in calls)
+    quantize([codes], [scales], [x], signed)
+    dequantize([back], [codes], [scales], signed)
+    return codes, scales, back
+
+
+AWKWARD = {
+    "normal": lambda x, e: x,
+    "denormal": lambda x, e: x * 1e-41,
+    "huge": lambda x, e: x * 1e37,  # of float64 and bfloat16; infinite in float16
+    "decades": lambda x, e: x * torch.exp2(-40 * torch.rand(x.shape, dtype=x.dtype)),
+    "zeros": lambda x, e: -x * 0,
+    "ties": lambda x, e: torch.where(x == x.max(), 1.0, e[torch.randint(0, len(e), x.shape)]),
+    "nan": lambda x, e: torch.where(x == x.max(), float("nan"), x),
+    "inf": lambda x, e: torch.where(x == x.max(), -float("inf"), x),
+}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_kernels_codes_are_the_definitions(kind: str, signed: bool) -> None:
+    """Bit for bit, at ties of the float32 quotient and beside them, and of what is not finite."""
+    table = torch.tensor(blocks.values(signed))
+    ties = (table[1:] + table[:-1]) / 2
+    both = [torch.nextafter(ties, torch.tensor(end)) for end in (-2.0, 2.0)]
+    edges = torch.cat([ties, *both]).double()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for shape in ((1, 1), (3, 4, 7), (16, 16), (33, 100), (2, 3, 17, 19)):
+            x = AWKWARD[kind](torch.randn(shape, dtype=torch.float64), edges).to(dtype)
+            for given in (x, x.mT.contiguous().mT):
+                pairs = zip(coded(given, signed), coded(given, signed, "reference"), strict=True)
+                for mine, wanted in pairs:
+                    torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_the_nearest_values(signed: bool) -> None:
     x = torch.randn(2, 19, 31) if signed else torch.rand(2, 19, 31) ** 6
     x[1, 3] = 0
-    (codes,), (scales,) = storage.quantized([x], signed)
-    assert codes.dtype == torch.uint8 and scales.shape == (2, 3)
-    (back,) = storage.dequantized([codes], [scales], signed)
-    table = torch.tensor(storage.values(signed))
+    _, scales, back = coded(x, signed)
+    table = torch.tensor(blocks.values(signed))
     flat = x.flatten(1)
-    for i, start in enumerate(range(0, 19 * 31, storage.BLOCK)):
-        part = flat[:, start : start + storage.BLOCK]
+    for i, start in enumerate(range(0, 19 * 31, blocks.BLOCK)):
+        part = flat[:, start : start + blocks.BLOCK]
         top = part.abs().amax(1, keepdim=True)
         assert torch.equal(scales[:, i : i + 1], top)
         off = (part.unsqueeze(-1) - table * top.unsqueeze(-1)).abs().amin(-1)
-        mine = (part - back.flatten(1)[:, start : start + storage.BLOCK]).abs()
+        mine = (part - back.flatten(1)[:, start : start + blocks.BLOCK]).abs()
         small = torch.zeros_like(part, dtype=torch.bool) if signed else part < 1e-7 * top
         assert bool((mine <= off + 1e-6 * top)[~small].all())
     assert not bool(back[1, 3].any())
@@ -164,7 +201,7 @@ def test_codes_are_the_nearest_values(signed: bool) -> None:
 
 def test_the_map_is_of_256_values_as_published() -> None:
     for signed, low in ((True, -0.99296875), (False, 0.0)):
-        values = storage.values(signed)
+        values = blocks.values(signed)
         assert len(set(values)) == 256 and values[-1] == 1.0
         assert values[0] == pytest.approx(low)
 
@@ -217,13 +254,12 @@ def test_scales_are_found_by_their_names() -> None:
 
 
 def test_nan_stays_in_its_matrix() -> None:
-    (codes,), (scales,) = storage.quantized([torch.randn(3, 5, 7)], True)
     x = torch.randn(3, 5, 7)
-    clean = storage.dequantized(*storage.quantized([x], True), True)[0]
+    _, scales, clean = coded(x, True)
     x[1, 0, 0] = float("nan")
-    found = storage.dequantized(*storage.quantized([x], True), True)[0]
+    _, _, found = coded(x, True)
     assert found[1].isnan().all() and torch.equal(found[0], clean[0])
-    assert torch.equal(found[2], clean[2]) and codes.shape == (3, 5, 7) and scales.shape == (3, 1)
+    assert torch.equal(found[2], clean[2]) and scales.shape == (3, 1)
 
 
 @EACH

@@ -41,9 +41,7 @@ def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:-2], -(-shape[-2] * shape[-1] // BLOCK))
 
 
-@op(
-    "quantize_blocks_(Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] X, bool signed=True) -> ()"
-)
+@op("quantize_blocks_(Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] X, bool signed=True) -> ()")
 def quantize_blocks_(
     codes: list[Tensor], scales: list[Tensor], X: list[Tensor], signed: bool = True
 ) -> None:
@@ -76,9 +74,7 @@ def _(codes: list[Tensor], scales: list[Tensor], X: list[Tensor], signed: bool =
     check_coded("quantize_blocks_", "X", X, codes, scales)
 
 
-@op(
-    "dequantize_blocks_(Tensor(a!)[] out, Tensor[] codes, Tensor[] scales, bool signed=True) -> ()"
-)
+@op("dequantize_blocks_(Tensor(a!)[] out, Tensor[] codes, Tensor[] scales, bool signed=True) -> ()")
 def dequantize_blocks_(
     out: list[Tensor], codes: list[Tensor], scales: list[Tensor], signed: bool = True
 ) -> None:

@@ -133,11 +133,12 @@ WORK = 5 * 2**20  # elements: enough small matrices at a time to keep every thre
 ACCELERATOR_WORK = 2**27  # all of GPT-2 small in one launch per word; 512 MiB of float32
 
 
-def work_parts(tensors: list[Tensor]) -> list[list[list[int]]]:
-    """`parts` of a list for one work buffer, of the size of the largest tensor or WORK."""
+def work_parts(tensors: list[Tensor], most: int | None = None) -> list[list[list[int]]]:
+    """`parts` of a list for one work buffer, of the size of the largest tensor or WORK; on a CPU of
+    `most`, if that is less."""
     if not tensors:
         return []
-    limit = WORK if tensors[0].device.type == "cpu" else ACCELERATOR_WORK
+    limit = min(WORK, most or WORK) if tensors[0].device.type == "cpu" else ACCELERATOR_WORK
     return parts(tensors, max(*(t.numel() for t in tensors), limit))
 
 

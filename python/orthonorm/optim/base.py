@@ -328,7 +328,8 @@ class MatrixOptimizer(Groups):
         if self.counts_steps:
             for p, t in zip(batch.owners, batch.steps, strict=True):
                 self.state[p]["step"] = t
-        storage.update(batch, self.elementwise_state(group), group, self.update)
+        keys = self.elementwise_state(group)
+        storage.update(batch, keys, group, self.update, self.elementwise)
         if group["constraint"] is not None:
             constrain_(batch.params, group["constraint"], group["bound"])
 
@@ -360,7 +361,7 @@ class MatrixOptimizer(Groups):
 
     def _adamw_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         whole = adamw_batch(self, params, group)
-        storage.update(whole, ADAMW_STATE, group, self._adamw_update_some)
+        storage.update(whole, ADAMW_STATE, group, self._adamw_update_some, True)
 
     def _adamw_update_some(self, batch: Batch, group: dict[str, Any]) -> None:
         params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)

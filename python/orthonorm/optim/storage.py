@@ -1,6 +1,6 @@
 """State kept smaller than it is computed with: bfloat16, or 8 bits by block-wise dynamic codes.
 
-8 bits are `ops/blocks.py`.
+What 8 bits mean is said in `ops/blocks.py`.
 
 A step reads state into float32 (one work buffer for as many matrices as fit one; where a rule has
 `prepare`, all of it), computes as it would with float32 state, and rounds once when it writes back.
@@ -23,30 +23,49 @@ if TYPE_CHECKING:
 SCALES = "_scales"
 UNSIGNED = ("exp_avg_sq", "second_moment")
 STATE_DTYPES = (None, "bfloat16", "8bit")
+PASS = 2**18  # elements; a rule that is one pass over them finds what was read in the cache
 
 
-def opened(batch: Batch, keys: Sequence[str], group: Mapping[str, Any]) -> Batch:
-    """With the state of these names read into float32, in float64 beside float64 weights."""
+Rooms = dict[tuple[str, torch.dtype], Tensor]
+
+
+def opened(
+    batch: Batch, keys: Sequence[str], group: Mapping[str, Any], rooms: Rooms | None = None
+) -> Batch:
+    """With the state of these names read into float32, in float64 beside float64 weights; 8 bits
+    into memory in `rooms`, which calls use in turn."""
     state = dict(batch.state)
     dtype = torch.promote_types(batch.params[0].dtype, torch.float32)
     for key in keys:
         if group["state_dtype"] == "8bit":
             codes, scales = state[key], state[key + SCALES]
-            like = dict(dtype=dtype, memory_format=torch.contiguous_format)
-            state[key] = [torch.empty_like(c, **like) for c in codes]
+            state[key] = room({} if rooms is None else rooms, (key, dtype), codes)
             dequantize_blocks_.overload(state[key], codes, scales, key not in UNSIGNED)
         else:
             state[key] = [t.to(dtype, copy=True) for t in state[key]]
     return batch._replace(state=state, kept=batch.state)
 
 
-def parts(batch: Batch, keys: Sequence[str], group: Mapping[str, Any]) -> Iterator[Batch]:
+def room(rooms: Rooms, kind: tuple[str, torch.dtype], like: list[Tensor]) -> list[Tensor]:
+    """Tensors of the shapes of others, in one piece of memory: new pages, which the system clears,
+    took longer than the passes over them."""
+    sizes = [t.numel() for t in like]
+    if kind not in rooms or rooms[kind].numel() < sum(sizes):
+        rooms[kind] = like[0].new_empty(sum(sizes), dtype=kind[1])
+    pieces = rooms[kind].narrow(0, 0, sum(sizes)).split(sizes)
+    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
+
+
+def parts(
+    batch: Batch, keys: Sequence[str], group: Mapping[str, Any], most: int | None
+) -> Iterator[Batch]:
     """What is opened at a time: as much as fits one work buffer, unless `prepare` saw it all."""
     if not keys or batch.kept is not None or not group["state_dtype"]:
         yield batch
         return
-    for part in work_parts(batch.params):
-        yield opened(batch.part([i for rows in part for i in rows]), keys, group)
+    rooms: Rooms = {}
+    for part in work_parts(batch.params, most):
+        yield opened(batch.part([i for rows in part for i in rows]), keys, group, rooms)
 
 
 def write(batch: Batch, keys: Sequence[str], group: dict[str, Any]) -> None:
@@ -70,9 +89,10 @@ def update(
     keys: Sequence[str],
     group: dict[str, Any],
     rule: Callable[[Batch, dict[str, Any]], None],
+    elementwise: bool,
 ) -> None:
     """`rule` on what is opened at a time; the matrices of a step share a seed."""
-    for some in parts(batch, keys, group):
+    for some in parts(batch, keys, group, PASS if elementwise else None):
         rule(some, group)
         write(some, keys, group)
     if group["stochastic_rounding"]:
