@@ -24,5 +24,6 @@ all raise with the parameter's name, and nothing is written.
 """
 
 from .report import Communication, comm_report
+from .scaler import GradScaler
 
-__all__ = ["Communication", "comm_report"]
+__all__ = ["Communication", "GradScaler", "comm_report"]
