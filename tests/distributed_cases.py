@@ -246,7 +246,7 @@ def z_a_killed_rank_ends_the_others(context: Context) -> None:
     if context.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     agreement.ANSWER = 0.5  # seconds
-    raises(opt.step, "rank 0", "ranks [0, 1]", "ranks [1] have ended or do not answer")
+    raises(opt.step, "'a'", "rank 0", "ranks [0, 1]", "ranks [1] have ended or do not answer")
 
 
 # ---- running -------------------------------------------------------------------------------------

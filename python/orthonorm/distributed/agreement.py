@@ -52,8 +52,8 @@ def scope(p: Any) -> dist.ProcessGroup:
 
 
 @contextlib.contextmanager
-def reporting(group: dist.ProcessGroup) -> Iterator[None]:
-    """What a backend raises when a peer is gone, as one sentence that names it."""
+def reporting(group: dist.ProcessGroup, what: str = "") -> Iterator[None]:
+    """What a backend raises when a peer is gone, as one sentence that names it, and `what` for."""
     try:
         yield
     except RuntimeError as error:
@@ -61,7 +61,7 @@ def reporting(group: dist.ProcessGroup) -> Iterator[None]:
         gone = without_answer(ranks)
         who = f"ranks {gone} have ended or do not answer" if gone else "all answer, one has failed"
         raise RuntimeError(
-            f"rank {dist.get_rank()} could not exchange with ranks {ranks}: {who} ({error})"
+            f"rank {dist.get_rank()} could not exchange {what}with ranks {ranks}: {who} ({error})"
         ) from error
 
 
@@ -167,7 +167,7 @@ def difference(who: dist.ProcessGroup, mine: Listed) -> str:
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     sent = torch.tensor([digest], device=mine.device)
     everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(who))]
-    with reporting(who):
+    with reporting(who, f"parameter {mine.entries[0]} " if mine.entries else ""):
         dist.all_gather(everyone, sent, group=who)
     if all(int(other) == digest for other in everyone):  # and so for every rank
         return ""
