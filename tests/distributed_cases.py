@@ -5,15 +5,18 @@ Every case is a function of a Context; what it raises is written to FOLDER/RANK.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import distributed_compat  # noqa: F401  (its cases)
 import distributed_gram  # noqa: F401  (its cases)
@@ -37,7 +40,7 @@ from distributed_pairs import (
 from distributed_refusals import give_gradients, named
 from distributed_registry import CASES, WORLDS, Context, case, device_mesh, put, raises, whole
 from orthonorm import optim
-from orthonorm.distributed import agreement, comm_report
+from orthonorm.distributed import agreement, comm_report, plan, shards
 from orthonorm.monitor import Monitor
 from orthonorm.optim.tensors import is_cut
 from torch import nn
@@ -122,10 +125,70 @@ def predicted_bytes_are_the_counted_ones(context: Context) -> None:
 
 @case(2, 4)
 def work_is_balanced(context: Context) -> None:
-    mesh = device_mesh("cpu", (context.world,))
-    weights = [nn.Parameter(put(torch.randn(16, 16), mesh, [Shard(0)]))
-               for _ in range(8)]  # fmt: skip
-    assert comm_report(optim.Muon(weights)).work == 1 / context.world
+    """Over all buckets too, also where one matrix is more than a rank is to hold."""
+    mesh, world = device_mesh("cpu", (context.world,)), context.world
+    for limit, count, sizes in ((plan.BUCKET, 8, [16]), (1, 8, [16]), (1, 3 * world, [48, 32, 16])):
+        weights = [nn.Parameter(put(torch.randn(n, 16), mesh, [Shard(0)]))
+                   for n in sizes for _ in range(count // len(sizes))]  # fmt: skip
+        with bucket_limit(limit):
+            report = comm_report(optim.Muon(weights))
+        assert report.work == 1 / world
+        assert report.buckets == (1 if limit > 1 else count // world)
+
+
+@contextlib.contextmanager
+def bucket_limit(size: int) -> Iterator[None]:
+    shards.buckets = functools.partial(plan.buckets, limit=size)
+    try:
+        yield
+    finally:
+        shards.buckets = plan.buckets
+
+
+class Logged(NamedTuple):
+    """A collective, whose end is written down."""
+
+    work: Any
+    log: list[str]
+
+    def wait(self) -> None:
+        self.log.append("wait")
+        self.work.wait()
+
+
+@case(2, 4)
+def a_bucket_travels_while_another_computes(context: Context) -> None:
+    """Two all-to-alls each; the next one's is under way at every direction but the last."""
+    mesh, log = device_mesh("cpu", (context.world,)), list[str]()
+    kept = dist.all_to_all_single
+
+    def all_to_all_single(*args: Any, **kwargs: Any) -> Logged:
+        log.append("start")
+        return Logged(kept(*args, **kwargs), log)
+
+    class Watched(optim.Muon, abstract=True):
+        def direction(self, *args: Any) -> Any:
+            log.append("compute")
+            return super().direction(*args)
+
+    torch.manual_seed(0)
+    plain = [nn.Parameter(torch.randn(24, 16)) for _ in range(3 * context.world)]
+    a = Watched([nn.Parameter(put(p.detach(), mesh, [Shard(0)])) for p in plain])
+    b = optim.Muon(plain)
+    set_gradients(0, a, b)
+    b.step()
+    with bucket_limit(1):
+        report = comm_report(a)
+        dist.all_to_all_single = all_to_all_single
+        try:
+            a.step()
+        finally:
+            dist.all_to_all_single = kept
+    same(a, b)
+    assert report.buckets == 3 and log.count("start") == log.count("wait") == 2 * 3
+    under_way = [log[:i].count("start") - log[:i].count("wait")
+                 for i, event in enumerate(log) if event == "compute"]  # fmt: skip
+    assert len(under_way) == 3 and all(under_way[:2]), log
 
 
 @case(2)
@@ -183,7 +246,7 @@ def z_a_killed_rank_ends_the_others(context: Context) -> None:
     if context.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     agreement.ANSWER = 0.5  # seconds
-    raises(opt.step, "rank 0", "ranks [0, 1]", "ranks [1] have ended or do not answer")
+    raises(opt.step, "'a'", "rank 0", "ranks [0, 1]", "ranks [1] have ended or do not answer")
 
 
 # ---- running -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from distributed_registry import Context, case, device_mesh, is_shared, put, rai
 from oracle_muon import muon
 from orthonorm import monitor, optim
 from orthonorm.distributed import comm_report
+from orthonorm.monitor.shards import part_norms, spread_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -205,6 +206,22 @@ def spectral_norms_of_parts_are_those_of_the_whole(context: Context) -> None:
         ours, alone = map(max, zip(*errors, strict=True))
         assert ours <= 2 * alone, (ours, alone, places)
     assert gathers == [0]
+
+
+@case(2, 4)
+def sums_of_a_monitor_are_counted(context: Context) -> None:
+    """A gather of norms and a float64 sum a power step: of W^T u and |W v|^2, n + 1 numbers where
+    rows are cut; where columns are, of W v at the start and W W^T u with |W^T u|^2 after it."""
+    mesh, steps = device_mesh("cpu", (context.world,)), 3
+    shapes = ((40, 24), (24, 41), (9, 2))
+    for place, sent in (
+        (Shard(0), [steps * (n + 1) for _, n in shapes]),
+        (Shard(1), [m + steps * (m + 1) for m, _ in shapes]),
+    ):
+        cut = [put(torch.randn(s), mesh, [place]) for s in shapes]
+        spread = spread_of(cut[0])
+        found = counted(lambda a=cut, s=spread: part_norms(a, s, steps, [None] * len(a)))
+        assert found == (0, 0, 1 + steps + (place == Shard(1)), 8 * sum(sent))
 
 
 def worst(found: dict[Any, float], truth: dict[Any, float]) -> dict[str, float]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from distributed_pairs import OPTIMIZERS, parameters, same
-from distributed_registry import Context, case, device_mesh, is_shared, put, raises, whole
+from distributed_registry import Context, case, device_mesh, is_shared, local, put, raises, whole
 from orthonorm import optim
+from orthonorm.distributed import GradScaler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, parallel
@@ -51,8 +52,15 @@ FUSED: dict[str, Any] = dict(split={"*qkv.weight": (32, 40)}, heads={"*qkv.weigh
 
 
 def optimizer_of(name: str, model: nn.Module) -> Any:
+    """On the groups of the model; a matrix of one row, which AdamW would take, has the rule too."""
     cls, kwargs = OPTIMIZERS[name]
-    opt = cls(optim.split_params(model, **FUSED), adamw=dict(lr=0.01), **kwargs)
+    row = next(p for n, p in model.named_parameters() if n.endswith("fused"))
+    groups: list[dict[str, Any]] = [
+        {**group, "params": [(n, p) for n, p in group["params"] if p is not row]}
+        for group in optim.split_params(model, **FUSED)
+    ]
+    groups.append({"params": [("fused", row)]})
+    opt = cls(groups, adamw=dict(lr=0.01), **kwargs)
     assert {group["rule"] for group in opt.param_groups} == {"matrix", "adamw"}
     return opt
 
@@ -122,21 +130,18 @@ RULES = ("Muon", "NorMuon", "Conda", "Scion")
 # ---- training ------------------------------------------------------------------------------------
 
 
-def scaler_of(opt: Any, mixed: bool = True) -> Any:
-    """GradScaler, which takes no DTensors beside plain parameters (see `what_torch_refuses`)."""
-    kinds = {is_shared(p) for p in parameters(opt)}
-    return torch.amp.GradScaler("cpu", init_scale=64.0, enabled=mixed and len(kinds) == 1)
+def scaler_of(mixed: bool = True) -> Any:
+    """Not torch's, which takes no DTensors beside plain parameters (see `what_torch_refuses`)."""
+    return GradScaler("cpu", init_scale=64.0, enabled=mixed)
 
 
-def gradients(
-    model: nn.Module, seed: int, scaler: Any, mixed: bool = True, factor: float = 1.0
-) -> None:
+def gradients(model: nn.Module, seed: int, scaler: Any, mixed: bool = True) -> None:
     """Of two batches, added up."""
     for part in range(2):
         torch.manual_seed(seed + part)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = model(torch.randn(5, 24))
-        scaler.scale(factor * loss).backward()
+        scaler.scale(loss).backward()
 
 
 def clip(opt: Any, limit: float) -> None:
@@ -155,7 +160,7 @@ def clip(opt: Any, limit: float) -> None:
 def train(model: nn.Module, steps: range, data: int, opt: Any, twin: Any = None) -> None:
     """Batches are of number `data`; the twin takes the same gradients. Odd steps are mixed."""
     for step in steps:
-        scaler = scaler_of(opt, mixed=step % 2 == 1)
+        scaler = scaler_of(mixed=step % 2 == 1)
         opt.zero_grad()
         gradients(model, 1000 * step + 10 * data, scaler, mixed=step % 2 == 1)
         scaler.unscale_(opt)
@@ -181,11 +186,15 @@ def batch_of(kind: Any, context: Context) -> int:
 
 
 def overflow(model: nn.Module, data: int, context: Context, opt: Any) -> None:
-    """What overflows on one rank is skipped on all."""
-    scaler = scaler_of(opt)
-    if scaler.is_enabled():
+    """One number that overflows on one rank, of the first or the last parameter, is skipped on
+    all."""
+    for place in (0, -1):
+        scaler = scaler_of()
         opt.zero_grad()
-        gradients(model, 10 * data, scaler, factor=torch.inf if context.rank == 1 else 1.0)
+        gradients(model, 10 * data, scaler)
+        if context.rank == 1:
+            held = [g for p in parameters(opt) if (g := local(p.grad)).numel()]
+            held[place].view(-1)[0] = torch.inf
         scaler.step(opt)
         scaler.update()
         assert scaler.get_scale() == 32.0

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from distributed_pairs import counted, parameters, same, set_gradients
 from distributed_registry import Context, case, device_mesh, put, raises
 from orthonorm import optim
-from orthonorm.distributed import comm_report
+from orthonorm.distributed import comm_report, meeting
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -47,7 +47,9 @@ def ranks_that_disagree_all_raise_before_anything_is_written(context: Context) -
     if odd:
         opt.add_param_group({"params": late})
     before = give_gradients(opt)
+    waited, meeting.FIRST = meeting.FIRST, 0.5  # for the others, who have met
     raises(opt.step, "'z'", "rank 1", "no further parameter", f"this is rank {context.rank}")
+    meeting.FIRST = waited
     unchanged(opt, before)
 
     without = optim.Muon(params)
@@ -62,12 +64,53 @@ def ranks_that_disagree_all_raise_before_anything_is_written(context: Context) -
 
 @case(4)
 def mismatched_meshes_raise(context: Context) -> None:
-    flat, square = device_mesh("cpu", (4,)), device_mesh("cpu", (2, 2))
-    first = named(flat, [Shard(0)], "a"), named(square, [Replicate(), Shard(0)], "a")
-    opt = optim.Muon(first[context.rank == 1])
+    """Also those of which collectives would wait for each other: other ranks, or none needed."""
+    flat, square = device_mesh("cpu", (4,)), device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    rows, odd, me = [Shard(0)], context.rank == 1, f"this is rank {context.rank}"
+    for mesh, places, *words in (
+        (square, [Replicate(), Shard(0)], "[[0, 1], [2, 3]]"),
+        (square["b"], rows, "mesh [0, 1],"),
+        (flat, [Replicate()], "Replicate()"),
+    ):
+        for cls, shape in ((optim.Muon, (8, 6)), (optim.Conda, (4, 6, 5))):
+            whole = named(flat, rows, "w", (4, 6, 5))
+            mine = named(mesh, places, "a", shape) if odd else named(flat, [Shard(-1)], "a", shape)
+            opt = cls(whole + mine)
+            before = give_gradients(opt)
+            raises(opt.step, "'a'", *words, "(Shard(dim=1),)" if len(shape) == 2 else "Shard",
+                   "mesh [0, 1, 2, 3]", "on rank 0", "on rank 1", me)  # fmt: skip
+            unchanged(opt, before)
+            assert not opt.state
+
+
+@case(2, 4)
+def late_parameters_that_ranks_place_otherwise_raise(context: Context) -> None:
+    """Though none of those before them had anything to exchange."""
+    mesh, odd = device_mesh("cpu", (context.world,)), context.rank == 1
+    opt = optim.Muon(named(mesh, [Replicate()], "ab"))
+    give_gradients(opt)
+    opt.step()
+    opt.add_param_group({"params": named(mesh, [Replicate() if odd else Shard(0)], "z")})
     before = give_gradients(opt)
-    raises(opt.step, "'a'", "[[0, 1], [2, 3]]", "rank 0", "rank 1")
+    raises(opt.step, "'z'", "Replicate", "Shard", "on rank 1", f"this is rank {context.rank}")
     unchanged(opt, before)
+
+
+@case(2)
+def optimizers_of_one_rank_are_no_disagreement(context: Context) -> None:
+    """It waits for the other a while, and both agree on what they share after it."""
+    square, flat = device_mesh("cpu", (2, 1), mesh_dim_names=("x", "y")), device_mesh("cpu", (2,))
+    waited, meeting.FIRST = meeting.FIRST, 0.2
+    for mesh, name in ((square["y"], "c"), (flat, "d")) if context.rank == 1 else ():
+        alone = optim.Muon(named(mesh, [Replicate()], name))
+        before = give_gradients(alone)
+        alone.step()
+        assert not torch.equal(parameters(alone)[0].to_local(), before[0])
+    meeting.FIRST = waited
+    opt = optim.Muon(named(flat, [Shard(0)], "a"))
+    before = give_gradients(opt)
+    opt.step()
+    assert not torch.equal(parameters(opt)[0].to_local(), before[0])
 
 
 @case(2)

@@ -122,12 +122,16 @@ def test_formula(original: Original, scale: float) -> None:
 @EACH
 def test_signature(original: Original) -> None:
     """Parameters of the original, in order, with its defaults; more may follow."""
-    wanted = eval(f"lambda {original.signature[1:-1]}: None")
-    ours = list(inspect.signature(original.ours).parameters.values())
-    for theirs, mine in zip(inspect.signature(wanted).parameters.values(), ours, strict=False):
-        assert theirs.name == mine.name
-        assert theirs.default in (inspect.Parameter.empty, mine.default)
-    assert len(ours) >= len(inspect.signature(wanted).parameters)
+    takes(original.ours, original.signature)
+
+
+def takes(ours: Any, signature: str) -> None:
+    wanted = inspect.signature(eval(f"lambda {signature[1:-1]}: None")).parameters.values()
+    mine = list(inspect.signature(ours).parameters.values())
+    for a, b in zip(wanted, mine, strict=False):
+        assert a.name == b.name
+        assert a.default in (inspect.Parameter.empty, b.default)
+    assert len(mine) >= len(wanted)
 
 
 def test_rows_scaled_before_the_iteration() -> None:
@@ -261,6 +265,33 @@ def test_muon_with_aux_adam() -> None:
             optimizer.load_state_dict(file)
     assert [g["use_muon"] for g in optimizer.param_groups] == [False, True]
     assert [g["rule"] for g in optimizer.param_groups] == ["adamw", "matrix"]
+
+
+OPTIMIZER, WITH_ADAM = "(params, lr=0.02, weight_decay=0, momentum=0.95)", "(param_groups)"
+KELLERS: dict[str, str] = {
+    "muon_update": "(grad, momentum, beta=0.95, ns_steps=5, nesterov=True)",
+    "adam_update": "(grad, buf1, buf2, step, betas, eps)",
+    "Muon": OPTIMIZER, "SingleDeviceMuon": OPTIMIZER,
+    "MuonWithAuxAdam": WITH_ADAM, "SingleDeviceMuonWithAuxAdam": WITH_ADAM,
+}  # fmt: skip
+
+
+def test_names_of_muon_py() -> None:
+    """All of them, with parameters in order and their defaults (at commit 00ba60d3)."""
+    assert {*KELLERS, "zeropower_via_newtonschulz5"} == set(muon.__all__)
+    for name, signature in KELLERS.items():
+        takes(getattr(muon, name), signature)
+
+
+def test_adam_update() -> None:
+    p = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    opt = torch.optim.Adam([p], lr=1.0, betas=(0.8, 0.95), eps=1e-10)
+    buffers = torch.zeros_like(p.detach()), torch.zeros_like(p.detach())
+    for step in (1, 2, 3):
+        before, p.grad = p.detach().clone(), torch.randn_like(p)
+        opt.step()
+        update = muon.adam_update(p.grad, *buffers, step, (0.8, 0.95), 1e-10)
+        torch.testing.assert_close(before - update, p.detach())
 
 
 def test_single_device_muon_and_its_update() -> None:

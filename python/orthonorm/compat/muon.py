@@ -23,6 +23,7 @@ __all__ = [
     "MuonWithAuxAdam",
     "SingleDeviceMuon",
     "SingleDeviceMuonWithAuxAdam",
+    "adam_update",
     "muon_update",
     "zeropower_via_newtonschulz5",
 ]
@@ -54,6 +55,19 @@ def muon_update(
     mu = torch.tensor(beta, dtype=torch.float64, device=grad.device)
     muon_prologue_([rows], [buffer], [update], mu, nesterov)
     return zeropower_via_newtonschulz5(update, ns_steps).mul_(_factor(grad))
+
+
+def adam_update(
+    grad: Tensor, buf1: Tensor, buf2: Tensor, step: int, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """m^ / (sqrt(v^) + eps), m <- b1 m + (1-b1) G, v <- b2 v + (1-b2) G^2, x^ = x / (1 - b^step).
+
+    `buf1` (m) and `buf2` (v) are written.
+    """
+    buf1.lerp_(grad, 1 - betas[0])
+    buf2.lerp_(grad.square(), 1 - betas[1])
+    first, second = (1 - beta**step for beta in betas)
+    return buf1 / first / ((buf2 / second).sqrt() + eps)
 
 
 def _factor(grad: Tensor) -> float:

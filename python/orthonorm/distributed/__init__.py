@@ -17,8 +17,13 @@ gram: Muon, Scion, NorMuon, Conda and SOAP (whose long sides must be beyond max_
     less is sent so: n x n Gram matrices are summed, updates travel nowhere. Every rank then
     computes for every such matrix, so this is for slow networks; results are within the rounding of
     one process's. `orthonorm.monitor` measures sigma_1 of cut matrices in the same way.
+
+Before an optimizer's first step ranks compare what they hold (a few bytes in the store), and at
+each step that exchanges anything what they are to update (a gather of 8 bytes): where they differ,
+all raise with the parameter's name, and nothing is written.
 """
 
 from .report import Communication, comm_report
+from .scaler import GradScaler
 
-__all__ = ["Communication", "comm_report"]
+__all__ = ["Communication", "GradScaler", "comm_report"]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..optim.tensors import Ranks, is_distributed, meets_owner, ranks_of, sharded_dims
+from .meeting import describe, meet
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -51,8 +52,8 @@ def scope(p: Any) -> dist.ProcessGroup:
 
 
 @contextlib.contextmanager
-def reporting(group: dist.ProcessGroup) -> Iterator[None]:
-    """What a backend raises when a peer is gone, as one sentence that names it."""
+def reporting(group: dist.ProcessGroup, what: str = "") -> Iterator[None]:
+    """What a backend raises when a peer is gone, as one sentence that names it, and `what` for."""
     try:
         yield
     except RuntimeError as error:
@@ -60,7 +61,7 @@ def reporting(group: dist.ProcessGroup) -> Iterator[None]:
         gone = without_answer(ranks)
         who = f"ranks {gone} have ended or do not answer" if gone else "all answer, one has failed"
         raise RuntimeError(
-            f"rank {dist.get_rank()} could not exchange with ranks {ranks}: {who} ({error})"
+            f"rank {dist.get_rank()} could not exchange {what}with ranks {ranks}: {who} ({error})"
         ) from error
 
 
@@ -134,6 +135,7 @@ def check(opt: MatrixOptimizer, work: Work) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return  # to look at every parameter takes as long as other checks
+    meet(opt)
     listed: dict[dist.ProcessGroup, Listed] = {}
     for group, indices in work:
         present = set(indices)
@@ -147,18 +149,9 @@ def check(opt: MatrixOptimizer, work: Work) -> None:
 
 def refuse(opt: MatrixOptimizer, error: Exception) -> None:
     """In place of `check`, on a rank whose settings, gradients or state are not as they must be."""
+    meet(opt)  # for which the others wait
     found = [p for g in opt.param_groups for p in g["params"] if communicates(opt, p, g)]
     compare(opt.name, {scope(p): Listed(p.device, [], str(error)) for p in found})
-
-
-def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
-    mesh = p.device_mesh
-    keys = ("flatten", "split", "heads", "method", "decay", "constraint")  # what decides the way
-    views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
-    return (
-        f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {tuple(p.placements)} on mesh "
-        f"{mesh.mesh.tolist()}, rule={group['rule']!r}" + (f", {views}" if views else "")
-    )
 
 
 def compare(name: str, listed: dict[dist.ProcessGroup, Listed]) -> None:
@@ -174,7 +167,7 @@ def difference(who: dist.ProcessGroup, mine: Listed) -> str:
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     sent = torch.tensor([digest], device=mine.device)
     everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(who))]
-    with reporting(who):
+    with reporting(who, f"parameter {mine.entries[0]} " if mine.entries else ""):
         dist.all_gather(everyone, sent, group=who)
     if all(int(other) == digest for other in everyone):  # and so for every rank
         return ""

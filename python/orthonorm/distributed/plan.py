@@ -98,30 +98,37 @@ def cost(pieces: list[Tensor]) -> float:
 def buckets(
     items: Iterable[Item], alike: Callable[[Tensor], Hashable], limit: int = BUCKET
 ) -> list[Bucket]:
-    """Costly parameters first, so that those of a bucket are of a size and their owners balance."""
+    """Costly parameters first, so that those of a bucket are of a size and their owners balance.
+
+    However large they are, a bucket has one for every rank: with fewer, some would wait for others.
+    """
     kinds: dict[Hashable, list[Item]] = {}
     for item in items:
         p, spread = item.param, item.spread
         key = (ranks_of(p), alike(p), spread, p.dtype if spread else None)
         kinds.setdefault(key, []).append(item)
-    found = []
+    found, loads = [], dict[Ranks, list[float]]()
     for kind in kinds.values():
         ranks, filled = ranks_of(kind[0].param), 0
+        load = loads.setdefault(ranks, [0.0] * ranks.size)
         bucket: list[Item] = []
         for item in sorted(kind, key=lambda x: -x.cost):
             size = sum(t.whole_bytes for t in item.travelers)
-            if bucket and filled + size > limit * ranks.size:
-                found.append(Bucket(ranks, balanced(bucket, ranks.size)))
+            if len(bucket) >= ranks.size and filled + size > limit * ranks.size:
+                found.append(Bucket(ranks, balanced(bucket, load)))
                 bucket, filled = [], 0
             bucket.append(item)
             filled += size
-        found.append(Bucket(ranks, balanced(bucket, ranks.size)))
+        found.append(Bucket(ranks, balanced(bucket, load)))
     return found
 
 
-def balanced(items: list[Item], ranks: int) -> tuple[Item, ...]:
-    """Owners by longest processing time first: each to the rank with the least work so far."""
-    loads = [0.0] * ranks
+def balanced(items: list[Item], loads: list[float]) -> tuple[Item, ...]:
+    """Owners by longest processing time first: each to the rank with the least work so far.
+
+    `loads` is the ranks' work in all buckets: it is added to, or what is over in each would always
+    be the first rank's.
+    """
     placed = []
     for item in items:
         owner = loads.index(min(loads))
