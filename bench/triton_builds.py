@@ -68,24 +68,25 @@ def end_of(name: str) -> tuple[Any, dict[str, None], tuple[tuple[str, str], ...]
     )
 
 
-# a product: its table, orders of A, B, C, D and out (1: rows contiguous), if C is added, its end
+# a product: its table, orders of A, B, C, D and out (1: rows contiguous), what is added (C; or D and I too), its end
 PRODUCTS = {
-    "gram": ("symmetric", (1, 0, 1, 1, 1), False, "store"),
-    "gram-tall": ("symmetric", (0, 1, 1, 1, 1), False, "store"),
-    "symmetric_update": ("symmetric", (1, 1, 1, 1, 1), True, "store"),
-    "apply": ("product", (1, 1, 1, 1, 1), True, "store"),
-    "apply-tall": ("product", (1, 0, 0, 1, 1), True, "store"),
-    "muon": ("product", (1, 1, 1, 1, 1), False, "update"),
-    "muon-tall": ("product", (1, 0, 0, 0, 0), False, "update"),
-    "muon-direct": ("product", (1, 1, 1, 1, 1), True, "update"),
-    "muon-rounded": ("product", (1, 1, 1, 1, 1), False, "rounded_update"),
-    "normuon": ("product", (1, 1, 1, 1, 1), False, "row_squares"),
-    "normuon-tall": ("product", (1, 0, 0, 0, 0), False, "column_squares"),
-    "rotate": ("product", (0, 1, 1, 1, 1), False, "store"),
-    "rotate_back": ("product", (1, 0, 1, 1, 1), False, "update"),
-    "conda-there": ("product", (0, 1, 1, 1, 1), False, "adam"),
-    "conda-there-tall": ("product", (1, 1, 1, 1, 1), False, "adam"),
-    "conda-back": ("product", (1, 1, 1, 1, 1), False, "scaled_update"),
+    "gram": ("symmetric", (1, 0, 1, 1, 1), 0, "store"),
+    "gram-tall": ("symmetric", (0, 1, 1, 1, 1), 0, "store"),
+    "gram_polynomial": ("symmetric", (1, 1, 1, 1, 1), 2, "store"),
+    "symmetric_update": ("symmetric", (1, 1, 1, 1, 1), 1, "store"),
+    "apply": ("product", (1, 1, 1, 1, 1), 1, "store"),
+    "apply-tall": ("product", (1, 0, 0, 1, 1), 1, "store"),
+    "muon": ("product", (1, 1, 1, 1, 1), 0, "update"),
+    "muon-tall": ("product", (1, 0, 0, 0, 0), 0, "update"),
+    "muon-direct": ("product", (1, 1, 1, 1, 1), 1, "update"),
+    "muon-rounded": ("product", (1, 1, 1, 1, 1), 0, "rounded_update"),
+    "normuon": ("product", (1, 1, 1, 1, 1), 0, "row_squares"),
+    "normuon-tall": ("product", (1, 0, 0, 0, 0), 0, "column_squares"),
+    "rotate": ("product", (0, 1, 1, 1, 1), 0, "store"),
+    "rotate_back": ("product", (1, 0, 1, 1, 1), 0, "update"),
+    "conda-there": ("product", (0, 1, 1, 1, 1), 0, "adam"),
+    "conda-there-tall": ("product", (1, 1, 1, 1, 1), 0, "adam"),
+    "conda-back": ("product", (1, 1, 1, 1, 1), 0, "scaled_update"),
 }
 
 

@@ -9,7 +9,7 @@ from orthonorm import ops
 from torch import Tensor
 
 from . import elementwise as each
-from . import tiles
+from . import tables, tiles
 
 LARGEST = tl.constexpr(torch.finfo(torch.float64).max)
 
@@ -41,10 +41,15 @@ def divide_each(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
 def divide_list(X: list[Tensor], divisors: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """`divide_each` on a list, in one launch; no dtype is float64 but the divisors'."""
     out = [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in X]
+    divide_items(tables.items(X, out), divisors)
+    return out
+
+
+def divide_items(items: tuple[tables.Item, ...], divisors: Tensor) -> None:
+    """From the first place of each item to the second."""
     divisors = divisors.contiguous()
-    for group in each.groups([X, out]):
+    for group in each.groups_of(items, (), each.block_of(divisors.device)):
         table = group.table((), divisors.device)
         divide_kernel[(table.tiles,)](
             table.data, table.count, divisors, table.steps, *group.constants, **each.OPTIONS
         )
-    return out

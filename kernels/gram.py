@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,9 +11,10 @@ import triton.language as tl
 from orthonorm import ops
 from torch import Tensor
 
+from . import configs, ends, tables, tiles
 from . import elementwise as each
-from . import tables, tiles
-from .product import plain, product, served
+from .product import Launch, launches, plain, served, start
+from .tables import Places, View, place
 
 STEP = 512  # pieces begin at multiples of it, whatever block_k is
 
@@ -53,25 +55,62 @@ def gram(X: Tensor) -> Tensor:
 
 def grams(X: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """out <- X X^T for a list of one dtype: one launch, and one more if rows are cut."""
-    products, sums = [], []
+    found = [pair for x, o in zip(X, out, strict=True) for pair in tables.views(x, o)]
+    if found:
+        places, results = zip(*found, strict=True)
+        parts = X[0].new_empty(parts_size(places), dtype=torch.float32)
+        sweep(places, results, parts.data_ptr(), X[0].device)
+
+
+def stride_of(x: View) -> int:
+    """Elements from one piece's sum to the next: a multiple of 8."""
+    return tables.cdiv(x.batch * x.rows * x.rows, 8) * 8
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def parts_size(X: Places) -> int:
+    """Elements of all pieces' sums."""
+    cut = [(x, pieces(x.rows, x.columns)) for x in X]
+    return sum(count * stride_of(x) for x, count in cut if count > 1)
+
+
+def sweep(X: Places, out: Places, parts: int, device: torch.device) -> None:
+    """`grams` between places; pieces' sums to address `parts`."""
+    found, folds = planned(X, out, parts, device, configs.precision(X[0].dtype))
+    start(found, device, symmetric=True)
+    for group in folds:
+        table = group.table((), device)
+        fold_kernel[(table.tiles,)](
+            table.data, table.count, table.steps, *group.constants, **each.OPTIONS
+        )
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def planned(
+    X: Places, out: Places, parts: int, device: torch.device, precision: str
+) -> tuple[list[Launch], list[each.Group]]:
+    """Launches of the products, and of the sums of pieces."""
+    products, items, extras = [], [], []
     for x, o in zip(X, out, strict=True):
-        count = pieces(*x.shape[-2:])
+        count = pieces(x.rows, x.columns)
         if count == 1:
-            products += [plain(a, a.mT, c, c) for a, c in tables.views(x, o)]
+            products.append(plain(x, x.mT, o, o))
             continue
-        # their stride is a multiple of 8
-        stride = tables.cdiv(o.numel(), 8) * 8
-        parts = o.new_empty(count * stride, dtype=torch.float32).view(count, stride)
-        parts = parts[:, : o.numel()].view(count, *o.shape)
-        length = tables.cdiv(tables.cdiv(x.shape[-1], count), STEP) * STEP
-        for piece, part in zip(x.split(length, dim=-1), parts, strict=False):
-            products += [plain(a, a.mT, c, c) for a, c in tables.views(piece, part)]
-        sums.append((o, parts, (tables.cdiv(x.shape[-1], length), stride)))
-    product("symmetric", products, X[0].device, X[0].dtype, symmetric=True)
-    if sums:
-        wholes, partials, extras = zip(*sums, strict=True)
-        for group in each.groups([wholes, [p[0] for p in partials]], extras):
-            table = group.table((), X[0].device)
-            fold_kernel[(table.tiles,)](
-                table.data, table.count, table.steps, *group.constants, **each.OPTIONS
-            )
+        length = tables.cdiv(tables.cdiv(x.columns, count), STEP) * STEP
+        address, batch, row, column = x.fields
+        stride, begins = stride_of(x), range(0, x.columns, length)
+        sums = [
+            place(torch.float32, x.batch, x.rows, x.rows, (at, x.rows**2, x.rows, 1))
+            for at in range(parts, parts + 4 * stride * len(begins), 4 * stride)
+        ]
+        for begin, piece in zip(begins, sums, strict=True):
+            at = address + begin * column * x.dtype.itemsize
+            width = min(length, x.columns - begin)
+            part = place(x.dtype, x.batch, x.rows, width, (at, batch, row, column))
+            products.append(plain(part, part.mT, piece, piece))
+        items.append(((o, sums[0]),))
+        extras.append((len(begins), stride))
+        parts += 4 * stride * count
+    how = (precision, ends.store, False, True, ())
+    found = launches("symmetric", tuple(products), device, X[0].dtype, *how)
+    return found, each.groups_of(tuple(items), tuple(extras), each.block_of(device))

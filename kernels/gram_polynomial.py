@@ -17,18 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from orthonorm import ops
-from orthonorm.ops.words import Triples, triples_of
+from orthonorm._library import LOADED
+from orthonorm.ops.words import CLUSTER, Triple, Triples, triples_of
 from torch import Tensor
 
-from . import configs, tables, tiles
+from . import configs, ends, tables, tiles
 from .configs import FUSION, Config
+from .product import Factors, Launch, launches, served, start
 from .small_newton_schulz import HALF, block
-from .tables import Entry
+from .tables import Entry, View, dense
 
 SIDE = 64
 
@@ -185,16 +188,115 @@ def chain(R: Tensor, triples: Triples, record: Config) -> Tensor:
     return out[..., :n, :n].contiguous()
 
 
+# ---- launches for each product -------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """A symmetric product: alpha A B + beta C, or that + more[0] B + more[1] I."""
+
+    launches: list[Launch]
+    alpha: float
+    beta: float
+    more: tuple[float, ...]
+
+
+class Factor(NamedTuple):
+    """alpha Q + delta I, of a stack Q that lies at an address."""
+
+    Q: int
+    alpha: float = 1.0
+    delta: float = 0.0
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def symmetric(
+    A: View, B: View, C: View, out: View, device: torch.device, precision: str
+) -> list[Launch]:
+    """Launches of a symmetric product that adds C, or C and B."""
+    how = (precision, ends.store, False, True, ())
+    return launches("symmetric", (Factors(A, B, C, B, out),), device, A.dtype, *how)
+
+
+def chained(
+    R: int, buffers: tuple[int, ...], count: int, n: int, dtype: torch.dtype,
+    triples: tuple[Triple, ...], device: torch.device,
+) -> tuple[list[Step], Factor]:  # fmt: skip
+    """`ops.gram_polynomial` of the stack at R by way of four buffers, of which R may be one."""
+    numbers = (R, buffers, count, n, dtype, triples, device)
+    return _chained(*numbers, configs.precision(dtype))
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def _chained(
+    R: int, buffers: tuple[int, ...], count: int, n: int, dtype: torch.dtype,
+    triples: tuple[Triple, ...], device: torch.device, precision: str,
+) -> tuple[list[Step], Factor]:  # fmt: skip
+    """The first Q = z Z + a I is not formed: a second iteration's is one product with three
+    addends, z z' Z Z' + a' z Z + z' a Z' + a a' I, rounded once; the first alone is for the product
+    with X to add.
+    """
+    steps: list[Step] = []
+
+    def step(
+        live: Iterable[int], A: int, B: int, C: int, alpha: float, beta: float,
+        more: tuple[float, ...] = (),
+    ) -> int:  # fmt: skip
+        out = next(b for b in buffers if b not in live)
+        places = (dense(dtype, count, n, n, address) for address in (A, B, C, out))
+        steps.append(Step(symmetric(*places, device, precision), alpha, beta, more))
+        return out
+
+    Q: Factor | None = None
+    for t, (a, b, c) in enumerate(triples):
+        old = () if Q is None else (Q.Q,)
+        Z, z = (step((R, *old), R, R, R, c, b), 1.0) if c else (R, b)
+        if Q is None:
+            Q = Factor(Z, z, a)
+        else:
+            more = (z * Q.delta, a * Q.delta) if Q.delta else ()
+            Q = Factor(step((R, Z, *old), Q.Q, Z, Q.Q, z * Q.alpha, a * Q.alpha, more))
+        if t + 1 < len(triples):
+            W = step((R, Z, Q.Q), R, Z, R, z, a)
+            R = step((W, Z, Q.Q), W, Z, W, z, a)
+    assert Q is not None
+    return steps, Q
+
+
+def run(steps: Iterable[Step], device: torch.device) -> None:
+    for some, alpha, beta, more in steps:
+        start(some, device, alpha, beta, ends.STORE, True, more)
+
+
+def alone(dtype: torch.dtype, n: int, device: torch.device) -> bool:
+    """Whether a kernel of its own serves such Gram matrices, or may: a library's on clusters."""
+    arch, _ = configs.device_of(device)
+    parts = ("gram_polynomial", "CUDA") in LOADED.parts and n <= CLUSTER
+    return dtype in HALF and (n <= SIDE or parts or bool(configs.records("chain", dtype, arch, n)))
+
+
+def by_products(R: Tensor, triples: Triples) -> Tensor:
+    """A launch for each product."""
+    R = R.contiguous()
+    n, count = R.shape[-1], R.shape[:-2].numel()
+    stride = tables.cdiv(R.numel(), 128) * 128
+    memory = R.new_empty(4, stride)
+    addresses = tuple(m.data_ptr() for m in memory)
+    steps, Q = chained(R.data_ptr(), addresses, count, n, R.dtype, tuple(triples), R.device)
+    run(steps, R.device)
+    return memory[addresses.index(Q.Q), : R.numel()].view(R.shape)
+
+
 def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
-    n = R.shape[-1]
-    if R.dtype not in HALF or R.numel() == 0:
+    triples, n = triples_of(coefficients), R.shape[-1]
+    if R.numel() == 0 or R.dtype == torch.float64:
         return ops.gram_polynomial.definition(R, coefficients)
-    if n > SIDE:
+    if n > SIDE or R.dtype not in HALF:
         arch, _ = configs.device_of(R.device)
-        records = configs.records("chain", R.dtype, arch, n)
-        if not records:
-            return ops.gram_polynomial.definition(R, coefficients)
-        return chain(R, triples_of(coefficients), records[0])
+        if records := configs.records("chain", R.dtype, arch, n):
+            return chain(R, triples, records[0])
+        if len(triples) > 1 and served("symmetric", R.dtype, R):
+            return by_products(R, triples)
+        return ops.gram_polynomial.definition(R, coefficients)
     R, out = R.contiguous(), torch.empty_like(R, memory_format=torch.contiguous_format)
     numbers = tables.upload(tuple(map(tables.bits, coefficients)), R.device)
     polynomial_kernel[(R.numel() // (n * n),)](

@@ -373,9 +373,19 @@ def moment(
 def normalize(X: Tensor, columns: bool, scale: float, eps: float, eps_at: str) -> Tensor:
     """`row_normalize`, or `column_normalize`: one launch."""
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
-    for group in groups([X], [out], columns=columns, whole=True)[0]:
-        table = group.entries.table((scale, eps), X.device)
+    normalize_list([X], [out], columns, scale, eps, eps_at)
+    return out
+
+
+def normalize_list(
+    X: Sequence[Tensor], out: Sequence[Tensor], columns: bool, scale: float, eps: float,
+    eps_at: str = "outside",
+) -> None:  # fmt: skip
+    """`normalize` of a list, to memory that is there."""
+    if not X:
+        return
+    for group in groups(X, out, columns=columns, whole=True)[0]:
+        table = group.entries.table((scale, eps), X[0].device)
         normalize_kernel[(table.tiles,)](
             table.data, table.count, table.steps, *group.constants(0, 1), EPS_AT[eps_at], **OPTIONS
         )
-    return out

@@ -103,10 +103,10 @@ def normuon_step_(
     lists = (params, grads, momentum_buffers, row_moments)
     mine: list[int] = []
     rest: list[int] = []
-    for i, matrices in enumerate(zip(*lists, strict=True)):
+    keys = iteration.keys(momentum_buffers)
+    for i, (key, *matrices) in enumerate(zip(keys, *lists, strict=True)):
         wide = any(t.dtype == torch.float64 for t in matrices)
-        served = not wide and iteration.key(momentum_buffers[i]) is not None
-        (mine if served else rest).append(i)
+        (rest if wide or key is None else mine).append(i)
     if rest:
         some = ([tensors[i] for i in rest] for tensors in lists)
         numbers = (weight_decay, [factors[i] for i in rest], beta2, norm_eps)

@@ -129,7 +129,8 @@ def product_kernel(
     PRECISION: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr, END: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """END of beta C + alpha A B. Numbers: alpha, beta, those of the end."""
+    """END of alpha A B + beta C (ADDED > 0) + gamma D + delta I (ADDED == 2, whose end has no
+    numbers: these are in their place). Numbers: alpha, beta, those of the end."""
     alpha = tiles.number(table, 0).to(tl.float32)
     beta = tiles.number(table, 1).to(tl.float32)
     numbers = table + 2
@@ -152,8 +153,13 @@ def product_kernel(
         d_at = elements(
             entries, count, entry, batch, 3, i, j, rows, columns, D_TYPE, D_ORDER, ALIGNED
         )
-        if ADDED:
+        if ADDED > 0:
             acc += beta * tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
+        if ADDED == 2:
+            gamma = tiles.number(numbers, 0).to(tl.float32)
+            delta = tiles.number(numbers, 1).to(tl.float32)
+            acc += gamma * tl.load(d_at, mask=mask, other=0.0).to(tl.float32)
+            acc += tl.where((i + rows)[:, None] == (j + columns)[None, :], delta, 0.0)
         if SYMMETRIC:
             acc = mirrored(
                 acc, row == column, entries, count, entry, batch, i, j, M, N, rows, columns,
@@ -286,9 +292,23 @@ def product(
     `records` to choose from instead of the table's, for tuning.
     """
     how = (configs.precision(dtype), end.function, end.rounds, symmetric, tuple(records))
-    for launch in launches(op, tuple(products), device, dtype, *how):
-        table = launch.entries.table((alpha, beta, *end.padded), device)
+    found = launches(op, tuple(products), device, dtype, *how)
+    start(found, device, alpha, beta, end, symmetric)
+
+
+def start(
+    found: Sequence[Launch], device: torch.device, alpha: float = 1.0, beta: float = 0.0,
+    end: End = ends.STORE, symmetric: bool = False, more: tuple[float, ...] = (),
+) -> None:  # fmt: skip
+    """Launches of one call of `launches`. `more` are gamma and delta of gamma D + delta I, which is
+    added as well."""
+    numbers = (alpha, beta, *(more or end.padded))
+    if more:
+        numbers += (0.0,) * (2 + ends.NUMBERS.value - len(numbers))
+    added = 2 if more else int(beta != 0)
+    for launch in found:
+        table = launch.entries.table(numbers, device)
         product_kernel[(launch.programs,)](
             table.data, table.count, table.tiles, end.first, end.second, table.steps,
-            *launch.constants, beta != 0, symmetric, end.function, **launch.options,
+            *launch.constants, added, symmetric, end.function, **launch.options,
         )  # fmt: skip

@@ -55,15 +55,27 @@ class View:
         self.dense = self.order < 2 and across == along
 
     @property
+    def wide(self) -> View:
+        """With the short side first."""
+        return self if self.rows <= self.columns else self.mT
+
+    @property
     def mT(self) -> View:
         address, batch, row, column = self.fields
         return place(self.dtype, self.batch, self.columns, self.rows, (address, batch, column, row))
 
 
 Fields = tuple[int, int, int, int]
+Places = tuple[View, ...]
 KEPT = 16384  # views
 LAUNCHES = 512  # lists of launches, by the views they work on
 place = lru_cache(maxsize=KEPT)(View)
+
+
+def dense(dtype: torch.dtype, batch: int, rows: int, columns: int, address: int) -> View:
+    """Matrices without gaps, row by row."""
+    column = rows if columns == 1 else 1  # as `view` has it
+    return place(dtype, batch, rows, columns, (address, rows * columns, columns, column))
 
 
 def views(*tensors: Tensor) -> list[tuple[View, ...]]:

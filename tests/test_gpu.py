@@ -185,3 +185,22 @@ def test_optimizer_descends(cls: type[torch.optim.Optimizer]) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses
+
+
+DECOMPOSING = ("Dion", "Shampoo", "StiefelAdam")  # torch's decompositions may wait, in each step
+
+
+@pytest.mark.parametrize("name", [name for name in optim.REGISTRY if name not in DECOMPOSING])
+def test_optimizer_waits_for_nothing(name: str) -> None:
+    """Between refreshes, whose `eigh` waits inside torch."""
+    params = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in ((96, 200), (2, 40, 40))]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = optim.REGISTRY[name](params)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -19,10 +19,11 @@ if sys.platform != "linux":  # there the dev extra installs it, and its absence 
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
 
-def test_kernels_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "ORTHONORM_BACKEND": "triton"}
-    # its arithmetic on masked lanes and on planted NaN warns; one worker needs one thread
-    command = ["-m", "pytest", "-W", "ignore::RuntimeWarning", "interpreted.py"]
+def passes(file: str, **settings: str) -> None:
+    """The tests of a file, in a process of their own."""
+    environment = {**os.environ, **settings, "ORTHONORM_BACKEND": "triton"}
+    # the interpreter's arithmetic on masked lanes and on planted NaN warns
+    command = ["-m", "pytest", "-W", "ignore::RuntimeWarning", file]
     run = subprocess.run(
         [sys.executable, *command], cwd=Path(__file__).parent, env=environment,
         capture_output=True, text=True,
@@ -31,9 +32,13 @@ def test_kernels_in_the_interpreter() -> None:
     assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2_000:]
 
 
+def test_kernels_in_the_interpreter() -> None:
+    passes("interpreted.py", TRITON_INTERPRET="1")
+
+
 SHARED = {
     "__init__", "tables", "tiles", "configs", "product", "ends", "elementwise", "lines", "probe",
-    "rounding",
+    "rounding", "iterations",
 }  # fmt: skip
 
 

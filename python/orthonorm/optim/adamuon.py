@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -15,6 +14,7 @@ from .norms import to_rms, to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least, one_of
 from .state import Batch, Updates
+from .tensors import numbers
 
 
 class AdaMuon(Orthogonalizing):
@@ -91,8 +91,7 @@ class AdaMuon(Orthogonalizing):
         moments = batch.state["second_moment"]
         corrections = [(1 - beta2**t) ** -0.5 for t in batch.steps]
         norms = elementwise_moment_.overload(
-            moments, factors.matrices, beta2, eps,
-            torch.tensor(corrections, dtype=torch.float64, device=moments[0].device),
-        )  # fmt: skip
+            moments, factors.matrices, beta2, eps, numbers(corrections, moments[0].device)
+        )
         factors = Updates(factors.stacks, norms)
         return to_rms(factors, 0.2, eps) if group["rescale"] == "rms" else factors

@@ -18,6 +18,7 @@ from .base import MatrixOptimizer
 from .settings import Common, Rule, at_least, one_of, whole
 from .stacks import alike, stacked, write_
 from .state import Batch
+from .tensors import numbers
 
 
 class Conda(MatrixOptimizer):
@@ -109,7 +110,7 @@ class Conda(MatrixOptimizer):
         corrections = [
             math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
         ]
-        scales = lr * torch.tensor(corrections, dtype=torch.float64, device=lr.device)
+        scales = lr * numbers(corrections, lr.device)
         bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # if state was opened
         conda_step_.overload(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
@@ -135,7 +136,7 @@ def eigenbasis(A: Tensor) -> Tensor:
 
     `eigh` would raise, and its update is not finite anyway.
     """
-    finite = A.isfinite().all(-1).all(-1)[..., None, None]
+    finite = A.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.linalg.eigh(torch.where(finite, A, identity)).eigenvectors.flip(-1)
 

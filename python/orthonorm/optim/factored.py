@@ -9,6 +9,7 @@ import torch
 
 from ..ops import factored_moment_
 from .state import Batch, Updates, by_step
+from .tensors import numbers
 
 
 def shapes(x: torch.Tensor) -> dict[str, tuple[int, ...]]:
@@ -25,5 +26,5 @@ def adapt_(updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         r, c, X = ([values[i] for i in rows] for values in lists)
         root = math.sqrt(1 - beta2**t)  # X root / (sqrt(V) + eps root)
         factored_moment_.overload(r, c, X, beta2, eps * root, "outside", False)
-        torch._foreach_mul_(X, torch.tensor(root, dtype=torch.float64, device=X[0].device))
+        torch._foreach_mul_(X, numbers(root, X[0].device))
     return updates

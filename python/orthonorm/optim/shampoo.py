@@ -14,6 +14,7 @@ from .settings import Common, Rule, one_of, whole
 from .sides import SIDES, averaged, between, inverse_root, side_grams, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
+from .tensors import numbers
 
 
 class Side(NamedTuple):
@@ -150,8 +151,6 @@ class Shampoo(MatrixOptimizer):
         divisors = torch._foreach_sqrt(V)
         torch._foreach_add_(divisors, group["eps"])
         torch._foreach_div_(matrices, divisors)
-        corrections = torch.tensor(
-            [1 / (1 - group["momentum"] ** t) for t in batch.steps], dtype=torch.float64,
-            device=V[0].device,
-        )  # fmt: skip
+        means = [1 / (1 - group["momentum"] ** t) for t in batch.steps]
+        corrections = numbers(means, V[0].device)
         torch._foreach_mul_(matrices, list(corrections.to(matrices[0].dtype).unbind()))

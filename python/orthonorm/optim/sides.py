@@ -69,11 +69,11 @@ def inverse_root(A: Tensor, power: float, eps: float, ridge: float) -> Tensor:
     A64, unknown = finite(A)
     values, Q = torch.linalg.eigh(A64)
     divisors = (values + ridge).abs() ** power + eps
-    return (Q / (divisors[..., None, :] + unknown)) @ Q.mT
+    return (Q / (divisors.unsqueeze(-2) + unknown)) @ Q.mT
 
 
 def finite(A: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrices in float64, the identity where one is not finite, and 0, or NaN there."""
-    fine = A.isfinite().all(-1).all(-1)[..., None, None]
+    fine = A.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
     return torch.where(fine, A.double(), identity), torch.where(fine, 0.0, torch.nan).double()

@@ -18,7 +18,7 @@ from .settings import Common, Rule, one_of, optional, whole
 from .sides import SIDES, average_, averaged, between, eigenvectors, side_grams, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates, by_step
-from .tensors import is_distributed, sharded_dims
+from .tensors import is_distributed, numbers, sharded_dims
 
 
 class Side(NamedTuple):
@@ -181,11 +181,8 @@ class SOAP(MatrixOptimizer):
         for t, rows in by_step(batch.steps):
             s = t if study else t - 1
             M, V, X = ([values[i] for i in rows] for values in lists)
-            root, size = torch.tensor(
-                [math.sqrt(1 - beta2**s), 1 / (1 - beta1**s)],
-                dtype=torch.float64,
-                device=X[0].device,
-            )
+            corrections = [math.sqrt(1 - beta2**s), 1 / (1 - beta1**s)]
+            root, size = numbers(corrections, X[0].device)
             sizes = (root * size).expand(len(rows))
             rotated_adam_.overload(M, V, X, beta1, beta2, group["eps"], sizes)
             if study:

@@ -16,6 +16,7 @@ from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, positive, whole
 from .stacks import beside
 from .state import Batch, Updates
+from .tensors import numbers
 
 
 class SSO(Orthogonalizing):
@@ -102,9 +103,7 @@ class SSO(Orthogonalizing):
             for _ in range(count)
         ]
         size = sigma.double()
-        ratios = torch.where(
-            size > 0, torch.tensor(radii, dtype=size.dtype, device=size.device) / size, 1.0
-        )
+        ratios = torch.where(size > 0, numbers(radii, size.device) / size, 1.0)
         parts = ratios.to(accumulator(*params)).split(counts)
         pairs = zip(params, parts, strict=True)
         torch._foreach_mul_(params, [r.view(*w.shape[:-2], 1, 1) for w, r in pairs])

@@ -19,6 +19,7 @@ from .base import MatrixOptimizer
 from .settings import Common, Rule, number_below
 from .stacks import alike, stacked
 from .state import Batch
+from .tensors import numbers
 
 NAMES = ("skew", "skew_sq", "normal", "normal_sq")
 STEPS = 12  # of Newton-Schulz: to rounding for singular values above 3e-4 |X|_F
@@ -90,11 +91,7 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
         for values in (batch.params, batch.grads, *(batch.state[name] for name in NAMES))
     )
     X, G = (W, G) if m >= n else (W.mT, G.mT)
-    first, second = (
-        torch.tensor([1 - beta1**t, 1 - beta2**t], dtype=torch.float64, device=W.device)
-        .to(dtype)
-        .unbind()
-    )
+    first, second = numbers([1 - beta1**t, 1 - beta2**t], W.device).to(dtype).unbind()
     A = X.mT @ G
     slope = (A - A.mT).mul_((1 - a / (a - 1)) / 2)
     Y, p = averages(Y, p, slope, group)

@@ -39,6 +39,12 @@ def whole(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
+def numbers(values: Sequence[float] | float, device: torch.device) -> Tensor:
+    """Numbers of the host as float64 on a device. A copy that may be late: any other waits until
+    the device has done all that was asked of it before."""
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+
+
 def is_cut(placement: Any) -> bool:
     """Shard, or the strided one that FSDP2 makes of a weight that tensor parallelism has cut."""
     return hasattr(placement, "dim")  # the strided one denies that it `is_shard` (torch 2.13)

@@ -1,0 +1,208 @@
+"""Newton-Schulz iterations between places in memory: planned once, then only launched.
+
+A step meets the same matrices every time, and a caching allocator gives it the same workspace. So
+what the host has to think of, views, tiles and tables, is kept by where everything lies, and a step
+is its launches. All matrices of a call have one short side n; their Gram matrices are one stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from orthonorm import ops
+from orthonorm.ops.words import Triples
+from torch import Tensor
+
+from . import configs, ends, tables
+from .divide_each import divide_items
+from .ends import End, Extra
+from .gram import parts_size, sweep
+from .gram_polynomial import Factor, alone, chained, run, symmetric
+from .product import Launch, launches, plain, start
+from .tables import Places, dense
+
+GRAIN = 256  # bytes between the beginnings of what is kept apart
+
+
+class Goal(NamedTuple):
+    """Where results go, by what end, with the extras of each."""
+
+    out: Places
+    end: End
+    extras: tuple[Extra, ...]
+
+
+# ---- places --------------------------------------------------------------------------------------
+
+
+def whole(size: int) -> int:
+    return tables.cdiv(size, GRAIN) * GRAIN
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def laid(X: Places, dtype: torch.dtype, address: int) -> Places:
+    """Dense matrices shaped like these, one after the other."""
+    found = []
+    for x in X:
+        found.append(dense(dtype, x.batch, x.rows, x.columns, address))
+        address += whole(x.batch * x.rows * x.columns * dtype.itemsize)
+    return tuple(found)
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def cut(X: Places, dtype: torch.dtype, address: int) -> Places:
+    """The stack of Gram matrices at an address, in the parts of the wide X."""
+    found = []
+    for x in X:
+        found.append(dense(dtype, x.batch, x.rows, x.rows, address))
+        address += x.batch * x.rows**2 * dtype.itemsize
+    return tuple(found)
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def sizes(X: Places, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Matrices; bytes of all, of a stack, of what `sweep` adds up."""
+    count = sum(x.batch for x in X)
+    copies = sum(whole(x.batch * x.rows * x.columns * dtype.itemsize) for x in X)
+    stack = whole(count * min(X[0].rows, X[0].columns) ** 2 * dtype.itemsize)
+    return count, copies, stack, whole(4 * parts_size(tuple(x.wide for x in X)))
+
+
+class Workspace:
+    """One allocation: copies of the matrices, stacks, sums of long rows."""
+
+    def __init__(
+        self, X: Places, dtype: torch.dtype, device: torch.device, copies: int, stacks: int
+    ) -> None:
+        self.count, copy, stack, sums = sizes(X, dtype)
+        self.dtype, self.side = dtype, min(X[0].rows, X[0].columns)
+        size = copies * copy + stacks * stack + sums
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.base = address = self.memory.data_ptr()
+        self.copies = tuple(range(address, address + copies * copy, copy))
+        address += copies * copy
+        self.stacks = tuple(range(address, address + stacks * stack, stack))
+        self.sums = address + stacks * stack
+
+    def tensor(self, address: int) -> Tensor:
+        """The stack there."""
+        n = self.side
+        begin, size = address - self.base, self.count * n * n * self.dtype.itemsize
+        return self.memory[begin : begin + size].view(self.dtype).view(self.count, n, n)
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def applied(
+    X: Places, Q: Places, goal: Places, extras: tuple[Extra, ...], device: torch.device,
+    precision: str, function: object, rounds: bool,
+) -> list[Launch]:  # fmt: skip
+    """Launches of a X + b Q X."""
+    rows = zip(X, Q, goal, extras, strict=True)
+    products = tuple(plain(q, x, x, out.wide, extra) for x, q, out, extra in rows)
+    how = (precision, function, rounds, False, ())
+    return launches("product", products, device, X[0].dtype, *how)
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def facing(out: Places) -> list[tuple[bool, tuple[int, ...]]]:
+    """Which results are tall, and which are not."""
+    groups = tables.grouped((o.rows > o.columns, i) for i, o in enumerate(out))
+    return [(turned, tuple(rows)) for turned, rows in groups.items()]
+
+
+class Words(NamedTuple):
+    """The words on wide matrices X, their copies in a workspace, until the goal is reached."""
+
+    work: Workspace
+    goal: Goal
+    device: torch.device
+
+    @property
+    def precision(self) -> str:
+        return configs.precision(self.work.dtype)
+
+    def gram(self, X: Places, to: int) -> None:
+        sweep(X, cut(X, self.work.dtype, to), self.work.sums, self.device)
+
+    def apply(self, X: Places, factor: Factor, to: int | None) -> Places:
+        """(alpha Q + delta I) X to a copy, or to the goal."""
+        Q = cut(X, self.work.dtype, factor.Q)
+        how, numbers = (self.device, self.precision), (factor.alpha, factor.delta)
+        if to is not None:
+            out = laid(X, self.work.dtype, to)
+            found = applied(X, Q, out, (ends.PLAIN,) * len(X), *how, ends.store, False)
+            start(found, self.device, *numbers)
+            return out
+        out, end, extras = self.goal
+        for turned, rows in facing(out):
+            some = [tuple(values[i] for i in rows) for values in (X, Q, out, extras)]
+            own = end.facing(turned)
+            found = applied(*some, *how, own.function, own.rounds)
+            start(found, self.device, *numbers, own)
+        return out
+
+    def direct(self, X: Places, triples: Triples) -> None:
+        """The iterations of `ops.direct_polynomial`."""
+        A, Z = self.work.stacks
+        sizes = (self.work.dtype, self.work.count, self.work.side, self.work.side)
+        square = symmetric(*(dense(*sizes, at) for at in (A, A, A, Z)), self.device, self.precision)
+        for t, (a, b, c) in enumerate(triples):
+            self.gram(X, A)
+            if c:
+                start(square, self.device, c, b, symmetric=True)
+            to = self.work.copies[(t + 1) % 2] if t + 1 < len(triples) else None
+            X = self.apply(X, Factor(Z, 1.0, a) if c else Factor(A, b, a), to)
+
+    def gram_form(self, X: Places, parts: Sequence[Triples]) -> None:
+        """The iterations of `ops.gram_form`, in the dtype of X."""
+        R = self.work.stacks[0]
+        for i, segment in enumerate(parts):
+            self.gram(X, R)
+            to = self.work.copies[(i + 1) % 2] if i + 1 < len(parts) else None
+            X = self.chain(X, R, segment, to)
+
+    def chain(self, X: Places, R: int, triples: Triples, to: int | None) -> Places:
+        if len(self.work.stacks) == 1:  # a kernel of its own
+            polynomial = ops.gram_polynomial(self.work.tensor(R), [c for t in triples for c in t])
+            return self.apply(X, Factor(polynomial.data_ptr()), to)
+        sizes = (self.work.count, self.work.side, self.work.dtype)
+        steps, factor = chained(R, self.work.stacks, *sizes, tuple(triples), self.device)
+        run(steps, self.device)
+        return self.apply(X, factor, to)
+
+
+def iterate(
+    X: Places, goal: Goal, norms: Tensor, dtype: torch.dtype, triples: Triples,
+    parts: Sequence[Triples] | None, device: torch.device,
+) -> None:  # fmt: skip
+    """Results of X over its norms to the goal: in Gram form by `parts`, else in direct form."""
+    if parts is None:
+        copies, stacks = min(2, len(triples)), 2
+    else:
+        n = min(X[0].rows, X[0].columns)
+        copies, stacks = min(2, len(parts)), 1 if alone(dtype, n, device) else 4
+    work = Workspace(X, dtype, device, copies, stacks)
+    scaled = laid(X, dtype, work.copies[0])
+    divide_items(paired(X, scaled), norms)
+    words = Words(work, goal, device)
+    wide = turned(scaled)
+    if parts is None:
+        words.direct(wide, triples)
+    else:
+        words.gram_form(wide, parts)
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def paired(X: Places, Y: Places) -> tuple[tables.Item, ...]:
+    return tuple((pair,) for pair in zip(X, Y, strict=True))
+
+
+@lru_cache(maxsize=tables.LAUNCHES)
+def turned(X: Places) -> Places:
+    return tuple(x.wide for x in X)

@@ -1,0 +1,71 @@
+"""No optimizer's step waits for a GPU: on tensors of a device that is not here, which have shapes
+and no numbers, every copy between it and the host must be one that may be late.
+
+Decompositions (`eigh` at refreshes) wait inside torch; what the kernels do, tests/test_gpu.py sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from orthonorm import optim
+from orthonorm.optim.tensors import numbers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CUDA = torch.device("cuda", 0)
+
+
+def place_of(t: Any) -> str:
+    return t.fake_device.type if isinstance(t, FakeTensor) else t.device.type
+
+
+class Waits(TorchDispatchMode):
+    """Names of the calls that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        waits = name == "_to_copy" and place_of(args[0]) != place_of(out)
+        if (waits and not kwargs.get("non_blocking")) or name in ("_local_scalar_dense", "nonzero"):
+            self.found.append(name)
+        return out
+
+
+# SSO's first step copies into one matrix, which asks for a device even of tensors without numbers
+@pytest.mark.parametrize("name", [name for name in optim.REGISTRY if name != "SSO"])
+def test_step_waits_for_nothing(name: str) -> None:
+    """A first step, which makes state, and one more, by default settings."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(*s, device=CUDA)) for s in ((64, 32), (2, 9, 40))]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer = optim.REGISTRY[name](params)
+        for _ in range(2):
+            with Waits() as waits:
+                optimizer.step()
+            assert not waits.found
+
+
+def test_waiting_is_seen() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(3, device=CUDA)
+        with Waits() as waits:
+            numbers([1.0, 2.0, 3.0], CUDA)
+            torch.ones(3).to(CUDA, non_blocking=True)
+        assert not waits.found
+        with Waits() as waits:
+            torch.ones(3).to(CUDA)
+            torch.tensor([1.0], device=CUDA)
+            x.cpu()
+        assert waits.found == ["_to_copy"] * 3
