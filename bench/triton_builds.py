@@ -68,7 +68,8 @@ def end_of(name: str) -> tuple[Any, dict[str, None], tuple[tuple[str, str], ...]
     )
 
 
-# a product: its table, orders of A, B, C, D and out (1: rows contiguous), what is added (C; or D and I too), its end
+# a product: its table, orders of A, B, C, D and out (1: rows contiguous), how many of C and D it
+# adds, its end
 PRODUCTS = {
     "gram": ("symmetric", (1, 0, 1, 1, 1), 0, "store"),
     "gram-tall": ("symmetric", (0, 1, 1, 1, 1), 0, "store"),
