@@ -36,6 +36,12 @@ def values(signed: bool) -> list[float]:
     return sorted(found)
 
 
+@functools.cache
+def table_of(signed: bool, device: torch.device) -> Tensor:
+    """`values` there. Kept: the copy waits for the device, and cannot be part of a CUDA graph."""
+    return torch.tensor(values(signed), dtype=torch.float32, device=device)
+
+
 def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Of the scales of matrices (..., m, n)."""
     return (*shape[:-2], -(-shape[-2] * shape[-1] // BLOCK))
@@ -59,7 +65,7 @@ def quantize_blocks_(
     rows = torch.cat([blocks(x.float()) for x in X])
     tops = rows.abs().amax(1, keepdim=True)
     rows = torch.where(tops == 0, 0.0, rows / tops)
-    table = torch.tensor(values(signed), dtype=torch.float32, device=rows.device)
+    table = table_of(signed, rows.device)
     found = torch.bucketize(rows, (table[1:] + table[:-1]) / 2, out_int32=True)
     if not signed:
         found = torch.where(rows > 0, found.clamp(min=1), found)
@@ -86,7 +92,7 @@ def dequantize_blocks_(
     if not out:
         return
     rows = torch.cat([blocks(c) for c in codes])
-    table = torch.tensor(values(signed), dtype=torch.float32, device=rows.device)
+    table = table_of(signed, rows.device)
     rows = table[rows.int()] * torch.cat([s.flatten().float() for s in scales]).unsqueeze(1)
     for x, new in zip(out, unblocked(rows, out), strict=True):
         x.copy_(new)
