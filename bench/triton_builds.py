@@ -73,7 +73,7 @@ def end_of(name: str) -> tuple[Any, dict[str, None], tuple[tuple[str, str], ...]
 PRODUCTS = {
     "gram": ("symmetric", (1, 0, 1, 1, 1), 0, "store"),
     "gram-tall": ("symmetric", (0, 1, 1, 1, 1), 0, "store"),
-    "gram_polynomial": ("symmetric", (1, 1, 1, 1, 1), 2, "store"),
+    "first_factor": ("symmetric", (1, 1, 1, 1, 1), 2, "store"),
     "symmetric_update": ("symmetric", (1, 1, 1, 1, 1), 1, "store"),
     "apply": ("product", (1, 1, 1, 1, 1), 1, "store"),
     "apply-tall": ("product", (1, 0, 0, 1, 1), 1, "store"),

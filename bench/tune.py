@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from orthonorm import OPS
 from orthonorm import orthogonalize as k1
 from orthonorm.ops import gram_polynomial, newton_schulz
 from torch import Tensor
@@ -129,13 +128,14 @@ def chain_from(
 ) -> int:
     """The side from which on words take less than `gram_polynomial` in one launch, of a batch."""
     ours, words = {}, {}
-    kernel = importlib.import_module("orthonorm.kernels.gram_polynomial").gram_polynomial
-    triple = [3.4445, -4.7750, 2.0315]
+    kernels = importlib.import_module("orthonorm.kernels.gram_polynomial")
+    triples = [(3.4445, -4.7750, 2.0315)] * 5
+    flat = [number for triple in triples for number in triple]
     for side in sides:
         X = torch.randn(batch, side, side, device=device) / side
         R = (X @ X.mT).to(dtype)
-        ours[side] = seconds_of(lambda R=R: kernel(R, triple * 5))
-        words[side] = seconds_of(lambda R=R: OPS["gram_polynomial"].definition(R, triple * 5))
+        ours[side] = seconds_of(lambda R=R: kernels.gram_polynomial(R, flat))
+        words[side] = seconds_of(lambda R=R: kernels.by_products(R, triples))
         print("chain", dtype, side, f"{ours[side] * 1e6:.1f} us", f"{words[side] * 1e6:.1f} us")
     return torch_from(ours, words) or sides[-1] + 1
 

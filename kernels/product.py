@@ -129,8 +129,8 @@ def product_kernel(
     PRECISION: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr, END: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """END of alpha A B + beta C (ADDED > 0) + gamma D + delta I (ADDED == 2, whose end has no
-    numbers: these are in their place). Numbers: alpha, beta, those of the end."""
+    """END of alpha A B + beta C, where ADDED > 0, + gamma D + delta I, where it is 2: for symmetric
+    products, whose end has no numbers. Numbers: alpha, beta, those of the end or gamma, delta."""
     alpha = tiles.number(table, 0).to(tl.float32)
     beta = tiles.number(table, 1).to(tl.float32)
     numbers = table + 2
@@ -157,9 +157,10 @@ def product_kernel(
             acc += beta * tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
         if ADDED == 2:
             gamma = tiles.number(numbers, 0).to(tl.float32)
-            delta = tiles.number(numbers, 1).to(tl.float32)
             acc += gamma * tl.load(d_at, mask=mask, other=0.0).to(tl.float32)
-            acc += tl.where((i + rows)[:, None] == (j + columns)[None, :], delta, 0.0)
+            if row == column:
+                delta = tiles.number(numbers, 1).to(tl.float32)
+                acc += tl.where(rows[:, None] == columns[None, :], delta, 0.0)
         if SYMMETRIC:
             acc = mirrored(
                 acc, row == column, entries, count, entry, batch, i, j, M, N, rows, columns,

@@ -46,10 +46,13 @@ def dtypes(case: Case) -> list[str]:
             *(["mixed"] if "mixed" in case.dtypes else [])]  # fmt: skip
 
 
+WITHOUT_TRITON = {"quantize_blocks_", "dequantize_blocks_"}  # the definition serves on GPUs
+
+
 def test_every_leaf_op_is_served() -> None:
     assert set(LOADED.served.values()) == {"Triton"}
     leaves = {name for name, op in OPS.items() if not op.composite}
-    assert {name for name, _ in LOADED.served} >= leaves
+    assert {name for name, _ in LOADED.served} >= leaves - WITHOUT_TRITON
 
 
 TestBodies = bodies(SERVED, dtypes, calls)

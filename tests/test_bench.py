@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -366,8 +367,14 @@ def test_where_torch_is_faster(torchs: tuple[float, ...], side: int | None) -> N
 
 def test_tuning_times_chains_beside_words(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    from orthonorm.kernels import gram_polynomial as kernels
+
     made: list[torch.Tensor] = []
     monkeypatch.setattr(tune, "seconds_of", lambda call: made.append(call()) or len(made) % 3)
+    definition = ops.gram_polynomial.definition  # there is no device for either here
+    flat = itertools.chain.from_iterable
+    monkeypatch.setattr(kernels, "gram_polynomial", definition)
+    monkeypatch.setattr(kernels, "by_products", lambda R, t: definition(R, list(flat(t))))
     assert tune.chain_from(torch.float32, (8, 16, 24), 2, "cpu") == 24  # 1 and 2, 0 and 1, 2 and 0
     for chain, words in zip(made[::2], made[1::2], strict=True):
         torch.testing.assert_close(chain, words)
