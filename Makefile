@@ -33,7 +33,7 @@ demo: $(VENV)/built
 	$(PY) -m orthonorm train --preset demo --resume --out runs/demo
 
 test: $(VENV)/built
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What tests/test_frameworks.py and docs/frameworks.md run with; timm would bring torchvision and
 # torchtitan data sets and loggers, which these do not need. Emerging-Optimizers asks for Python 3.12

@@ -174,6 +174,8 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
         (("corrections", "*fp64"), ("sums", "*fp64")), {},
     ),
     "sign": ("sign_kernel", ("X",), (), {}),
+    "quantize_blocks": ("quantize_kernel", ("X", "CODES", "SCALES"), (), {"SIGNED": False}),
+    "dequantize_blocks": ("dequantize_kernel", ("X", "CODES", "SCALES"), (), {}),
     "gram_fold": ("fold_kernel", ("OUT", "X"), (), {}),
     "muon_prologue": (
         "prologue_kernel", ("G", "B", "U"), (("sums", "*fp64"),), {"NESTEROV": True, **FLAGS}
@@ -187,7 +189,8 @@ def passes(arch: str) -> Iterator[Build]:
     block = each.block_of(each.torch.device("cuda"))
     for op, (name, tensors, arguments, own) in PASSES.items():
         for dtype in (each.torch.bfloat16, each.torch.float32):
-            types = {f"{t}_TYPE": tables.TYPES[dtype] for t in tensors}
+            kept = {"CODES": each.torch.uint8, "SCALES": each.torch.float32}
+            types = {f"{t}_TYPE": tables.TYPES[kept.get(t, dtype)] for t in tensors}
             constants = dict(
                 STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
             )  # fmt: skip

@@ -34,19 +34,13 @@ def divide_kernel(
 def divide_each(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.float64 in (X.dtype, dtype) or divisors.dtype != torch.float64:
         return ops.divide_each.definition(X, divisors, dtype)
-    (out,) = divide_list([X], divisors, dtype)
-    return out
-
-
-def divide_list(X: list[Tensor], divisors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """`divide_each` on a list, in one launch; no dtype is float64 but the divisors'."""
-    out = [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in X]
-    divide_items(tables.items(X, out), divisors)
+    out = torch.empty_like(X, dtype=dtype, memory_format=torch.contiguous_format)
+    divide_items(tables.items([X], [out]), divisors)
     return out
 
 
 def divide_items(items: tuple[tables.Item, ...], divisors: Tensor) -> None:
-    """From the first place of each item to the second."""
+    """From the first place of each item to the second, in one launch; only divisors are float64."""
     divisors = divisors.contiguous()
     for group in each.groups_of(items, (), each.block_of(divisors.device)):
         table = group.table((), divisors.device)

@@ -11,7 +11,7 @@ import triton.language as tl
 from orthonorm import ops
 from torch import Tensor
 
-from . import configs, ends, tables, tiles
+from . import configs, tables, tiles
 from . import elementwise as each
 from .product import Launch, launches, plain, served, start
 from .tables import Places, View, place
@@ -111,6 +111,6 @@ def planned(
         items.append(((o, sums[0]),))
         extras.append((len(begins), stride))
         parts += 4 * stride * count
-    how = (precision, ends.store, False, True, ())
-    found = launches("symmetric", tuple(products), device, X[0].dtype, *how)
+    sizes = (tuple(products), device, X[0].dtype, precision)
+    found = launches("symmetric", *sizes, symmetric=True)
     return found, each.groups_of(tuple(items), tuple(extras), each.block_of(device))

@@ -214,27 +214,20 @@ def symmetric(
     A: View, B: View, C: View, out: View, device: torch.device, precision: str
 ) -> list[Launch]:
     """Launches of a symmetric product that adds C, or C and B."""
-    how = (precision, ends.store, False, True, ())
-    return launches("symmetric", (Factors(A, B, C, B, out),), device, A.dtype, *how)
-
-
-def chained(
-    R: int, buffers: tuple[int, ...], count: int, n: int, dtype: torch.dtype,
-    triples: tuple[Triple, ...], device: torch.device,
-) -> tuple[list[Step], Factor]:  # fmt: skip
-    """`ops.gram_polynomial` of the stack at R by way of four buffers, of which R may be one."""
-    numbers = (R, buffers, count, n, dtype, triples, device)
-    return _chained(*numbers, configs.precision(dtype))
+    products = (Factors(A, B, C, B, out),)
+    return launches("symmetric", products, device, A.dtype, precision, symmetric=True)
 
 
 @lru_cache(maxsize=tables.LAUNCHES)
-def _chained(
+def chained(
     R: int, buffers: tuple[int, ...], count: int, n: int, dtype: torch.dtype,
     triples: tuple[Triple, ...], device: torch.device, precision: str,
 ) -> tuple[list[Step], Factor]:  # fmt: skip
-    """The first Q = z Z + a I is not formed: a second iteration's is one product with three
-    addends, z z' Z Z' + a' z Z + z' a Z' + a a' I, rounded once; the first alone is for the product
-    with X to add.
+    """`ops.gram_polynomial` of the stack at R by way of four buffers, of which R may be one.
+
+    The first Q = z Z + a I is not formed: a second iteration's is one product with three addends,
+    z z' Z Z' + a' z Z + z' a Z' + a a' I, rounded once; the first alone is for the product with X
+    to add.
     """
     steps: list[Step] = []
 
@@ -282,7 +275,8 @@ def by_products(R: Tensor, triples: Triples) -> Tensor:
     stride = tables.cdiv(R.numel(), 128) * 128
     memory = R.new_empty(4, stride)
     addresses = tuple(m.data_ptr() for m in memory)
-    steps, Q = chained(R.data_ptr(), addresses, count, n, R.dtype, tuple(triples), R.device)
+    how = (R.dtype, tuple(triples), R.device, configs.precision(R.dtype))
+    steps, Q = chained(R.data_ptr(), addresses, count, n, *how)
     run(steps, R.device)
     return memory[addresses.index(Q.Q), : R.numel()].view(R.shape)
 

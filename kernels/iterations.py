@@ -99,14 +99,13 @@ class Workspace:
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def applied(
-    X: Places, Q: Places, goal: Places, extras: tuple[Extra, ...], device: torch.device,
+    X: Places, Q: Places, out: Places, extras: tuple[Extra, ...], device: torch.device,
     precision: str, function: object, rounds: bool,
 ) -> list[Launch]:  # fmt: skip
     """Launches of a X + b Q X."""
-    rows = zip(X, Q, goal, extras, strict=True)
-    products = tuple(plain(q, x, x, out.wide, extra) for x, q, out, extra in rows)
-    how = (precision, function, rounds, False, ())
-    return launches("product", products, device, X[0].dtype, *how)
+    rows = zip(X, Q, out, extras, strict=True)
+    products = tuple(plain(q, x, x, o.wide, extra) for x, q, o, extra in rows)
+    return launches("product", products, device, X[0].dtype, precision, function, rounds)
 
 
 @lru_cache(maxsize=tables.LAUNCHES)
@@ -172,7 +171,8 @@ class Words(NamedTuple):
             polynomial = ops.gram_polynomial(self.work.tensor(R), [c for t in triples for c in t])
             return self.apply(X, Factor(polynomial.data_ptr()), to)
         sizes = (self.work.count, self.work.side, self.work.dtype)
-        steps, factor = chained(R, self.work.stacks, *sizes, tuple(triples), self.device)
+        how = (tuple(triples), self.device, self.precision)
+        steps, factor = chained(R, self.work.stacks, *sizes, *how)
         run(steps, self.device)
         return self.apply(X, factor, to)
 

@@ -258,7 +258,8 @@ class Launch(NamedTuple):
 @lru_cache(maxsize=tables.LAUNCHES)
 def launches(
     op: str, products: tuple[Factors, ...], device: torch.device, dtype: torch.dtype,
-    precision: str, function: Any, rounds: bool, symmetric: bool, records: tuple[Config, ...],
+    precision: str, function: Any = ends.store, rounds: bool = False, symmetric: bool = False,
+    records: tuple[Config, ...] = (),
 ) -> list[Launch]:  # fmt: skip
     """A launch per dtypes and orders; kept, as the host would take longer than the device."""
     arch, _ = configs.device_of(device)

@@ -12,6 +12,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
 
 
+LONG = ("test_triton.py", "test_launched.py", "test_distributed.py", "test_cuda_on_cpu.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of minutes first: of two processes none then waits for the other's last one."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For files of many tiny products, where waking threads would be most of the time."""

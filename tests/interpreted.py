@@ -15,6 +15,7 @@ import pytest
 import test_amp
 import test_ops
 import test_rounding
+import test_state_dtypes
 import torch
 import triton
 import triton.language as tl
@@ -46,13 +47,10 @@ def dtypes(case: Case) -> list[str]:
             *(["mixed"] if "mixed" in case.dtypes else [])]  # fmt: skip
 
 
-WITHOUT_TRITON = {"quantize_blocks_", "dequantize_blocks_"}  # the definition serves on GPUs
-
-
 def test_every_leaf_op_is_served() -> None:
     assert set(LOADED.served.values()) == {"Triton"}
     leaves = {name for name, op in OPS.items() if not op.composite}
-    assert {name for name, _ in LOADED.served} >= leaves - WITHOUT_TRITON
+    assert {name for name, _ in LOADED.served} >= leaves
 
 
 TestBodies = bodies(SERVED, dtypes, calls)
@@ -280,6 +278,11 @@ def test_long_rows_in_pieces() -> None:
         assert (y - want).square().mean().sqrt() <= 2 * plain + 4e-7 * want.square().mean().sqrt()
         assert torch.equal(y, y.mT)
         assert torch.equal(orthonorm.ops.gram(x), y)
+
+
+@pytest.mark.parametrize(("kind", "signed"), [("ties", True), ("ties", False), ("nan", False)])
+def test_codes_are_the_definitions(kind: str, signed: bool) -> None:
+    test_state_dtypes.test_kernels_codes_are_the_definitions(kind, signed)
 
 
 def test_tables_are_written_exactly() -> None:

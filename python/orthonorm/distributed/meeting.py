@@ -60,10 +60,12 @@ def meet(opt: MatrixOptimizer) -> None:
     name = f"orthonorm/first/{digest(sorted(entry.label for entry in mine))}"
     place = f"{name}/{store.add(f'{name}/times/{me}', 1)}/"
     store.set(f"{place}{me}/entries", zlib.compress(json.dumps(mine).encode()).hex())
-    store.set(f"{place}{me}", json.dumps(digests(mine)))
+    own = digests(mine)
+    store.set(f"{place}{me}", json.dumps(own))
     peers = sorted({r for entry in mine for r in entry.ranks})
     came = arrived(store, place, peers)
-    if bad := [r for r in came if r != me and differs(store, place, mine, me, r)]:
+    others = zip(came, map(json.loads, store.multi_get([f"{place}{r}" for r in came])), strict=True)
+    if bad := [r for r, theirs in others if r != me and differs(own, theirs, me, r)]:
         good = [r for r in came if r not in bad]
         raise ValueError(f"{opt.name}: {sentence(store, place, good, bad[0], me)}")
     opt.met = True
@@ -97,11 +99,10 @@ def arrived(store: Any, place: str, peers: list[int]) -> list[int]:
     return peers
 
 
-def differs(store: Any, place: str, mine: list[Entry], me: int, other: int) -> bool:
+def differs(mine: Digests, theirs: Digests, me: int, other: int) -> bool:
     """Whether a rank has something else on the meshes that we both are on."""
-    found: Digests = json.loads(store.get(f"{place}{other}"))
-    theirs = {text for text, ranks in found.items() if me in ranks}
-    return theirs != {text for text, ranks in digests(mine).items() if other in ranks}
+    shared = {text for text, ranks in theirs.items() if me in ranks}
+    return shared != {text for text, ranks in mine.items() if other in ranks}
 
 
 def left(store: Any, place: str, rank: int) -> list[Entry]:
