@@ -10,6 +10,7 @@ from distributed_pairs import counted, parameters, same, set_gradients
 from distributed_registry import Context, case, device_mesh, put, raises
 from orthonorm import optim
 from orthonorm.distributed import comm_report, meeting
+from orthonorm.optim.tensors import local
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -94,6 +95,42 @@ def late_parameters_that_ranks_place_otherwise_raise(context: Context) -> None:
     before = give_gradients(opt)
     raises(opt.step, "'z'", "Replicate", "Shard", "on rank 1", f"this is rank {context.rank}")
     unchanged(opt, before)
+
+
+@case(2, 4)
+def a_rank_of_plain_tensors_raises_with_the_others(context: Context) -> None:
+    """It shares nothing and waits for no one: it hears of it at its next step."""
+    mesh, odd = device_mesh("cpu", (context.world,)), context.rank == 1
+    params = named(mesh, [Shard(0)], "ab")
+    plain = [(name, nn.Parameter(p.detach().full_tensor())) for name, p in params]
+    opt = optim.Muon(plain if odd else params)
+    for p in parameters(opt):
+        p.grad = torch.ones_like(p)
+    if odd:
+        opt.step()
+        dist.barrier()
+    before = [local(p).clone() for p in parameters(opt)]
+    raises(opt.step, "'a' (8, 6)", "Shard(dim=0)", "on rank 0", "a plain tensor on rank 1",
+           f"this is rank {context.rank}")  # fmt: skip
+    if not odd:
+        dist.barrier()
+    assert all(torch.equal(local(p), q) for p, q in zip(parameters(opt), before, strict=True))
+
+
+@case(2)
+def ranks_of_which_one_holds_a_plain_tensor_more_raise(context: Context) -> None:
+    mesh, odd = device_mesh("cpu", (2,)), context.rank == 1
+    params = named(mesh, [Shard(0)], "abc")
+    if odd:
+        params[1] = ("b", nn.Parameter(torch.randn(8, 6)))
+    opt = optim.Muon(params)
+    for p in parameters(opt):
+        p.grad = torch.ones_like(p)
+    waited, meeting.FIRST = meeting.FIRST, 0.5
+    raises(opt.step, "'b' (8, 6)", "Shard(dim=0)", "on rank 0", "'c'", "on rank 1",
+           f"this is rank {context.rank}")  # fmt: skip
+    meeting.FIRST = waited
+    assert not opt.state
 
 
 @case(2)

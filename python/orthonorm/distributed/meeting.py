@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from ..optim.tensors import is_distributed
@@ -21,14 +23,23 @@ if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
 FIRST = 10.0  # seconds for all ranks to come to the first step; who is later is not compared with
+HEEDS = 60.0  # seconds for which a rank that shares nothing asks whether others thought it would
+NONE = "none that both are to hold"
 
 
 class Entry(NamedTuple):
-    """A parameter that ranks share."""
+    """A parameter, and the ranks of its mesh, if it is shared."""
 
     label: str
     text: str
-    ranks: tuple[int, ...]  # of its mesh
+    ranks: tuple[int, ...] = ()
+
+
+class Unshared(NamedTuple):
+    """A rank that shares nothing waits for no one; it raises what others say of it meanwhile."""
+
+    objection: str  # where in the store
+    until: float
 
 
 Digests = dict[str, list[int]]  # of the entries of a mesh: its ranks
@@ -47,36 +58,73 @@ def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) ->
 def meet(opt: MatrixOptimizer) -> None:
     """Raise on every rank of whose meshes one has the same parameters otherwise; once.
 
-    Two small values a rank in the store, and no collective. Ranks know each other's optimizer by
-    the names of its parameters. One that does not come in time, or that has others, is left to the
-    collectives, which tell what is gone or more.
+    A few small values a rank in the store, and no collective. Ranks know each other's optimizer by
+    the names of its shared parameters, or else of all. One that does not come in time, or that has
+    others, is left to the collectives, which tell what is gone or more.
     """
-    if opt.met or not (dist.is_available() and dist.is_initialized()):
-        return
-    mine = entries(opt)
-    if not mine or dist.get_backend() == "fake":  # whose store keeps nothing
+    if opt.met is True or torch.compiler.is_compiling() or not in_company():
         return
     store, me = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    name = f"orthonorm/first/{digest(sorted(entry.label for entry in mine))}"
-    place = f"{name}/{store.add(f'{name}/times/{me}', 1)}/"
-    store.set(f"{place}{me}/entries", zlib.compress(json.dumps(mine).encode()).hex())
+    if isinstance(opt.met, Unshared):
+        opt.met = heed(opt, store, me)
+        return
+    everything = entries(opt)
+    mine = [entry for entry in everything if entry.ranks]
+    places = [place_of(store, me, some) for some in ((mine, everything) if mine else (everything,))]
     own = digests(mine)
-    store.set(f"{place}{me}", json.dumps(own))
-    peers = sorted({r for entry in mine for r in entry.ranks})
-    came = arrived(store, place, peers)
-    others = zip(came, map(json.loads, store.multi_get([f"{place}{r}" for r in came])), strict=True)
+    for place in places:
+        store.set(f"{place}{me}/entries", zlib.compress(json.dumps(everything).encode()).hex())
+        store.set(f"{place}{me}", json.dumps(own))
+    if not mine:
+        opt.met = Unshared(f"{places[-1]}objection", time.monotonic() + HEEDS)
+        return
+    came = arrived(store, places, sorted({r for entry in mine for r in entry.ranks}))
+    keys = [f"{place}{r}" for r, place in came.items()]
+    others = zip(came, map(json.loads, store.multi_get(keys)), strict=True)
     if bad := [r for r, theirs in others if r != me and differs(own, theirs, me, r)]:
-        good = [r for r in came if r not in bad]
-        raise ValueError(f"{opt.name}: {sentence(store, place, good, bad[0], me)}")
+        text = sentence(store, came, [r for r in came if r not in bad], bad[0], me)
+        for place in places:
+            store.set(f"{place}objection", text)
+        raise ValueError(f"{opt.name}: {text} (this is rank {me})")
     opt.met = True
+
+
+def in_company() -> bool:
+    """Whether there is a store that other ranks see; that of the backend "fake" keeps nothing."""
+    there = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return there and dist.get_backend() != "fake"
+
+
+def heed(opt: MatrixOptimizer, store: Any, me: int) -> Unshared | bool:
+    """Whether a rank that shares nothing is past its time to hear what others say of that."""
+    assert isinstance(opt.met, Unshared)
+    if store.check([opt.met.objection]):
+        text = store.get(opt.met.objection).decode()
+        opt.met = False
+        raise ValueError(f"{opt.name}: {text} (this is rank {me})")
+    return opt.met if time.monotonic() < opt.met.until else True
+
+
+def place_of(store: Any, me: int, some: list[Entry]) -> str:
+    """Where those meet who have parameters of these names, for the nth time."""
+    name = f"orthonorm/first/{digest(sorted(entry.label for entry in some))}"
+    return f"{name}/{store.add(f'{name}/times/{me}', 1)}/"
 
 
 def entries(opt: MatrixOptimizer) -> list[Entry]:
     return [
-        Entry(opt.label(group, i), describe(opt, p, group, i), ranks)
+        entry(opt, p, group, i)
         for group in opt.param_groups for i, p in enumerate(group["params"])
-        if is_distributed(p) and len(ranks := tuple(p.device_mesh.mesh.flatten().tolist())) > 1
     ]  # fmt: skip
+
+
+def entry(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> Entry:
+    """A mesh of one rank is not shared."""
+    label = opt.label(group, index)
+    if not is_distributed(p):
+        return Entry(label, f"{label} {tuple(p.shape)} {p.dtype}, a plain tensor")
+    ranks = tuple(p.device_mesh.mesh.flatten().tolist())
+    return Entry(label, describe(opt, p, group, index), ranks if len(ranks) > 1 else ())
 
 
 def digests(some: list[Entry]) -> Digests:
@@ -90,13 +138,14 @@ def digest(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def arrived(store: Any, place: str, peers: list[int]) -> list[int]:
-    """Those that have left what they hold, as soon as all have."""
+def arrived(store: Any, places: list[str], peers: list[int]) -> dict[int, str]:
+    """Those that have left what they hold, as soon as all have, and where."""
     try:
-        store.wait([f"{place}{r}" for r in peers], timedelta(seconds=FIRST))
+        store.wait([f"{places[0]}{r}" for r in peers], timedelta(seconds=FIRST))
     except RuntimeError:
-        return [r for r in peers if store.check([f"{place}{r}"])]
-    return peers
+        found = ((r, place) for r in peers for place in reversed(places))
+        return {r: place for r, place in found if store.check([f"{place}{r}"])}
+    return dict.fromkeys(peers, places[0])
 
 
 def differs(mine: Digests, theirs: Digests, me: int, other: int) -> bool:
@@ -110,22 +159,28 @@ def left(store: Any, place: str, rank: int) -> list[Entry]:
     return [Entry(label, text, tuple(ranks)) for label, text, ranks in json.loads(data)]
 
 
-def sentence(store: Any, place: str, good: list[int], bad: int, me: int) -> str:
+def sentence(store: Any, came: dict[int, str], good: list[int], bad: int, me: int) -> str:
     """How the first rank that has what I have, and the first that has not, differ."""
-    lists = {}
-    for good_one in (*good, me):  # some may share no mesh with the bad one
-        lists = {
-            a: [x.text for x in left(store, place, a) if b in x.ranks]
-            for a, b in ((good_one, bad), (bad, good_one))
-        }
-        if lists[good_one] != lists[bad]:
+    held_by = {r: left(store, came[r], r) for r in (bad, *good, me)}
+    a, b = me, bad
+    for a in (*good, me):  # some may share no mesh with the bad one
+        if shared(held_by[a], bad) != shared(held_by[bad], a):
             break
-    (a, first), (b, other) = sorted(lists.items())
+    a, b = sorted((a, bad))
+    first, other = shared(held_by[a], b), shared(held_by[b], a)
     i = next(
-        i for i in range(max(map(len, lists.values()))) if first[i : i + 1] != other[i : i + 1]
+        i for i in range(max(len(first), len(other))) if first[i : i + 1] != other[i : i + 1]
     )
-    has = [(x[i : i + 1] or ["none that both are to hold"])[0] for x in (first, other)]
+    labels = {x.label for some in (first, other) for x in some[i : i + 1]}
+    has = [
+        next((x.text for x in (*some[i : i + 1], *everything) if x.label in labels), NONE)
+        for some, everything in ((first, held_by[a]), (other, held_by[b]))
+    ]
     return (
         f"all ranks of a mesh must have the same parameters in the same order, got at place {i}: "
-        f"parameter {has[0]} on rank {a}, {has[1]} on rank {b} (this is rank {me})"
+        f"parameter {has[0]} on rank {a}, {has[1]} on rank {b}"
     )
+
+
+def shared(some: list[Entry], rank: int) -> list[Entry]:
+    return [Entry(x.label, x.text) for x in some if rank in x.ranks]

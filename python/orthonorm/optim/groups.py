@@ -109,7 +109,7 @@ class Groups(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self.met = False
+        self.met: Any = False  # what distributed.meeting keeps
 
     def _without_torchs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
         """What is left of keywords without settings.TORCH, which are checked; those asked for."""
