@@ -35,13 +35,14 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What tests/test_frameworks.py and docs/frameworks.md run with; timm would bring torchvision and
-# torchtitan data sets and loggers, which these do not need. Emerging-Optimizers asks for Python 3.12
-# for one name of `typing`.
+# What tests/test_frameworks.py and docs/frameworks.md run with; torchtitan would bring data sets and
+# loggers, which these do not need. timm imports torchvision, which lies apart: one that was built for
+# another torch breaks what tries it. Emerging-Optimizers asks for Python 3.12 for one name of `typing`.
 frameworks:
 	$(MAKE) EXTRAS=dev,frameworks -W setup.py $(VENV)/built
 	$(PY) -m pip install -q --no-deps timm==1.0.31 torchtitan==0.3.0 tyro spmd_types==0.2.3 torchdata \
 		torch_checkpointing einops docstring_parser typeguard gram-newton-schulz==0.1.6 absl-py
+	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	$(PY) -m pip install -q --no-deps --ignore-requires-python emerging-optimizers==0.3.0
 
 docs: $(VENV)/built

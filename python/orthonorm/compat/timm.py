@@ -43,7 +43,8 @@ def create_optimizer_v2(
     """The optimizer `opt` on the groups of a model, by the arguments of timm's function.
 
     Args:
-        model_or_params: an nn.Module, grouped by `split_params`; or parameters or param groups.
+        model_or_params: an nn.Module, grouped by `split_params`, whose get_classifier() (timm's
+            models have it) goes to AdamW; or parameters or param groups.
         opt: a name of `orthonorm.optim`, in any case.
         lr: of matrices; None: the optimizer's own. AdamW's is `adamw=dict(lr=...)`, 3e-4 without.
         weight_decay: of all but vectors (filter_bias_and_bn) and what the model's no_weight_decay()
@@ -68,6 +69,7 @@ def create_optimizer_v2(
             groups = param_group_fn(groups)
         else:
             fallback = {*fallback_list, *(exempt if fallback_no_weight_decay else ())}
+            fallback |= _classifier(groups)
             groups = _grouped(groups, cls, weight_decay, exempt, fallback, filter_bias_and_bn)
     takes = inspect.signature(cls).parameters
     settings = {"weight_decay": weight_decay, **kwargs} if "weight_decay" in takes else kwargs
@@ -79,6 +81,14 @@ def create_optimizer_v2(
         adam = {key: settings.pop(key) for key in ("betas", "eps") if key in settings}
         settings["adamw"] = {**adam, **(settings.get("adamw") or {})}
     return cls(groups, **settings)
+
+
+def _classifier(model: nn.Module) -> set[str]:
+    """Names of what a model of timm's calls its classifier: a module, or one of each head."""
+    found: Any = getattr(model, "get_classifier", tuple)()
+    heads = (found,) if isinstance(found, nn.Module) else found
+    own = {id(p) for head in heads for p in head.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in own}
 
 
 def _grouped(

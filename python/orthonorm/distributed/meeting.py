@@ -70,8 +70,8 @@ def meet(opt: MatrixOptimizer) -> None:
         return
     everything = entries(opt)
     mine = [entry for entry in everything if entry.ranks]
-    places = [place_of(store, me, some) for some in ((mine, everything) if mine else (everything,))]
     own = digests(mine)
+    places = places_of(store, me, [mine, everything] if mine else [everything])
     for place in places:
         store.set(f"{place}{me}/entries", zlib.compress(json.dumps(everything).encode()).hex())
         store.set(f"{place}{me}", json.dumps(own))
@@ -105,10 +105,11 @@ def heed(opt: MatrixOptimizer, store: Any, me: int) -> Unshared | bool:
     return opt.met if time.monotonic() < opt.met.until else True
 
 
-def place_of(store: Any, me: int, some: list[Entry]) -> str:
-    """Where those meet who have parameters of these names, for the nth time."""
-    name = f"orthonorm/first/{digest(sorted(entry.label for entry in some))}"
-    return f"{name}/{store.add(f'{name}/times/{me}', 1)}/"
+def places_of(store: Any, me: int, lists: list[list[Entry]]) -> list[str]:
+    """Where those meet who have parameters of these names, each list's, for the nth time."""
+    labels = [sorted(entry.label for entry in some) for some in lists]
+    names = dict.fromkeys(f"orthonorm/first/{digest(some)}" for some in labels)
+    return [f"{name}/{store.add(f'{name}/times/{me}', 1)}/" for name in names]
 
 
 def entries(opt: MatrixOptimizer) -> list[Entry]:
@@ -168,9 +169,7 @@ def sentence(store: Any, came: dict[int, str], good: list[int], bad: int, me: in
             break
     a, b = sorted((a, bad))
     first, other = shared(held_by[a], b), shared(held_by[b], a)
-    i = next(
-        i for i in range(max(len(first), len(other))) if first[i : i + 1] != other[i : i + 1]
-    )
+    i = next(i for i in range(max(len(first), len(other))) if first[i : i + 1] != other[i : i + 1])
     labels = {x.label for some in (first, other) for x in some[i : i + 1]}
     has = [
         next((x.text for x in (*some[i : i + 1], *everything) if x.label in labels), NONE)

@@ -27,7 +27,7 @@ class Groups(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = False
     mantissas: ClassVar[bool] = True  # whether the rule writes weights as the base does
     _asked: frozenset[str] = frozenset()
-    met: bool = False  # whether ranks have compared what they hold (distributed.meeting)
+    met: Any = False  # True once ranks have compared what they hold (distributed.meeting)
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Groups(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self.met: Any = False  # what distributed.meeting keeps
+        self.met = False
 
     def _without_torchs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
         """What is left of keywords without settings.TORCH, which are checked; those asked for."""
