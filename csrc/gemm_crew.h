@@ -9,6 +9,7 @@
 #include <new>
 #include <utility>
 
+#include "float_mode.h"
 #include "scratch.h"
 
 #if defined(__linux__)
@@ -109,7 +110,8 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// The threads of one call: `each` hands out indices one by one, so a slow core takes fewer.
+// The threads of one call: `each` hands out indices one by one, so a slow core takes fewer. All have
+// the float mode of the caller.
 struct Crew {
   int64_t threads;
   const Parallel& parallel;
@@ -121,7 +123,9 @@ struct Crew {
       return;
     }
     std::atomic<int64_t> next{0};
+    const uint64_t mode = float_mode();
     parallel(std::min(threads, count), [&](int64_t begin, int64_t end) {
+      const FloatMode same(mode);
       for (int64_t slot = begin; slot < end; ++slot) {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(slot, i);
       }
