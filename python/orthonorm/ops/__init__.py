@@ -11,6 +11,7 @@ from .newton_schulz import (
     inner,
     magnitude,
     newton_schulz,
+    newton_schulz_,
     scaled_polynomial_,
     small_newton_schulz,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "muon_prologue_",
     "muon_step_",
     "newton_schulz",
+    "newton_schulz_",
     "normalize_columns_",
     "normuon_step_",
     "power_iteration_",

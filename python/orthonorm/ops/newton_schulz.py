@@ -283,6 +283,49 @@ def newton_schulz(
 
     Zero in, zero out. A non-finite entry stays inside its own matrix of the batch.
     """
+    return _iterated(X, coefficients, restarts, form, precision, scale, eps, safety, norms, False)
+
+
+@op(
+    'newton_schulz_(Tensor(a!)[] X, float[] coefficients, int[] restarts, str form="auto", '
+    'str precision="auto", str scale="frobenius", float eps=0.0, float safety=1.0, '
+    "Tensor? norms=None) -> ()",
+    composite=True,
+)
+def newton_schulz_(
+    X: list[Tensor],
+    coefficients: list[float],
+    restarts: list[int],
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> None:
+    """`newton_schulz` in place: on a CPU new memory for results costs more than passes over them.
+
+    Arguments and results are those of `newton_schulz`.
+    """
+    how = (coefficients, restarts, form, precision, scale, eps, safety, norms)
+    found = _iterated(X, *how, True)
+    if pairs := [(x, y) for x, y in zip(X, found, strict=True) if x is not y]:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+
+def _iterated(
+    X: list[Tensor],
+    coefficients: list[float],
+    restarts: list[int],
+    form: str,
+    precision: str,
+    scale: str,
+    eps: float,
+    safety: float,
+    norms: Tensor | None,
+    over: bool,
+) -> list[Tensor]:
+    """The results of `newton_schulz`: new, or where that saves memory and `over` allows, X."""
     triples = triples_of(coefficients)
     out: list[Tensor] = list(X)
     small: dict[torch.dtype, list[int]] = {}
@@ -296,7 +339,7 @@ def newton_schulz(
         elif scale == "frobenius" and x.dtype != torch.float64:
             norm = parts[i]
             norm = magnitude([x]) if norm is None else norm.reshape(-1)
-            out[i] = x.clone(memory_format=torch.contiguous_format)
+            out[i] = x if over else x.clone(memory_format=torch.contiguous_format)
             divisors = safety * norm.clamp(min=eps)
             gram_too = choice.form == "gram"
             scaled_polynomial_(out[i], divisors, coefficients, restarts, gram_too, choice.dtype)
@@ -389,4 +432,20 @@ def _(
     norms: Tensor | None = None,
 ) -> None:
     name = "newton_schulz"
+    check_iteration(name, X, coefficients, restarts, form, precision, scale, eps, safety, norms)
+
+
+@newton_schulz_.check
+def _(
+    X: list[Tensor],
+    coefficients: list[float],
+    restarts: list[int],
+    form: str = "auto",
+    precision: str = "auto",
+    scale: str = "frobenius",
+    eps: float = 0.0,
+    safety: float = 1.0,
+    norms: Tensor | None = None,
+) -> None:
+    name = "newton_schulz_"
     check_iteration(name, X, coefficients, restarts, form, precision, scale, eps, safety, norms)

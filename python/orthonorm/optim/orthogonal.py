@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ..ops import newton_schulz
+from ..ops import newton_schulz, newton_schulz_
 from ..ops.newton_schulz import FORMS, PRECISIONS
 from ..polar import Polynomial, polynomial
 from .base import MatrixOptimizer
@@ -55,21 +55,27 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
             restarts=group["restarts"], precision=group["precision"], device=device,
         )  # fmt: skip
 
-    def polar(self, updates: Updates, group: Mapping[str, Any]) -> Updates:
-        """The polar factors of the updates, in new stacks; telemetry has their nuclear norms."""
-        found = self.iterated(updates, group)
-        if probe := self.probe(group):
+    def polar(self, updates: Updates, group: Mapping[str, Any], keep: bool = False) -> Updates:
+        """The polar factors of the updates; telemetry has their nuclear norms.
+
+        In new stacks if the updates are to be kept; else on CPUs over them, where new memory costs
+        more than passes.
+        """
+        probe = self.probe(group)
+        found = self.iterated(updates, group, keep or probe is not None)
+        if probe:
             probe.add_polar(updates, found)
         return found
 
-    def iterated(self, updates: Updates, group: Mapping[str, Any]) -> Updates:
+    def iterated(self, updates: Updates, group: Mapping[str, Any], keep: bool = True) -> Updates:
         """`polar` without telemetry, for what is no factor of the updates themselves."""
         p = self.polynomial(group)
-        factors = newton_schulz.overload(
-            updates.stacks, p.coefficients, p.restarts, group["method"], p.precision, p.scale,
-            group["eps"], p.safety, updates.norms,
-        )  # fmt: skip
-        return Updates(factors)
+        how = (p.coefficients, p.restarts, group["method"], p.precision, p.scale, group["eps"])
+        arguments = (updates.stacks, *how, p.safety, updates.norms)
+        if keep or updates.stacks[0].device.type != "cpu":
+            return Updates(newton_schulz.overload(*arguments))
+        newton_schulz_.overload(*arguments)
+        return Updates(updates.stacks)
 
     # ---- arguments of ops that are whole steps ------------------------------------------------
 

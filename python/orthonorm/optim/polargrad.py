@@ -59,7 +59,7 @@ class PolarGrad(Orthogonalizing):
         return ("factor_buffer",) if group["polar_first"] else self.state_names
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        factors = self.polar(updates, group)
+        factors = self.polar(updates, group, keep=True)
         size = inner.overload(updates.stacks, factors.stacks)
         if group["polar_first"]:
             mu = self.momentum(group, size.device)

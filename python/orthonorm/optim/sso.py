@@ -119,7 +119,7 @@ class SSO(Orthogonalizing):
                          for x, top, s in triples]), group
             )  # fmt: skip
 
-        high = 2 * inner.overload(X.stacks, self.polar(X, group).stacks)
+        high = 2 * inner.overload(X.stacks, self.polar(X, group, keep=True).stacks)
         low = -high
         for _ in range(group["bisections"]):
             middle = 0.5 * (low + high)

@@ -77,9 +77,9 @@ class SteepestDescent(Orthogonalizing):
         return lengthened(T, inner.overload(updates.stacks, T.stacks)) if group["dual"] else T
 
     def largest(self, updates: Updates, group: dict[str, Any]) -> Updates:
-        """T over its SIZES, in new stacks."""
+        """T over its SIZES, in new stacks if the updates are needed again (`dual`)."""
         if group["norm"] == "linear":
-            return self.polar(updates, group)
+            return self.polar(updates, group, keep=group["dual"])
         if group["norm"] == "max":
             return to_signs(Updates([u.clone() for u in updates.stacks]))
         return Updates([row_normalize.overload(u) for u in updates.stacks])

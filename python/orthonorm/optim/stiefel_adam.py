@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..ops import magnitude, newton_schulz
+from ..ops import magnitude, newton_schulz_
 from ..ops.normalize import accumulator
 from ..polar import polynomial
 from .base import MatrixOptimizer
@@ -118,11 +118,11 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
 
 
 def retracted(X: Tensor) -> Tensor:
+    """Over X."""
     p = polynomial("polar_express", STEPS, precision="full")
-    factors = newton_schulz.overload(
-        [X], p.coefficients, p.restarts, "auto", p.precision, p.scale, 0.0, p.safety
-    )
-    return factors[0]
+    how = (p.coefficients, p.restarts, "auto", p.precision, p.scale, 0.0, p.safety)
+    newton_schulz_.overload([X], *how)
+    return X
 
 
 def averages(

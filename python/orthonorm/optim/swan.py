@@ -59,7 +59,7 @@ class SWAN(Orthogonalizing):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         Z = Updates([standardized(u, group["norm_eps"]) for u in updates.stacks])
-        factors = self.polar(Z, group)
+        factors = self.polar(Z, group, keep=group["rescale"])
         if not group["rescale"]:
             return factors
         wanted, has = magnitude.overload(Z.stacks), magnitude.overload(factors.stacks)
