@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> list[str]:
-    """The environment in two or three lines for people."""
+    """The environment in a few lines of at most 100 columns for people."""
     source = f"orthonorm {found['orthonorm']}"
     source += f" ({found['commit']})" if found["commit"] else ""
     lines = [
@@ -103,7 +104,7 @@ def describe(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"other work was running (load {found['load']}): read ratios, not times, and run again"
         )
-    return lines
+    return [part for line in lines for part in textwrap.wrap(line, 100)]
 
 
 def _most_held_by_torch(call: Callable[[], Any]) -> int:

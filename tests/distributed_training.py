@@ -49,11 +49,11 @@ def follow_one_process(context: Context, kind: str) -> None:
     Two ranks add what it adds; four add in another order, which may change as much as another
     number of parts changes in one process.
     """
-    alone = {}
-    for part in (8 // context.world, 8):
+    own, alone = 8 // context.world, {}  # windows of a rank; validation is in parts of as many
+    for part in (own, 8):
         alone[part] = context.folder / f"alone-{kind}-{part}-{context.rank}"
         alone[part].mkdir()
-    trainer(context.folder / kind, kind, 0).train()
+    trainer(context.folder / kind, kind, own).train()
     found = losses(context.folder / kind)
     for part, folder in alone.items():
         config = make_config("smoke", dict(SHORT, micro_batch=part))

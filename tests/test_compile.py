@@ -85,6 +85,19 @@ def test_momentum_is_scheduled_without_a_graph() -> None:
     assert counter.frame_count == graphs
 
 
+@pytest.mark.parametrize("decay", ["cautious", "clipped"])
+def test_decay_has_the_bits_of_eager(decay: str) -> None:
+    mine, theirs = (make(torch.float32, SHAPES) for _ in range(2))
+    settings: Any = dict(lr=0.02, weight_decay=0.37, decay=decay, bound=1.0)
+    ours, eager = (orthonorm.optim.Muon(params, **settings) for params in (mine, theirs))
+    step, _ = compiled(ours.step, "eager")
+    for i in range(3):
+        set_grads(i, mine, theirs)
+        step()
+        eager.step()
+        assert all(map(torch.equal, mine, theirs)), i
+
+
 def test_a_training_step_compiles() -> None:
     """Forward, backward and, compiled apart, the step of split_params' groups."""
     torch.manual_seed(0)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import grad_scaler  # whose name torch.amp itself does not export in torch 2.11
 
 from ..optim.tensors import local
 
 
-class GradScaler(torch.amp.GradScaler):
+class GradScaler(grad_scaler.GradScaler):
     """torch's, with a step that all ranks make or none does.
 
     torch's own (2.13) refuses DTensors beside plain parameters (tensor parallelism, experts), and

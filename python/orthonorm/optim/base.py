@@ -82,7 +82,6 @@ class MatrixOptimizer(Groups):
         self._seen: dict[Tensor, dict[str, weakref.ref[Tensor]]] = {}
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
-        self._new: list[Tensor] = []  # parameters that a step found without state
         super().__init__(*args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -99,7 +98,6 @@ class MatrixOptimizer(Groups):
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
         self._ones, self._seen, self.plans, self._probes = {}, {}, {}, {}
-        self._new = []
         try:
             for group in self.param_groups:
                 for key, value in self.group_defaults(group).items():
@@ -243,15 +241,15 @@ class MatrixOptimizer(Groups):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._new = []
+        new: list[Tensor] = []  # a compiled step cannot write attributes in torch 2.11
         try:
-            work = [(group, self._checked(group)) for group in self.param_groups]
+            work = [(group, self._checked(group, new)) for group in self.param_groups]
         except (TypeError, ValueError) as error:
             agreement.refuse(self, error)
             raise
         agreement.check(self, work)
         kept = [self._finite(group, indices) for group, indices in work]
-        plans = self._plans(kept)
+        plans = self._plans(kept, new)
         updated: list[Tensor] = []
         for (group, indices), finite, plan in zip(work, kept, plans, strict=True):
             if len(finite) < len(indices):
@@ -290,9 +288,11 @@ class MatrixOptimizer(Groups):
             if probe.on and params:
                 probe.add_gradients([local(p.grad) for p in params])
 
-    def _plans(self, kept: list[list[int]]) -> list[tuple[Batch | None, list[Bucket]]]:
+    def _plans(
+        self, kept: list[list[int]], new: list[Tensor]
+    ) -> list[tuple[Batch | None, list[Bucket]]]:
         """What matrix groups update: matrices that are whole here, and buckets of those that are
-        sharded. Where anything fails, no state has been made.
+        sharded. Where anything fails, no state of `new` parameters has been made.
         """
         plans: list[tuple[Batch | None, list[Bucket]]] = []
         try:
@@ -313,7 +313,7 @@ class MatrixOptimizer(Groups):
                         batch = batch._replace(prepared=self.prepare(batch, group))
                 plans.append((batch, shards.plan(self, cut, group) if cut else []))
         except Exception:
-            for p in self._new:
+            for p in new:
                 self.state.pop(p, None)
             raise
         return plans
@@ -333,14 +333,16 @@ class MatrixOptimizer(Groups):
         if group["constraint"] is not None:
             constrain_(batch.params, group["constraint"], group["bound"])
 
-    def _checked(self, group: dict[str, Any]) -> list[int]:
-        """The parameters with gradients; settings, gradients and state are as they must be."""
+    def _checked(self, group: dict[str, Any], new: list[Tensor]) -> list[int]:
+        """The parameters with gradients; settings, gradients and state are as they must be. Those
+        without state join `new`.
+        """
         self._check_settings(group)
         indices = self._with_gradients(group)
-        new = without_state(self, group, indices)
-        if any(map(is_distributed, new)):
+        found = without_state(self, group, indices)
+        if any(map(is_distributed, found)):
             self.check_shardings(group)
-        self._new += new
+        new += found
         return indices
 
     def _finite(self, group: dict[str, Any], indices: list[int]) -> list[int]:

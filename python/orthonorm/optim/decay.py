@@ -41,5 +41,6 @@ def decayed_update(
             kept = torch.where(u * w >= 0, w, 0.0)
         else:
             kept = w - hard_cap(w, size(w, group["bound"]))
-        u.mul_(factor).add_(kept, alpha=weight_decay)
+        # not add_: torch.compile rounds its product apart (torch 2.11)
+        u.mul_(factor).sub_(kept, alpha=-weight_decay)
     decayed_update_.overload(params, updates, lr, 0.0, [1.0] * len(updates), *rest)

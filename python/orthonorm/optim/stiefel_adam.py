@@ -130,8 +130,9 @@ def averages(
 ) -> tuple[Tensor, Tensor]:
     """beta1 mean - (1-beta1) slope, beta2 square + (1-beta2) slope^2."""
     beta1, beta2 = group["betas"]
-    # not addcmul_: torch.compile writes it in another order of products (torch 2.13)
-    squares = torch.mul(square, beta2).add_(slope.square(), alpha=1 - beta2)
+    # not addcmul_, nor add_ with alpha: torch.compile writes them as products that are rounded
+    # apart or in another order (torch 2.13; 2.11)
+    squares = torch.mul(square, beta2).sub_(slope.square(), alpha=beta2 - 1)
     return torch.mul(mean, beta1).sub_(slope, alpha=1 - beta1), squares
 
 
