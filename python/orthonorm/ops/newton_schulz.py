@@ -309,8 +309,8 @@ def newton_schulz_(
     """
     how = (coefficients, restarts, form, precision, scale, eps, safety, norms)
     found = _iterated(X, *how, True)
-    if pairs := [(x, y) for x, y in zip(X, found, strict=True) if x is not y]:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    if new := [i for i, (x, y) in enumerate(zip(X, found, strict=True)) if x is not y]:
+        torch._foreach_copy_([X[i] for i in new], [found[i] for i in new])
 
 
 def _iterated(
