@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from orthonorm import ops
 from orthonorm import orthogonalize as k1
-from orthonorm.ops.newton_schulz import split_norms
+from orthonorm.ops.scaling import split_norms
 from orthonorm.ops.words import SMALL, segments, triples_of
 from torch import Tensor
 

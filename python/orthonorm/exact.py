@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .ops.newton_schulz import scaled
 from .ops.normalize import accumulator
+from .ops.scaling import scaled
 from .ops.spectral import gram_iteration, start_vector
 from .ops.words import apply, gram, symmetric_update
 

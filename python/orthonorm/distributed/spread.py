@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops import apply, gram_polynomial, magnitude
 from ..ops import gram as gram_of
-from ..ops.newton_schulz import frobenius
+from ..ops.scaling import frobenius
 from ..ops.words import Triples, segments
 from .agreement import reporting
 

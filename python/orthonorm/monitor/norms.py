@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..exact import polar_exact
-from ..ops.newton_schulz import frobenius as frobenius_of
 from ..ops.normalize import accumulator
+from ..ops.scaling import frobenius as frobenius_of
 from ..spectral import spectral_norm
 from .shards import part_norms, spread_of
 

@@ -7,9 +7,6 @@ the bare torch op (`torch.ops.orthonorm.gram`).
 from .blocks import dequantize_blocks_, quantize_blocks_
 from .light_steps import mean_sinh_square, normalize_columns_, signum_step_
 from .newton_schulz import (
-    divide_each,
-    inner,
-    magnitude,
     newton_schulz,
     newton_schulz_,
     scaled_polynomial_,
@@ -26,6 +23,7 @@ from .normalize import (
 )
 from .passes import adamw_step_, decayed_update_, muon_prologue_, sign_
 from .rotations import rotate_, rotate_back_
+from .scaling import divide_each, inner, magnitude
 from .spectral import gram_iteration, power_iteration_, spectral_norm
 from .spectral_normalization import spectral_normalization_, spectral_normalization_gradient
 from .steps import conda_step_, muon_step_, normuon_step_

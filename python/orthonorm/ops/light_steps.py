@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
-from .newton_schulz import divide_each, magnitude
 from .normalize import column_normalize
 from .passes import check_flags, decayed_update_, muon_prologue_, sign_
+from .scaling import divide_each, magnitude
 from .steps import parts, stacks_in_turn, work_parts
 
 

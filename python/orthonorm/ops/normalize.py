@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
-from .newton_schulz import norms_of
+from .scaling import norms_of
 
 EPS_AT = ("outside", "inside", "clamp")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import _checks as check
 from .._library import op
 from .mantissa import joined, split_
-from .newton_schulz import norms_of
 from .normalize import accumulator
 from .rounding import write
+from .scaling import norms_of
 
 BF16 = torch.bfloat16
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import autograd, op
-from .newton_schulz import divide, frobenius
 from .normalize import accumulator
+from .scaling import divide, frobenius
 from .words import apply, gram
 
 ORDERS = ("u_first", "v_first")

@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from .. import _checks as check
 from ..distributed.spread import Sums, folded_size, sum_dtype
 from ..ops import conda_step_
-from ..ops.newton_schulz import divide, frobenius
 from ..ops.rotations import rotated, rotated_back
+from ..ops.scaling import divide, frobenius
 from .base import MatrixOptimizer
 from .settings import Common, Rule, at_least, one_of, whole
 from .stacks import alike, stacked, write_
