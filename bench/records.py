@@ -20,8 +20,8 @@ from .timing import quantile
 
 FORMAT = "orthonorm-bench-2"
 NOISY = 1.25  # p90 / p10 above this is flagged
-# And halves of the rounds, or passes, whose medians differ by more. Of 182 rows above 1 ms 54 differed
-# by more than 5 % between two runs of `--quick`; 0.05 had flagged 44 of them, this flags 52 (2026-11).
+# And halves of the rounds, or passes, whose medians differ by more. Of 182 rows above 1 ms 54
+# differed by more than 5 % between two runs of `--quick`; 0.05 flagged 44, this 52 (2026-11).
 DRIFT = 0.03
 
 
