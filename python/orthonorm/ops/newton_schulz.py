@@ -215,7 +215,8 @@ def _iterated(
             out[i] = x if over else x.clone(memory_format=torch.contiguous_format)
             divisors = safety * norm.clamp(min=eps)
             gram_too = choice.form == "gram"
-            scaled_polynomial_(out[i], divisors, coefficients, restarts, gram_too, choice.dtype)
+            how = (coefficients, restarts, gram_too, choice.dtype)
+            scaled_polynomial_.overload(out[i], divisors, *how)
         else:
             y = scaled(x, scale, eps, safety, choice.dtype, parts[i])
             if choice.form == "gram":

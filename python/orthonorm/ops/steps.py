@@ -61,7 +61,7 @@ def muon_step_(
         weights, some = [params[i] for i in rows], [factors[i] for i in rows]
         halves = None if mantissas is None else [mantissas[i] for i in rows]
         rest = (rounding, found_inf, halves)
-        decayed_update_(weights, polars, lr, weight_decay, some, *rest)
+        decayed_update_.overload(weights, polars, lr, weight_decay, some, *rest)
 
 
 def _polars(
@@ -79,10 +79,10 @@ def _polars(
         rows = [i for batch in part for i in batch]
         states = [momentum_buffers[i] for i in rows]
         updates = [u for batch in batches for u in batch.unbind()]
-        norms = muon_prologue_(
+        norms = muon_prologue_.overload(
             [grads[i] for i in rows], states, updates, momentum, nesterov, *flags
         )
-        newton_schulz_(batches, *how, norms)
+        newton_schulz_.overload(batches, *how, norms)
         yield rows, updates
 
 
@@ -124,9 +124,9 @@ def normuon_step_(
     """
     how = (coefficients, restarts, form, precision, scale, eps, safety)
     for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how):
-        row_moment_([row_moments[i] for i in rows], polars, beta2, norm_eps)
+        row_moment_.overload([row_moments[i] for i in rows], polars, beta2, norm_eps)
         some = [factors[i] for i in rows]
-        decayed_update_([params[i] for i in rows], polars, lr, weight_decay, some)
+        decayed_update_.overload([params[i] for i in rows], polars, lr, weight_decay, some)
 
 
 WORK = 5 * 2**20  # elements: enough small matrices at a time to keep every thread busy
