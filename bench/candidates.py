@@ -150,12 +150,14 @@ def kernels_of(call: Callable[[], Any]) -> list[Callable[[], Any]]:
 
 
 def _repeatable(kernel: Callable[[], Any]) -> Callable[[], Any]:
-    """A call of `scaled_polynomial_`, which leaves the polar factor in its place, over the norm of
-    that: over the norm it was given its entries would vanish, and zeros are multiplied faster."""
+    """A call of `scaled_polynomial_`, which leaves the polar factor in its place, in a place of its
+    own and over the norm of that: over another norm its entries would vanish or overflow, and such
+    are multiplied faster."""
     assert isinstance(kernel, functools.partial)
     if kernel.func._opname != "scaled_polynomial_":
         return kernel
     X, _, *rest = kernel.args
+    X = X.clone()  # a step's work buffer: its other kernels write there
     norms = torch.linalg.matrix_norm(X.double()).reshape(-1)
     return functools.partial(kernel.func, X, norms, *rest, **kernel.keywords)
 

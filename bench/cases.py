@@ -179,7 +179,7 @@ _ROWS = (
         shapes=SMALL + LARGE, polar=True, quick="64x128x128",
     ),
     Case(
-        "newton_schulz_", makers.newton_schulz, work.polynomial, variants=_FORMS,
+        "newton_schulz_", makers.newton_schulz, work.polynomial, scale_free=True, variants=_FORMS,
         shapes=SMALL + LARGE, quick="64x128x128",
     ),
     # K2: second moments and normalization

@@ -112,7 +112,7 @@ class GramPolynomial {
 
 // Where R has come near I, what is left beside its diagonal shrinks to its rounding with every
 // iteration, relative to itself: ten of them reach subnormal numbers, with which Intel's processors
-// took eight times as long (12 iterations on 8 matrices of 688 x 256, 606 ms for 79; 2026-11). They
+// took eight times as long (12 iterations on 8 matrices of 688 x 256, 606 ms for 62; 2026-11). They
 // are added to multiples of I, unless an `a` is 0.
 inline uint64_t chain_mode(const std::vector<Triple>& triples) {
   const bool keep = std::any_of(triples.begin(), triples.end(), [](auto t) { return t.a == 0; });

@@ -133,16 +133,5 @@ def newton_schulz(
     return out
 
 
-def newton_schulz_(
-    X: list[Tensor],
-    coefficients: list[float],
-    restarts: list[int],
-    form: str = "auto",
-    precision: str = "auto",
-    scale: str = "frobenius",
-    eps: float = 0.0,
-    safety: float = 1.0,
-    norms: Tensor | None = None,
-) -> None:
-    how = (coefficients, restarts, form, precision, scale, eps, safety, norms)
-    torch._foreach_copy_(X, newton_schulz(X, *how))
+def newton_schulz_(X: list[Tensor], *how: Any, **more: Any) -> None:
+    torch._foreach_copy_(X, newton_schulz(X, *how, **more))

@@ -24,8 +24,11 @@ pytestmark = [
 ]
 
 
+APART = Path(sys.prefix, "torchvision")  # a folder of its own, see Makefile
+
+
 def needs(*modules: str) -> pytest.MarkDecorator:
-    missing = [m for m in modules if find_spec(m) is None]
+    missing = [m for m in modules if find_spec(m) is None and not Path(APART, m).exists()]
     return pytest.mark.skipif(bool(missing), reason=f"{missing} not installed: make frameworks")
 
 
@@ -205,16 +208,13 @@ def test_lightning_accumulates_clips_and_resumes(tmp_path: Path) -> None:
 
 
 # ---- timm ----------------------------------------------------------------------------------------
-@needs("timm")
+@needs("timm", "torchvision")
 def test_timm() -> None:
     """In a process of its own, that finds torchvision, which timm imports."""
-    folder = Path(sys.prefix, "torchvision")
-    if not folder.exists() and find_spec("torchvision") is None:
-        pytest.skip("torchvision not installed: make frameworks")
     script = Path(__file__).with_name("timm_models.py")
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(script)],
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        env={**os.environ, "PYTHONPATH": str(APART)},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = sys.float_info.max
+PLAIN = (Tensor, torch.nn.Parameter)  # no subclass with ways of its own: the quick answer
 
 
 def shape(t: Tensor) -> tuple[int, ...]:

@@ -162,9 +162,10 @@ def left(store: Any, place: str, rank: int) -> list[Entry]:
 
 def sentence(store: Any, came: dict[int, str], good: list[int], bad: int, me: int) -> str:
     """How the first rank that has what I have, and the first that has not, differ."""
-    held_by = {r: left(store, came[r], r) for r in (bad, *good, me)}
-    a, b = me, bad
+    held_by = {bad: left(store, came[bad], bad)}
+    a = me
     for a in (*good, me):  # some may share no mesh with the bad one
+        held_by[a] = left(store, came[a], a)
         if shared(held_by[a], bad) != shared(held_by[bad], a):
             break
     a, b = sorted((a, bad))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -293,33 +294,5 @@ def check_iteration(
     check_restarts(name, restarts, len(coefficients) // 3)
 
 
-@newton_schulz.check
-def _(
-    X: list[Tensor],
-    coefficients: list[float],
-    restarts: list[int],
-    form: str = "auto",
-    precision: str = "auto",
-    scale: str = "frobenius",
-    eps: float = 0.0,
-    safety: float = 1.0,
-    norms: Tensor | None = None,
-) -> None:
-    name = "newton_schulz"
-    check_iteration(name, X, coefficients, restarts, form, precision, scale, eps, safety, norms)
-
-
-@newton_schulz_.check
-def _(
-    X: list[Tensor],
-    coefficients: list[float],
-    restarts: list[int],
-    form: str = "auto",
-    precision: str = "auto",
-    scale: str = "frobenius",
-    eps: float = 0.0,
-    safety: float = 1.0,
-    norms: Tensor | None = None,
-) -> None:
-    name = "newton_schulz_"
-    check_iteration(name, X, coefficients, restarts, form, precision, scale, eps, safety, norms)
+newton_schulz.check(functools.partial(check_iteration, newton_schulz.name))
+newton_schulz_.check(functools.partial(check_iteration, newton_schulz_.name))

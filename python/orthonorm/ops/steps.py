@@ -186,7 +186,7 @@ def _room(like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
 def _keepable(t: Tensor) -> bool:
     """Whether memory may outlive the step: on a CPU, where its pages are cleared anew otherwise
     (llama-3m on a Xeon: SCALE's step 4.1 ms, so 2.6; 2026-11), and nothing but memory."""
-    plain = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+    plain = type(t) in check.PLAIN and t.device.type == "cpu"
     return plain and t.numel() <= KEPT and not (torch.compiler.is_compiling() or t.is_inference())
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._checks import PLAIN
 from .state import (
     ADAMW_STATE,
     MANTISSA,
@@ -25,7 +26,7 @@ from .state import (
     zeros_for,
 )
 from .storage import SCALES
-from .tensors import PLAIN, is_distributed, local, views_here
+from .tensors import is_distributed, local, views_here
 from .views import matrices
 
 if TYPE_CHECKING:

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._checks import PLAIN
 from .views import flattens, heads_of
-
-PLAIN = (Tensor, torch.nn.Parameter)  # the quick answer
 
 
 def is_distributed(t: Tensor) -> bool:
