@@ -57,6 +57,42 @@ def test_maximize_is_minimizing_the_negative(row: Row) -> None:
 
 
 @ALL
+def test_the_companion_inherits_nonfinite(row: Row) -> None:
+    for policy in ("skip", "error"):
+        good, bad = make(torch.float32, ((5,), (5,)))
+        opt = build(row, [{"params": [good, bad], "rule": "adamw"}], nonfinite=policy)
+        set_grads(0, [good, bad])
+        bad.grad[0] = torch.nan
+        before = bad.clone()
+        if policy == "error":
+            with pytest.raises(ValueError, match="gradients must be finite"):
+                opt.step()
+        else:
+            opt.step()
+            assert opt.param_groups[0]["skipped"] == 1
+        assert torch.equal(bad, before)
+        assert good.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["Muon", "NorMuon", "Signum"])
+def test_a_direction_of_ones_own_is_taken(name: str) -> None:
+    """Those whose step is one fused op do not use it for another direction."""
+
+    class Still(getattr(optim, name), abstract=True):  # type: ignore[misc]
+        def direction(self, updates: Any, batch: Any, group: Any) -> Any:
+            for stack in updates.stacks:
+                stack.zero_()
+            return updates
+
+    (p,) = make(torch.float32, ((6, 4),))
+    opt, before = Still([p], lr=0.1, weight_decay=0.0), p.detach().clone()
+    set_grads(0, [p])
+    opt.step()
+    assert torch.equal(p, before)
+    assert opt.state[p]["momentum_buffer"].norm() > 0
+
+
+@ALL
 def test_the_companion_inherits_maximize(row: Row) -> None:
     up, down = make(torch.float32, ((5,),)), make(torch.float32, ((5,),))
     a = build(row, [{"params": up, "rule": "adamw"}], maximize=True)

@@ -16,64 +16,70 @@ from torch import Tensor
 
 from ..distributed import agreement, shards
 from ..distributed.plan import Bucket
-from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
 from ..ops import adamw_step_, magnitude
 from ..ops.steps import stacks_in_turn, work_parts
-from ..ops.words import segments, triples_of
-from ..polar import Polynomial
 from . import storage
 from .amp import Flags, flags_of, unless
 from .batches import adamw_batch, matrix_batch
 from .constraints import constrain_
 from .decay import decayed_update
-from .groups import Groups, seeded
+from .groups import seeded
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
+from .sharding import Sharding
 from .state import ADAMW_STATE, MOMENTUM, Batch, Updates, fit, halved, held, unheld, without_state
 from .telemetry import Probe, read
 from .tensors import is_distributed, local, meets_owner
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
+# Methods that a direction is made by: a subclass with its own cannot use its parent's `at_once`.
+DIRECTED_BY = {"direction", "directed", "polar", "iterated", "update_alike"}
 
 
-class MatrixOptimizer(Groups):
-    """Base of every optimizer here. A subclass states
+class MatrixOptimizer(Sharding):
+    """Base of every optimizer here. A step of a matrix group goes like this:
+
+    1. check settings, gradients and state; ranks agree on what they update;
+    2. drop non-finite gradients, as the group's `nonfinite` says;
+    3. `prepare`: all that may fail, before anything is written;
+    4. momentum B <- mu B + (1-mu) G, and the updates U that follow from it;
+    5. `direction` of U;
+    6. W <- (1 - lr wd) W - lr factor direction, by the group's `decay`;
+    7. the group's `constraint`, then `finish`.
+
+    A subclass states
 
     `state_names`: zero-initialized tensors of the parameter's shape. "momentum_buffer" asks for
-        momentum by the group's `momentum`, `nesterov` and `heavy_ball`; without it `updates` are
-        copies of the gradients.
-    `matrix_state(x, group)`: names and shapes of further tensors of one matrix (default none).
-    `counts_steps`: whether state["step"] counts, and batch.steps tells.
-    `prepare(batch, group)`: what may fail on the way (default nothing), before anything is written.
+        momentum by the group's `momentum`, `nesterov` and `heavy_ball`; without it U is a copy of
+        the gradients.
     `direction(updates, batch, group)`: what is subtracted from W, times lr and `factor`. It may
         write the updates and the state.
-    `factor(matrix, owner, group)`: a number per matrix (default: ADJUST[adjust_lr_fn], 1 without).
-    `rules`: what its own keys must keep (settings.RULES has the common ones); `check_group` for
-        what concerns several keys.
+
+    and, where its rule needs it,
+
+    `matrix_state(x, group)`: names and shapes of further tensors of one matrix.
+    `counts_steps`: True if state["step"] counts, which batch.steps tells.
+    `prepare(batch, group)`: see above; batch.prepared is what it returned.
+    `factor(matrix, owner, group)`: a number per matrix, by default ADJUST[adjust_lr_fn].
+    `rules`, `check_group`: what its own keys must keep, one at a time and together.
     `companion`: overrides of ADAMW_DEFAULTS for groups with rule="adamw".
-
     `alike(p, group)`: parameters of different values meet in no call of `direction`.
-    `finish(params, group)`: what follows the update (default nothing).
-    `elementwise`: `direction` acts on every entry alone.
-    `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
-        nor batch.grads. Of a matrix that is sharded over ranks, only updates then travel to the
-        rank that computes its direction; without it, parameters, gradients and all state do.
+    `finish(params, group)`: what follows the update.
+    `at_once(batch, group)`: steps 4 to 6 by one fused op, for the settings which that op knows.
+    `update(batch, group)`: steps 4 to 6 in place of all these, for a rule of another form; it says
+        `mantissas = False` if it writes weights itself.
 
-    `by_lines`: `prepare` takes what it needs of a whole long side from Gram matrices, which it sums
-        over `batch.spread`, and `sums` tells; `update` acts on each of its lines alone.
-
-    A rule that is not of that form writes `update(batch, group)` instead, and says `mantissas =
-    False` if it writes weights itself.
+    How matrices are stepped that lie on several ranks: see Sharding.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    elementwise: ClassVar[bool] = False
-    by_lines: ClassVar[bool] = False
     momentum_key: ClassVar[str] = MOMENTUM
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.rules = {**super(cls, cls).rules, **cls.rules}
+        if "at_once" not in vars(cls) and vars(cls).keys() & DIRECTED_BY:
+            cls.at_once = MatrixOptimizer.at_once  # type: ignore[method-assign]
         if not abstract and issubclass(cls.__bases__[0], MatrixOptimizer):
             REGISTRY[cls.__name__] = cls  # a wrapper (Lightning's) puts its own class first
 
@@ -128,21 +134,13 @@ class MatrixOptimizer(Groups):
         """The step of every matrix, before lr and factor: a subclass writes this, or `update`."""
         raise NotImplementedError(f"{self.name} writes neither `direction` nor `update`")
 
-    def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
-        """Newton-Schulz's polynomial, where `direction` is `after_polar` of its value."""
-        return None
+    def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
+        """Make the whole step by one op, momentum to weights, and return True; or return False.
 
-    def after_polar(self, parts: list[Part], spread: Spread, group: dict[str, Any]) -> Travel[None]:
-        """What `direction` makes of polar factors, on a rank that has parts of them: written."""
-        yield from ()
-
-    def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums | None:
-        """What step number `step` sums if p's long side is cut; None where its rule cannot."""
-        polynomial = self.polar_first(p, group)
-        if polynomial is None or polynomial.scale != "frobenius":
-            return None
-        times = len(segments(triples_of(polynomial.coefficients), polynomial.restarts))
-        return Sums((folded_size(min(p.shape)) * sum_dtype(p).itemsize,) * times, norms=1)
+        A shortcut for the settings that the op knows: it must do what `direction` says. A subclass
+        that overrides `direction` does not inherit it.
+        """
+        return False
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         """The number that multiplies the direction of matrix x, a view of `owner`."""
@@ -171,14 +169,6 @@ class MatrixOptimizer(Groups):
         """Whether `matrix_state` may name any."""
         return type(self).matrix_state is not MatrixOptimizer.matrix_state
 
-    def on_shards(self, group: dict[str, Any]) -> bool:
-        """Whether ranks that hold rows of a matrix need its owner for the direction alone."""
-        return self.self_contained and elementwise_end(group)
-
-    def on_lines(self, group: dict[str, Any]) -> bool:
-        """Whether ranks that hold lines of a long side can make its update themselves."""
-        return self.by_lines and elementwise_end(group)
-
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
         if type(self).alike is MatrixOptimizer.alike and not group.get("mantissa"):
@@ -192,6 +182,8 @@ class MatrixOptimizer(Groups):
 
     def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
         """`update` of matrices that one call of `direction` takes."""
+        if self.at_once(batch, group):
+            return
         device = batch.params[0].device
         flags, dtype = flags_of(self, device), torch.float32 if batch.mantissas else None
         lr = self.scalar(group, "lr", device)
@@ -390,8 +382,3 @@ class MatrixOptimizer(Groups):
         if device not in self._ones:
             self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
         return self._ones[device] * value
-
-
-def elementwise_end(group: Mapping[str, Any]) -> bool:
-    """Whether decay and constraint leave every entry of W to itself."""
-    return group["decay"] in ("decoupled", "cautious") and group["constraint"] is None

@@ -71,7 +71,7 @@ class Conda(MatrixOptimizer):
     ) -> None:
         shared = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         settings = dict(shared, update_proj_gap=update_proj_gap, scale=scale, method=method)
-        super().__init__(params, settings, common, [*shared, "nonfinite"])
+        super().__init__(params, settings, common, shared)
 
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         k = min(x.shape[-2:])

@@ -75,13 +75,12 @@ class Muon(Orthogonalizing):
     def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
         return self.polynomial(group)
 
-    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
-        """The whole step as one op, where it is that of Muon."""
+    def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
         if self.in_parts(group):
-            super().update_alike(batch, group)
-            return
+            return False
         muon_step_.overload(
             batch.params, batch.grads, batch.state["momentum_buffer"],
             *self.scheduled(batch, group), *self.iteration(group), None,
             *flags_of(self, batch.params[0].device), batch.mantissas,
         )  # fmt: skip
+        return True

@@ -89,18 +89,17 @@ class NorMuon(Orthogonalizing):
                 op.overload(moments, matrices, group["beta2"], group["norm_eps"], "outside", keep)
         return factors if keep else to_rms(factors, 0.2)
 
-    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
-        """The whole step as one op, where rows are normalized and the norm is kept."""
+    def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
         flags = flags_of(self, batch.params[0].device)
         other = group["axis"] != "row" or group["rescale"] != "norm" or self.in_parts(group)
         if other or batch.mantissas or any(flag is not None for flag in flags):
-            super().update_alike(batch, group)
-            return
+            return False
         normuon_step_.overload(
             batch.params, batch.grads, batch.state["momentum_buffer"], batch.state["row_moment"],
             *self.scheduled(batch, group), group["beta2"], group["norm_eps"],
             *self.iteration(group),
         )  # fmt: skip
+        return True
 
     def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial:
         return self.polynomial(group)

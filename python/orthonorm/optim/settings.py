@@ -185,5 +185,5 @@ TORCH: dict[str, Rule] = {  # keywords of torch's optimizers that groups do not 
 
 def inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the AdamW companion takes over from the matrix rule, if it is not told otherwise."""
-    keys = ("maximize", "telemetry", "state_dtype", "stochastic_rounding")
+    keys = ("maximize", "nonfinite", "telemetry", "state_dtype", "stochastic_rounding")
     return {key: settings[key] for key in keys if key in settings}

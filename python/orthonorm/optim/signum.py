@@ -50,19 +50,17 @@ class Signum(MatrixOptimizer):
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         return to_signs(updates)
 
-    def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
-        """The whole step as one op, where it is that of Signum.
-
-        Not in half precision: updates are rounded there, on sharded parameters too, before they
+    def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
+        """Decline half precision: updates are rounded there, on sharded parameters too, before they
         lose all but their signs, and the op knows no rounded updates.
         """
         other = group["heavy_ball"] or group["decay"] != "decoupled" or self.probe(group)
         if other or batch.mantissas or any(p.dtype in HALF for p in batch.params):
-            super().update_alike(batch, group)
-            return
+            return False
         device = batch.params[0].device
         signum_step_.overload(
             batch.params, batch.grads, batch.state["momentum_buffer"],
             self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
             self.factors(batch, group), group["nesterov"], *flags_of(self, device),
         )  # fmt: skip
+        return True

@@ -1,0 +1,63 @@
+"""What a rule says of matrices that several ranks hold parts of (DTensors under FSDP2 or TP)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
+from ..ops.words import segments, triples_of
+from ..polar import Polynomial
+from .groups import Groups
+
+
+class Sharding(Groups):
+    """How the step of a cut matrix is made. Every rule works by the default; the rest saves bytes.
+
+    default: parameter, gradient and all state travel to one rank, which computes as if alone.
+    `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
+        nor batch.grads. Only updates then travel to that rank, and directions back.
+    `elementwise`: `direction` acts on every entry alone. Nothing travels.
+    `polar_first`, `after_polar`: with method="gram", ranks sum small Gram matrices instead. This is
+        for rules whose `direction` is a polar factor and what follows from it.
+    `by_lines`: the same for rules without a polar factor. `prepare` takes what it needs of a whole
+        long side from Gram matrices, which it sums over `batch.spread`; `update` then acts on each
+        line alone.
+    """
+
+    elementwise: ClassVar[bool] = False
+    by_lines: ClassVar[bool] = False
+
+    def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
+        """Return the polynomial of Newton-Schulz if `direction` is `after_polar` of its value."""
+        return None
+
+    def after_polar(self, parts: list[Part], spread: Spread, group: dict[str, Any]) -> Travel[None]:
+        """Turn this rank's parts of polar factors into directions, in place."""
+        yield from ()
+
+    def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums | None:
+        """Return what step number `step` sums over ranks if p's long side is cut; None: it cannot.
+
+        `comm_report` predicts bytes by it, and the planner compares them with those of an owner.
+        """
+        polynomial = self.polar_first(p, group)
+        if polynomial is None or polynomial.scale != "frobenius":
+            return None
+        times = len(segments(triples_of(polynomial.coefficients), polynomial.restarts))
+        return Sums((folded_size(min(p.shape)) * sum_dtype(p).itemsize,) * times, norms=1)
+
+    def on_shards(self, group: dict[str, Any]) -> bool:
+        """True if ranks that hold rows of a matrix need its owner for the direction alone."""
+        return self.self_contained and elementwise_end(group)
+
+    def on_lines(self, group: dict[str, Any]) -> bool:
+        """True if ranks that hold lines of a long side can update them themselves."""
+        return self.by_lines and elementwise_end(group)
+
+
+def elementwise_end(group: Mapping[str, Any]) -> bool:
+    """Whether decay and constraint leave every entry of W to itself."""
+    return group["decay"] in ("decoupled", "cautious") and group["constraint"] is None
