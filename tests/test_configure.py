@@ -173,6 +173,24 @@ def test_report_says_why() -> None:
     assert said[3].startswith("AdamW: 589 parameters") and "\n" in said[3]
 
 
+def test_an_untied_head_is_known_by_its_shape() -> None:
+    """Meta's LLaMA calls it `output`, which is a hidden layer of BERT."""
+    named = {"tok_embeddings": nn.Embedding(20, 8), "wq": nn.Linear(8, 8, bias=False)}
+    llama = nn.ModuleDict({**named, "output": nn.Linear(8, 20, bias=False)})
+    hidden = nn.ModuleDict({**named, "output": nn.Linear(8, 12), "w2": nn.Linear(12, 8)})
+    square = nn.ModuleDict({"pos": nn.Embedding(8, 8), "wq": nn.Linear(8, 8, bias=False)})
+
+    def matrices(model: nn.Module) -> list[str]:
+        groups = optim.split_params(model)
+        return [name for g in groups if g["rule"] == "matrix" for name, _ in g["params"]]
+
+    assert matrices(llama) == ["wq.weight"]
+    assert matrices(hidden) == ["wq.weight", "output.weight", "w2.weight"]
+    assert matrices(square) == ["wq.weight"]
+    opt = optim.configure(llama, "muon", report=None)
+    assert opt.param_groups[0]["param_names"] == ["wq.weight"]
+
+
 def test_what_comes_first_and_what_is_refused() -> None:
     model = Dense()
     opt = optim.configure(

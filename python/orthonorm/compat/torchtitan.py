@@ -18,7 +18,7 @@ from torchtitan.components import optimizer as titan
 
 from ..optim import MatrixOptimizer
 from ..optim.configure import by_name
-from ..optim.split import is_hidden
+from ..optim.split import NOT_HIDDEN, is_hidden
 
 __all__ = [
     "OptimizersContainer",
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 PREFIX = "orthonorm."
+NAMES = (*NOT_HIDDEN, "output")  # the head of torchtitan's models before it was called lm_head
 ParamGroupConfig = titan.ParamGroupConfig
 
 
@@ -58,7 +59,7 @@ def _build(
         pairs = list(zip(keys.pop("param_names"), keys.pop("params"), strict=True))
         rules = {"adamw": keys.pop("adamw", {}), "matrix": keys}
         for rule, values in rules.items():
-            params = [x for x in pairs if is_hidden(*x) == (rule == "matrix")]
+            params = [x for x in pairs if is_hidden(*x, adamw=NAMES) == (rule == "matrix")]
             if params:
                 split.append({"params": params, "rule": rule, **values})
     return cls(split, **settings)

@@ -47,7 +47,8 @@ def configure(
     """
     cls = by_name(optimizer)
     found = assign(model, adamw=names, heads=heads, split=split)
-    outside = any(a.reason.startswith(("named", "embedding")) and a.p.dim() > 1 for a in found)
+    told = ("named", "embedding", "shape of")
+    outside = any(a.reason.startswith(told) and a.p.dim() > 1 for a in found)
     if names is NOT_HIDDEN and not outside:
         found = without_last(found)
     found = [pieces(a) for a in found]

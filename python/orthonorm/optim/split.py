@@ -13,7 +13,7 @@ from .views import check_counts
 # Names (a component of the dotted path) of weights that map to or from tokens and classes.
 NOT_HIDDEN = (
     "*embed*", "wte", "wpe", "tok_emb*", "pos_emb*", "*_token", "lm_head", "head", "output_layer",
-    "classifier", "unembed*",
+    "classifier", "unembed*", "score", "logits",
 )  # fmt: skip
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,8 +30,9 @@ def split_params(
     """Param groups of a model: hidden matrices to rule="matrix", all else to rule="adamw".
 
     To AdamW go vectors and scalars (gains, biases), embeddings and whatever is tied to them,
-    matrices with a side of 1, transposed convolutions, and parameters with a path component that
-    matches a pattern of `adamw` (embeddings, heads). Convolution weights are flattened to
+    matrices with a side of 1, transposed convolutions, parameters with a path component that
+    matches a pattern of `adamw` (embeddings, heads), and the last Linear if its weight has the
+    shape of an embedding: it maps back to tokens, whatever its name. Convolution weights are flattened to
     out x rest, 3-D weights are batches (expert stacks), nn.MultiheadAttention's fused
     in_proj_weight is split into its three matrices.
 
@@ -74,13 +75,26 @@ def assign(
     found = []
     tied = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters()}
     owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    to_tokens = unembedding(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
             owner = owners[id(p)]
             reason = "embedding" if id(p) in tied else _not_hidden(name, p, owner, adamw)
+            if owner is to_tokens and p.dim() == 2:
+                reason = reason or "shape of an embedding"
             keys = {} if reason else _views(name, p, owner, heads or {}, split or {})
             found.append(Assigned(name, p, owner, keys, reason))
     return found
+
+
+def unembedding(model: nn.Module) -> nn.Module | None:
+    """Return the last Linear if its weight has the shape of an embedding, which is not square."""
+    shapes = {
+        (m.num_embeddings, m.embedding_dim) for m in model.modules() if isinstance(m, EMBEDDINGS)
+    }
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    shape = (last[0].out_features, last[0].in_features) if last else (0, 0)
+    return last[0] if shape in shapes and shape[0] != shape[1] else None
 
 
 def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
