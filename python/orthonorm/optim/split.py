@@ -32,8 +32,8 @@ def split_params(
     To AdamW go vectors and scalars (gains, biases), embeddings and whatever is tied to them,
     matrices with a side of 1, transposed convolutions, parameters with a path component that
     matches a pattern of `adamw` (embeddings, heads), and the last Linear if its weight has the
-    shape of an embedding: it maps back to tokens, whatever its name. Convolution weights are flattened to
-    out x rest, 3-D weights are batches (expert stacks), nn.MultiheadAttention's fused
+    shape of an embedding: it maps back to tokens, whatever its name. Convolution weights are
+    flattened to out x rest, 3-D weights are batches (expert stacks), nn.MultiheadAttention's fused
     in_proj_weight is split into its three matrices.
 
     Args:
