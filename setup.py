@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 from glob import glob
 
 from setuptools import find_packages, setup
@@ -57,6 +58,9 @@ def toolkit_libraries(cuda_home: str) -> list[str]:
 def compiled() -> dict:
     """setup() arguments for the native libraries; empty for a pure build."""
     if os.environ.get("ORTHONORM_PURE") == "1" or importlib.util.find_spec("torch") is None:
+        return {}
+    if sys.platform != "linux":
+        print(f"orthonorm: no compiled kernels on {sys.platform}: definitions in torch serve")
         return {}
     import torch
     from setuptools.command.bdist_wheel import bdist_wheel

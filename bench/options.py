@@ -27,7 +27,7 @@ TASKS = {
     "claims": "measure everything the project promises, with its target",
     "cluster": "model a step on 1 to 4096 devices from measured rates (--shape: one model)",
     "static": "what the GPU kernels compile to, and the floor times that implies, without a GPU",
-    "results": "write the README's tables, the index page of bench/results and docs/support.md",
+    "results": "write the tables of README and docs, and the index page of bench/results",
 }
 SLOW = ("exact", "compiled")  # kinds the quick suite leaves out
 QUICK_SECONDS = 0.22  # a row group and pass, so that all end in two minutes on two cores

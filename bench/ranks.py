@@ -177,8 +177,8 @@ def table(name: str, record: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     note = (
         f"Muon's step over {record['layers']} blocks of GPT-2 small "
-        f"([{name}](bench/results/{name})): {where['device']}, {cores} cores, one thread a rank, "
-        f"gloo, torch {where['torch']}, {where['date'][:10]}. Sharded: rows of every matrix on "
+        f"([{name}](../bench/results/{name})): {where['device']}, {cores} cores, "
+        f"one thread a rank, gloo, torch {where['torch']}, {where['date'][:10]}. Sharded: rows of every matrix on "
         "each rank; copies: all of it on every rank, as under DDP. Waiting: the share of the "
         f"sharded step in which a rank waits for others. More than {cores} ranks share the cores."
     )

@@ -1,5 +1,4 @@
-"""What stays: the index page of `bench/results` and the README's tables, from its files, and the
-support matrix.
+"""What stays: the index page of `bench/results`, and the tables of the README and the guides.
 
 `python -m orthonorm bench results` writes them; a test holds them to what they are made from.
 """
@@ -21,10 +20,24 @@ from .records import Run
 
 FOLDER = Path(__file__).parent / "results"
 INDEX = FOLDER / "index.html"
-README = FOLDER.parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- bench results:[^>]*-->\n).*?(<!-- end of bench results -->)", re.S)
-RANKS = re.compile(r"(<!-- ranks:[^>]*-->\n).*?(<!-- end of ranks -->)", re.S)
-OPTIMIZERS = re.compile(r"(<!-- optimizers:[^>]*-->\n).*?(<!-- end of optimizers -->)", re.S)
+ROOT = FOLDER.parent.parent
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "distributed.md")
+# <!-- table: NAME --> ... <!-- end of NAME -->, with one of the names of `tables`
+BLOCK = re.compile(r"(<!-- table: ([a-z ]+) -->\n).*?(<!-- end of \2 -->)", re.S)
+# What the README shows of the claims, by `what` and `against`.
+HEADLINES = {
+    ("muon, a step of llama-3m", "torch.optim.Muon"): "Muon's step, 3 M parameters",
+    ("muon, a step of gpt2-small", "torch.optim.Muon"): "Muon's step, GPT-2 small",
+    ("newton_schulz 500x32x32 bfloat16", ""): "Newton-Schulz, 500 of 32x32",
+    ("newton_schulz 64x128x128 bfloat16", ""): "Newton-Schulz, 64 of 128x128",
+    ("newton_schulz 12x768x768 auto", ""): "Newton-Schulz, 12 of 768x768",
+    ("newton_schulz 768x3072 bfloat16", ""): "Newton-Schulz, 768x3072",
+    ("newton_schulz 2048x2048 auto", ""): "Newton-Schulz, 2048x2048",
+    ("100 layers of 64x64", "torch spectral_norm"): "spectral norms of 100 layers of 64x64",
+    ("conda_step_, 21 M parameters", "eager, three products"): "Conda's step, 21 M parameters",
+}
+SHOWN = ("Muon", "NorMuon", "Scion", "SCALE", "Conda", "SOAP", "AdamW")  # of all optimizers
 
 
 def runs(folder: Path = FOLDER) -> dict[str, Run]:
@@ -95,10 +108,11 @@ def _errors(claim: dict[str, Any]) -> str:
     return " / ".join(parts)
 
 
-def readme_table(name: str, run: Run) -> str:
+def claims_table(name: str, run: Run) -> str:
     """The promises of a run: figure, target and errors, and whether they held."""
+    held = sum(bool(c["held"]) for c in run.claims)
     lines = [
-        f"Measured on {run.title} ([{name}](bench/results/{name})):",
+        f"{run.title} ([{name}](../bench/results/{name})): {held} of {len(run.claims)} held.",
         "",
         "| what | against | reached | target | error, ours / its |",
         "|---|---|---|---|---|",
@@ -111,23 +125,41 @@ def readme_table(name: str, run: Run) -> str:
     return "\n".join(lines)
 
 
-def readme(text: str, found: dict[str, Run], folder: Path = FOLDER) -> str:
-    """The README with its generated blocks replaced."""
-    tables = []
+def claimed(found: dict[str, Run]) -> list[tuple[str, Run]]:
+    """The newest run with promises of every device, GPUs first."""
     chosen = [(name, run) for name, run in latest(found).values() if run.claims]
-    for kind in (True, False):  # the newest of a GPU and of a CPU; the others are linked
-        of_kind = [c for c in chosen if c[1].environment["device"].startswith("NVIDIA") == kind]
-        tables += [readme_table(*c) for c in of_kind[:1]]
-        others = [f"[{run.title}](bench/results/{name})" for name, run in of_kind[1:]]
-        if others:
-            tables.append(f"Of other machines, as they were then: {'; '.join(others)}.")
-    if not any(run.environment["device"].startswith("NVIDIA") for run in found.values()):
-        tables.append("GPU: not measured.")
-    body = "\n\n".join(tables)
-    blocks = {BLOCK: body, OPTIMIZERS: optimizers(folder), RANKS: scaling(folder)}
-    for block, what in blocks.items():
-        text = replaced(text, block, what)
-    return text
+    return sorted(chosen, key=lambda pair: not on_gpu(pair[1]))
+
+
+def on_gpu(run: Run) -> bool:
+    return bool(run.environment["device"].startswith("NVIDIA"))
+
+
+def headlines(found: dict[str, Run]) -> str:
+    """A few promises, one machine a column."""
+    columns = claimed(found)
+    if not columns:
+        return "Not measured."
+    head = ["", "against", *(run.environment["device"] for _, run in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (what, against), title in HEADLINES.items():
+        cells = []
+        for _, run in columns:
+            same = [c for c in run.claims
+                    if c["what"] == what and c["against"].startswith(against)]  # fmt: skip
+            cells.append(f"{same[0]['figure']:.3g}x" if same else "-")
+            other = same[0]["against"] if same else ""
+        lines.append("| " + " | ".join([title, against or other, *cells]) + " |")
+    return "\n".join([*lines, "", gpus(found)])
+
+
+def gpus(found: dict[str, Run]) -> str:
+    return "" if any(map(on_gpu, found.values())) else "GPU: not measured."
+
+
+def claims(found: dict[str, Run]) -> str:
+    """All promises of every machine, the newest run first."""
+    return "\n\n".join([*(claims_table(*pair) for pair in claimed(found)), gpus(found)]).rstrip()
 
 
 def scaling(folder: Path) -> str:
@@ -138,29 +170,41 @@ def scaling(folder: Path) -> str:
     return ranks.table(*max(found, key=lambda record: record[1]["environment"]["date"]))
 
 
-def optimizers(folder: Path) -> str:
-    """The table of the optimizers' losses, and their curves."""
+def losses(folder: Path, only: Sequence[str] = ()) -> str:
+    """The optimizers' losses under one tuning budget."""
     path = folder / "optimizers.json"
     if not path.exists():
-        return "Losses of all under one tuning budget: not measured."
-    curves = "![Validation loss against steps and seconds](bench/results/optimizers.png)"
-    return f"{comparison.table(json.loads(path.read_text()))}\n\n{curves}"
+        return "Losses under one tuning budget: not measured."
+    return comparison.table(json.loads(path.read_text()), only)
 
 
-def replaced(text: str, block: re.Pattern[str], body: str) -> str:
-    if not block.search(text):
-        raise ValueError(f"bench: {README} has no block to write, {block.pattern}")
-    return block.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text)
+def tables(found: dict[str, Run], folder: Path) -> dict[str, str]:
+    return {
+        "headlines": headlines(found),
+        "claims": claims(found),
+        "ranks": scaling(folder),
+        "optimizers": losses(folder),
+        "some optimizers": losses(folder, SHOWN),
+    }
+
+
+def filled(text: str, bodies: dict[str, str]) -> str:
+    """A page with its generated tables replaced."""
+
+    def block(m: re.Match[str]) -> str:
+        if m[2] not in bodies:
+            raise ValueError(f"bench: a table must be one of {sorted(bodies)}, got {m[2]!r}")
+        return f"{m[1]}{bodies[m[2]]}\n{m[3]}"
+
+    return BLOCK.sub(block, text)
 
 
 def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
     """What the files should hold."""
     found = runs(folder)
-    return [
-        (INDEX, index(found)),
-        (README, readme(README.read_text(), found, folder)),
-        (support.PAGE, support.page()),
-    ]
+    bodies = tables(found, folder)
+    pages = [(path, filled(path.read_text(), bodies)) for path in PAGES]
+    return [(INDEX, index(found)), *pages, (support.PAGE, support.page())]
 
 
 def main(options: argparse.Namespace, run: Run) -> None:

@@ -37,8 +37,11 @@ def spread(result: dict[str, Any]) -> float:
     return (max(losses) - min(losses)) / 2
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: loss and its spread, rate, steps to AdamW's loss, time and state."""
+def table(found: dict[str, Any], only: Sequence[str] = ()) -> str:
+    """Markdown: loss and its spread, rate, steps to AdamW's loss, time and state.
+
+    Of the optimizers named in `only`, if any.
+    """
     about, pairs = found["how"], ranked(found)
     chased = next((run for result, run in pairs if run and run.name == BASELINE), None)
     lines = [
@@ -48,6 +51,8 @@ def table(found: dict[str, Any]) -> str:
     ]
     steps = about["config"]["steps"]
     for result, run in pairs:
+        if only and result["optimizer"] not in only:
+            continue
         runs = result["runs"]
         reached = run.reaches(chased.rows[-1]["val_loss"]) if run and chased else None
         milliseconds = 1e3 * fmean(r["optimizer_seconds"] for r in runs) / steps
@@ -66,6 +71,8 @@ def table(found: dict[str, Any]) -> str:
 def explanation(about: dict[str, Any]) -> str:
     c = about["config"]
     return (
+        "A short run of a small model: it tells that an optimizer learns and what it costs, not "
+        "which one is best. "
         f"{about['parameters'] / 1e6:.2f} M parameters ({c['layers']} layers of {c['hidden']}), "
         f"{c['steps']} steps of {c['batch']} x {c['context']} bytes of {about['text']}; "
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['date']}. "
@@ -73,8 +80,7 @@ def explanation(about: dict[str, Any]) -> str:
         "AdamW's betas (0.9, 0.95) and decay 0.1, Conda's betas (0.9, 0.99) and gap of 50 and "
         "Scion's momentum 0.1; embeddings, head and gains by that AdamW, at its rate, in all. "
         "Val loss: nats per byte, mean and half the range of "
-        "the seeds. A short run of a small model: it tells that an optimizer learns and what it "
-        "costs, not which one is best."
+        "the seeds."
     )
 
 

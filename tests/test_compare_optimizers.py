@@ -105,8 +105,12 @@ def test_the_table_ranks_and_the_readme_shows_it(tmp_path: Path) -> None:
     assert lines[3].startswith("| `AdamW` | 3.100 ± 0.100 | 0.02 | 10 |")
     assert lines[4].startswith("| `Broken` | diverged |")
     (tmp_path / "optimizers.json").write_text(json.dumps(found))
-    text = results.readme(results.README.read_text(), results.runs(tmp_path), tmp_path)
-    assert "\n".join(lines) in text
+    bodies = results.tables(results.runs(tmp_path), tmp_path)
+    page = "<!-- table: optimizers -->\nold\n<!-- end of optimizers -->\n"
+    assert results.filled(page, bodies) == page.replace("old", "\n".join(lines))
+    assert "| `Muon` |" in bodies["some optimizers"] and "Broken" not in bodies["some optimizers"]
+    with pytest.raises(ValueError, match="must be one of"):
+        results.filled(page.replace("optimizers", "tables"), bodies)
 
 
 def test_every_optimizer_has_a_default_rate() -> None:
