@@ -179,7 +179,8 @@ def table(name: str, record: dict[str, Any]) -> str:
         f"Muon's step over {record['layers']} blocks of GPT-2 small "
         f"([{name}](../bench/results/{name})): {where['device']}, {cores} cores, "
         f"one thread a rank, gloo, torch {where['torch']}, {where['date'][:10]}. "
-        "Sharded: rows of every matrix on each rank; copies: all of it on every rank, as under DDP. Waiting: the share of the "
+        "Sharded: rows of every matrix on each rank; copies: all of it on every rank, as under "
+        "DDP. Waiting: the share of the "
         f"sharded step in which a rank waits for others. More than {cores} ranks share the cores."
     )
     return "\n".join([*lines, "", note])
