@@ -290,3 +290,21 @@ def test_adamw_takes_the_groups_of_a_model() -> None:
     opts[0].param_groups[0]["rule"] = "matrix"
     with pytest.raises(ValueError, match="AdamW: rule must be one of 'adamw', got 'matrix'"):
         opts[0].step()
+
+
+def test_changed_settings_are_checked_at_the_next_step() -> None:
+    """Also of a list that changed in place, and again once they are back in order."""
+    (p,) = make(torch.float32, ((3, 2),))
+    opt = optim.AdamW([p], betas=[0.9, 0.99])
+    group = opt.param_groups[0]
+    set_grads(0, [p])
+    for key, good, bad in (("lr", 0.1, -0.1), ("eps", 1e-8, -1.0), ("weight_decay", 0.0, None)):
+        opt.step()
+        group[key] = bad
+        with pytest.raises((ValueError, TypeError), match=key):
+            opt.step()
+        group[key] = good
+    opt.step()
+    group["betas"][1] = 1.5
+    with pytest.raises(ValueError, match="betas"):
+        opt.step()

@@ -85,7 +85,7 @@ class MatrixOptimizer(Sharding):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ones: dict[torch.device, Tensor] = {}
-        self._seen: dict[Tensor, dict[str, weakref.ref[Tensor]]] = {}
+        self._seen: dict[int, list[tuple[str, weakref.ref[Tensor]]]] = {}
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
@@ -103,7 +103,7 @@ class MatrixOptimizer(Sharding):
         unheld(state["state"])
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
-        self._ones, self._seen, self.plans, self._probes = {}, {}, {}, {}
+        self._ones, self._settled, self._seen, self.plans, self._probes = {}, {}, {}, {}, {}
         try:
             for group in self.param_groups:
                 for key, value in self.group_defaults(group).items():
@@ -329,7 +329,7 @@ class MatrixOptimizer(Sharding):
         """The parameters with gradients; settings, gradients and state are as they must be. Those
         without state join `new`.
         """
-        self._check_settings(group)
+        self._check_changed_settings(group)
         indices = self._with_gradients(group)
         found = without_state(self, group, indices)
         if any(map(is_distributed, found)):

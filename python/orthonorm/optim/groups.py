@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,7 @@ class Groups(torch.optim.Optimizer):
 
         Groups with rule="adamw" take the settings named in `shared` from the rule.
         """
+        self._settled: dict[int, list[Any] | None] = {}  # values of groups that were checked
         if not isinstance(params, Iterable):
             raise TypeError(
                 f"{self.name}: params must be parameters, named parameters or param groups, "
@@ -158,8 +160,22 @@ class Groups(torch.optim.Optimizer):
             return {"rule": "adamw", **self._adamw}
         return self.defaults
 
+    def _check_changed_settings(self, group: dict[str, Any]) -> None:
+        """Check hyperparameters before a step, unless all are the objects that were checked last.
+
+        Lists can change without that, and are checked every time.
+        """
+        last = None if torch.compiler.is_compiling() else self._settled.get(id(group))
+        if last is not None and len(last) == len(group) and all(map(is_, last, group.values())):
+            return
+        self._check_settings(group)
+        names = ("params", "param_names")
+        lists = any(isinstance(v, list) for k, v in group.items() if k not in names)
+        if not torch.compiler.is_compiling():
+            self._settled[id(group)] = None if lists else [*group.values()]
+
     def _check_settings(self, group: Mapping[str, Any]) -> None:
-        """The hyperparameters: at construction and, as schedules change them, before every step."""
+        """Check the hyperparameters of a group, each alone and together."""
         check.choice(self.name, "rule", group["rule"], ("matrix", "adamw"))
         for key, value in group.items():
             if rule := self.rules.get(key) or RULES.get(key):

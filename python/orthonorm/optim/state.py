@@ -223,13 +223,19 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
     found: list[Tensor] = []
     for i in () if torch.compiler.is_compiling() else indices:
         p = group["params"][i]
-        state, seen = opt.state.get(p), opt._seen.get(p)
+        state, seen = opt.state.get(p), opt._seen.get(id(p), ())
         if not state:
             found.append(p)
-        elif not seen or any(state.get(k) is not ref() for k, ref in seen.items()):
-            check_state(opt, group, i)
-            held = {k: t for k, t in state.items() if isinstance(t, Tensor)}
-            opt._seen[p] = {k: weakref.ref(t) for k, t in held.items()}
+            continue
+        for key, ref in seen:
+            if state.get(key) is not ref():
+                break
+        else:
+            if seen:
+                continue
+        check_state(opt, group, i)
+        held = [(k, t) for k, t in state.items() if isinstance(t, Tensor)]
+        opt._seen[id(p)] = [(k, weakref.ref(t)) for k, t in held]
     return found
 
 
