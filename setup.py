@@ -67,7 +67,14 @@ def compiled() -> dict:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
-        """Libraries without Python symbols: one file serves every Python version."""
+        """Libraries without Python symbols: one file serves every Python version.
+
+        Objects in ORTHONORM_OBJECTS, if it is set, are there for the next build.
+        """
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = os.environ.get("ORTHONORM_OBJECTS") or self.build_temp
 
         def get_export_symbols(self, ext):
             return []
