@@ -1,7 +1,7 @@
-"""What stays: the index page of `bench/results` and the README's tables, from its files, and the
-support matrix.
+"""Generated pages: the index of `bench/results`, the tables of the README, the support matrix.
 
-`python -m orthonorm bench results` writes them; a test holds them to what they are made from.
+`python -m orthonorm bench results` writes them from the recorded runs, the case table, the sources
+and the registry of optimizers. A test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIMIZERS = re.compile(r"(<!-- optimizers:[^>]*-->\n).*?(<!-- end of optimizers
 
 
 def runs(folder: Path = FOLDER) -> dict[str, Run]:
-    """Every run in the folder by file name, newest first; compile reports are no runs."""
+    """Return every run in the folder by file name, newest first; other JSON files are skipped."""
     found = {}
     for path in folder.glob("*.json"):
         data = json.loads(path.read_text())
@@ -39,7 +39,7 @@ def runs(folder: Path = FOLDER) -> dict[str, Run]:
 
 
 def latest(found: dict[str, Run]) -> dict[str, tuple[str, Run]]:
-    """The newest run of every device, the one with promises first: what stands for it."""
+    """Return the run that represents each device: the newest with promises, else the newest."""
     chosen: dict[str, tuple[str, Run]] = {}
     for with_claims in (True, False):
         for name, run in found.items():
@@ -49,7 +49,7 @@ def latest(found: dict[str, Run]) -> dict[str, tuple[str, Run]]:
 
 
 def index(found: dict[str, Run]) -> str:
-    """The index page: every run in a table, the newest of each device in full."""
+    """Return the index page: a table of all runs, and the representative of each device in full."""
     rows = []
     for name, run in found.items():
         e = run.environment
@@ -96,7 +96,7 @@ def _errors(claim: dict[str, Any]) -> str:
 
 
 def readme_table(name: str, run: Run) -> str:
-    """The promises of a run: figure, target and errors, and whether they held."""
+    """Return the table of a run's promises: figure, target, errors, and which were not held."""
     lines = [
         f"Measured on {run.title} ([{name}](bench/results/{name})):",
         "",
@@ -112,10 +112,10 @@ def readme_table(name: str, run: Run) -> str:
 
 
 def readme(text: str, found: dict[str, Run], folder: Path = FOLDER) -> str:
-    """The README with its generated blocks replaced."""
+    """Return the README with its generated blocks replaced."""
     tables = []
     chosen = [(name, run) for name, run in latest(found).values() if run.claims]
-    for kind in (True, False):  # the newest of a GPU and of a CPU; the others are linked
+    for kind in (True, False):  # the newest GPU and the newest CPU in full, links to the others
         of_kind = [c for c in chosen if c[1].environment["device"].startswith("NVIDIA") == kind]
         tables += [readme_table(*c) for c in of_kind[:1]]
         others = [f"[{run.title}](bench/results/{name})" for name, run in of_kind[1:]]
@@ -131,7 +131,7 @@ def readme(text: str, found: dict[str, Run], folder: Path = FOLDER) -> str:
 
 
 def scaling(folder: Path) -> str:
-    """The step on several ranks, by the newest record."""
+    """Return the table of the step on several ranks, from the newest record."""
     found = [(path.name, json.loads(path.read_text())) for path in folder.glob("ranks-*.json")]
     if not found:
         return "Steps on several ranks: not measured."
@@ -139,7 +139,7 @@ def scaling(folder: Path) -> str:
 
 
 def optimizers(folder: Path) -> str:
-    """The table of the optimizers' losses, and their curves."""
+    """Return the table of the optimizers' losses, and a link to their curves."""
     path = folder / "optimizers.json"
     if not path.exists():
         return "Losses of all under one tuning budget: not measured."
@@ -148,13 +148,14 @@ def optimizers(folder: Path) -> str:
 
 
 def replaced(text: str, block: re.Pattern[str], body: str) -> str:
+    """Return the text with the body of a block replaced; raise ValueError if it has no block."""
     if not block.search(text):
         raise ValueError(f"bench: {README} has no block to write, {block.pattern}")
     return block.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text)
 
 
 def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
-    """What the files should hold."""
+    """Return (path, text) of every generated file."""
     found = runs(folder)
     return [
         (INDEX, index(found)),
@@ -164,6 +165,7 @@ def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
 
 
 def main(options: argparse.Namespace, run: Run) -> None:
+    """Write all generated files."""
     if not README.exists():
         raise ValueError("bench: results are written in a source tree only")
     for path, text in written():
