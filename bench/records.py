@@ -28,7 +28,9 @@ DRIFT = 0.03
 
 @dataclass(frozen=True)
 class Record:
-    """The figures of one candidate, or a `note` that says why there are none. Times are per call.
+    """The figures of one candidate; `note` says why there are none.
+
+    Times are milliseconds per call, but for `host_us`.
 
     Attributes:
         sweep: value of a sweep, such as "n=512"; threads: torch's, if they were chosen.
