@@ -114,7 +114,7 @@ class Results:
 
 
 class Place:
-    """Position of one layer in lists of `results`; where the entry is None, the layer computes."""
+    """Position of one layer in lists of `results`; if its entry is None, the layer computes."""
 
     __slots__ = ("index", "results")
 
