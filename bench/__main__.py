@@ -1,10 +1,10 @@
-"""`python -m orthonorm bench [NAME ...]`: how fast and how exact, beside what else is installed.
+"""`python -m orthonorm bench [NAME ...]`: measure speed and error beside other packages.
 
     options -> requests -> measure -> records -> outputs
 
 NAME is an op, an optimizer step (muon, conda, adamw, ...), `all` of these, a public function of
 orthonorm.nn or orthonorm.monitor (nn.hard_cap), or a task: `claims`, `cluster`, `static`,
-`results`. Without a NAME the choices are listed.
+`results`. Without a NAME it lists the choices.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .timing import Plan
 
 
 def listing() -> str:
-    """Every name with its default shapes and dtypes, and the choices of the options."""
+    """Return the text of --list: every name, its default shapes and dtypes, and all choices."""
     head = ("name", "dtypes", "shapes")
     table: dict[str, Case | Step | Item] = {**CASES, **STEPS, **ITEMS}
     rows = [(name, " ".join(row.dtypes), " ".join(row.shapes)) for name, row in table.items()]
@@ -66,12 +66,12 @@ def listing() -> str:
 
 
 def cases_of(wanted: Sequence[Request]) -> str:
-    """The cases and what repeats each: --dry-run."""
+    """Return the text of --dry-run: the cases, and the command that measures each."""
     return "\n".join(report.align([(r.id, r.command) for r in wanted], left=2))
 
 
 def _progress(text: str = "") -> None:
-    """On a terminal a line that the next replaces, else lines that stay."""
+    """Show progress: on a terminal in one line that is overwritten, else as new lines."""
     if sys.stderr.isatty():
         print(f"\r{text[:99]}\033[K", end="", file=sys.stderr, flush=True)
     elif text:
@@ -81,8 +81,10 @@ def _progress(text: str = "") -> None:
 def _measured(
     wanted: Sequence[Request], limits: bool, again: bool = False
 ) -> Iterator[list[Record]]:
-    """Records group by group, each printed as soon as it is there; `again`: neither printed nor
-    judged."""
+    """Measure the requests; yield and print the records of each group.
+
+    `again` marks a repeated pass, which is neither printed nor checked for errors.
+    """
     start = time.monotonic()
     for i, request in enumerate(wanted, 1):
         left = (time.monotonic() - start) / max(1, i - 1) * (len(wanted) - i + 1)
@@ -98,7 +100,10 @@ def _measured(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 0, or 1 (ours failed or moved), 2 (bad input, one line), 130 (interrupted)."""
+    """Run the command; return its exit code.
+
+    0: success. 1: one of ours failed or moved. 2: bad input, said in a line. 130: interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options = parser().parse_args(argv)
@@ -129,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader, head say, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -138,7 +143,7 @@ def run(
     options: argparse.Namespace, argv: Sequence[str], wanted: Sequence[Request],
     loaded: Run | None, old: Run | None,
 ) -> int:  # fmt: skip
-    """Measure or load, then write what was asked for; what an interrupt leaves is written too."""
+    """Measure or load a run, then write the outputs asked for; also after an interrupt."""
     if options.threads:
         torch.set_num_threads(options.threads)
     code = 0
@@ -154,7 +159,7 @@ def run(
             compare.check_comparable(found, old)
         code = _run_here(options, wanted, found)
     _write(options, found)
-    if found.records and not found.claims:  # whose table has columns of its own
+    if found.records and not found.claims:  # the table of claims has other columns
         print("\n".join(report.legend(found.records)), flush=True)
     for line in sweep.report(found.records):
         print(line)
@@ -166,22 +171,22 @@ def run(
 
 
 def _run_here(options: argparse.Namespace, wanted: Sequence[Request], found: Run) -> int:
-    """Measure in this process into `found`, kept on disk group by group.
+    """Measure in this process into `found`, and save it after every group.
 
-    A machine's moods outlast the seconds of a group, so passes visit every group again after all
-    others: rows whose medians moved between are flagged.
+    A disturbance of the machine may outlast a group. Each further pass therefore measures all
+    groups again, and rows whose medians moved between passes are flagged.
     """
     if wanted or {"claims", "cluster"} & set(options.names):
         print("\n".join(describe(found.environment)), end="\n\n", flush=True)
-    kept = options.worker or options.json
+    file = options.worker or options.json
     plan = Plan(options.rounds, options.seconds or 4.0)
     passes = options.passes or (2 if options.quick else 1)
     visits: list[Record] = []
 
     def keep(records: list[Record]) -> None:
         found.records = records
-        if kept:
-            found.save(kept)
+        if file:
+            found.save(file)
 
     try:
         if options.ceilings and (wanted or "claims" in options.names):
@@ -206,7 +211,7 @@ def _run_here(options: argparse.Namespace, wanted: Sequence[Request], found: Run
 
 
 def _write(options: argparse.Namespace, found: Run) -> None:
-    """Every output is made from the run alone."""
+    """Write the outputs; each is made from the run alone."""
     if options.worker:
         found.save(options.worker)
         return

@@ -1,7 +1,7 @@
 """Candidates: ours, the reference, torch's own way and the memory floor, as calls on one input.
 
-`start` functions do everything that need not be timed and return a Running. What a peer cannot do
-(a rank it does not take, a package that is not there) it says by raising Unavailable.
+`start` functions do everything that is not to be timed, and return a Running. They raise
+Unavailable for what a peer cannot do (an input it does not take, a package that is missing).
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .cases import Case, Outputs, tensors
 from .inputs import DTYPES, Arguments
 
-# what may stand beside ours; those after "floor" take seconds a call or to compile
+# kinds of candidates beside ours; those after "floor" take seconds per call, or to compile
 KINDS = ("backend", "reference", "torch", "package", "floor", "exact", "compiled")
 
 
 class Unavailable(Exception):
-    """Why a candidate cannot run here: one sentence."""
+    """A candidate cannot run here; the message is one sentence that says why."""
 
 
 class Running(NamedTuple):
     """A candidate ready to run.
 
     Attributes:
-        call: what gets timed.
-        outputs: names what the call produced, for the judges.
-        flops: its own, if they are not the op's.
-        timed: where given, timed instead of `call`: the same without keeping what it returns, as a
-            caller who goes on would, and as the floor does.
-        dtype: that its products run in, if it is not the op's choice.
-        same: whether it means the same numbers as our op; else only its polar factor is judged.
+        call: the function to time.
+        outputs: turns the results of the call into named tensors, for the judges.
+        flops: floating-point operations, if they are not those of the op.
+        timed: timed in place of `call` if given. It drops each result at once, as the floor does.
+        dtype: dtype of its products, if it is not the op's choice.
+        same: True if it computes the same numbers as our op; otherwise only its polar factor is
+            judged.
     """
 
     call: Callable[[], Any]
@@ -51,17 +51,20 @@ Start = Callable[[Case, list[Arguments]], Running]
 
 
 class Peer(NamedTuple):
+    """A candidate by its label in tables, its kind (of KINDS) and the function that starts it."""
+
     label: str
     kind: str
     start: Start
-    package: str = ""  # that brings it, where it is not torch
+    package: str = ""  # the package it comes from, if not torch
 
     def wanted(self, names: tuple[str, ...]) -> bool:
+        """True if its kind or its package is among the names."""
         return self.kind in names or self.package in names
 
 
 def run_calls(f: Callable[..., Any], case: Case, calls: list[Arguments]) -> Running:
-    """An implementation with the op's own signature, once per call of the workload."""
+    """Start an implementation that has the op's signature: one call per entry of `calls`."""
     bound = [functools.partial(f, **arguments) for arguments in calls]
 
     def outputs(returned: list[Any]) -> Outputs:
@@ -83,25 +86,27 @@ def run_calls(f: Callable[..., Any], case: Case, calls: list[Arguments]) -> Runn
 
 
 def start_ours(case: Case, calls: list[Arguments]) -> Running:
+    """Start our op."""
     return run_calls(case.op, case, calls)
 
 
 def start_reference(case: Case, calls: list[Arguments]) -> Running:
+    """Start the op's definition in plain torch."""
     return run_calls(case.op.reference, case, calls)
 
 
 def start_triton(case: Case, calls: list[Arguments]) -> Running:
-    """The Triton kernel beside a CUDA one that serves the op."""
+    """Start the Triton kernel of an op that a CUDA kernel serves."""
     return run_calls(triton_kernel(case.op), case, calls)
 
 
 def start_part(case: Case, calls: list[Arguments]) -> Running:
-    """The CUDA kernel that serves a part of an op, also where the op leaves matrices to Triton."""
+    """Start the CUDA kernel of a part of an op, also for matrices that the op leaves to Triton."""
     return run_calls(library_part(case.op), case, calls)
 
 
-# torch ops that an optimizer's rule asks for: products and factorizations; all else of torch in a
-# step is glue
+# torch ops that count as work of an optimizer's rule: products and factorizations. The rest of
+# torch in a step is overhead.
 ALGEBRA = (
     "mm", "bmm", "addmm", "baddbmm", "baddbmm_", "linalg_eigh", "_linalg_eigh", "linalg_qr",
     "linalg_cholesky_ex", "cholesky_solve",
@@ -109,8 +114,10 @@ ALGEBRA = (
 
 
 class _Serving(TorchDispatchMode):
-    """Notes which backend serves every op that a call reaches, bodies of composites included; with
-    `keep` the calls themselves too, those of torch's ALGEBRA among them."""
+    """Records which backend serves each op that a call reaches, also within composite ops.
+
+    With `keep` it also records the calls of these ops, and of torch's ALGEBRA.
+    """
 
     def __init__(self, keep: bool = False) -> None:
         super().__init__()
@@ -134,6 +141,7 @@ class _Serving(TorchDispatchMode):
 
 
 def _flat(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -142,28 +150,37 @@ def _flat(values: Any) -> Iterator[Tensor]:
 
 
 def kernels_of(call: Callable[[], Any]) -> list[Callable[[], Any]]:
-    """The kernels that `call` runs, with their arguments: repeated, they are its work without the
-    Python and the elementwise torch between them (buffers that a step makes anew are reused)."""
+    """Return the kernel calls that `call` makes, with their arguments.
+
+    Repeating them does the same work without the Python and the elementwise torch in between.
+    Buffers that a step would allocate anew are reused.
+    """
     with _Serving(keep=True) as mode:
         call()
     return [_repeatable(kernel) for kernel in mode.calls]
 
 
 def _repeatable(kernel: Callable[[], Any]) -> Callable[[], Any]:
-    """A call of `scaled_polynomial_`, which leaves the polar factor in its place, in a place of its
-    own and over the norm of that: over another norm its entries would vanish or overflow, and such
-    are multiplied faster."""
+    """Return a kernel call that can be repeated.
+
+    `scaled_polynomial_` overwrites X by its polar factor. Its call is changed to a copy of X, over
+    the norm of that copy. Divided by another norm, entries would vanish or overflow in repeats, and
+    such numbers are multiplied faster.
+    """
     assert isinstance(kernel, functools.partial)
     if kernel.func._opname != "scaled_polynomial_":
         return kernel
     X, _, *rest = kernel.args
-    X = X.clone()  # a step's work buffer: its other kernels write there
+    X = X.clone()  # X is a work buffer of the step, to which other kernels write
     norms = torch.linalg.matrix_norm(X.double()).reshape(-1)
     return functools.partial(kernel.func, X, norms, *rest, **kernel.keywords)
 
 
 def served_by(call: Callable[[], Any]) -> str:
-    """ "C++", "Triton", "reference", or several joined by " + ": who does the work of this call."""
+    """Return the backends that do the work of a call: "C++", "Triton" or "reference", or several.
+
+    Several are joined by " + ".
+    """
     with _Serving() as mode:
         call()
     return " + ".join(sorted(mode.labels)) or "reference"
@@ -171,10 +188,10 @@ def served_by(call: Callable[[], Any]) -> str:
 
 # ---- ceilings ------------------------------------------------------------------------------------
 def read(t: Tensor) -> Tensor:
-    """One pass over a tensor that keeps nothing: a sum of its bits, as fast in every dtype.
+    """Read a tensor once: sum its bits as int64, which is as fast in every dtype.
 
-    Of torch's reductions the fastest on one core (float32, 340 MB: sum 10.1 ms, this 10.2, amax
-    11.6, vector_norm and dot 11.7; 2026-11).
+    On one core this is as fast as torch's fastest reduction (float32, 340 MB: sum 10.1 ms, this
+    10.2, amax 11.6, vector_norm and dot 11.7; 2026-11).
     """
     whole = t.is_contiguous() and t.numel() * t.element_size() % 8 == 0
     return t.view(-1).view(torch.int64).sum() if whole else t.sum()
@@ -182,17 +199,17 @@ def read(t: Tensor) -> Tensor:
 
 PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "read": read,
-    "update": lambda t: t.mul_(1.0),  # read and write in place, numbers unchanged
-    "copy": lambda t: t * 1.0,  # read, and write to a fresh tensor
+    "update": lambda t: t.mul_(1.0),  # read and write in place; numbers stay unchanged
+    "copy": lambda t: t * 1.0,  # read, and write to a new tensor
     "write": lambda t: t.zero_(),
 }
 TRAFFIC = {"read": 1, "update": 2, "copy": 2, "write": 1}
 
 
 def passes(case: Case, calls: list[Arguments]) -> Iterator[tuple[str, Tensor]]:
-    """The passes over memory that a call cannot avoid, matrix by matrix.
+    """Yield the passes over memory, (kind, tensor), that a call cannot avoid, matrix by matrix.
 
-    Arguments 64 times smaller than their matrix are left out.
+    Arguments that are more than 64 times smaller than their matrix are left out.
     """
     for arguments in calls:
         named = tensors(arguments)
@@ -212,15 +229,15 @@ def passes(case: Case, calls: list[Arguments]) -> Iterator[tuple[str, Tensor]]:
 
 
 def bytes_moved(case: Case, calls: list[Arguments]) -> float:
-    """The least traffic of a call in bytes."""
+    """Return the least number of bytes that a call reads and writes."""
     return float(sum(TRAFFIC[k] * t.numel() * t.element_size() for k, t in passes(case, calls)))
 
 
-PRODUCT = 1024  # sides of the product that stands for the arithmetic a processor offers
+PRODUCT = 1024  # side of the product that measures the arithmetic rate of a processor
 
 
 def start_product(case: Case, calls: list[Arguments]) -> Running:
-    """torch.mm in the dtype the op's products may run in: the rate beside the rate."""
+    """Start torch.mm in the dtype of the op's products, to compare its rate with ours."""
     arguments = calls[0]
     t = next(iter(tensors(arguments).values()))[0]
     dtype = arguments.get("dtype", DTYPES.get(arguments.get("precision", ""), t.dtype))
@@ -232,7 +249,7 @@ def start_product(case: Case, calls: list[Arguments]) -> Running:
 
 
 def start_floor(case: Case, calls: list[Arguments]) -> Running:
-    """The same passes over the same tensors by torch, numbers of the arguments kept."""
+    """Start the unavoidable passes over the same tensors by torch."""
     steps = [functools.partial(PASSES[kind], t) for kind, t in passes(case, calls)]
 
     def call() -> None:

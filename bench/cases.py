@@ -1,9 +1,9 @@
 """The one table of cases: a row per op and per optimizer step, read by tests and benchmarks.
 
-A row says how to make an op's arguments from shapes, what its work is in FLOPs, which argument it
-must read twice, which variants of its keywords the tests run, and on which shapes and dtypes the
-benchmark shows it. What an op mutates is read from its schema; its oracle is its own reference
-on the arguments in float64 (`inputs.doubled`).
+A row has the maker of an op's arguments from shapes, the op's FLOPs, the arguments that it must
+read twice, the keyword variants that tests run, and the shapes and dtypes of the benchmark. The
+schema of the op says which arguments it mutates. The oracle is the op's reference on the arguments
+in float64 (`inputs.doubled`).
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ Outputs = dict[str, list[Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One op: its arguments, its work and where it is shown.
+    """One op: its arguments, its work and its benchmark workloads.
 
     Attributes:
-        make: arguments from a list of shapes (an op on one matrix gets a list of one).
+        make: makes arguments from a list of shapes (an op on one matrix gets a list of one).
         flops: nominal floating-point operations of one call, 0 for memory-bound ops.
-        reread: arguments no kernel avoids reading twice (a reduction, then scaling by it).
-        written: mutated arguments that are only written.
-        maps: returns a tensor of its input's size.
-        variants: keyword sets the tests run beside the defaults.
-        scale_free: finite for every finite input, whatever its scale (DESIGN.md decision 7).
+        reread: arguments that every kernel must read twice (a reduction, then scaling by it).
+        written: mutated arguments that are written but not read.
+        maps: True if it returns a tensor of its input's size.
+        variants: keyword sets that tests run in addition to the defaults.
+        scale_free: True if every finite input gives a finite result, whatever its scale.
         shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
-        quotients: outputs over result0, one number of each matrix, whose error they share: they
-            are judged by their products with it.
-        limit: longest side all kernels of the op take.
-        polar: its result approximates the polar factor of "X".
-        quick: its workload in the quick suite, the first of `shapes` if empty.
+        quotients: outputs that are divided by result0, one number per matrix, and share its error.
+            They are judged after multiplication by it.
+        limit: longest side that all kernels of the op take.
+        polar: True if the result approximates the polar factor of "X".
+        quick: workload of the quick suite; empty takes the first of `shapes`.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def mutated(self) -> tuple[str, ...]:
-        """Names of the arguments the op writes, of those it always has."""
+        """Names of the arguments that the op writes, without optional ones."""
         always = [a for a in self.schema.arguments if not a.has_default_value()]
         return tuple(a.name for a in always if a.alias_info and a.alias_info.is_write)
 
@@ -83,7 +83,7 @@ class Case:
         return str(self.schema.arguments[0].type) == "List[Tensor]"
 
     def calls(self, workload: Workload, inputs: Inputs, **keywords: Any) -> list[Arguments]:
-        """The arguments of every call a workload takes: one for a list op, else one per shape.
+        """Return the arguments of the calls of a workload: one for a list op, else one per shape.
 
         A keyword that is a function is called with the arguments made so far.
         """
@@ -97,7 +97,7 @@ class Case:
         return calls
 
     def outputs(self, arguments: Arguments, results: Any) -> Outputs:
-        """Everything the op returned or wrote, by name."""
+        """Return all tensors that the op returned or wrote, by name."""
         found = {name: as_list(arguments[name]) for name in self.mutated}
         if isinstance(results, tuple):
             found |= {f"result{i}": as_list(r) for i, r in enumerate(results)}
@@ -107,11 +107,12 @@ class Case:
 
 
 def as_list(value: Any) -> list[Tensor]:
+    """Return a tensor, or a list or tuple of tensors, as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def tensors(arguments: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-    """The tensor arguments by name, each as a list."""
+    """Return the tensor arguments by name, each as a list."""
     found = {}
     for name, value in arguments.items():
         values = as_list(value)
@@ -293,9 +294,10 @@ class Step:
     """One optimizer's step: its class in orthonorm.optim and its work per step.
 
     Attributes:
-        name: on the command line; optimizer: in `orthonorm.optim.REGISTRY` (and its class name).
-        settings: constructor arguments, those that peers share; own: those that only ours takes.
-        flops: nominal, of one matrix; states: matrices of state per parameter.
+        name: its name on the command line.
+        optimizer: its class name, also the key in `orthonorm.optim.REGISTRY`.
+        settings: constructor arguments that peers share; own: those that only ours takes.
+        flops: nominal operations of one matrix; states: matrices of state per parameter.
     """
 
     name: str
@@ -306,11 +308,11 @@ class Step:
     states: int = 1
     shapes: tuple[str, ...] = ("llama-3m", "gpt2-small-3")
     dtypes: tuple[str, ...] = ("float32",)
-    quick: str = ""  # its workload in the quick suite, the first of `shapes` if empty
+    quick: str = ""  # workload of the quick suite; empty takes the first of `shapes`
 
 
 def _relative(optimizer: str, lr: float, states: int = 1, polynomial: bool = True) -> Step:
-    """A row of an optimizer that no peer has; `polynomial`: it takes a polar factor a step."""
+    """Make the row of an optimizer without peers; `polynomial`: each step takes polar factors."""
     flops: Callable[[Tensor], float] = (
         (lambda w: work.polynomial({"X": [w], "coefficients": KELLER}))
         if polynomial
@@ -331,7 +333,7 @@ STEPS: dict[str, Step] = {
         ),
         Step(
             "conda", "Conda", {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8},
-            own={"scale": 0.25, "update_proj_gap": 10**9},  # the one refresh falls into the warm-up
+            own={"scale": 0.25, "update_proj_gap": 10**9},  # its only refresh is in the warm-up
             flops=lambda w: work.rotation({"params": [w]}), states=2,
         ),
         Step(
@@ -356,7 +358,7 @@ STEPS: dict[str, Step] = {
         _relative("Shampoo", 1e-3, polynomial=False),
         _relative("SPlus", 0.1, polynomial=False),
         _relative("Dion", 0.01, polynomial=False),
-        _relative("Dion2", 0.01, polynomial=False),  # of a quarter of the rows
+        _relative("Dion2", 0.01, polynomial=False),  # it orthogonalizes a quarter of the rows
         _relative("SSO", 1e-3),
         _relative("StiefelAdam", 1e-3, states=2, polynomial=False),
     )

@@ -1,7 +1,7 @@
-"""The suite `claims`: every figure the project promises, its target, and whether it held just now.
+"""The suite `claims`: every figure that the project promises, its target, and if it held now.
 
-Ratios are medians over rounds of the two times in that round, so a neighbour that slows a whole
-round cancels. A claim that does not hold on a busy machine is measured again before it is believed.
+A ratio is the median over rounds of the ratio of two times in a round, so other work that slows a
+whole round cancels. Measure a claim that does not hold on a busy machine again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .shapes import MODELS, parse
 from .steps import KERNELS, MUON, Model
 from .timing import Plan, interleave, median_ratio, quantile
 
-# in float32, in bfloat16
+# targets in float32 and in bfloat16
 SMALL_TARGETS = {"500x32x32": (100.0, 200.0), "500x64x64": (19.0, 30.0), "64x128x128": (4.5, 6.0)}
 FOUR_TO_ONE = ("768x3072", "1024x4096")
 K2 = (
@@ -42,8 +42,10 @@ POLYNOMIAL, POWER, EAGER = (
 
 @dataclass(frozen=True)
 class Claim:
-    """One promise as measured: figure `>=` or `<=` target; `exact`: and an error no larger.
-    `against` says what the other is."""
+    """One promise as measured: figure `>=` or `<=` target.
+
+    `exact` also demands an error no larger than that of the other; `against` names the other.
+    """
 
     what: str
     figure: float
@@ -76,7 +78,7 @@ HEAD = ("", "ours", "other", "figure", "target", "", "our error", "its error")
 
 
 def compare(rows: list[Record], other: str, what: str, relation: str, target: float) -> Claim:
-    """How many times our time the other takes (">="), or we take the other's ("<=")."""
+    """Make a claim from records: the other's time over ours (">="), or ours over its ("<=")."""
     ours, peer = rows[0], next(row for row in rows if row.backend == other)
     if ours.median_ms is None or peer.median_ms is None or peer.round_ratio is None:
         return Claim(f"{what}: {ours.note or peer.note}", math.nan, relation, target, against=other)
@@ -108,14 +110,14 @@ def _polynomials(base: Request) -> Iterator[Found]:
             yield replace(claim, exact=True), rows
 
 
-PACKAGES = (  # the best package in that dtype: factors to reach
+PACKAGES = (  # factors to reach over the best package in that dtype
     ("float32", {"2048x2048": 3.5, "768x3072": 7.0}),
     ("bfloat16", {"500x32x32": 3.0, "500x64x64": 1.8, "64x128x128": 1.5}),
 )
 
 
 def _packages(base: Request) -> Iterator[Found]:
-    """Against the fastest package that is installed and runs in the same dtype."""
+    """Compare with the fastest package that is installed and runs in the same dtype."""
     for precision, targets in PACKAGES:
         for shape, target in targets.items():
             rows = measure(replace(base, name="newton_schulz", workload=parse(shape),
@@ -131,7 +133,7 @@ ODD = (("771x1283", "768x1280"), ("200x50x50", "200x64x64"), ("33x4097", "64x409
 
 
 def _odd_sizes(base: Request) -> Iterator[Found]:
-    """An odd size against the next multiple of 32 that its work rounds to, in shared rounds."""
+    """Compare odd sizes with the multiples of 32 to which their work is rounded."""
     for odd, even in ODD:
         calls = {}
         for shape in (odd, even):
@@ -170,7 +172,7 @@ def _moments(base: Request) -> Iterator[Found]:
 
 def _power(base: Request) -> Iterator[Found]:
     workload = MODELS["gpt2-small"]
-    kinds = ("torch", "floor")  # the reference takes forty times as long: few rounds were left
+    kinds = ("torch", "floor")  # the reference takes 40 times as long and would leave few rounds
     rows = measure(replace(base, name="power_iteration_", workload=workload, kinds=kinds))
     yield compare(rows, FLOOR, "power_iteration_, one step", "<=", 1.15), rows
     yield compare(rows, POWER, "power_iteration_, one step", ">=", 4.5), []
@@ -180,14 +182,14 @@ LAYERS, WIDTHS = 100, (32, 64, 128, 256, 512)
 
 
 class _Weights(nn.Sequential):
-    """Layers whose forward is their weights: what normalization costs, and nothing else."""
+    """Layers whose forward returns their weights: it costs the normalization and nothing else."""
 
     def forward(self) -> list[Tensor]:
         return [layer.weight for layer in self]
 
 
 def _layers(base: Request) -> Iterator[Found]:
-    """All weights of a network normalized, with their graph, in a forward that keeps them."""
+    """Compare forwards that normalize all weights of a network and keep their graphs."""
     for width in WIDTHS:
         W = Inputs(device=base.device).matrix("W", (LAYERS, width, width))
         models = {}
@@ -200,12 +202,12 @@ def _layers(base: Request) -> Iterator[Found]:
             spectral_norm(layer)
             mine, its = (m.parametrizations.weight[0] for m in (other, layer))
             its._u, its._v = mine._u.clone(), mine._v.clone()
-        found, its = ([x.detach().double().norm() for x in models[name]()] for name in models)
-        apart = max(abs(a / b - 1).item() for a, b in zip(found, its, strict=True))
-        kept: dict[str, list[Tensor]] = {}
+        norms, its = ([x.detach().double().norm() for x in models[name]()] for name in models)
+        apart = max(abs(a / b - 1).item() for a, b in zip(norms, its, strict=True))
+        results: dict[str, list[Tensor]] = {}
 
-        def forward(name: str, models: Any = models, kept: Any = kept) -> None:
-            kept[name] = models[name]()
+        def forward(name: str, models: Any = models, results: Any = results) -> None:
+            results[name] = models[name]()
 
         calls = {name: functools.partial(forward, name) for name in models}
         samples = interleave(calls, base.plan, base.device)
@@ -226,19 +228,20 @@ def _muon(base: Request) -> Iterator[Found]:
 
 
 def _kernels(base: Request) -> Iterator[Found]:
-    """What a step adds to its kernels: loops, checks and torch's elementwise passes."""
-    plan = base.plan._replace(seconds=1.0)  # there are many
+    """Compare steps with their kernels: loops, checks and torch's elementwise passes are extra."""
+    plan = base.plan._replace(seconds=1.0)  # short, because there are many steps
     for name in STEPS:
         rows = measure(replace(base, name=name, workload=MODELS["llama-3m"], kinds=("floor",),
                                refcheck=False, plan=plan))  # fmt: skip
         yield compare(rows, KERNELS, f"{name}, a step of llama-3m", "<=", 1.1), rows
 
 
-BESIDE_MUON = (("NorMuon", 0, 1.1), ("AdaMuon", 0, 1.1), ("Muon", 10, 1.02))  # and telemetry
+# (optimizer, telemetry, target) to compare with plain Muon
+BESIDE_MUON = (("NorMuon", 0, 1.1), ("AdaMuon", 0, 1.1), ("Muon", 10, 1.02))
 
 
 def _steps(base: Request) -> Iterator[Found]:
-    """Ten steps each, in shared rounds: with telemetry=10 one of them is measured."""
+    """Compare ten steps of each in shared rounds; telemetry=10 measures one step of ten."""
     workload = MODELS["llama-3m"]
 
     def ten(optimizer: str, telemetry: int = 0) -> Callable[[], Any]:
@@ -285,7 +288,7 @@ SECTIONS: tuple[Section, ...] = (
 
 
 def run_claims(plan: Plan, device: str, limits: Mapping[str, float]) -> Iterator[Found]:
-    """Measure every promise and print it, section by section: claims and the rows under them."""
+    """Measure and print every promise, section by section; yield each claim with its records."""
     base = Request("newton_schulz", parse("1x1"), plan=plan, device=device, limits=limits)
     claims: list[Claim] = []
     for title, section in SECTIONS:

@@ -1,16 +1,15 @@
 """The cost of one Muon step on 1 to 4096 devices: measured kernel rates, modelled communication.
 
-Two plans are compared for parameters sharded over P devices (KERNELS: owner-compute all-to-all by
-groups, and the exact all-reduce of Gram matrices):
+Compares two plans for parameters sharded over P devices:
 
 owner    Every matrix belongs to one device (longest first, to the least loaded). It receives the
          (P - 1) / P of its matrices that others hold and sends as much back: two all-to-alls of
-         2 bytes an element. Work shrinks until every device has one matrix, or none.
+         2 bytes per element. Work shrinks until every device has one matrix, or none.
 gram     Every device keeps its part of every matrix: partial products X X^T, one ring all-reduce
-         of 2 (P - 1) / P n^2 float32 numbers a matrix, then the n x n iteration on every device.
+         of 2 (P - 1) / P n^2 float32 numbers per matrix, then the n x n iteration on every device.
 
 Nothing is overlapped; a collective costs log2(P) messages of the given latency. Passes over the
-parameters (14 bytes an element: gradient, momentum, update, weights) run at the copy bandwidth.
+parameters (14 bytes per element: gradient, momentum, update, weights) run at copy bandwidth.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from . import ceilings, records, report, shapes
 from .measure import Request, measure
 from .timing import Plan
 
-STEPS = 5  # of the quintic
-HALF, SINGLE, PASSES = 2.0, 4.0, 14.0  # bytes an element
+STEPS = 5  # steps of the quintic
+HALF, SINGLE, PASSES = 2.0, 4.0, 14.0  # bytes per element
 DEVICES = tuple(2**i for i in range(13))
-LARGEST = 2e11  # FLOPs of a rate's probe: larger matrices take the rate of a scaled-down one
+LARGEST = 2e11  # most FLOPs of a probe; larger matrices get the rate of a scaled-down one
 
 
 class Matrix(NamedTuple):
@@ -40,13 +39,16 @@ class Matrix(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Nominal, of the direct form: what measured rates count."""
+        """Nominal operations of the direct form, which measured rates count too."""
         return STEPS * (4.0 * self.n**2 * self.m + 2.0 * self.n**3)
 
 
 class Machine(NamedTuple):
-    """Rates of one device: kernels by matrix (nominal FLOP/s), products and memory for what is
-    modelled, link bytes per second in each direction, seconds a message."""
+    """Rates of one device.
+
+    Kernel rates by matrix (nominal FLOP/s), product (FLOP/s) and copy (bytes per second) for the
+    modelled work, link bytes per second in each direction, and seconds per message.
+    """
 
     rates: Mapping[Matrix, float]
     product: float
@@ -56,7 +58,7 @@ class Machine(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds of one step, part by part."""
+    """Seconds of one step by part."""
 
     compute: float
     passes: float
@@ -68,6 +70,7 @@ class Cost(NamedTuple):
 
 
 def matrices(workload: shapes.Workload) -> list[Matrix]:
+    """Return every matrix of a workload, members of batches one by one."""
     found = []
     for shape in workload.shapes:
         n, m = sorted(shape[-2:])
@@ -76,11 +79,12 @@ def matrices(workload: shapes.Workload) -> list[Matrix]:
 
 
 def _messages(devices: int, count: int, machine: Machine) -> float:
+    """Return the latency of `count` collectives in seconds."""
     return count * math.ceil(math.log2(devices)) * machine.latency if devices > 1 else 0.0
 
 
 def owner(owned: Sequence[Matrix], devices: int, machine: Machine) -> Cost:
-    """Whole matrices on their owners: the device that has most decides."""
+    """Return the cost of the plan "owner"; the device with the most work decides."""
     seconds = sorted(((x.flops / machine.rates[x], x) for x in owned), reverse=True)
     loads = [(0.0, 0.0)] * devices  # (seconds, elements)
     for took, x in seconds:
@@ -98,8 +102,11 @@ def owner(owned: Sequence[Matrix], devices: int, machine: Machine) -> Cost:
 
 
 def gram(owned: Sequence[Matrix], devices: int, machine: Machine) -> Cost:
-    """Every matrix in P parts: two products with X are shared, the iteration is not. Full products
-    without restart: (4 m n^2) / P + 2 (4 T - 3) n^3 FLOPs."""
+    """Return the cost of the plan "gram".
+
+    The two products with X are divided among devices, the iteration is repeated on each. Full
+    products without restart take (4 m n^2) / P + 2 (4 T - 3) n^3 FLOPs.
+    """
     shared = sum(4.0 * x.n**2 * x.m for x in owned) / devices
     repeated = sum(2.0 * (4 * STEPS - 3) * x.n**3 for x in owned)
     reduced = sum(x.n**2 for x in owned) * 2.0 * (devices - 1) / devices
@@ -113,13 +120,13 @@ def gram(owned: Sequence[Matrix], devices: int, machine: Machine) -> Cost:
 
 
 def probe(x: Matrix) -> Matrix:
-    """The same aspect, small enough to be measured in about a second."""
+    """Return a matrix of the same aspect ratio that can be measured in about a second."""
     shrink = min(1.0, (LARGEST / x.flops) ** (1 / 3))
     return Matrix(max(1, int(x.n * shrink)), max(1, int(x.m * shrink)))
 
 
 def measured(owned: Sequence[Matrix], device: str, seconds: float) -> dict[Matrix, float]:
-    """Nominal FLOP/s of ours on every distinct matrix."""
+    """Measure our nominal FLOP/s on every distinct matrix."""
     found: dict[Matrix, float] = {}
     for x in Counter(owned):
         n, m = probe(x)
@@ -134,12 +141,12 @@ def measured(owned: Sequence[Matrix], device: str, seconds: float) -> dict[Matri
 
 
 def crossing(costs: Sequence[tuple[int, Cost]]) -> int | None:
-    """The first number of devices on which communication takes longer than the rest."""
+    """Return the least number of devices whose communication takes longer than the rest."""
     return next((p for p, c in costs if c.communication > c.compute + c.passes), None)
 
 
 def table(owned: Sequence[Matrix], machine: Machine) -> list[str]:
-    """A line per number of devices, and where communication takes over."""
+    """Return a line per number of devices, and lines on where communication dominates."""
     rows = [("devices", "compute", "passes", "all-to-all", "step ms", "speedup", "busy",
              "gram all-reduce ms")]  # fmt: skip
     costs = [(p, owner(owned, p, machine)) for p in DEVICES]
@@ -163,7 +170,7 @@ def table(owned: Sequence[Matrix], machine: Machine) -> list[str]:
 
 
 def main(options: argparse.Namespace, run: records.Run) -> None:
-    """Print the model for each --shape (llama-130m where none is given)."""
+    """Print the model for each --shape (by default llama-130m)."""
     given = options.tflops and options.copy
     limits = run.ceilings or ({} if given else ceilings.measured(options.device))
     for name in options.shape or ["llama-130m"]:

@@ -1,7 +1,7 @@
-"""Comparison of two runs: what moved beyond its noise, and whether that is a failure.
+"""Comparison of two runs: rows that moved beyond noise, and which of these are failures.
 
-A time moved if each run's median lies outside the other's p10 to p90 and they differ by more than
-the threshold. An error grew if it is more than twice the old one and not rounding.
+A time moved if each run's median lies outside the other's p10 to p90, and the medians differ by
+more than the threshold. An error grew if it is more than twice the old one and above rounding.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import NamedTuple
 from .records import Record, Run
 from .report import align, milliseconds
 
-ROUNDING = 1e-12  # errors below this are those of float64 itself
+ROUNDING = 1e-12  # errors below this are rounding of float64 itself
 SHORT = 0.01  # milliseconds: calls below this are compared at twice the threshold
 
 
 class Move(NamedTuple):
+    """A row that changed between two runs."""
+
     record: Record
     old: Record
     change: float  # new median over old, minus 1
@@ -23,21 +25,26 @@ class Move(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Only ours can fail: peers moving says something about the machine or their version."""
+        """True if one of ours got slower, wrong or is gone.
+
+        A peer that moved tells of the machine or of its own version.
+        """
         return self.what in ("slower", "wrong", "gone") and self.record.kind == "ours"
 
 
 def _outside(median: float, other: Record) -> bool:
+    """True if a median lies outside the p10 to p90 of another record."""
     assert other.p10_ms is not None and other.p90_ms is not None
     return not other.p10_ms <= median <= other.p90_ms
 
 
 def grew(new: float | None, old: float | None) -> bool:
+    """True if an error is more than twice the old one, and above rounding."""
     return new is not None and old is not None and new > max(2 * old, ROUNDING)
 
 
 def move(new: Record, old: Record, threshold: float) -> Move | None:
-    """What happened to one row; None if nothing did."""
+    """Return the move of one row; None if nothing changed."""
     if old.median_ms is None:
         return None
     if new.median_ms is None:
@@ -54,7 +61,7 @@ def move(new: Record, old: Record, threshold: float) -> Move | None:
 
 
 def check_comparable(new: Run, old: Run) -> None:
-    """ValueError for runs of different machines: their times say nothing about the source."""
+    """Raise ValueError for runs of different devices or threads, whose times do not compare."""
     for name in ("device", "threads"):
         a, b = new.environment.get(name), old.environment.get(name)
         if a != b:
@@ -62,7 +69,7 @@ def check_comparable(new: Run, old: Run) -> None:
 
 
 def compare(new: Run, old: Run, threshold: float) -> tuple[list[Move], int]:
-    """The moves, failures first, and how many rows both runs have."""
+    """Return the moves, failures first, and the number of rows that both runs have."""
     before = {r.key: r for r in old.records}
     shared = [(r, before[r.key]) for r in new.records if r.key in before]
     moves = [m for pair in shared if (m := move(*pair, threshold)) is not None]
@@ -70,7 +77,7 @@ def compare(new: Run, old: Run, threshold: float) -> tuple[list[Move], int]:
 
 
 def report(new: Run, old: Run, threshold: float) -> tuple[str, bool]:
-    """The comparison as text, and whether something of ours is slower, wrong or gone."""
+    """Return the comparison as text, and True if one of ours is slower, wrong or gone."""
     moves, shared = compare(new, old, threshold)
     lines = [f"{shared} rows in common with {old.title}, commit {old.environment.get('commit')}"]
     for name, rate in new.ceilings.items():

@@ -1,7 +1,8 @@
-"""What the GPU kernels compile to, from the committed reports, and what a GPU holds of it.
+"""Compiled GPU kernels from the committed reports, and their occupancy on a GPU.
 
-`bench/results/triton_compile.json` is `triton_report`'s, `cuda_compile.json` is `cuda_report`'s:
-registers, spills, shared memory and instructions are the compilers'. Occupancy follows from them.
+`triton_report` writes `bench/results/triton_compile.json`, and `cuda_report` writes
+`cuda_compile.json`. Registers, spills, shared memory and instructions are the compilers' own
+figures; occupancy follows from them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ WARP = 32
 
 
 class Device(NamedTuple):
-    """A datasheet: multiprocessors, dense FLOP/s by dtype, bytes per second; and what a
-    multiprocessor holds (CUDA C++ programming guide, table of compute capabilities)."""
+    """Datasheet of a GPU: multiprocessors, dense FLOP/s by dtype, bytes per second.
+
+    The others are limits of a multiprocessor (CUDA C++ programming guide, table of compute
+    capabilities).
+    """
 
     name: str
     processors: int
@@ -44,7 +48,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel as the reports have it, named by Triton's word for the op it serves."""
+    """A compiled kernel of the reports; `op` is Triton's name for the op that it serves."""
 
     language: str
     name: str
@@ -59,8 +63,11 @@ class Kernel:
     mix: dict[str, int] = field(hash=False)
 
     def resident(self, device: Device) -> int:
-        """Blocks a multiprocessor holds: registers come in units of 256 a warp, shared memory
-        with 1 KiB of the system's a block from sm_80 on."""
+        """Return how many blocks a multiprocessor holds.
+
+        Registers are allocated in units of 256 per warp. From sm_80 on the system takes 1 KiB of
+        shared memory per block.
+        """
         per_warp = 256 * math.ceil(max(self.registers, 1) * WARP / 256)
         return min(
             device.blocks,
@@ -73,7 +80,7 @@ class Kernel:
         return self.resident(device) * self.warps * WARP / device.threads
 
 
-# ops of which the hot kernel goes by another name in Triton's report
+# ops whose hot kernel has another name in Triton's report
 TRITON_NAMES = {
     "power_iteration_": "power-step",
     "column_moment_": "column_moment_across",
@@ -82,11 +89,12 @@ TRITON_NAMES = {
 
 
 def triton_name(op: str) -> str:
+    """Return the name of an op in Triton's report."""
     return TRITON_NAMES.get(op, op.rstrip("_"))
 
 
 def triton(row: dict[str, Any]) -> Kernel:
-    """A row of Triton's report, named op-dtype-blocks-sm_arch."""
+    """Return the kernel of a row of Triton's report, whose name is op-dtype-blocks-sm_arch."""
     head, _, arch = row["name"].rpartition("-sm_")
     op, dtype, blocks = head.rsplit("-", 2)
     sizes = tuple(int(b) for b in blocks.split("x")) if blocks else ()
@@ -94,14 +102,14 @@ def triton(row: dict[str, Any]) -> Kernel:
                   row["shared"], row["spills"], row["mix"])  # fmt: skip
 
 
-# ops of which a program of Triton's owns whole rows, or columns if "across"; of all lengths
+# ops in which one Triton program owns whole rows ("across": columns), whatever their length
 LINES = (
     "row_moment", "column_moment_across", "factored_moment", "row_normalize",
     "column_normalize_across", "power-step",
 )  # fmt: skip
 
-# csrc/cuda, as tests/test_cuda_compile.py compares: warps of a block, elements of its tile by op,
-# and rows of power iteration's
+# launches of csrc/cuda, which tests/test_cuda_compile.py checks: warps of a block, and by op the
+# elements of its tile (power iteration: rows)
 CUDA_WARPS = 8
 CUDA_TILES = {"adamw_step_": 2048, "rotated_adam_": 2048, "muon_prologue_": 2048,
               "decayed_update_": 4096, "divide_each": 4096, "magnitude": 4096,
@@ -114,8 +122,10 @@ LINE_OPS = ("row_moment_", "column_moment_", "factored_moment_", "row_normalize"
 
 
 def cuda(row: dict[str, Any]) -> Iterator[Kernel]:
-    """A kernel for every op and dtype that a row of nvcc's report serves; none of those that
-    reduce a few numbers, nor of halves, which Triton has none of."""
+    """Yield a kernel for every op and dtype that a row of nvcc's report serves.
+
+    Kernels that reduce a few numbers are left out, and those of halves, which Triton does not have.
+    """
     function, _, arguments = row["kernel"].rstrip(">").partition("<")
     if function not in CUDA_HOT or "Halves" in arguments:
         return
@@ -129,7 +139,7 @@ def cuda(row: dict[str, Any]) -> Iterator[Kernel]:
 
 
 def kernels(folder: Path = FOLDER) -> list[Kernel]:
-    """Both reports' kernels for NVIDIA's architectures."""
+    """Return the kernels of both reports for NVIDIA's architectures."""
     ours, nvcc = (
         json.loads((folder / f"{name}_compile.json").read_text()) for name in ("triton", "cuda")
     )

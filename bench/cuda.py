@@ -1,4 +1,4 @@
-"""What only a CUDA device has: a cold L2 cache, graphs, and a host that runs ahead."""
+"""Timings that exist on CUDA devices only: with a cold L2 cache, of graphs, and of the host."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ SAMPLES = 20
 
 
 def cold(call: Callable[[], Any], device: str) -> float:
-    """Median seconds of a call that finds nothing of its data in the L2 cache: before each, a
-    buffer twice its size is written; events stand around the call alone."""
+    """Return the median seconds of a call that finds none of its data in the L2 cache.
+
+    Before each call a buffer of twice the cache's size is written; only the call is timed.
+    """
     size = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * size, dtype=torch.int8, device=device)
     times = []
@@ -31,7 +33,10 @@ def cold(call: Callable[[], Any], device: str) -> float:
 
 
 def replayed(call: Callable[[], Any]) -> float:
-    """Median seconds of a call replayed from a CUDA graph; RuntimeError if it cannot be one."""
+    """Return the median seconds of a call replayed from a CUDA graph.
+
+    Raise RuntimeError if it cannot be captured.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -45,7 +50,7 @@ def replayed(call: Callable[[], Any]) -> float:
 
 
 def host(call: Callable[[], Any]) -> float:
-    """Median seconds until a call returns to the host, the queue empty before."""
+    """Return the median seconds until a call returns to the host; the queue is empty before."""
     times = []
     for _ in range(SAMPLES):
         torch.cuda.synchronize()

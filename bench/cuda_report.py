@@ -1,4 +1,4 @@
-"""What the CUDA kernels compile to: registers, stack, shared memory and instructions.
+"""Compile report of the CUDA kernels: registers, stack, shared memory and instructions.
 
     cmake -S . -B build/cuda -DWITH_CUDA=ON -DBUILD_TESTING=OFF && cmake --build build/cuda -j 2
     python -m orthonorm.bench.cuda_report [--out bench/results/cuda_compile.json]
@@ -23,23 +23,24 @@ ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "cuda" / "CMakeFiles" / "_C_cuda.dir" / "csrc" / "cuda"
 RESULTS = Path(__file__).resolve().parent / "results" / "cuda_compile.json"
 ARCHES = ("sm_80", "sm_90a", "sm_100a")
-INSTRUCTIONS = {  # what is counted in the machine code of a kernel
+INSTRUCTIONS = {  # instructions that are counted in the machine code of a kernel
     "loads_16": r"\bLDG\.E\.(?:\w+\.)*128",
     "stores_16": r"\bSTG\.E\.(?:\w+\.)*128",
     "bulk_copies": r"\b(?:UBLKCP|UTMALDG)",
     "async_copies": r"\bLDGSTS",
     "tensor_cores": r"\b(?:HMMA|HGMMA|UTCHMMA)",
-    "generic_16": r"\bLD\.E\.(?:\w+\.)*128",  # of other blocks of a cluster, say
+    "generic_16": r"\bLD\.E\.(?:\w+\.)*128",  # such as loads from other blocks of a cluster
     "cluster_barriers": r"\bUCGABAR_WAIT",
 }
 
 
 def sources() -> list[Path]:
+    """Return the CUDA source files."""
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def built() -> bool:
-    """Whether every source has an object newer than all that it was made from (CMake's list)."""
+    """True if every source has an object that is newer than all its inputs (by CMake's list)."""
     for source in sources():
         made = OBJECTS / f"{source.name}.o"
         listed = made.with_name(f"{made.name}.d")
@@ -52,7 +53,7 @@ def built() -> bool:
 
 
 def tool(*arguments: str) -> str:
-    """The output of cuobjdump, which Triton's wheel carries (with the nvdisasm that it calls)."""
+    """Run cuobjdump and return its output; Triton's wheel contains it, and nvdisasm."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -65,26 +66,26 @@ def tool(*arguments: str) -> str:
 
 
 def plain(symbols: list[str]) -> dict[str, str]:
-    """Kernel names without parameters and namespaces: "elementwise_kernel<MagnitudeOp, float>"."""
+    """Return readable kernel names by symbol, such as "elementwise_kernel<MagnitudeOp, float>"."""
     run = subprocess.run(
         ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
     )
     names = {}
     for symbol, name in zip(symbols, run.stdout.splitlines(), strict=True):
         short = re.sub(r"^void |orthonorm::(?:cuda::)?", "", name)
-        short = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", short)  # a number of an enumeration
+        short = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", short)  # value of an enumeration
         names[symbol] = short.partition("(")[0]
     return names
 
 
 def by_arch(text: str) -> dict[str, str]:
-    """The parts of cuobjdump's output for each architecture of an object."""
+    """Split cuobjdump's output of an object by architecture."""
     parts = re.split(r"^arch = (sm_\w+)$", text, flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def rows(source: Path) -> list[dict[str, Any]]:
-    """A row for every kernel of a source and architecture."""
+    """Return a row for every kernel of a source, for every architecture."""
     path = str(OBJECTS / f"{source.name}.o")
     usage, code = (by_arch(tool(option, path)) for option in ("-res-usage", "-sass"))
     found = []

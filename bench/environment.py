@@ -1,4 +1,4 @@
-"""The machine, the versions and the state of the source a figure belongs to; memory and imports."""
+"""Machine, versions and source of a measurement; also peak memory and import times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .timing import overhead
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first processor."""
+    """Return the fields of the first processor in /proc/cpuinfo; none on other systems."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -35,7 +35,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it; virtual machines leave the model out."""
+    """Return the processor's name, with family and model where a virtual machine hides it."""
     about = _cpuinfo()
     name = about.get("model name", platform.processor() or platform.machine())
     if "cpu family" not in about or any(c.isdigit() for c in name):
@@ -49,7 +49,7 @@ def _instructions() -> str:
 
 
 def commit() -> str:
-    """The source's commit, "+" if files differ from it; empty outside git."""
+    """Return the commit of the source, with "+" if files differ from it; "" outside git."""
     folder = Path(orthonorm.__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -66,12 +66,12 @@ def commit() -> str:
 
 
 def pinned() -> bool:
-    """Whether OpenMP was told to keep every thread on one core."""
+    """True if OpenMP was told to keep every thread on one core."""
     return os.environ.get("OMP_PROC_BIND", "false").lower() not in ("", "false")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What goes with every result, JSON-ready."""
+    """Return the description of machine, versions and source for every result, as JSON data."""
     on_gpu = device.startswith("cuda")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -86,13 +86,13 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "pinned": pinned(),
-        "harness_us": round(overhead() * 1e6, 3),  # what timing one call adds to it
+        "harness_us": round(overhead() * 1e6, 3),  # time that timing adds to a call
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 
 def describe(found: dict[str, Any]) -> list[str]:
-    """The environment in a few lines of at most 100 columns for people."""
+    """Return the environment as a few lines of text of at most 100 columns."""
     source = f"orthonorm {found['orthonorm']}"
     source += f" ({found['commit']})" if found["commit"] else ""
     lines = [
@@ -108,7 +108,7 @@ def describe(found: dict[str, Any]) -> list[str]:
 
 
 def _most_held_by_torch(call: Callable[[], Any]) -> int:
-    """Bytes of torch's CPU allocator beyond what was held before, at the worst moment of a call."""
+    """Return the peak bytes that a call takes from torch's CPU allocator."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
@@ -122,7 +122,7 @@ def _most_held_by_torch(call: Callable[[], Any]) -> int:
 
 
 def _most_held_by_kernels(call: Callable[[], Any]) -> int:
-    """The same of what C++ kernels take beside tensors (csrc/scratch.h)."""
+    """Return the peak bytes that C++ kernels take in addition to tensors (csrc/scratch.h)."""
     path = Path(orthonorm.__file__).with_name("_C.so")
     if LOADED.libraries.get(path.name) != "loaded":
         call()
@@ -135,10 +135,10 @@ def _most_held_by_kernels(call: Callable[[], Any]) -> int:
 
 
 def peak_extra_memory(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes beyond what was held before, at the worst moment of a later call.
+    """Return the peak bytes that a call takes beyond those held before; a first call warms up.
 
-    Counted, not sampled: the same number every time. On a CPU the most that torch's allocator and
-    the most that kernels hold beside it, which need not be at the same moment.
+    The bytes are counted, not sampled, so the number is the same every time. On a CPU the peaks of
+    torch's allocator and of the kernels' own memory are added, though they may differ in time.
     """
     call()
     gc.collect()
@@ -159,7 +159,10 @@ IMPORT = (
 
 
 def import_times(rounds: int = 5) -> tuple[list[float], bool]:
-    """Seconds that `import orthonorm` takes after torch, in fresh processes; whether CUDA woke."""
+    """Time `import orthonorm` after torch in fresh processes.
+
+    Return the seconds, and True if an import initialized CUDA.
+    """
     seconds, woke = [], False
     for _ in range(rounds):
         done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)

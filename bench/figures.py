@@ -1,4 +1,4 @@
-"""What the plots show, as data: `svg.py` draws it into the page, `plots.py` with matplotlib."""
+"""Plots as data, which `svg.py` draws into the page and `plots.py` with matplotlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .records import Record, Run, grouped
 from .sweep import report as sweep_report
 from .sweep import series
 
-# a color for every kind of candidate, and what the legend calls it
+# a color class for every kind of candidate, and its name in the legend
 COLORS = {
     "ours": "orthonorm", "reference": "definition in plain torch", "torch": "torch",
     "package": "other packages", "exact": "exact decompositions", "floor": "this machine's floor",
@@ -20,7 +20,7 @@ _OF_KIND = {"backend": "ours", "compiled": "package"}
 
 
 class Mark(NamedTuple):
-    """A point: its place, its color, and what hovering says."""
+    """A point: its place, its color class, and the text shown on hovering."""
 
     x: float
     y: float
@@ -36,7 +36,7 @@ class Line(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A bar of a length around 1, its color, the words beside it, the heading it stands under."""
+    """A bar: its length (1 is neutral), color class, label, and the heading above it."""
 
     length: float
     color: str
@@ -58,6 +58,8 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Bars:
+    """Horizontal bars on a logarithmic axis around 1."""
+
     name: str
     caption: str
     rows: tuple[Bar, ...]
@@ -68,10 +70,12 @@ def _color(r: Record) -> str:
 
 
 def _named(r: Record) -> str:
+    """Return the text that names a record on hovering."""
     return " ".join(p for p in (r.name, r.shape, r.dtype, r.precision, r.sweep, r.backend) if p)
 
 
 def roofline(run: Run) -> Scatter:
+    """Plot FLOP/s over FLOPs per byte, with the measured ceilings."""
     marks = tuple(
         Mark(r.flops / r.bytes, r.rate, _color(r), f"{_named(r)}: {report.scaled(r.rate, r.unit)}")
         for r in run.records
@@ -95,6 +99,7 @@ def roofline(run: Run) -> Scatter:
 
 
 def bandwidth(run: Run) -> Bars:
+    """Plot the bandwidth of memory-bound rows as a multiple of the measured copy."""
     rows = [
         Bar(r.of_ceiling, _color(r), r.backend, f"{r.name}  {r.shape}  {r.dtype}")
         for r in run.records
@@ -105,6 +110,7 @@ def bandwidth(run: Run) -> Bars:
 
 
 def speedup(run: Run) -> Bars:
+    """Plot the times of others over ours."""
     rows: list[Bar] = []
     for members in grouped(run.records):
         heading = report.title(members).replace("  gaussian", "")
@@ -118,6 +124,7 @@ def speedup(run: Run) -> Bars:
 
 
 def errors(run: Run) -> Scatter:
+    """Plot errors over times."""
     marks = tuple(
         Mark(r.median_ms, r.error, _color(r), f"{_named(r)}: {r.median_ms:.3g} ms, {r.error:.1e}")
         for r in run.records
@@ -128,6 +135,7 @@ def errors(run: Run) -> Scatter:
 
 
 def sweeps(run: Run) -> Scatter:
+    """Plot times over the quantity that a sweep varied."""
     colors = {r.backend: _color(r) for r in run.records}
     marks, lines = [], []
     for (name, dtype, _, backend, variable), points in series(run.records).items():
@@ -139,7 +147,7 @@ def sweeps(run: Run) -> Scatter:
 
 
 def figures(run: Run) -> list[Scatter | Bars]:
-    """The plots this run has data for."""
+    """Return the plots for which the run has data."""
     made: tuple[Scatter | Bars, ...] = (
         speedup(run), errors(run), roofline(run), bandwidth(run), sweeps(run)
     )  # fmt: skip

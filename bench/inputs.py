@@ -1,4 +1,4 @@
-"""Inputs: matrices of named spectra, the companions an op needs, and their float64 twins.
+"""Inputs: matrices of named spectra, the other tensors that an op needs, and float64 copies.
 
 Every tensor is a function of (seed, tag, shape), so a case can be rebuilt alone and in any order.
 """
@@ -50,7 +50,7 @@ def _low_rank(k: int) -> Tensor:
     return torch.where(torch.arange(k) < 32, 1.0, 1e-3).double()
 
 
-# Singular values of k numbers; None: independent normal entries.
+# Functions of k that return k singular values; None: independent normal entries.
 SPECTRA: dict[str, Callable[[int], Tensor] | None] = {
     "gaussian": None,
     "log-1e-2": _logarithmic(1e-2),
@@ -65,9 +65,12 @@ LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "strided")
 
 
 def place(t: Tensor, layout: str) -> Tensor:
-    """The same numbers in another layout: "transposed" storage, all dimensions "reversed" (batches
-    innermost), rows cut out of wider ones ("sliced", unaligned), every second element of both last
-    dimensions ("strided")."""
+    """Return the same numbers in another memory layout.
+
+    "transposed": the last two dimensions are swapped in memory. "reversed": all dimensions are, so
+    batches are innermost. "sliced": rows are cut out of wider ones, and unaligned. "strided": every
+    second element of the last two dimensions of a buffer.
+    """
     if layout == "transposed" and t.dim() >= 2:
         return t.mT.contiguous().mT
     if layout == "reversed":
@@ -77,7 +80,8 @@ def place(t: Tensor, layout: str) -> Tensor:
         return t
     step = 2 if layout == "strided" else 1
     sides = [step * n + 3 if d >= t.dim() - 2 else n for d, n in enumerate(t.shape)]
-    buffer = torch.full(sides, 7.0, dtype=t.dtype, device=t.device)  # not zero: to be missed
+    # gaps hold 7, so that a kernel that reads them gives wrong results
+    buffer = torch.full(sides, 7.0, dtype=t.dtype, device=t.device)
     view = buffer
     for d in range(max(0, t.dim() - 2), t.dim()):
         view = view[(slice(None),) * d + (slice(1, 1 + step * t.shape[d], step),)]
@@ -86,19 +90,19 @@ def place(t: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Makes the tensors of one case: what dtype, where, of which spectrum, in which layout."""
+    """Maker of the tensors of one case, of a dtype, device, spectrum and layout."""
 
     dtype: torch.dtype = torch.float32
-    state_dtype: torch.dtype | None = None  # None: dtype
+    state_dtype: torch.dtype | None = None  # None: the same as dtype
     device: str = "cpu"
     spectrum: str = "gaussian"
     layout: str = "contiguous"
     seed: int = 0
-    scale: float = 1.0  # multiplies what `matrix` makes
+    scale: float = 1.0  # factor of results of `matrix`
 
     @classmethod
     def named(cls, dtype: str, **settings: Any) -> Inputs:
-        """Inputs for a dtype by its name on the command line ("mixed" included)."""
+        """Return Inputs for a dtype by its name on the command line (also "mixed")."""
         if dtype == MIXED:
             return cls(torch.bfloat16, torch.float32, **settings)
         return cls(DTYPES[dtype], **settings)
@@ -114,20 +118,20 @@ class Inputs:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(tag.encode()))
 
     def normal(self, tag: str, shape: Shape) -> Tensor:
-        """Independent normal entries, drawn in float32 (float64 if that is wanted) on the CPU."""
+        """Return independent normal entries, drawn on the CPU in float32 (float64 if asked for)."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return torch.randn(shape, generator=self._generator(tag), dtype=wide)
 
     def orthogonal(self, tag: str, rows: int, columns: int) -> Tensor:
-        """Orthonormal columns, float64."""
+        """Return a matrix with orthonormal columns in float64."""
         return torch.linalg.qr(self.normal(tag, (rows, columns)).double())[0]
 
     def put(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor as an argument: dtype, device, layout."""
+        """Return a tensor in the dtype, on the device and in the layout of the case."""
         return place(t.to(self.device, dtype or self.dtype), self.layout)
 
     def matrix(self, tag: str, shape: Shape) -> Tensor:
-        """A (batch of) matrices with the wanted singular values, times `scale`."""
+        """Return a (batch of) matrices with the singular values of the spectrum, times `scale`."""
         values = SPECTRA[self.spectrum]
         k = min(shape[-2:])
         if values is None or math.prod(shape) == 0:
@@ -140,36 +144,39 @@ class Inputs:
         return self.put(torch.stack(members).view(shape) * self.scale)
 
     def state(self, tag: str, shape: Shape) -> Tensor:
-        """A first moment."""
+        """Return a first moment."""
         return self.put(self.normal(tag, shape), self.states)
 
     def moment(self, tag: str, shape: Shape) -> Tensor:
-        """A second moment near 1: far from the data's own, a pass that divides by its root would
-        take its matrix to denormals within a few dozen repeats."""
+        """Return a second moment near 1.
+
+        With a moment far from that of the data, a pass that divides by its root would take the
+        matrix to denormals within a few dozen repeats.
+        """
         return self.put(0.1 * self.normal(tag, shape).square() + 0.9, self.states)
 
     def unit(self, tag: str, shape: Shape) -> Tensor:
-        """Unit vectors along the last dimension."""
+        """Return unit vectors along the last dimension."""
         return self.put(torch.nn.functional.normalize(self.normal(tag, shape), dim=-1))
 
     def basis(self, tag: str, shape: Shape) -> Tensor:
-        """Orthogonal matrices for the short side of `shape`, in the states' dtype."""
+        """Return orthogonal matrices for the short side of `shape`, in the dtype of states."""
         batch, k = shape[:-2], min(shape[-2:])
         members = [self.orthogonal(f"{tag}.{i}", k, k) for i in range(math.prod(batch))]
         stack = torch.stack(members) if members else torch.empty(0, k, k)
         return self.put(stack.view(*batch, k, k), self.states)
 
     def number(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A scheduled number: a 0-d tensor on the device."""
+        """Return a scheduled number: a 0-d tensor on the device."""
         return torch.tensor(value, dtype=dtype, device=self.device)
 
     def numbers(self, values: Sequence[float]) -> Tensor:
-        """One number per matrix of a list: 1-D float64."""
+        """Return one number per matrix of a list: a 1-D float64 tensor."""
         return torch.tensor(list(values), dtype=torch.float64, device=self.device)
 
 
 def map_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """`f` over every tensor of nested lists and dicts of arguments."""
+    """Apply `f` to every tensor of nested lists and dicts of arguments."""
     if isinstance(value, Tensor):
         return f(value)
     if isinstance(value, (list, tuple)):
@@ -180,12 +187,12 @@ def map_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 
 def storage(t: Tensor) -> Tensor:
-    """All of the memory a view lies in, gaps included, 1-D."""
+    """Return the whole storage of a view as a 1-D tensor, with its gaps."""
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
 
 
 def copied(arguments: Arguments) -> Arguments:
-    """The same arguments in storage of their own: strides, offsets and what lies between kept."""
+    """Copy arguments to new storage; strides, offsets and the numbers in gaps stay the same."""
 
     def copy(t: Tensor) -> Tensor:
         return storage(t).clone().as_strided(t.shape, t.stride(), t.storage_offset())
@@ -195,7 +202,7 @@ def copied(arguments: Arguments) -> Arguments:
 
 
 def doubled(arguments: Arguments) -> Arguments:
-    """The same numbers in float64, products included: what the oracle runs on."""
+    """Return the arguments of the oracle: the same numbers in float64, with float64 products."""
     wide: Arguments = map_tensors(
         arguments, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t
     )

@@ -1,7 +1,7 @@
-"""One row of what orthonorm.nn and orthonorm.monitor offer: arguments, and an independent formula.
+"""Type of the rows for public items of orthonorm.nn and orthonorm.monitor, and helpers.
 
-`public.py` has the table. Tests hold every public item against its formula in float64 and check its
-gradient; the benchmark times both.
+A row has arguments and an independent formula; `public.py` has the table. Tests compare every
+public item with its formula in float64 and check its gradient. The benchmark times both.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from .shapes import Shape
 
 @dataclass(frozen=True)
 class Item:
-    """A public item: what it is called with and what it must equal.
+    """A public item: its arguments, and a formula that its results must equal.
 
     Attributes:
-        make: keyword arguments from the shape of a matrix, its singular values a power law unless
-            said otherwise (so that power iteration arrives).
-        formula: the same results from the same arguments, by SVD, eigh, autograd or definition, in
-            plain torch.
-        call: what calls the item with the arguments; None: the item itself does.
-        gradient: arguments it is differentiable in.
-        rtol: relative distance to the formula in float64, where an iteration ends before rounding.
-        shapes, dtypes: of the benchmark.
+        make: makes keyword arguments from the shape of a matrix. Singular values are a power law by
+            default, so that power iteration converges.
+        formula: computes the same results from the same arguments in plain torch: by SVD, eigh,
+            autograd or the definition.
+        call: function that calls the item with the arguments; None: the item itself.
+        gradient: arguments in which the item is differentiable.
+        rtol: allowed relative distance to the formula in float64; larger where an iteration stops
+            before rounding.
+        shapes, dtypes: those of the benchmark.
     """
 
     make: Callable[[Shape, Inputs], Arguments]
@@ -45,22 +46,23 @@ class Item:
     quick: str = ""
 
     def of(self, name: str) -> Callable[..., Any]:
-        """The call of the item `name`, such as "nn.hard_cap"."""
+        """Return the function to call for the item `name`, such as "nn.hard_cap"."""
         module, item = name.split(".")
         return self.call or getattr(importlib.import_module(f"orthonorm.{module}"), item)
 
     def arguments(self, shape: Shape, inputs: Inputs) -> Arguments:
+        """Make the arguments, with the power law in place of the default spectrum."""
         power_law = inputs.spectrum == "gaussian"
         return self.make(shape, inputs.but(spectrum="power-law") if power_law else inputs)
 
 
 def matrices(*names: str, **keywords: Any) -> Callable[[Shape, Inputs], Arguments]:
-    """A maker of matrices of the shape, and keywords as they are."""
+    """Return a maker of named matrices of the shape, plus fixed keywords."""
     return lambda shape, inputs: {n: inputs.matrix(n, shape) for n in names} | keywords
 
 
 def flat(results: Any) -> Iterator[Tensor]:
-    """The tensors and numbers of a result, float64."""
+    """Yield the tensors and numbers of a result in float64."""
     if isinstance(results, Tensor):
         yield results.detach().double()
     elif isinstance(results, (int, float)):
@@ -71,7 +73,7 @@ def flat(results: Any) -> Iterator[Tensor]:
 
 
 def wide(value: Any) -> Any:
-    """An argument with its numbers in float64."""
+    """Return an argument with its numbers in float64."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, nn.Module):
@@ -80,13 +82,13 @@ def wide(value: Any) -> Any:
 
 
 def spectral(W: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """U f(S) V^T."""
+    """Return U f(S) V^T by an SVD."""
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
     return (U * f(s).unsqueeze(-2)) @ Vh
 
 
 def first(s: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Singular values with the largest changed."""
+    """Return singular values of which the largest is replaced by its `value`."""
     return torch.cat([value(s[..., :1]), s[..., 1:]], -1)
 
 
@@ -94,5 +96,5 @@ polar = functools.partial(spectral, f=torch.ones_like)
 
 
 def orthonormal(inputs: Inputs, tag: str, *shape: int) -> Tensor:
-    """Orthonormal columns."""
+    """Return a matrix with orthonormal columns."""
     return inputs.put(torch.linalg.qr(inputs.normal(tag, shape).double())[0])

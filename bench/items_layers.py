@@ -1,4 +1,4 @@
-"""Rows of orthonorm.nn: layers, whose weights are normalized or bounded."""
+"""Rows of orthonorm.nn: layers with normalized or bounded weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .inputs import Arguments, Inputs
 from .items import Item, first, matrices, spectral
 from .shapes import Shape
 
-STEADY = 60  # power steps an access
+STEADY = 60  # power steps per access
 TOGETHER = ("A", "B")
 
 
 class Weights(nn.Module):
-    """Linear layers whose forward is their weights."""
+    """Linear layers whose forward returns their weights."""
 
     def __init__(self, *weights: Tensor) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Weights(nn.Module):
 
 
 def registered(register: Callable[[Weights], Any]) -> Callable[..., list[Tensor]]:
-    """What the weights become, as a function of them."""
+    """Return the function from weights to their parametrized values; `register` sets it up."""
 
     def call(**weights: Tensor) -> list[Tensor]:
         model = Weights(*weights.values())
@@ -49,20 +49,22 @@ def registered(register: Callable[[Weights], Any]) -> Callable[..., list[Tensor]
 
 
 def each(register: Callable[..., Any], **keywords: Any) -> Callable[..., list[Tensor]]:
-    """Registered layer by layer."""
+    """Return that function for a `register` that takes one layer at a time."""
     return registered(lambda m: [register(layer, **keywords) for layer in m.layers])
 
 
 def all_of(formula: Callable[[Tensor], Tensor]) -> Callable[..., list[Tensor]]:
+    """Return the formula for a list of weights."""
     return lambda **weights: [formula(W) for W in weights.values()]
 
 
 def unit(W: Tensor) -> Tensor:
+    """Return W / sigma_1."""
     return W / torch.linalg.svdvals(W)[0]
 
 
 def ranked(W: Tensor, target: float = 1.2) -> Tensor:
-    """sigma_1 = 1 and the sum of the squares of the others target - 1, if it was above."""
+    """Set sigma_1 to 1, and shrink the others until their squares sum to at most target - 1."""
 
     def f(s: Tensor) -> Tensor:
         n = s / s[0]
@@ -73,12 +75,12 @@ def ranked(W: Tensor, target: float = 1.2) -> Tensor:
 
 
 def layer_of(kind: Any, **keywords: Any) -> Callable[..., Tensor]:
-    """The parametrization itself."""
+    """Return the function that applies a new parametrization of this kind."""
     return lambda W: kind(W.detach(), STEADY, **keywords)(W)
 
 
 def with_weight(layer: nn.Module, W: Tensor) -> nn.Module:
-    """The layer with a tensor as its weight, which may have a graph."""
+    """Give a layer a tensor, which may have a graph, as its weight."""
     del layer.weight
     layer.weight = W
     return layer
@@ -89,22 +91,25 @@ def linear(W: Tensor) -> nn.Module:
 
 
 def rescaled(W: Tensor, steps: int = 2) -> Tensor:
-    """W over the roots of the row sums of |(W W^T)^(2^(steps - 1))|."""
+    """Return W / t with t of `row_sums`."""
     return W / row_sums(W, steps)
 
 
 def row_sums(W: Tensor, steps: int) -> Tensor:
+    """Return the 2^steps-th roots of the row sums of |(W W^T)^(2^(steps - 1))|."""
     power = torch.linalg.matrix_power(W @ W.mT, 2 ** (steps - 1))
     return power.abs().sum(1, keepdim=True) ** (0.5**steps)
 
 
 def removed(W: Tensor) -> Tensor:
+    """Return the plain weight that remove_spectral_norm leaves."""
     model = onn.spectral_norm_(Weights(W), n_power_iterations=STEADY)
     model()
     return onn.remove_spectral_norm(model).layers[0].weight
 
 
 def refreshed(W: Tensor) -> Tensor:
+    """Return the normalized weight after refresh_vectors_, from the vectors of another matrix."""
     model = onn.spectral_norm_(Weights(W.flip(0)))
     with torch.no_grad():
         model.layers[0].parametrizations.weight.original.copy_(W)
@@ -125,7 +130,7 @@ def conv(K: Tensor) -> nn.Module:
 
 
 def dense(K: Tensor, size: int = SIZE[0]) -> Tensor:
-    """The convolution with padding 1 as a matrix: a band of blocks."""
+    """Return the convolution with padding 1 as a matrix: a band of blocks."""
     m, n, _ = K.shape
     rows = [
         torch.cat([K[:, :, j - i + 1] if 0 <= j - i + 1 <= 2 else K.new_zeros(m, n)
@@ -140,20 +145,23 @@ def frequencies(K: Tensor, size: int) -> Tensor:
 
 
 def circular(K: Tensor, size: tuple[int, ...], steps: int) -> Tensor:
-    """The largest Schatten norm of a frequency."""
+    """Return the largest Schatten norm of all frequencies."""
     s = torch.linalg.svdvals(frequencies(K, size[0]))
     return (s**2 ** (steps + 1)).sum(-1).pow(0.5 ** (steps + 1)).max()
 
 
 def tap_sums(K: Tensor, steps: int) -> Tensor:
-    """Row sums of the kernel of (C C^T)^(2^(steps - 1)), by its frequencies on a long circle."""
+    """Return the 2^steps-th roots of the row sums of the kernel of (C C^T)^(2^(steps - 1)).
+
+    The kernel comes from its frequencies on a circle that is long enough.
+    """
     A = frequencies(K, 2 ** (steps + 2) * K.shape[-1])
     power = torch.linalg.matrix_power(A @ A.mH, 2 ** (steps - 1))
     return torch.fft.ifft(power, dim=0).real.abs().sum((0, 2)) ** (0.5**steps)
 
 
 def short(K: Tensor) -> Tensor:
-    """The adjoint where that has fewer outputs."""
+    """Return the adjoint's kernel if that has fewer outputs, else the kernel."""
     return K.transpose(0, 1).flip(-1) if K.shape[0] > K.shape[1] else K
 
 
@@ -168,7 +176,7 @@ def operator(shape: Shape, inputs: Inputs) -> Arguments:
 
 
 def recurrent(shape: Shape, inputs: Inputs) -> Arguments:
-    """A convolution of four channels, normalized by many power steps, and its input."""
+    """Make a convolution of four channels, normalized by many power steps, and its input."""
     torch.manual_seed(0)
     K, x = inputs.put(inputs.normal("K", (4, 4, 3))), inputs.normal("x", (2, 4, *SIZE))
     plain = nn.Conv1d(4, 4, 3, padding=1, bias=False, dtype=K.dtype)

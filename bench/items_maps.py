@@ -16,7 +16,7 @@ from .shapes import Shape
 
 # ---- whitening -----------------------------------------------------------------------------------
 def whitened(Z: Tensor, steps: int = 4, axis: str = "batch") -> Tensor:
-    """p <- (3 p - p^3 x) / 2 on every eigenvalue x of the covariance over its trace."""
+    """Whiten by eigenvalues: p <- (3 p - p^3 x) / 2, x an eigenvalue of covariance / trace."""
     X = Z if axis == "batch" else Z.mT
     X = X - X.mean(-1, keepdim=True)
     values, vectors = torch.linalg.eigh(X @ X.mT / (X.shape[-1] - 1))
@@ -29,7 +29,7 @@ def whitened(Z: Tensor, steps: int = 4, axis: str = "batch") -> Tensor:
 
 
 def intl(views: list[Tensor], weight: float) -> Tensor:
-    """Term by term, on eigenvalues."""
+    """Compute the INTL loss term by term, from `whitened`."""
     t = [whitened(z) for z in views]
     terms = []
     for other in t[1:]:
@@ -47,7 +47,7 @@ def views(shape: Shape, inputs: Inputs) -> Arguments:
 
 # ---- Grassmann and Stiefel -----------------------------------------------------------------------
 def subspaces(other: str) -> Any:
-    """S with orthonormal columns (n, m // 2) and another matrix of that shape."""
+    """Return a maker of S with orthonormal columns and of another matrix of its shape."""
 
     def make(shape: Shape, inputs: Inputs) -> Arguments:
         d, k = max(shape), max(1, min(shape) // 2)
@@ -57,13 +57,13 @@ def subspaces(other: str) -> Any:
 
 
 def grassmann(S: Tensor, D: Tensor) -> Tensor:
-    """The projector beside the span, as a matrix."""
+    """Project D onto the complement of the span of S, by an SVD."""
     U = torch.linalg.svd(S)[0][:, S.shape[1] :]
     return U @ (U.mT @ D)
 
 
 def stiefel_tangent(S: Tensor, D: Tensor) -> Tensor:
-    """S times the skew part of S^T D, and what lies beside the span."""
+    """Return S times the skew part of S^T D, plus the part of D outside the span of S."""
     A = S.mT @ D
     return S @ (0.5 * (A - A.mT)) + grassmann(S, D)
 
@@ -75,10 +75,10 @@ def logits(shape: Shape, inputs: Inputs) -> Arguments:
 
 
 def projected_lengths(S: Tensor, x: Tensor, gamma: float) -> Tensor:
-    """Lengths of the projections on each class, by projectors."""
+    """Return the lengths of the projections on each class, by projectors."""
     P = S @ S.mT
-    rows = torch.stack([(p @ x.mT).norm(dim=0) for p in P], -1)
-    return gamma * rows / x.norm(dim=-1, keepdim=True)
+    lengths = torch.stack([(p @ x.mT).norm(dim=0) for p in P], -1)
+    return gamma * lengths / x.norm(dim=-1, keepdim=True)
 
 
 # ---- low rank ------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def chosen_columns(U: Tensor, columns: Tensor) -> Tensor:
 
 # ---- caps ----------------------------------------------------------------------------------------
 def strength(cap: float, update: float, decay: float) -> float:
-    """The least non-negative root of -k^9 a^4 + 3 k^7 a^3 - 3 k^5 a^2 + k - cap."""
+    """Return the least positive root of -k^9 a^4 + 3 k^7 a^3 - 3 k^5 a^2 + k - cap."""
     k = cap * (1 - decay) + update
     C = torch.diag(torch.ones(3, dtype=torch.float64), -1)  # companion matrix, over -k^9
     C[0] = torch.tensor([3 / k**2, -3 / k**4, 0.0, (k - cap) / k**9])
@@ -143,7 +143,7 @@ def embedded(E: Tensor, inflation: float) -> Tensor:
 
 
 def stepped(W: Tensor, G: Tensor, cap: float) -> Tensor:
-    """A step of SGD with the cap after it."""
+    """Take a step of SGD with the cap after it."""
     p = torch.nn.Parameter(W.clone())
     optimizer = torch.optim.SGD([p], lr=0.5)
     handle = onn.after_step(optimizer, lambda A: onn.hard_cap(A, cap), [p])
@@ -187,7 +187,7 @@ def square(A: Tensor, x: Tensor, **_: Any) -> Tensor:
 
 
 def noise(A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """e^T J^T J e of the noise that `square` draws, the map being linear."""
+    """Return e^T J^T J e for the noise e that `square` draws; the map is linear."""
     e = [torch.randn_like(x) for _ in range(2)]
     return sum(((z @ (A.mT @ A)) * z).sum(1) for z in e) / 2
 

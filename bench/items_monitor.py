@@ -19,7 +19,7 @@ svdvals = torch.linalg.svdvals
 
 
 def entropy(p: Tensor) -> Tensor:
-    """exp of the entropy of the shares of p."""
+    """Return exp of the entropy of p / sum p."""
     p = p / p.sum()
     return torch.exp(-(p * p.log()).sum())
 
@@ -30,7 +30,7 @@ def shifted(X: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def exponent(X: Tensor) -> Tensor:
-    """Minus the slope of log lambda over log k, weighted by 1 / k, by least squares."""
+    """Return minus the slope of log lambda over log k, by least squares with weights 1 / k."""
     y = svdvals(X).log() * 2
     k = torch.arange(1, len(y) + 1, dtype=y.dtype)
     A = torch.stack([k.log(), torch.ones_like(k)], 1) / k.sqrt()[:, None]
@@ -38,7 +38,7 @@ def exponent(X: Tensor) -> Tensor:
 
 
 def hill(X: Tensor, rows: int, ratio: float, windows: int) -> Tensor:
-    """The Hill estimate of the upper half of the pooled lambda."""
+    """Return the Hill estimate from the upper half of the pooled lambda."""
     wide = int(rows * ratio)
     at = [[(n - w) * i // (windows - 1) for i in range(windows)]
           for n, w in zip(X.shape, (rows, wide), strict=True)]  # fmt: skip
@@ -60,7 +60,10 @@ def layer(shape: Shape, inputs: Inputs) -> Arguments:
 
 
 def cosines(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """|mean| of the cosines and the smaller share of a sign, which no sign of v_1 changes."""
+    """Return |mean of the cosines| and twice the smaller share of a sign.
+
+    Neither depends on the sign of v_1.
+    """
     v = torch.linalg.svd(W).Vh[0]
     s = torch.nn.functional.cosine_similarity(X, v[None])
     share = (s > 0).to(W.dtype).mean()
@@ -68,8 +71,8 @@ def cosines(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aligned(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    found = monitor.spectral_alignment(W, X)
-    return found.mean, found.diversity
+    result = monitor.spectral_alignment(W, X)
+    return result.mean, result.diversity
 
 
 def series(*_: Any) -> Arguments:
@@ -78,6 +81,8 @@ def series(*_: Any) -> Arguments:
 
 
 def told(make: Callable[..., Any], **rule: Any) -> Callable[..., list[float]]:
+    """Return the function that feeds values to an alarm; 1 where it is raised, else 0."""
+
     def call(values: Sequence[float]) -> list[float]:
         alarm = make(**rule)
         return [float(alarm("layer", x)) for x in values]
@@ -86,7 +91,7 @@ def told(make: Callable[..., Any], **rule: Any) -> Callable[..., list[float]]:
 
 
 def collapses(values: Sequence[float]) -> list[float]:
-    """Ends of the first two in a row at most 0.1 after each 0.3 or more."""
+    """Return 1 at the second of two values in a row <= 0.1, once after each value >= 0.3."""
     out, armed = [0.0] * len(values), False
     for i, x in enumerate(values):
         armed = armed or x >= 0.3
@@ -96,7 +101,10 @@ def collapses(values: Sequence[float]) -> list[float]:
 
 
 def growths(values: Sequence[float]) -> list[float]:
-    """Ends of two in a row above 4 times the least median of three, anew after each."""
+    """Return 1 at the second of two values in a row above 4 times the least median of three.
+
+    The search starts anew after each.
+    """
     out, start = [0.0] * len(values), 0
     for i in range(len(values)):
         grown = []
@@ -113,7 +121,7 @@ def caches(shape: Shape, inputs: Inputs) -> Arguments:
 
 
 def best_bits(norms: Tensor, mean_bits: float, low: int, high: int) -> Tensor:
-    """The least error of all allocations."""
+    """Return the least error of all allocations."""
     every = torch.cartesian_prod(*[torch.arange(low, high + 1)] * norms.numel())
     every = every[every.sum(1) <= mean_bits * norms.numel()]
     return (norms.flatten() ** 2 * 4.0**-every).sum(1).min()
@@ -151,13 +159,13 @@ def loss(A: Tensor, w: Tensor) -> Tensor:
 
 
 def hessian(A: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient and the dense Hessian."""
+    """Return the gradient and the dense Hessian."""
     f = lambda x: loss(A, x)  # noqa: E731
     return torch.autograd.functional.jacobian(f, w), torch.autograd.functional.hessian(f, w)
 
 
 def leaf(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of (A, w, v) with w a leaf and its loss."""
+    """Return the function of (A, w, v) that makes w a leaf and calls with the loss and [w]."""
 
     def with_loss(A: Tensor, w: Tensor, v: Tensor) -> Any:
         w = w if w.requires_grad else w.detach().requires_grad_()
@@ -172,7 +180,7 @@ def top(A: Tensor, w: Tensor, v: Tensor) -> Tensor:
 
 
 def probes(A: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    """z * H z of the draws that `hessian_diagonal` makes."""
+    """Return the mean of z * H z over the draws that `hessian_diagonal` makes."""
     g, H = torch.Generator().manual_seed(0), hessian(A, w)[1]
     z = [(torch.randint(2, w.shape, generator=g) * 2 - 1).to(w) for _ in range(5)]
     return sum(x * (H @ x) for x in z) / 5
@@ -209,7 +217,7 @@ def streamed(X: Tensor) -> Tensor:
 
 
 def oja(X: Tensor) -> Tensor:
-    """Products of I + eta A^T A, normalized at the end: steps are linear."""
+    """Multiply by I + eta A^T A per block and normalize once at the end, as steps are linear."""
     v, total = torch.ones_like(X[0]), 0.0
     for block in X.split(2):
         total = total + (block**2).sum()

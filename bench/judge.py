@@ -1,4 +1,4 @@
-"""Judges: how far a result is from the exact polynomial and from the polar factor."""
+"""Judges of results: their distance to the float64 reference and to the polar factor."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .cases import Outputs
 
-LIMIT = 2**32  # sum of n^2 m of the matrices whose singular values are taken (about 5 s)
+LIMIT = 2**32  # largest sum of n^2 m of the matrices whose SVD is taken (about 5 s)
 
 
 def relative_error(got: Outputs, want: Outputs) -> float | None:
-    """Largest |got - want|_F / |want|_F over the outputs both have; None if they share none."""
+    """Return the largest |got - want|_F / |want|_F over outputs that both have; None if none."""
     worst = None
     for name in got.keys() & want.keys():
         off = scale = 0.0
@@ -36,14 +36,16 @@ class Verdict(NamedTuple):
 
 
 def matrices(tensors: list[Tensor]) -> list[Tensor]:
-    """The matrices of a list of batches."""
+    """Return the matrices of a list of batches, one by one."""
     return [m for t in tensors for m in t.reshape(-1, *t.shape[-2:])]
 
 
 class PolarJudge:
-    """Compares results with the polar factors of their inputs, on the first matrices that a few
-    seconds of float64 singular value decompositions allow. Directions whose singular value is zero
-    to rounding have no polar factor and do not count."""
+    """Compares results with the polar factors of their inputs.
+
+    Only the first matrices are judged, as many as float64 SVDs of a few seconds allow. Directions
+    whose singular value is zero to rounding have no polar factor and do not count.
+    """
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.factors: list[Tensor] = []
@@ -54,8 +56,8 @@ class PolarJudge:
             if spent > LIMIT or n == 0:
                 break
             U, s, Vh = torch.linalg.svd(x.double(), full_matrices=False)
-            kept = s > s[0] * m * torch.finfo(torch.float64).eps
-            self.factors.append(U[:, kept] @ Vh[kept])
+            nonzero = s > s[0] * m * torch.finfo(torch.float64).eps
+            self.factors.append(U[:, nonzero] @ Vh[nonzero])
 
     def __call__(self, results: list[Tensor]) -> Verdict | None:
         got = [q.double() for q in matrices(results)[: len(self.factors)]]

@@ -1,4 +1,4 @@
-"""Makers: for every op, its arguments from a list of shapes. `cases.py` is the table of them."""
+"""Makers of the arguments of every op from a list of shapes; `cases.py` has the table."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ Make = Callable[[Sequence[Shape], Inputs], Arguments]
 
 
 def each(make: Callable[[str, Shape], Tensor], tag: str, shapes: Sequence[Shape]) -> list[Tensor]:
+    """Make a tensor of each shape, with tags of their own."""
     return [make(f"{tag}[{i}]", shape) for i, shape in enumerate(shapes)]
 
 
 def matrix(name: str, **keywords: Any) -> Make:
+    """Return the maker of ops on one matrix, plus fixed keywords."""
     return lambda shapes, inputs: {name: inputs.matrix(name, shapes[0]), **keywords}
 
 
 def _symmetric(inputs: Inputs, shape: Shape) -> Tensor:
-    """A Gram matrix of the shape's rows with norm near 1, float64, bitwise symmetric."""
+    """Return a Gram matrix of the shape's rows with norm near 1: float64, bitwise symmetric."""
     x = inputs.normal("A", shape).double()
     A = x @ x.mT / max(1, sum(shape[-2:]))
     return A.tril() + A.tril(-1).mT
@@ -42,13 +44,15 @@ def symmetric_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 def gram_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     X = inputs.matrix("X", shapes[0])
-    A = _symmetric(inputs, shapes[0])  # the sum must not cancel
+    A = _symmetric(inputs, shapes[0])  # positive semidefinite as X X^T, so the sum cannot cancel
     return {"A": inputs.put(A), "X": X, "alpha": 0.25, "beta": 0.75}
 
 
 def gram_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
-    """A Gram matrix of a trace below 1, as of a matrix divided by its Frobenius norm, and away from
-    singular ones, on which float64 itself is too coarse to be an oracle."""
+    """Make a Gram matrix of trace 1, as of a matrix divided by its Frobenius norm.
+
+    It is kept away from singular ones, for which float64 is too coarse to be an oracle.
+    """
     R = _symmetric(inputs, shapes[0])
     n = max(1, R.shape[-1])
     trace = R.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)
@@ -57,15 +61,17 @@ def gram_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 
 def direct_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
-    """A matrix of norm below 1/8, which the iteration takes up to where it amplifies errors."""
+    """Make a matrix of norm below about 1/8, small enough for the iteration to amplify errors."""
     n, m = shapes[0][-2:]
     X = inputs.matrix("X", shapes[0]).double() / (8 * max(1.0, n**0.5 + m**0.5))
     return {"X": inputs.put(X), "coefficients": list(KELLER)}
 
 
 def gram_form(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
-    """Singular values between 1/16 and 3/16: on small ones float64 is too coarse an oracle for the
-    chain on the Gram matrix."""
+    """Make a matrix with singular values between about 1/16 and 3/16.
+
+    For small ones float64 is too coarse an oracle of the chain on the Gram matrix.
+    """
     n, m = shapes[0][-2:]
     made = direct_polynomial(shapes, inputs)
     X = made["X"].double() / 2 + torch.eye(n, m, dtype=torch.float64, device=inputs.device) / 8
@@ -94,7 +100,7 @@ def divide_each(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 
 def scaled_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
-    """The matrices of `gram_form`, over their norms."""
+    """Make the matrix of `gram_form`, with its norm as divisor."""
     made = gram_form(shapes, inputs)
     norms = torch.linalg.matrix_norm(made["X"].double()).reshape(-1)
     return {**made, "divisors": norms, "gram": False, "dtype": inputs.dtype}
@@ -105,7 +111,7 @@ def magnitude(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 
 def norms(arguments: Arguments) -> Tensor:
-    """|X|_F of every matrix: what a caller that measured it hands over."""
+    """Return |X|_F of every matrix, for ops that accept norms measured by their caller."""
     parts = [torch.linalg.matrix_norm(x.double()).reshape(-1) for x in arguments["X"]]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
@@ -140,6 +146,8 @@ def inner(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 
 def moments(rows: str, columns: str) -> Make:
+    """Return the maker of moments per row, per column or both; "" leaves one out."""
+
     def make(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         made: Arguments = {}
         if rows:
@@ -194,7 +202,7 @@ def factors(arguments: Arguments) -> list[float]:
 
 
 def seed(arguments: Arguments) -> Tensor:
-    """Of stochastic rounding, with bits in both halves."""
+    """Return a seed of stochastic rounding that has bits in both 32-bit halves."""
     return torch.tensor(-0x123456789ABCDEF, device=arguments["lr"].device)
 
 
@@ -233,7 +241,7 @@ def muon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         "weight_decay": 0.1,
         "factors": [1.0] * len(shapes),
         "coefficients": list(KELLER),
-        "restarts": [],  # what Muon finds safe for these coefficients in float32
+        "restarts": [],  # those that Muon finds safe for these coefficients in float32
     }
 
 

@@ -1,4 +1,4 @@
-"""Measurement: one op or step on one workload, every candidate in the same rounds, errors beside.
+"""Measurement of one op or step on one workload: times of all candidates in shared rounds, errors.
 
 Errors are judged on one matrix of each shape; the timed inputs are separate.
 """
@@ -27,13 +27,14 @@ from .timing import Plan, interleave, median_ratio, ratio_of_medians, stats
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: a group of rows.
+    """One measurement to make, which gives a group of rows.
 
     Attributes:
-        kinds: kinds of candidates (`candidates.KINDS`) and packages to stand beside ours.
-        sweep: what was varied to get here, such as "n=512".
-        threads: torch's, if not as they are; memory: measure it on CPUs too (two calls more).
-        limits: the machine's ceilings (`ceilings.measured`) to hold the rows against.
+        kinds: kinds of candidates (`candidates.KINDS`) and packages to measure beside ours.
+        sweep: value of a sweep, such as "n=512".
+        threads: number of torch's threads; None leaves it unchanged.
+        memory: True measures peak memory on CPUs too (two more calls).
+        limits: the machine's ceilings (`ceilings.measured`) to compare the rows with.
     """
 
     name: str
@@ -56,13 +57,13 @@ class Request:
 
     @property
     def id(self) -> str:
-        """What `-k` filters, like pytest's."""
+        """Identifier that `-k` filters, as pytest does."""
         parts = (self.name, self.workload.name, self.dtype, self.spectrum, self.precision or "")
         return "-".join(p for p in (*parts, self.sweep) if p)
 
     @property
     def command(self) -> str:
-        """What measures this again."""
+        """Command that repeats this measurement."""
         parts = ["python -m orthonorm bench", self.name, "--shape", self.workload.name]
         parts += ["--dtype", self.dtype]
         parts += ["--spectrum", self.spectrum] if self.spectrum != "gaussian" else []
@@ -73,7 +74,7 @@ class Request:
 
     @property
     def product_dtype(self) -> str:
-        """Name of the dtype our products run in, "fastest" where they may choose."""
+        """Name of the dtype of our products; "fastest" if they may choose."""
         if self.precision in DTYPES:
             return self.precision
         chooses = self.name in ("newton_schulz", "muon_step_", "muon")
@@ -83,7 +84,7 @@ class Request:
 
 
 def keywords(case: Case, request: Request) -> Arguments:
-    """The command line's precision as this op spells it."""
+    """Return the keywords by which this op takes the precision of the command line."""
     if request.precision is None:
         return {}
     names = {a.name for a in case.schema.arguments}
@@ -94,12 +95,12 @@ def keywords(case: Case, request: Request) -> Arguments:
     raise ValueError(f"bench: {case.name} takes no precision {request.precision!r}")
 
 
-Begin = Callable[[bool], Running]  # started on the judged inputs (True) or on the timed ones
+Begin = Callable[[bool], Running]  # starts a candidate on the judged inputs (True) or timed ones
 
 
 @dataclass
 class _Candidate:
-    """One candidate made ready: what to time, and what its judges said."""
+    """One prepared candidate: the call to time, and the verdicts on its results."""
 
     label: str
     kind: str
@@ -112,7 +113,7 @@ class _Candidate:
 
 
 def reason(failure: Exception) -> str:
-    """Why a candidate has no figures, in a line."""
+    """Return in one line why a candidate has no figures."""
     if isinstance(failure, Unavailable):
         return str(failure)
     lines = str(failure).splitlines() or [type(failure).__name__]
@@ -120,7 +121,7 @@ def reason(failure: Exception) -> str:
 
 
 class _Prepared:
-    """Candidates of one request, and the work that all of them do."""
+    """Prepared candidates of one request, and the work that all of them do."""
 
     def __init__(
         self, request: Request, flops: float, traffic: float, truth: Outputs | None,
@@ -131,16 +132,17 @@ class _Prepared:
         self.candidates: list[_Candidate] = []
 
     def add(self, label: str, kind: str, begin: Begin) -> None:
+        """Judge a candidate and prepare its timed call; note why if it fails."""
         made = _Candidate(label, kind, self.flops, self.request.product_dtype)
         self.candidates.append(made)
         try:
-            if self.truth is not None and kind != "floor":  # which has nothing to judge
+            if self.truth is not None and kind != "floor":  # a floor has no results to judge
                 self._judge(made, begin(True))
             running = begin(False)
             made.flops = self.flops if running.flops is None else running.flops
             made.dtype = running.dtype or made.dtype
             made.call = running.timed or running.call
-        except Exception as failure:  # whatever a peer may raise; ours ends the command with 1
+        except Exception as failure:  # a peer may raise anything; a failure of ours exits with 1
             made.note = reason(failure)
 
     def _judge(self, made: _Candidate, running: Running) -> None:
@@ -152,6 +154,7 @@ class _Prepared:
 
 
 def _prepare_op(case: Case, request: Request) -> _Prepared:
+    """Prepare the candidates of an op, ours first."""
     extra = keywords(case, request)
     small = case.calls(request.workload.distinct(), request.inputs, **extra)
     timed = case.calls(request.workload, request.inputs, **extra)
@@ -170,7 +173,7 @@ def _prepare_op(case: Case, request: Request) -> _Prepared:
             continue
 
         def begin(judged: bool, peer: Peer = peer) -> Running:
-            # Timed candidates share their inputs: repeated calls keep every state in range.
+            # Timed candidates share inputs: repeated calls keep every state in range.
             return peer.start(case, [copied(a) for a in small] if judged else timed)
 
         prepared.add(peer.label, peer.kind, begin)
@@ -178,6 +181,7 @@ def _prepare_op(case: Case, request: Request) -> _Prepared:
 
 
 def _prepare_step(step: Step, request: Request) -> _Prepared:
+    """Prepare the candidates of an optimizer step, ours first."""
     small = steps.Model(request.workload.distinct(), request.inputs)
     model = steps.Model(request.workload, request.inputs)
     flops, traffic = sum(step.flops(w) for w in model.params), steps.bytes_moved(step, model)
@@ -195,7 +199,7 @@ def _prepare_step(step: Step, request: Request) -> _Prepared:
 
 
 def _prepare_item(item: Item, request: Request) -> _Prepared:
-    """A public item beside its formula in plain torch, shape after shape."""
+    """Prepare a public item and its formula in plain torch, for all shapes of the workload."""
     made = [item.arguments(shape, request.inputs) for shape in request.workload.shapes]
 
     def begun(f: Callable[..., Any]) -> Begin:
@@ -216,7 +220,7 @@ def _prepare_item(item: Item, request: Request) -> _Prepared:
 
 
 def measure(request: Request) -> list[Record]:
-    """Records of every candidate, ours first."""
+    """Measure a request; return a record of every candidate, ours first."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.threads or before)
     try:
@@ -233,7 +237,7 @@ def measure(request: Request) -> list[Record]:
 
 
 def _sample(prepared: _Prepared) -> dict[str, list[float]]:
-    """A warm-up call of every candidate, then rounds of those that did not fail."""
+    """Call every candidate once to warm up, then time in rounds those that did not fail."""
     for made in prepared.candidates:
         if made.call is not None:
             try:
@@ -245,7 +249,7 @@ def _sample(prepared: _Prepared) -> dict[str, list[float]]:
 
 
 def _apart(request: Request, made: _Candidate) -> dict[str, Any]:
-    """Figures that are not taken in rounds: cold, replayed and host times, memory."""
+    """Measure the figures that are not taken in rounds: cold, graph and host times, memory."""
     found: dict[str, Any] = {}
     if made.call is None or made.kind == "floor":
         return found
@@ -266,6 +270,7 @@ def _apart(request: Request, made: _Candidate) -> dict[str, Any]:
 def _record(
     prepared: _Prepared, samples: Mapping[str, Sequence[float]], made: _Candidate
 ) -> Record:
+    """Make the record of a candidate from its samples and verdicts."""
     request, times = prepared.request, samples.get(made.label)
     found: dict[str, Any] = {"note": made.note, **_apart(request, made)}
     if times:
@@ -273,7 +278,7 @@ def _record(
         found |= dict(median_ms=s.median * 1e3, p10_ms=s.p10 * 1e3, p90_ms=s.p90 * 1e3,
                       rounds=s.rounds, drift=s.drift)  # fmt: skip
         base = samples.get(prepared.candidates[0].label)
-        if base and made.flops == prepared.flops:  # else another amount of work: rates compare
+        if base and made.flops == prepared.flops:  # with another amount of work only rates compare
             found |= dict(ratio=ratio_of_medians(times, base),
                           round_ratio=median_ratio(times, base))  # fmt: skip
         traffic = prepared.traffic if made.flops == prepared.flops else 0.0

@@ -1,6 +1,6 @@
-"""The matrices of real models as an optimizer sees them, computed from architecture numbers.
+"""Shapes of the matrices of real models, computed from their architectures.
 
-Weights are (out, in); experts of one layer are one stack, convolutions are flattened to
+Weights are (out, in). The experts of a layer are one stack. Convolutions are flattened to
 (out, in * height * width). Embeddings, heads, gains and biases belong to AdamW and are left out.
 """
 
@@ -12,7 +12,11 @@ Shape = tuple[int, ...]
 
 
 class Decoder(NamedTuple):
-    """A LLaMA-style decoder: widths, and the width of keys and values where heads share them."""
+    """A LLaMA-style decoder: its widths and layers.
+
+    `keys` is the width of keys and values if heads share them, `queries` that of the queries; None
+    is the hidden width.
+    """
 
     hidden: int
     inner: int
@@ -26,7 +30,7 @@ class Decoder(NamedTuple):
         return ((queries, h), (keys, h), (keys, h), (h, queries))
 
     def mlp(self, experts: int | None = None) -> tuple[Shape, ...]:
-        """Gate, up and down; of all experts as stacks."""
+        """Return the shapes of gate, up and down; with experts each is a stack."""
         up, down = (self.inner, self.hidden), (self.hidden, self.inner)
         return (up, up, down) if experts is None else tuple((experts, *s) for s in (up, up, down))
 
@@ -34,7 +38,7 @@ class Decoder(NamedTuple):
         return (*self.attention(), *self.mlp(experts)) * self.layers
 
 
-# ALGORITHMS.md B1.7 (the sizes of GaLore's recipe): hidden, inner, layers
+# hidden, inner, layers: the sizes of GaLore's recipe (arXiv:2403.03507)
 LLAMA = {
     "llama-60m": Decoder(512, 1376, 8),
     "llama-130m": Decoder(768, 2048, 12),
@@ -49,25 +53,28 @@ DEEPSEEK_V3 = Decoder(7168, 2048, 61)  # 256 experts, arXiv:2412.19437; Kimi K2:
 
 
 def _gpt2(width: int, layers: int) -> tuple[Shape, ...]:
-    """Fused QKV, projection and a four times wider MLP: GPT-2 and ViT alike."""
+    """Return fused QKV, projection and an MLP of four times the width: GPT-2, and also ViT."""
     return ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)) * layers
 
 
 def _resnet50() -> tuple[Shape, ...]:
-    """arXiv:1512.03385, table 1: a stem, then 3, 4, 6 and 3 bottlenecks of 1x1, 3x3, 1x1."""
-    found: list[Shape] = [(64, 3 * 7 * 7)]
+    """Return the stem, then 3, 4, 6 and 3 bottlenecks of 1x1, 3x3, 1x1.
+
+    Source: arXiv:1512.03385, table 1.
+    """
+    shapes: list[Shape] = [(64, 3 * 7 * 7)]
     channels = 64
     for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
         for block in range(blocks):
             if block == 0:
-                found.append((4 * width, channels))  # the shortcut's projection
-            found += [(width, channels), (width, width * 9), (4 * width, width)]
+                shapes.append((4 * width, channels))  # the shortcut's projection
+            shapes += [(width, channels), (width, width * 9), (4 * width, width)]
             channels = 4 * width
-    return tuple(found)
+    return tuple(shapes)
 
 
 def _rl_net() -> tuple[Shape, ...]:
-    """126 small matrices: 14 actor-critic pairs of a 24-input, 8-output net, 9 matrices a pair."""
+    """Return 126 small matrices: 14 actor-critic pairs (24 inputs, 8 actions) of 9 matrices."""
     actor = ((64, 24), (64, 64), (64, 64), (8, 64))
     critic = ((64, 24), (64, 64), (64, 64), (32, 64), (1, 32))
     return (*actor, *critic) * 14
@@ -79,8 +86,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "gpt2-medium": _gpt2(1024, 24),
     **{name: decoder.shapes() for name, decoder in LLAMA.items()},
     "qwen3-30b-a3b": QWEN3_30B_A3B.shapes(128),  # 30 G parameters: for `cluster`
-    "qwen3-experts": QWEN3_30B_A3B.mlp(128),  # one layer's experts
-    "deepseek-experts": DEEPSEEK_V3.mlp(8),  # one layer's, on one device of 32
+    "qwen3-experts": QWEN3_30B_A3B.mlp(128),  # experts of one layer
+    "deepseek-experts": DEEPSEEK_V3.mlp(8),  # experts of one layer, on one device of 32
     "vit-b": ((768, 3 * 16 * 16), *_gpt2(768, 12)),  # arXiv:2010.11929, table 1
     "resnet50": _resnet50(),
     "rl-net": _rl_net(),

@@ -1,4 +1,4 @@
-"""The command line: what it says, checked as a whole before anything runs."""
+"""The command line of the benchmark, checked as a whole before anything runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TASKS = {
     "static": "what the GPU kernels compile to, and the floor times that implies, without a GPU",
     "results": "write the tables of README and docs, and the index page of bench/results",
 }
-SLOW = ("exact", "compiled")  # kinds the quick suite leaves out
-QUICK_SECONDS = 0.22  # a row group and pass, so that all end in two minutes on two cores
+SLOW = ("exact", "compiled")  # kinds that the quick suite leaves out
+QUICK_SECONDS = 0.22  # per row group and pass, so that all take two minutes on two cores
 OUTPUTS = ("csv", "json", "md", "html")
 
 
@@ -64,13 +64,14 @@ def _sweep(text: str) -> sweep.Sweep:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence; `main` prints it and returns 2."""
+    """A parser that raises ValueError with one sentence; `main` prints it and returns 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"bench: {message}")
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = _Parser(
         prog="python -m orthonorm bench", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="How fast and how exact, beside what else is installed.",
@@ -90,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     more.add_argument("--gbps", type=_positive, default=50.0, help="cluster: GB/s a device (50)")
     more.add_argument("--latency", type=_positive, default=20.0, help="cluster: us a message (20)")
     more.add_argument("--compile", action="store_true", help="static: compile the kernels anew")
-    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of --processes: only this JSON
+    # --processes passes --worker to its processes, which write only this JSON file
+    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return p
 
 
@@ -156,6 +158,7 @@ def _out(out: argparse._ArgumentGroup) -> None:
 
 
 def known(label: str, value: str, choices: Sequence[str]) -> str:
+    """Return `value` if it is a choice; otherwise raise ValueError with similar choices."""
     if value in choices:
         return value
     close = difflib.get_close_matches(value, choices, 3, 0.6)
@@ -167,7 +170,10 @@ def known(label: str, value: str, choices: Sequence[str]) -> str:
 
 
 def matches(expression: str, text: str) -> bool:
-    """Whether words joined by and, or, not and parentheses hold for a text, as pytest's -k."""
+    """True if an expression of words, and, or, not and parentheses holds for a text.
+
+    A word holds if the text contains it, as in pytest's -k.
+    """
 
     def holds(word: re.Match[str]) -> str:
         plain = word[0] in ("and", "or", "not")
@@ -182,7 +188,7 @@ def matches(expression: str, text: str) -> bool:
 
 
 def chosen(names: Sequence[str], everything: bool) -> Iterator[tuple[str, Case | Step | Item]]:
-    """The rows of the table of cases that the names mean."""
+    """Yield (name, row) for the rows of the tables that are named."""
     for name in names:
         known("name", name, (*NAMES, *ITEMS, "all", *TASKS))
     wanted = NAMES if "all" in names or (not names and everything) else names
@@ -192,7 +198,7 @@ def chosen(names: Sequence[str], everything: bool) -> Iterator[tuple[str, Case |
 
 
 def _shapes(options: argparse.Namespace, row: Case | Step | Item) -> Iterator[tuple[str, str]]:
-    """(shape, what was varied) of every workload of a row."""
+    """Yield (shape, value of the sweep or "") for every workload of a row."""
     texts = options.shape or (
         [row.quick or row.shapes[0]] if options.quick else list(row.shapes)
     )  # fmt: skip
@@ -208,7 +214,7 @@ def _shapes(options: argparse.Namespace, row: Case | Step | Item) -> Iterator[tu
 
 
 def requests(options: argparse.Namespace) -> list[Request]:
-    """What the command line asks for, checked as a whole before anything runs."""
+    """Return the measurements that the command line asks for, all of them checked."""
     everything = options.quick or options.dry_run or options.filter is not None
     against = tuple(options.against or [k for k in KINDS if not (options.quick and k in SLOW)])
     for peer in against:
@@ -238,6 +244,7 @@ def requests(options: argparse.Namespace) -> list[Request]:
 
 
 def _check(request: Request) -> None:
+    """Raise ValueError if the op or step cannot take the precision or the shapes."""
     if request.precision is not None:
         known("precision", request.precision, PRECISIONS)
         if request.name in CASES:
@@ -253,6 +260,7 @@ def _check(request: Request) -> None:
 
 
 def check_device(device: str) -> None:
+    """Raise ValueError unless the device exists."""
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"bench: device must be cpu or cuda, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -260,6 +268,7 @@ def check_device(device: str) -> None:
 
 
 def check_paths(options: argparse.Namespace) -> None:
+    """Raise ValueError if the folder of an output does not exist."""
     for path in (getattr(options, name) for name in (*OUTPUTS, "plots")):
         if path and not path.absolute().parent.is_dir():
             raise ValueError(f"bench: {path.parent} is not a folder")

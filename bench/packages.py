@@ -1,7 +1,7 @@
-"""Peers from other packages, found by name and never required.
+"""Peers from other packages, which are found by name and never required.
 
-Names and signatures are those of the versions named here. What is not installed, cannot be
-imported or fails is a row that says why.
+Names and signatures are those of the versions noted here. A package that is not installed, cannot
+be imported or fails gives a row that says why.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Settings = dict[str, Any]
 
 
 def load(module: str) -> Any:
-    """A module of a package, or Unavailable with the way to get it."""
+    """Import a module of a package; raise Unavailable, with the reason, if that fails."""
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         raise Unavailable(f"not installed ({SOURCES[package]})")
@@ -43,22 +43,23 @@ def load(module: str) -> Any:
 
 
 def triples_of(arguments: Arguments) -> Triples:
+    """Return the coefficients as triples."""
     flat = arguments["coefficients"]
     return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
 
 def repeated(triples: Sequence[tuple[float, ...]]) -> bool:
-    """Whether they are Keller Jordan's (3.4445, -4.775, 2.0315) throughout."""
+    """True if all triples are Keller Jordan's (3.4445, -4.775, 2.0315)."""
     return set(triples) == {(3.4445, -4.7750, 2.0315)}
 
 
 def _half(arguments: Arguments, on_gpu: torch.dtype = torch.bfloat16) -> torch.dtype:
-    """The dtype a peer that lets one choose gets: the one asked for, else a fast one."""
+    """Return the dtype for a peer that has a choice: the one asked for, else a fast one."""
     x = arguments["X"][0]
     return DTYPES.get(arguments.get("precision", ""), on_gpu if x.is_cuda else torch.bfloat16)
 
 
-# ---- polynomials: (how to make the function, dtype of its products, whether ours) ----------------
+# ---- polynomials: (function, dtype of its products, True if it computes our numbers) -------------
 Made = tuple[Function, torch.dtype, bool]
 
 
@@ -75,14 +76,14 @@ def _pytorch_optimizer_gram(a: Arguments) -> Made:
 
 
 def _gram_newton_schulz(a: Arguments) -> Made:
-    """float16 always; quack's kernels and torch.compile on CUDA as by default."""
+    """Always float16; on CUDA with quack's kernels and torch.compile, its defaults."""
     gns = load("gram_newton_schulz").GramNewtonSchulz
     more = {} if a["X"][0].is_cuda else dict(ns_use_kernels=False, compile_kwargs=None)
     return gns(ns_coefficients=[list(t) for t in triples_of(a)], **more), torch.float16, True
 
 
 def _heavyball(a: Arguments) -> Made:
-    """Compiled, bfloat16 by stochastic rounding, five fixed triples of its own."""
+    """Compiled; bfloat16 by stochastic rounding; five fixed triples of its own."""
     if len(triples_of(a)) != 5:
         raise Unavailable("takes five steps")
     return load("heavyball.utils").inplace_orthogonal_, torch.bfloat16, False
@@ -97,7 +98,7 @@ def _muonium(a: Arguments) -> Made:
 
 
 def _dion(a: Arguments) -> Made:
-    """Compiled, bfloat16, five fixed triples of its own; Triton on CUDA."""
+    """Compiled; bfloat16; five fixed triples of its own; Triton on CUDA."""
     module = load("dion.newton_schulz_triton")
     if len(triples_of(a)) != 5:
         raise Unavailable("takes five steps")
@@ -106,7 +107,7 @@ def _dion(a: Arguments) -> Made:
 
 
 def _emerging_optimizers(a: Arguments) -> Made:
-    """float32 in, products as torch.set_float32_matmul_precision says."""
+    """float32 input; products as torch.set_float32_matmul_precision says."""
     module = load("emerging_optimizers.orthogonalized_optimizers.muon_utils")
     triples = triples_of(a)
     if any(x.dtype != torch.float32 or x.dim() != 2 for x in a["X"]):
@@ -116,6 +117,8 @@ def _emerging_optimizers(a: Arguments) -> Made:
 
 
 def _polynomial(label: str, package: str, kind: str, make: Callable[[Arguments], Made]) -> Peer:
+    """Return the peer of a package's polynomial; `make` loads it for given arguments."""
+
     def start(case: Case, calls: list[Arguments]) -> Running:
         (a,) = calls
         f, dtype, same = make(a)
@@ -140,7 +143,7 @@ POLYNOMIALS = (
 )
 
 
-# ---- optimizers: how to make one from the settings its step in `cases.py` shares with peers ------
+# ---- optimizers: made from the settings that their step in `cases.py` shares with peers ----------
 def _pytorch_optimizer_muon(params: list[Tensor], s: Settings) -> Any:
     groups = [{"params": params, "use_muon": True}]
     return load("pytorch_optimizer").Muon(groups, **s)
@@ -178,7 +181,7 @@ def _emerging_optimizers_muon(params: list[Tensor], s: Settings) -> Any:
 
 
 Make = Callable[[list[Tensor], Settings], Any]
-# by step: label, package, kind, how to make it
+# by step: label, package, kind, maker
 STEPS: dict[str, tuple[tuple[str, str, str, Make], ...]] = {
     "muon": (
         ("pytorch_optimizer Muon", "pytorch_optimizer", "package", _pytorch_optimizer_muon),

@@ -1,6 +1,6 @@
-"""One self-contained page of runs: machine, roofline, speedups, errors against time, every row.
+"""One self-contained page of runs: machine, roofline, speedups, errors over time, every row.
 
-Nothing is fetched: styles and plots are in the file, so it reads the same without a network.
+Styles and plots are in the file, so it needs no network.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _cards(run: Run) -> str:
 
 
 def _rows(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """An HTML table of (class, cells)."""
+    """Return an HTML table of rows (class, cells)."""
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join(
         f'<tr class="{kind}">' + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
@@ -126,7 +126,7 @@ def _section(run: Run) -> str:
 
 
 def page(runs: Sequence[Run], title: str = "orthonorm benchmark", lead: str = "") -> str:
-    """The page of one run or several."""
+    """Return the page of one run or several."""
     return "\n".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',

@@ -1,6 +1,6 @@
-"""Peers, op by op: torch itself, what a user would write today; packages are in `packages.py`.
+"""Peers of each op in torch itself, as a user would write them; packages are in `packages.py`.
 
-Each works on arguments of its own (the harness copies them) and mutates them as our op does.
+A peer that mutates its arguments does so as our op does.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .inputs import Arguments
 
 
 def _one_triple(arguments: Arguments) -> tuple[tuple[float, float, float], int]:
+    """Return (triple, steps); raise Unavailable if the steps have different triples."""
     flat = arguments["coefficients"]
     triples = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
     if len(set(triples)) != 1:
@@ -41,7 +42,7 @@ def _one_triple(arguments: Arguments) -> tuple[tuple[float, float, float], int]:
 
 
 def _torch_polynomial(case: Case, calls: list[Arguments]) -> Running:
-    """torch.optim.Muon's function (bf16, direct form) on every matrix of every batch."""
+    """Start torch.optim.Muon's function (bf16, direct form) on every matrix of every batch."""
     (arguments,) = calls
     triple, steps = _one_triple(arguments)
     matrices = [m for x in arguments["X"] for m in x.reshape(-1, *x.shape[-2:])]
@@ -63,7 +64,7 @@ def _polar(x: Tensor) -> Tensor:
 
 
 def _torch_polar(case: Case, calls: list[Arguments]) -> Running:
-    """The exact polar factor, U V^T of the singular value decomposition."""
+    """Start the exact polar factor, U V^T by an SVD."""
     (arguments,) = calls
     X = arguments["X"]
     wide = X if all(x.dtype.itemsize > 2 for x in X) else [x.float() for x in X]
@@ -74,7 +75,7 @@ def _torch_polar(case: Case, calls: list[Arguments]) -> Running:
 
 
 def _torch_muon_step(case: Case, calls: list[Arguments]) -> Running:
-    """torch.optim.Muon's step function."""
+    """Start torch.optim.Muon's step function."""
     (a,) = calls
     triple, steps = _one_triple(a)
     if any(w.dim() != 2 for w in a["params"]):
@@ -94,7 +95,7 @@ def _torch_muon_step(case: Case, calls: list[Arguments]) -> Running:
 
 
 def _torch_adamw(case: Case, calls: list[Arguments], fused: bool) -> Running:
-    """torch.optim.AdamW's step function."""
+    """Start torch.optim.AdamW's step function."""
     (a,) = calls
     if len({t.dtype for n in ("params", "exp_avg") for t in a[n]}) > 1:
         raise Unavailable("torch.optim.AdamW keeps its states in the parameters' dtype")
@@ -107,7 +108,7 @@ def _torch_adamw(case: Case, calls: list[Arguments], fused: bool) -> Running:
 
 
 def _torch_power(case: Case, calls: list[Arguments]) -> Running:
-    """torch.nn.utils.parametrizations.spectral_norm: its power method, then sigma = u . W v."""
+    """Start the power method of torch's spectral_norm parametrization, then sigma = u . W v."""
     (a,) = calls
     if any(w.dim() != 2 for w in a["W"]):
         raise Unavailable("torch's spectral_norm takes one matrix at a time")
@@ -115,7 +116,7 @@ def _torch_power(case: Case, calls: list[Arguments]) -> Running:
         raise Unavailable("torch's parametrization updates u first")
     modules = []
     for w, u, v in zip(a["W"], a["u"], a["v"], strict=True):
-        module = _SpectralNorm(w[:1, :1])  # its constructor runs 15 steps: not on the matrix
+        module = _SpectralNorm(w[:1, :1])  # a 1x1 matrix, as its constructor takes 15 power steps
         module._u, module._v = u.clone(), v.clone()
         modules.append((module, w))
     steps = a.get("steps", 1)
@@ -136,8 +137,10 @@ def _torch_power(case: Case, calls: list[Arguments]) -> Running:
 
 
 def _eager_conda(case: Case, calls: list[Arguments]) -> Running:
-    """Conda's rule as its authors' code has it: momentum in original coordinates, three products
-    (arXiv:2509.24218 and its code)."""
+    """Start Conda's rule as in its authors' code: momentum not rotated, three products.
+
+    Source: arXiv:2509.24218 and its code.
+    """
     (a,) = calls
     if a["grads"] and a["grads"][0].dtype != a["exp_avg"][0].dtype:
         raise Unavailable("the authors' code keeps its states in the parameters' dtype")
@@ -147,12 +150,12 @@ def _eager_conda(case: Case, calls: list[Arguments]) -> Running:
     ]
     decay = 1 - float(a["lr"]) * a["weight_decay"]
     sizes, beta1, beta2 = a["scales"].tolist(), a["beta1"], a["beta2"]
-    rows = list(
+    entries = list(
         zip(a["params"], a["grads"], momenta, a["exp_avg_sq"], a["bases"], sizes, tall, strict=True)
     )
 
     def call() -> None:
-        for w, g, m, v, q, size, right in rows:
+        for w, g, m, v, q, size, right in entries:
             m.mul_(beta1).add_(g, alpha=1 - beta1)
             rotated, direction = (g @ q, m @ q) if right else (q.mT @ g, q.mT @ m)
             v.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
@@ -189,7 +192,7 @@ def _torch_prologue(
     momentum: Tensor,
     nesterov: bool = True,
 ) -> Tensor:
-    """torch.optim.Muon's two lerps and the norm it takes in bf16."""
+    """Do the two lerps of torch.optim.Muon and the norm that it takes in bf16."""
     mu, norms = float(momentum), []
     for i, (g, b) in enumerate(zip(grads, momentum_buffers, strict=True)):
         b.lerp_(g.to(b.dtype), 1 - mu)
@@ -205,7 +208,7 @@ def _torch_update(
     weight_decay: float,
     factors: list[float],
 ) -> None:
-    """torch.optim.Muon's last two lines."""
+    """Do the decay and the update of torch.optim.Muon, its last two lines."""
     rate = float(lr)
     for w, u, factor in zip(params, updates, factors, strict=True):
         w.mul_(1 - rate * weight_decay)
@@ -213,8 +216,11 @@ def _torch_update(
 
 
 def _plain(label: str, f: Any, same: bool = True) -> Peer:
-    """A torch function that takes our op's arguments; `same`: and means the same number, else it
-    is exact where ours is not, and slow."""
+    """Return the peer of a torch function that takes our op's arguments.
+
+    `same` is True if it computes the same numbers. Otherwise it is exact where ours is not, and
+    slow.
+    """
 
     def start(case: Case, calls: list[Arguments]) -> Running:
         return run_calls(f, case, calls)._replace(same=same)
@@ -265,7 +271,7 @@ TORCH: dict[str, tuple[Peer, ...]] = {
 
 
 def peers(case: Case, calls: list[Arguments]) -> tuple[Peer, ...]:
-    """Everything that stands beside our op; at last what binds it: memory or arithmetic."""
+    """Return all peers of our op; the last one is its limit, memory or arithmetic."""
     arithmetic = any(case.flops(arguments) for arguments in calls)
     twin = (TRITON,) if LOADED.served.get((case.name, "CUDA")) == "CUDA" else ()
     part = (PART,) if (case.name, "CUDA") in LOADED.parts else ()

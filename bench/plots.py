@@ -16,6 +16,7 @@ INK = {
 
 
 def check() -> None:
+    """Raise ValueError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("bench: --plots needs matplotlib; pip install matplotlib, or use --html")
 
@@ -51,7 +52,7 @@ def _bars(axes: Any, figure: Bars) -> None:
 
 
 def write(folder: Path, run: Run) -> None:
-    """A PNG per plot, named after it."""
+    """Write a PNG for each plot, named after it."""
     check()
     import matplotlib
 

@@ -1,7 +1,7 @@
-"""Repeats in fresh processes: what a process happens to get (addresses, cores) varies too.
+"""Repeats in fresh processes, because addresses and cores differ from process to process.
 
-Each process runs the same command with one thread per core, pinned, and writes its run
-(`records.joined`).
+Each process runs the same command with one thread per core, pinned, and writes its run.
+`records.joined` joins these.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}  # OpenMP 5.0, 6.3 an
 
 
 def repeat(argv: Sequence[str], count: int, threads: int | None) -> tuple[Run, int]:
-    """The joined run of `count` processes, and the worst exit code; what an interrupt leaves is
-    joined too. RuntimeError if no process wrote anything."""
+    """Run `count` processes; return their joined run and the worst exit code.
+
+    After an interrupt the runs so far are joined. Raise RuntimeError if no process wrote a run.
+    """
     environment = os.environ | PINNED | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
     runs: list[Run] = []
     worst = 0
@@ -36,7 +38,7 @@ def repeat(argv: Sequence[str], count: int, threads: int | None) -> tuple[Run, i
             try:
                 code = child.wait()
             except KeyboardInterrupt:
-                code = max(child.wait(), 130)  # it had the same signal and keeps what it measured
+                code = max(child.wait(), 130)  # the child got the same signal and saves its run
             if path.exists():
                 runs.append(load(path))
             worst = max(worst, abs(code))

@@ -1,4 +1,4 @@
-"""The table of what orthonorm.nn and orthonorm.monitor offer: a row for every public item."""
+"""The table of orthonorm.nn and orthonorm.monitor: a row for every public item."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .items_monitor import MONITOR
 
 ITEMS: dict[str, Item] = {**MAPS, **LAYERS, **MONITOR}
 
-# Not computations: what items return, warn with or are listed in.
+# Public names that compute nothing: types of results, a warning and a table.
 RESULTS = (
     "nn.LipschitzReport", "monitor.Alignment", "monitor.Eigen", "monitor.METRICS",
     "monitor.MonitorWarning", "monitor.Projected", "monitor.Row", "monitor.SymmetricRankOnes",

@@ -1,11 +1,12 @@
-"""Muon's step on several ranks: owners, and as many redundant copies, side by side.
+"""Compare Muon's step on several ranks: divided among them, and repeated on each of them.
 
     python -m orthonorm.bench.ranks --ranks 1 2 4 --json bench/results/NAME.json
 
-Starts gloo ranks of one thread each. "sharded": rows of every matrix on each rank (as FSDP2 places
-them), directions by owners. "copies": the whole step on every rank, as under DDP. The two take
-turns, step by step, all ranks starting together; a step is as long as its slowest rank's. Waiting
-for collectives is counted where the step waits, not where they run beside computation.
+Starts gloo ranks of one thread each. "sharded": each rank has rows of every matrix (as FSDP2 places
+them), and each direction is computed by its owner. "copies": every rank does the whole step, as
+under DDP. The two take turns step by step. All ranks start a step together, and its time is that of
+the slowest rank. Waiting counts only while the step waits for collectives, not while they run
+beside computation.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ BLOCK = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WID
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     out = argparse.ArgumentParser(
         prog="python -m orthonorm.bench.ranks", description=__doc__.split("\n")[0]
     )
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Waiting:
-    """Seconds in which this process does nothing but wait for collectives."""
+    """Counter of the seconds in which this process only waits for collectives."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -61,6 +63,8 @@ class Waiting:
             setattr(dist, name, self.watched(getattr(dist, name)))
 
     def timed(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `f` with its time added to the seconds."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
@@ -71,6 +75,8 @@ class Waiting:
         return call
 
     def watched(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the collective `f` with its call, and the wait for its work, timed."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             work = self.timed(f)(*args, **kwargs)
             return None if work is None else Watched(self.timed(work.wait))
@@ -79,14 +85,14 @@ class Waiting:
 
 
 class Watched:
-    """A Work whose wait is timed."""
+    """The work of a collective whose wait is timed."""
 
     def __init__(self, wait: Callable[[], Any]) -> None:
         self.wait = wait
 
 
 def optimizers(layers: int, world: int, method: str) -> dict[str, Any]:
-    """The same Muon over the same weights, sharded and whole."""
+    """Make the same Muon over the same weights, sharded and as copies."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     mesh, made = init_device_mesh("cpu", (world,)), {}
@@ -104,6 +110,7 @@ def optimizers(layers: int, world: int, method: str) -> dict[str, Any]:
 
 
 def worker(rank: int, world: int, folder: Path, args: argparse.Namespace) -> None:
+    """Time the steps on one rank, and write its figures to FOLDER/RANK.json."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
@@ -141,7 +148,7 @@ def worker(rank: int, world: int, folder: Path, args: argparse.Namespace) -> Non
 
 
 def measure(world: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What each rank of a world found."""
+    """Start the ranks of a world; return the figures of each."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "orthonorm.bench.ranks", "--layers", str(args.layers)]
         command += ["--steps", str(args.steps), "--method", args.method, "--worker"]
@@ -157,6 +164,7 @@ def measure(world: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def row(found: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the table's cells of a world, from the figures of its ranks."""
     first = found[0]
     waiting = statistics.mean(x["waiting"] for x in found)
     return (
@@ -171,7 +179,7 @@ HEAD = ("ranks", "sharded", "copies", "faster", "waiting", "sent a rank", "summe
 
 
 def table(name: str, record: dict[str, Any]) -> str:
-    """A record as README's table."""
+    """Return a record as the table of the README."""
     where, cores = record["environment"], record["cores"]
     rows = [HEAD, ("---",) * len(HEAD), *(row(found) for found in record["runs"].values())]
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]

@@ -1,9 +1,9 @@
-"""Records: the one type that measuring makes and every output is made from.
+"""Records: the one type between measurements and outputs.
 
     measure -> Record -> Run (a JSON file) -> table, CSV, Markdown, page, plots, comparison, README
 
-A Record is one candidate on one workload. A Run is what one command measured, with the machine it
-belongs to. Reading a Run back gives what was written, so an output of a file and of a fresh
+A Record has the figures of one candidate on one workload. A Run has the records of one command and
+its machine. A Run is read back as it was written, so the outputs of a file and of a fresh
 measurement are the same.
 """
 
@@ -19,27 +19,30 @@ from typing import Any
 from .timing import quantile
 
 FORMAT = "orthonorm-bench-2"
-NOISY = 1.25  # p90 / p10 above this is flagged
-# And halves of the rounds, or passes, whose medians differ by more. Of 182 rows above 1 ms 54
-# differed by more than 5 % between two runs of `--quick`; 0.05 flagged 44, this 52 (2026-11).
+NOISY = 1.25  # rows with a larger p90 / p10 are flagged
+# Rows are also flagged if medians of the halves of their rounds, or of passes, differ by more than
+# this. Of 182 rows above 1 ms 54 differed by more than 5 % between two runs of `--quick`; a limit
+# of 0.05 flagged 44 of them, this one 52 (2026-11).
 DRIFT = 0.03
 
 
 @dataclass(frozen=True)
 class Record:
-    """One candidate's figures; `note` says why there are none. Times are milliseconds per call.
+    """The figures of one candidate; `note` says why there are none.
+
+    Times are milliseconds per call, but for `host_us`.
 
     Attributes:
-        sweep: what was varied, such as "n=512"; threads: torch's, where they were chosen.
+        sweep: value of a sweep, such as "n=512"; threads: torch's, if they were chosen.
         kind: ours, backend (ours from another backend), reference, torch, exact, package,
-            compiled, or floor (what the machine does on the same bytes or products).
-        drift: median of the later half of the rounds over that of the earlier, minus 1; of rows
-            measured again, the largest median over the least, minus 1.
+            compiled, or floor (the machine's own time for the same bytes or products).
+        drift: median of the later half of the rounds over that of the earlier, minus 1. For rows
+            that were measured again: the largest median over the least, minus 1.
         ratio: its median over ours; round_ratio: the median over rounds of its time over ours.
         cold_ms: with the L2 cache flushed; graph_ms: replayed from a CUDA graph; host_us: until the
-            call returns to the host (CUDA); extra_mib: memory at the worst moment of a call.
-        flops, bytes: nominal work and least traffic; ceiling: which of the machine's rates binds;
-        of_ceiling: the time that rate allows over the median.
+            call returns to the host (CUDA); extra_mib: peak memory of a call.
+        flops, bytes: nominal work and least traffic; ceiling: name of the machine's rate that
+            binds; of_ceiling: the time that this rate allows over the median.
         error: relative Frobenius error to the float64 reference; polar_error: relative distance to
             the polar factor; sigma_min, sigma_max: extreme singular values of the result.
     """
@@ -77,24 +80,25 @@ class Record:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """What candidates beside each other share."""
+        """Values shared by the candidates of one comparison."""
         return (self.name, self.shape, self.dtype, self.spectrum, self.precision, self.sweep,
                 str(self.threads or ""))  # fmt: skip
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the same row of another run shares."""
+        """Values shared with the same row of another run."""
         return (*self.group, self.backend)
 
     @property
     def noisy(self) -> bool:
+        """True if its spread is above NOISY or its drift above DRIFT."""
         if self.median_ms is None or self.p10_ms is None or self.p90_ms is None:
             return False
         return self.p90_ms > NOISY * self.p10_ms or abs(self.drift or 0.0) > DRIFT
 
     @property
     def rate(self) -> float | None:
-        """Nominal FLOP per second, or least bytes per second of what has no arithmetic."""
+        """Nominal FLOP/s; for rows without arithmetic the least bytes per second."""
         work = self.flops or self.bytes
         return work / self.median_ms * 1e3 if self.median_ms and work else None
 
@@ -105,8 +109,11 @@ class Record:
 
 @dataclass
 class Run:
-    """What one command measured: the machine, its ceilings (FLOP/s by dtype, B/s of "copy"), the
-    records, and the promises of `bench claims` with their targets."""
+    """The results of one command.
+
+    The machine, its ceilings (FLOP/s by dtype, B/s of "copy"), the records, and the promises of
+    `bench claims` with their targets.
+    """
 
     environment: dict[str, Any]
     ceilings: dict[str, float] = field(default_factory=dict)
@@ -119,7 +126,7 @@ class Run:
         return f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {e['date'][:10]}"
 
     def save(self, path: Path) -> None:
-        """Written beside and moved into place: a run cut short leaves the last whole file."""
+        """Write the run to `path` by a file that is moved there, so that it is never partial."""
         records = [compact(record) for record in self.records]
         data = {"format": FORMAT, "environment": self.environment, "ceilings": self.ceilings,
                 "records": records, "claims": self.claims}  # fmt: skip
@@ -129,13 +136,13 @@ class Run:
 
 
 def compact(record: Record) -> dict[str, Any]:
-    """A record as JSON data, fields at their defaults left out."""
+    """Return a record as JSON data without the fields that have their default."""
     defaults = {f.name: f.default for f in fields(Record)}
     return {k: v for k, v in asdict(record).items() if v != defaults[k]}
 
 
 def load(path: Path) -> Run:
-    """A run from its file; ValueError with the reason for any other file."""
+    """Read a run from its file; raise ValueError, with the reason, for any other file."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:
@@ -153,7 +160,7 @@ def load(path: Path) -> Run:
 
 
 def grouped(records: Iterable[Record]) -> list[list[Record]]:
-    """Candidates side by side, groups in the order in which they were measured."""
+    """Return the records of each comparison as a list, in the order of measurement."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(record.group, []).append(record)
@@ -161,7 +168,7 @@ def grouped(records: Iterable[Record]) -> list[list[Record]]:
 
 
 def joined(runs: Sequence[Run]) -> Run:
-    """Several runs of one command as one."""
+    """Join several runs of one command."""
     rates = [run.ceilings for run in runs]
     ceilings = {name: max(r.get(name, 0.0) for r in rates) for name in rates[0]}
     environment = runs[0].environment | {"processes": len(runs)}
@@ -169,8 +176,11 @@ def joined(runs: Sequence[Run]) -> Run:
 
 
 def one_each(records: Iterable[Record]) -> list[Record]:
-    """Records of the same row, measured again, as one: the median of their medians, the span of
-    their p10 and p90; drift is how far the medians are apart."""
+    """Join records of the same row.
+
+    The result has the median of their medians, the least p10 and the largest p90. Its drift is the
+    largest median over the least, minus 1.
+    """
     by_key: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         by_key.setdefault(record.key, []).append(record)

@@ -1,4 +1,4 @@
-"""Reports of records as text: an aligned table, CSV that grows, Markdown."""
+"""Reports of records as text: aligned tables, CSV files that rows are appended to, Markdown."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def milliseconds(ms: float) -> str:
+    """Format milliseconds with fewer digits the longer they are."""
     digits = 4 if ms < 1 else 3 if ms < 10 else 2 if ms < 100 else 0
     return f"{ms:.{digits}f}"
 
 
 def scaled(value: float, unit: str) -> str:
+    """Format a value with a prefix of its unit, such as "1.5 GFLOP/s"."""
     for scale, prefix in _SCALES:
         if value >= scale:
             return f"{value / scale:.3g} {prefix}{unit}"
@@ -28,7 +30,7 @@ def scaled(value: float, unit: str) -> str:
 
 
 def _spread(r: Record) -> str:
-    """p10 and p90 relative to the median, "!" if that or the drift is noise."""
+    """Format p10 and p90 relative to the median; "!" marks a noisy row."""
     if not r.median_ms or r.p10_ms is None or r.p90_ms is None:
         return ""
     low, high = (round(100 * (p / r.median_ms - 1)) for p in (r.p10_ms, r.p90_ms))
@@ -56,7 +58,7 @@ def _number(value: float | None, how: str) -> str:
 
 
 def cells(members: Sequence[Record]) -> list[list[str]]:
-    """Head and cells of a group's measured rows, columns without a cell left out."""
+    """Return the head and the rows of a group's table, without empty columns."""
     largest = max((r.rate or 0.0 for r in members), default=0.0)
     scale, prefix = (1e12, "T") if largest >= 1e13 else (1e9, "G")
     columns = {
@@ -74,12 +76,12 @@ def cells(members: Sequence[Record]) -> list[list[str]]:
         "polar": [_number(r.polar_error, ".2g") for r in members],
         "sigmas": [_sigmas(r) for r in members],
     }
-    kept = {head: cells for head, cells in columns.items() if any(cells)}
-    return [list(kept), *(list(row) for row in zip(*kept.values(), strict=True))]
+    filled = {head: cells for head, cells in columns.items() if any(cells)}
+    return [list(filled), *(list(row) for row in zip(*filled.values(), strict=True))]
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Columns padded to their widest cell, the first `left` ones to the left."""
+    """Pad columns to their widest cell; the first `left` ones are aligned left, others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -91,7 +93,7 @@ def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def legend(records: Sequence[Record]) -> list[str]:
-    """What the columns of these records' tables say."""
+    """Return lines that explain the columns of the tables of these records."""
     lines = []
     if any(r.ratio is not None for r in records):
         lines.append("ours is 2x: that candidate takes twice our time")
@@ -108,13 +110,17 @@ def legend(records: Sequence[Record]) -> list[str]:
 
 
 def title(members: Sequence[Record]) -> str:
+    """Return the heading of a group: op, shape, dtype and other settings."""
     return "  ".join(part for part in members[0].group[:6] if part) + (
         f"  threads={members[0].threads}" if members[0].threads else ""
     )
 
 
 def table(records: Iterable[Record]) -> str:
-    """A block per op, shape and dtype; "ours is 2x" means that candidate takes twice our time."""
+    """Return a block per op, shape and dtype.
+
+    "ours is 2x" means that this candidate takes twice our time.
+    """
     blocks = []
     for members in grouped(records):
         timed = [r for r in members if r.median_ms is not None]
@@ -126,7 +132,7 @@ def table(records: Iterable[Record]) -> str:
 
 
 def markdown(run: Run) -> str:
-    """The same blocks as Markdown tables under the machine they belong to."""
+    """Return the same blocks as Markdown tables, under a heading that names the machine."""
     parts = [f"## {run.title}"]
     if run.ceilings:
         limits = ", ".join(
@@ -147,14 +153,14 @@ def markdown(run: Run) -> str:
 
 
 def flat(record: Record, environment: dict[str, Any]) -> dict[str, Any]:
-    """A record as one line of data."""
+    """Return a record and its environment as one flat row."""
     derived = {"noisy": record.noisy, "rate": record.rate, "unit": record.unit}
     found = {k: environment.get(k) for k in ENVIRONMENT} | asdict(record) | derived
     return {column: found[column] for column in COLUMNS}
 
 
 def append_csv(path: Path, records: Iterable[Record], environment: dict[str, Any]) -> None:
-    """Records at the end of a CSV file, made with a header if it is not there."""
+    """Append records to a CSV file; create it with a header if it is missing or empty."""
     fresh = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -164,7 +170,7 @@ def append_csv(path: Path, records: Iterable[Record], environment: dict[str, Any
 
 
 def check_csv(path: Path) -> None:
-    """ValueError if a file is there that another format wrote."""
+    """Raise ValueError if the file exists and has other columns."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open(newline="") as file:

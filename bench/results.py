@@ -1,6 +1,7 @@
-"""What stays: the index page of `bench/results`, and the tables of the README and the guides.
+"""Generated pages: the index of `bench/results`, the tables of README and docs, the support matrix.
 
-`python -m orthonorm bench results` writes them; a test holds them to what they are made from.
+`python -m orthonorm bench results` writes them from the recorded runs, the case table, the sources
+and the registry of optimizers. A test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SHOWN = ("Muon", "NorMuon", "Scion", "SCALE", "Conda", "SOAP", "AdamW")  # of al
 
 
 def runs(folder: Path = FOLDER) -> dict[str, Run]:
-    """Every run in the folder by file name, newest first; compile reports are no runs."""
+    """Return every run in the folder by file name, newest first; other JSON files are skipped."""
     found = {}
     for path in folder.glob("*.json"):
         data = json.loads(path.read_text())
@@ -52,7 +53,7 @@ def runs(folder: Path = FOLDER) -> dict[str, Run]:
 
 
 def latest(found: dict[str, Run]) -> dict[str, tuple[str, Run]]:
-    """The newest run of every device, the one with promises first: what stands for it."""
+    """Return the run that represents each device: the newest with promises, else the newest."""
     chosen: dict[str, tuple[str, Run]] = {}
     for with_claims in (True, False):
         for name, run in found.items():
@@ -62,7 +63,7 @@ def latest(found: dict[str, Run]) -> dict[str, tuple[str, Run]]:
 
 
 def index(found: dict[str, Run]) -> str:
-    """The index page: every run in a table, the newest of each device in full."""
+    """Return the index page: a table of all runs, and the representative of each device in full."""
     rows = []
     for name, run in found.items():
         e = run.environment
@@ -109,7 +110,7 @@ def _errors(claim: dict[str, Any]) -> str:
 
 
 def claims_table(name: str, run: Run) -> str:
-    """The promises of a run: figure, target and errors, and whether they held."""
+    """Return the table of a run's promises: figure, target, errors, and which were not held."""
     held = sum(bool(c["held"]) for c in run.claims)
     lines = [
         f"{run.title} ([{name}](../bench/results/{name})): {held} of {len(run.claims)} held.",
@@ -126,17 +127,18 @@ def claims_table(name: str, run: Run) -> str:
 
 
 def claimed(found: dict[str, Run]) -> list[tuple[str, Run]]:
-    """The newest run with promises of every device, GPUs first."""
+    """Return the newest run with promises of every device, GPUs first."""
     chosen = [(name, run) for name, run in latest(found).values() if run.claims]
     return sorted(chosen, key=lambda pair: not on_gpu(pair[1]))
 
 
 def on_gpu(run: Run) -> bool:
+    """True if the run was measured on a GPU."""
     return bool(run.environment["device"].startswith("NVIDIA"))
 
 
 def headlines(found: dict[str, Run]) -> str:
-    """A few promises, one machine a column."""
+    """Return the table of HEADLINES, one machine a column."""
     columns = claimed(found)
     if not columns:
         return "Not measured."
@@ -154,16 +156,17 @@ def headlines(found: dict[str, Run]) -> str:
 
 
 def gpus(found: dict[str, Run]) -> str:
+    """Return the sentence that there is no GPU's run, or nothing."""
     return "" if any(map(on_gpu, found.values())) else "GPU: not measured."
 
 
 def claims(found: dict[str, Run]) -> str:
-    """All promises of every machine, the newest run first."""
+    """Return the tables of all promises, a machine each, the newest run first."""
     return "\n\n".join([*(claims_table(*pair) for pair in claimed(found)), gpus(found)]).rstrip()
 
 
 def scaling(folder: Path) -> str:
-    """The step on several ranks, by the newest record."""
+    """Return the table of the step on several ranks, from the newest record."""
     found = [(path.name, json.loads(path.read_text())) for path in folder.glob("ranks-*.json")]
     if not found:
         return "Steps on several ranks: not measured."
@@ -171,7 +174,7 @@ def scaling(folder: Path) -> str:
 
 
 def losses(folder: Path, only: Sequence[str] = ()) -> str:
-    """The optimizers' losses under one tuning budget."""
+    """Return the table of the optimizers' losses under one tuning budget; of `only` some."""
     path = folder / "optimizers.json"
     if not path.exists():
         return "Losses under one tuning budget: not measured."
@@ -179,6 +182,7 @@ def losses(folder: Path, only: Sequence[str] = ()) -> str:
 
 
 def tables(found: dict[str, Run], folder: Path) -> dict[str, str]:
+    """Return all generated tables by the names that pages have for them."""
     return {
         "headlines": headlines(found),
         "claims": claims(found),
@@ -189,7 +193,7 @@ def tables(found: dict[str, Run], folder: Path) -> dict[str, str]:
 
 
 def filled(text: str, bodies: dict[str, str]) -> str:
-    """A page with its generated tables replaced."""
+    """Return a page with its generated tables replaced."""
 
     def block(m: re.Match[str]) -> str:
         if m[2] not in bodies:
@@ -200,7 +204,7 @@ def filled(text: str, bodies: dict[str, str]) -> str:
 
 
 def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
-    """What the files should hold."""
+    """Return (path, text) of every generated file."""
     found = runs(folder)
     bodies = tables(found, folder)
     pages = [(path, filled(path.read_text(), bodies)) for path in PAGES]
@@ -208,6 +212,7 @@ def written(folder: Path = FOLDER) -> Sequence[tuple[Path, str]]:
 
 
 def main(options: argparse.Namespace, run: Run) -> None:
+    """Write all generated files."""
     if not README.exists():
         raise ValueError("bench: results are written in a source tree only")
     for path, text in written():

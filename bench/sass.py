@@ -1,10 +1,10 @@
-"""Machine code of NVIDIA GPUs as nvdisasm prints it, counted by what the instructions do."""
+"""Counts of instructions by class in machine code of NVIDIA GPUs, as nvdisasm prints it."""
 
 from __future__ import annotations
 
 import re
 
-# classes by the opcodes they begin with, first match counts (CUDA binary utilities)
+# (class, pattern of opcodes); the first match counts. Opcodes: CUDA binary utilities.
 CLASSES = (
     ("tensor", r"HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA"),
     ("spill", r"LDL|STL"),
@@ -19,7 +19,7 @@ _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 
 
 def mix(code: str) -> dict[str, int]:
-    """How many instructions of every class a kernel has; "other" is mostly integers and moves."""
+    """Count a kernel's instructions of each class; "other" is mostly integers and moves."""
     found = {name: 0 for name, _ in CLASSES} | {"other": 0}
     for opcode in _OPCODE.findall(code):
         if opcode != "NOP":

@@ -1,7 +1,7 @@
-"""Shapes: awkward ones for tests, those of real models for benchmarks, and free ones as text.
+"""Shapes: awkward ones for tests, those of real models for benchmarks, and shapes given as text.
 
-A workload is the list of (batches of) matrices one call works on. As text, `+` joins its entries
-and `12*768x768` repeats one: "12*768x2304+500x32x32".
+A workload is the list of (batches of) matrices that one call works on. As text, `+` joins its
+entries and `12*768x768` repeats one: "12*768x2304+500x32x32".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Workload(NamedTuple):
         return sum(math.prod(shape) for shape in self.shapes)
 
     def distinct(self) -> Workload:
-        """One of each shape: enough to measure an error on."""
+        """Return the workload with each shape once, which is enough to measure an error."""
         return Workload(self.name, tuple(dict.fromkeys(self.shapes)))
 
 
@@ -45,7 +45,7 @@ EMPTY: tuple[Shape, ...] = ((0, 5, 7), (2, 0, 4, 4), (0, 5), (5, 0), (3, 0, 4))
 
 
 def parse(text: str) -> Workload:
-    """A workload from its text: a model's name or "64x2048x768", "12*768x768+768x3072"."""
+    """Return the workload of a text: a model's name, "64x2048x768" or "12*768x768+768x3072"."""
     if text in MODELS:
         return MODELS[text]
     shapes: list[Shape] = []
@@ -66,7 +66,7 @@ def parse(text: str) -> Workload:
 
 
 def describe(shapes: Iterable[Shape]) -> str:
-    """The text of a list of shapes, equal neighbours counted."""
+    """Return the text of a list of shapes; equal neighbours are counted."""
     parts: list[tuple[Shape, int]] = []
     for shape in shapes:
         if parts and parts[-1][0] == shape:

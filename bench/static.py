@@ -1,9 +1,9 @@
-"""What the GPU kernels compile to, and what that implies, on a machine without a GPU.
+"""Figures of the compiled GPU kernels, and the least times that these imply, without a GPU.
 
-Registers, spills, shared memory and instructions are the compilers', from the committed reports
-(compiled.py; `--compile` makes Triton's anew, `make cuda` nvcc's). Occupancy, waves and tile
-efficiency follow from them and from a case's shapes; a floor time is what the datasheet's rates
-allow work cut into those tiles. None of it is a measurement.
+Registers, spills, shared memory and instructions are the compilers' own, from the committed reports
+(compiled.py; `--compile` renews Triton's, `make cuda` nvcc's). Occupancy, waves and tile efficiency
+follow from them and from the shapes of a case. A floor time is the least that the rates of the
+datasheet allow for work cut into these tiles. None of this is a measurement.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from .records import Run
 
 
 class Launch(NamedTuple):
-    """A case on a device: programs, floating-point operations asked for and done on whole tiles,
-    bytes moved at least."""
+    """A case on a device.
+
+    `tiles` is the number of programs, `useful` the operations asked for, `done` those of whole
+    tiles, and `traffic` the least bytes moved.
+    """
 
     case: str
     shape: str
@@ -53,26 +56,27 @@ class Launch(NamedTuple):
 
     @property
     def busiest(self) -> float:
-        """Floating-point operations of the multiprocessor that does most."""
+        """Operations of the multiprocessor that does most."""
         return math.ceil(self.tiles / self.device.processors) * self.done / self.tiles
 
     @property
     def floor(self) -> float:
-        """Seconds: the busiest multiprocessor's tiles at its share of the peak, or the traffic."""
+        """Least seconds: the busiest multiprocessor at its share of the peak, or the traffic."""
         d = self.device
         peak = d.rate(self.kernel.dtype) / d.processors
         return max(self.busiest / peak, self.traffic / d.memory)
 
 
 def _symmetric(shape: Sequence[int], k: int, kernel: Kernel) -> tuple[int, float, float]:
-    """(tiles, useful, done) of an n x n product of inner size k, one triangle of tiles."""
+    """Return (tiles, useful, done) of one triangle of an n x n product of inner size k."""
     batch, n, block = math.prod(shape[:-2]), shape[-2], kernel.blocks[0]
-    rows = math.ceil(n / block)
-    tiles = batch * rows * (rows + 1) // 2
+    side = math.ceil(n / block)
+    tiles = batch * side * (side + 1) // 2
     return tiles, batch * n * (n + 1.0) * k, tiles * 2.0 * block * block * k
 
 
 def _product(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
+    """Return (tiles, useful, done) of an n x n matrix times an n x m one."""
     batch, n, m = math.prod(shape[:-2]), shape[-2], shape[-1]
     rows, columns = kernel.blocks[:2]
     tiles = batch * math.ceil(n / rows) * math.ceil(m / columns)
@@ -80,6 +84,7 @@ def _product(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
 
 
 def _small(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
+    """Return (programs, useful, done) of whole iterations on chip, one matrix per program."""
     batch, (n, m) = math.prod(shape[:-2]), sorted(shape[-2:])
     short, long = kernel.blocks
     steps = len(KELLER) / 3
@@ -88,7 +93,7 @@ def _small(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
 
 
 def tiling(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
-    """Programs of a launch, FLOPs asked for, FLOPs of whole tiles (0: memory alone counts)."""
+    """Return (programs, FLOPs asked for, FLOPs of whole tiles); 0 FLOPs if only memory counts."""
     if kernel.op == "gram":
         return _symmetric(shape, shape[-1], kernel)
     if kernel.op == "symmetric_update":
@@ -106,7 +111,7 @@ def tiling(shape: Sequence[int], kernel: Kernel) -> tuple[int, float, float]:
 
 
 def fits(kernel: Kernel, shape: Sequence[int]) -> bool:
-    """Whether a whole-iteration kernel's blocks hold the matrix, and no smaller one's would."""
+    """True unless the kernel iterates on chip in blocks other than the smallest for the matrix."""
     if kernel.op != "small_newton_schulz":
         return True
     n, m = (max(16, 1 << (side - 1).bit_length()) for side in sorted(shape[-2:]))
@@ -115,35 +120,38 @@ def fits(kernel: Kernel, shape: Sequence[int]) -> bool:
 
 @functools.lru_cache
 def _traffic(name: str, shape: str, dtype: str) -> float:
-    """Least bytes of the case's arguments, which are never filled."""
+    """Return the least bytes that a case moves, from arguments on the meta device."""
     inputs = _Shapes(DTYPES[dtype], device="meta")
     return candidates.bytes_moved(CASES[name], CASES[name].calls(shapes.parse(shape), inputs))
 
 
 class _Shapes(Inputs):
-    """Inputs of which only shapes and dtypes matter."""
+    """Inputs with shapes and dtypes but no numbers."""
 
     def normal(self, tag: str, shape: shapes.Shape) -> Tensor:
         return torch.empty(shape, device="meta")
 
 
 def launches(found: Iterable[Kernel], name: str, shape: str) -> Iterator[Launch]:
-    """The launch of a case on every device: of the record with the least work for the busiest
-    multiprocessor, a smaller one if that is below 4/5 of a larger one's (`configs.pick`)."""
+    """Yield the launch of a case for every device, dtype and language.
+
+    Chooses among a kernel's records as `configs.pick` does: the largest tiles, or smaller ones if
+    these give the busiest multiprocessor less than SMALLER times the work.
+    """
     workload = shapes.parse(shape)
     op = triton_name(name)
     if not CASES[name].takes_list:
-        shape = shapes.describe(workload.shapes[:1])  # one call of several
+        shape = shapes.describe(workload.shapes[:1])  # the first of several calls
         workload = shapes.parse(shape)
-    alike: dict[tuple[str, str, str], list[Kernel]] = {}
+    groups: dict[tuple[str, str, str], list[Kernel]] = {}
     for k in found:
         if k.op == op and k.blocks and all(fits(k, s) for s in workload.shapes):
-            alike.setdefault((k.arch, k.dtype, k.language), []).append(k)
-    for (_, dtype, _), choices in alike.items():
+            groups.setdefault((k.arch, k.dtype, k.language), []).append(k)
+    for (_, dtype, _), choices in groups.items():
         made = []
         for k in choices:
-            parts = [tiling(s, k) for s in workload.shapes]
-            tiles, useful, done = (sum(column) for column in zip(*parts, strict=True))
+            counts = [tiling(s, k) for s in workload.shapes]
+            tiles, useful, done = (sum(column) for column in zip(*counts, strict=True))
             made.append(Launch(name, shape, k, int(tiles), useful, done,
                                _traffic(name, shape, dtype)))  # fmt: skip
         best = made[0]
@@ -158,6 +166,7 @@ HEAD = ("op", "shape", "by", "GPU", "tile", "dtype", "regs", "spills", "KiB", "w
 
 
 def cells(x: Launch) -> tuple[str, ...]:
+    """Return the table's cells of a launch."""
     k = x.kernel
     return (
         x.case, x.shape, k.language, "sm_" + k.arch, "x".join(map(str, k.blocks)), k.dtype,
@@ -168,7 +177,7 @@ def cells(x: Launch) -> tuple[str, ...]:
 
 
 def mixes(found: Iterable[Kernel]) -> list[str]:
-    """A line per kernel: its instructions by class, in percent."""
+    """Return a line per kernel with the shares of its instructions by class."""
     names = [name for name, _ in sass.CLASSES] + ["other"]
     rows = [("kernel", "instructions", *names)]
     for k in found:
@@ -180,8 +189,10 @@ def mixes(found: Iterable[Kernel]) -> list[str]:
 
 
 def main(options: argparse.Namespace, run: Run) -> None:
-    """Print every case of the table that a compiled kernel serves, as --shape, --dtype and -k
-    leave them; --compile writes Triton's report anew first."""
+    """Print every case that a compiled kernel serves and that --shape, --dtype and -k select.
+
+    --compile first renews Triton's report.
+    """
     path = FOLDER / "triton_compile.json"
     if options.compile:
         print("compiling (about five minutes)", flush=True)

@@ -1,7 +1,8 @@
-"""Optimizer steps as candidates: ours from orthonorm.optim, torch's, and Conda's eager form.
+"""Optimizer steps as candidates: ours from orthonorm.optim, those of torch and packages, and an
+eager Conda.
 
-Every candidate owns a copy of the parameters and of the gradients; its output is the
-update W_after - W_before of one step from fresh state.
+Every candidate has its own copy of the parameters and gradients. Its output is the update
+W_after - W_before of one step from fresh state.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .shapes import Workload
 
 
 class Model:
-    """Parameters and gradients of a workload; candidates take copies of the first."""
+    """Parameters and gradients of a workload, which candidates copy."""
 
     def __init__(self, workload: Workload, inputs: Inputs) -> None:
         named = [(f"[{i}]", shape) for i, shape in enumerate(workload.shapes)]
@@ -31,11 +32,11 @@ class Model:
         self.grads = [inputs.matrix("grads" + n, s) for n, s in named]
 
     def parameters(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Fresh leaves holding the same numbers, `.grad` set."""
+        """Return new leaves with the same numbers and their gradients."""
         leaves = []
         for w, g in zip(self.params, self.grads, strict=True):
             leaf = w.to(g.device, dtype or w.dtype, copy=True).requires_grad_()
-            leaf.grad = g.to(leaf.dtype, copy=True)  # ScionLight's step scales it
+            leaf.grad = g.to(leaf.dtype, copy=True)  # a copy, because ScionLight scales it
             leaves.append(leaf)
         return leaves
 
@@ -45,16 +46,21 @@ KERNELS, MUON = "its kernels alone", "torch.optim.Muon"
 
 
 class Entrant(NamedTuple):
+    """A candidate by its label, kind, start function and package, as `candidates.Peer`."""
+
     label: str
     kind: str
     start: Start
     package: str = ""
 
     def wanted(self, names: tuple[str, ...]) -> bool:
+        """True if its kind or its package is among the names."""
         return self.kind in names or self.package in names
 
 
 def _running(model: Model, params: list[Tensor], call: Callable[[], Any]) -> Running:
+    """Return the Running of a step on `params`, whose output is their change."""
+
     def outputs(_: Any) -> dict[str, list[Tensor]]:
         pairs = zip(params, model.params, strict=True)
         return {"update": [w.detach().double() - before.double() for w, before in pairs]}
@@ -63,11 +69,13 @@ def _running(model: Model, params: list[Tensor], call: Callable[[], Any]) -> Run
 
 
 def _run(model: Model, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Running:
+    """Start the step of an optimizer that `make` creates on a copy of the parameters."""
     params = model.parameters()
     return _running(model, params, make(params).step)
 
 
 def _class(step: Step) -> Any:
+    """Return our optimizer class of a step; raise Unavailable if there is none."""
     if importlib.util.find_spec("orthonorm.optim") is None:
         raise Unavailable("orthonorm.optim is not there yet")
     module = importlib.import_module("orthonorm.optim")
@@ -77,15 +85,16 @@ def _class(step: Step) -> Any:
 
 
 def _ours(step: Step, precision: str | None, model: Model) -> Running:
+    """Start our step."""
     extra = {} if precision is None else {"precision": precision}
     make = functools.partial(_class(step), **step.settings, **step.own, **extra)
     return _run(model, make)
 
 
 def _kernels(step: Step, precision: str | None, model: Model) -> Running:
-    """What our step's kernels take by themselves: those of its second step, again and again."""
+    """Start the kernel calls of our second step alone, without the rest of the step."""
     call = _ours(step, precision, model).call
-    call()  # makes the state, refreshes bases
+    call()  # the first step makes the state and refreshes bases
     kernels = kernels_of(call)
 
     @torch.no_grad()
@@ -97,7 +106,7 @@ def _kernels(step: Step, precision: str | None, model: Model) -> Running:
 
 
 def label(step: Step, model: Model, precision: str | None) -> str:
-    """Which backend serves our step, for the table."""
+    """Return the label of our step in tables: the backends that serve it."""
     try:
         return served_by(_ours(step, precision, model).call)
     except Unavailable:
@@ -105,7 +114,7 @@ def label(step: Step, model: Model, precision: str | None) -> str:
 
 
 def truth(step: Step, model: Model) -> dict[str, list[Tensor]] | None:
-    """Our step in float64 by the references alone."""
+    """Return the update of our step in float64 by the references alone; None if unavailable."""
     try:
         make = functools.partial(_class(step), **step.settings, **step.own)
     except Unavailable:
@@ -125,7 +134,7 @@ def _torch_muon(step: Step, compiled: bool, model: Model) -> Running:
 
 
 def _package(step: Step, make: packages.Make, model: Model) -> Running:
-    """An optimizer of a package: other scales and eps, so its update is not compared."""
+    """Start an optimizer of a package; scales and eps differ, so its update is not compared."""
     made = functools.partial(make, s=dict(step.settings))
     return _run(model, made)._replace(same=False)
 
@@ -136,8 +145,8 @@ def _torch_adamw(step: Step, how: str, model: Model) -> Running:
 
 
 class _EagerConda(torch.optim.Optimizer):
-    """Conda as its authors' code has it: SVD of the momentum at the first step, then
-    three products a step (arXiv:2509.24218)."""
+    """Conda as in its authors' code: an SVD of the momentum at the first step, then three products
+    per step (arXiv:2509.24218)."""
 
     def __init__(self, params: list[Tensor], lr: float, betas: tuple[float, float], eps: float,
                  scale: float) -> None:  # fmt: skip
@@ -172,7 +181,7 @@ def _eager_conda(step: Step, model: Model) -> Running:
 
 
 def entrants(step: Step, ours: str, precision: str | None) -> list[Entrant]:
-    """Ours, then what torch and other packages have for it."""
+    """Return our candidate, then those of torch and of other packages."""
     found = [Entrant(ours, "ours", functools.partial(_ours, step, precision))]
     if step.name == "muon":
         for kind, more in (("torch", ""), ("compiled", " compiled")):
@@ -193,5 +202,5 @@ def entrants(step: Step, ours: str, precision: str | None) -> list[Entrant]:
 
 
 def bytes_moved(step: Step, model: Model) -> float:
-    """Gradients read, parameters and states read and written, all in one dtype."""
+    """Return the bytes of a step: gradients read, parameters and states read and written."""
     return float(sum(w.numel() * w.element_size() for w in model.params) * (3 + 2 * step.states))

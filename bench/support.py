@@ -1,6 +1,7 @@
-"""What serves which op where: `docs/support.md`, from the case table, the sources and the registry.
+"""Generator of `docs/support.md`, the page that says which backend serves which op.
 
-`python -m orthonorm bench results` writes it; a test holds it to them.
+It reads the case table, the sources and the registry of optimizers. `python -m orthonorm bench
+results` writes the page, and a test checks that it is up to date.
 """
 
 from __future__ import annotations
@@ -17,28 +18,33 @@ PAGE = ROOT / "docs" / "support.md"
 
 LEAD = """# What is supported where
 
-Written by `make results` from the case table, the sources and the registry of optimizers.
+`make results` writes this page from the case table, the sources and the registry of optimizers.
 
-**Ops.** On a CPU the C++ kernel serves, where the library was built. On CUDA the C++ kernel serves
-where one was built (nvcc and a CUDA build of torch), else Triton's. "composite" are ops that call
-other ops, whose kernels serve them. Everything else, on every device of torch, is served by the
-op's definition in plain torch, as are float64 products on CUDA. "all" dtypes are float32, bfloat16,
-float16 and float64; "mixed" ops also take lists whose tensors differ in dtype.
+**Ops.** On CPUs the C++ kernel serves an op if the library was built. On CUDA the C++ kernel serves
+it if one was built (which takes nvcc and a CUDA build of torch), otherwise Triton's. A "composite"
+op calls other ops, whose kernels serve it. In all other cases, and on every other device of torch,
+the op's definition in plain torch serves it; it also serves float64 products on CUDA. "all" dtypes
+are float32, bfloat16, float16 and float64. "mixed" ops also take lists whose tensors differ in
+dtype.
 
-The tests run every op in each of these dtypes on the CPU; the CUDA C++ kernels by an emulation on
-the CPU, and Triton's by its interpreter. Both are compiled for sm_80, sm_90 and sm_100.
+The tests run every op in each of these dtypes on the CPU. They run the CUDA C++ kernels in an
+emulation on the CPU, and Triton's kernels in its interpreter. Both are also compiled for sm_80,
+sm_90 and sm_100.
 """
 OPTIMIZERS = """
-**Optimizers.** All take these four dtypes, DDP and DTensors (FSDP2, HSDP, tensor parallel, both).
-Of a matrix that is cut, what is named here travels to the rank that computes its step.
+**Optimizers.** All take these four dtypes, DDP, and DTensors (FSDP2, HSDP, tensor parallelism, or
+FSDP2 with tensor parallelism). If a matrix is cut among ranks, the tensors in the column "travels"
+are sent to the rank that computes its step.
 """
 
 
 def yes(it_is: bool) -> str:
+    """Return "yes" or ""."""
     return "yes" if it_is else ""
 
 
 def op_row(case: Case) -> tuple[str, ...]:
+    """Return the table's cells of an op, from the files that its kernels would be in."""
     composite = "composite" if OPS[case.name].composite else ""
     cpu = (ROOT / "csrc" / "cpu" / f"{case.name}.cpp").exists()
     cuda = (ROOT / "csrc" / "cuda" / f"{case.name}.cu").exists()
@@ -55,7 +61,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def page() -> str:
-    """The text of docs/support.md."""
+    """Return the text of docs/support.md."""
     head = ("op", "CPU", "CUDA", "CUDA, not built", "dtypes", "takes lists")
     ops = table(head, [op_row(case) for case in CASES.values()])
     rows = [

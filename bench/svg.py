@@ -1,7 +1,7 @@
 """Plots as SVG text: logarithmic scatters and horizontal bars, drawn without any library.
 
-Marks carry a <title>, which browsers show on hover. Colors are CSS classes (`page.STYLE`), so that
-a page can change them with its scheme.
+Marks have a <title>, which browsers show on hovering. Colors are CSS classes (`page.STYLE`), so
+that a page can change them with its color scheme.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
 
 
 class _Axis(NamedTuple):
-    """A logarithmic axis from low to high on pixels start to end."""
+    """A logarithmic axis from low to high, drawn from pixel start to pixel end."""
 
     low: float
     high: float
@@ -30,23 +30,24 @@ class _Axis(NamedTuple):
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Powers of ten, and 2 and 5 times them on short axes."""
+        """Return powers of ten within the axis; on short axes also 2 and 5 times them."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         steps = (1,) if last - first > 2 else (1, 2, 5)
         every = 1 + (last - first) // 7
-        found = [s * 10.0**e for e in range(first, last + 1, every) for s in steps]
-        return [t for t in found if self.low <= t <= self.high]
+        candidates = [s * 10.0**e for e in range(first, last + 1, every) for s in steps]
+        return [t for t in candidates if self.low <= t <= self.high]
 
 
 def _axis(values: Iterable[float], start: float, end: float) -> _Axis:
-    found = list(values)
-    low, high = min(found), max(found)
+    """Return an axis that holds the values with some space at both ends."""
+    listed = list(values)
+    low, high = min(listed), max(listed)
     pad = max((high / low) ** 0.06, 1.1)
     return _Axis(low / pad, high * pad, start, end)
 
 
 def number(value: float) -> str:
-    """Short: 2 GF as "2e9" would be read badly, so prefixes for large, exponents for small."""
+    """Format a tick briefly: large numbers with a prefix ("2G"), small ones with an exponent."""
     for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
             return f"{value / scale:.3g}{prefix}"
@@ -54,6 +55,7 @@ def number(value: float) -> str:
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
+    """Return an SVG text element; `more` is added to its attributes."""
     escaped = html.escape(words)
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escaped}</text>'
 
@@ -80,7 +82,7 @@ def _frame(x: _Axis, y: _Axis, figure: Scatter) -> list[str]:
 
 
 def _scatter(figure: Scatter) -> str:
-    """Points on two logarithmic axes, with lines behind them."""
+    """Draw points on two logarithmic axes, with lines behind them."""
     shown = figure.marks
     corners = [p for line in figure.lines for p in line.points]
     x = _axis([m.x for m in shown] + [p[0] for p in corners], LEFT, WIDTH - RIGHT)
@@ -91,7 +93,7 @@ def _scatter(figure: Scatter) -> str:
         a, b = line.points[-1]
         parts.append(f'<polyline class="limit" points="{placed}"/>')
         parts.append(text(x.at(a) - 4, y.at(b) - 5, line.label, "end", ' class="label"'))
-    for m in sorted(shown, key=lambda m: m.color == "ours"):  # ours drawn last, on top
+    for m in sorted(shown, key=lambda m: m.color == "ours"):  # ours last, so that they are on top
         parts.append(
             f'<circle class="{m.color}" cx="{x.at(m.x):.1f}" cy="{y.at(m.y):.1f}" r="4.5">'
             f"<title>{html.escape(m.title)}</title></circle>"
@@ -100,7 +102,7 @@ def _scatter(figure: Scatter) -> str:
 
 
 def _bars(figure: Bars) -> str:
-    """Horizontal bars on a logarithmic axis around 1, under headings."""
+    """Draw horizontal bars on a logarithmic axis around 1, under headings."""
     shown, reference = figure.rows, 1.0
     start = 252.0
     x = _axis([reference, *(r.length for r in shown)], start, WIDTH - 60.0)
@@ -123,4 +125,5 @@ def _bars(figure: Bars) -> str:
 
 
 def draw(figure: Scatter | Bars) -> str:
+    """Return a plot as SVG text."""
     return _scatter(figure) if isinstance(figure, Scatter) else _bars(figure)

@@ -1,4 +1,4 @@
-"""Sweeps: one size, the batch or the threads varied, and the exponent of the time fitted."""
+"""Sweeps over a size, the batch or the number of threads, and the fitted exponent of the time."""
 
 from __future__ import annotations
 
@@ -10,31 +10,37 @@ from typing import NamedTuple
 from .records import Record
 
 THREADS = "threads"
-DEFAULTS = {"n": "nxn", "m": "256xm", "b": "bx64x64"}  # what varies where no --shape says
+DEFAULTS = {"n": "nxn", "m": "256xm", "b": "bx64x64"}  # shapes to sweep if there is no --shape
 _SIDE = re.compile(r"(\d*)([a-wyz])")
 
 
 class Sweep(NamedTuple):
+    """The letter (or "threads") that is varied, and its values."""
+
     variable: str
     values: tuple[int, ...]
 
 
 def parse(text: str) -> Sweep:
-    """ "n=64:8192" doubles from 64 to 8192; "n=64:512:64" steps; "threads=1:8" varies torch's."""
-    found = re.fullmatch(r"(threads|[a-wyz])=(\d+):(\d+)(?::(\d+))?", text)
-    low, high = (int(found[2]), int(found[3])) if found else (0, 0)
-    if not found or not 1 <= low <= high or found[4] == "0":
+    """Parse the text of a sweep.
+
+    "n=64:8192" doubles from 64 to 8192, "n=64:512:64" goes in steps of 64, and "threads=1:8"
+    varies torch's threads. Raise ValueError for any other text.
+    """
+    match = re.fullmatch(r"(threads|[a-wyz])=(\d+):(\d+)(?::(\d+))?", text)
+    low, high = (int(match[2]), int(match[3])) if match else (0, 0)
+    if not match or not 1 <= low <= high or match[4] == "0":
         raise ValueError(
             f"must be LETTER=LOW:HIGH (doubling) or LETTER=LOW:HIGH:STEP, of a letter "
             f"in --shape such as n of 64xnx4n, or of threads, got {text!r}"
         )
-    if found[4]:
-        return Sweep(found[1], tuple(range(low, high + 1, int(found[4]))))
-    return Sweep(found[1], tuple(low << i for i in range((high // low).bit_length())))
+    if match[4]:
+        return Sweep(match[1], tuple(range(low, high + 1, int(match[4]))))
+    return Sweep(match[1], tuple(low << i for i in range((high // low).bit_length())))
 
 
 def substitute(template: str, variable: str, value: int) -> str:
-    """A shape with every side and count such as `4n` replaced by its number."""
+    """Return a shape's text with every side and count such as `4n` replaced by its number."""
     words = re.split(r"([x*+])", template)
     used = False
     for i, word in enumerate(words):
@@ -47,7 +53,7 @@ def substitute(template: str, variable: str, value: int) -> str:
 
 
 class Fit(NamedTuple):
-    """median = constant * value^exponent by least squares in logarithms; r2: how well."""
+    """median = constant * value^exponent by least squares of logarithms; r2 is the fit's R^2."""
 
     exponent: float
     constant_ms: float
@@ -55,7 +61,7 @@ class Fit(NamedTuple):
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
-    """The power law through (value, milliseconds); None for fewer than two values."""
+    """Fit a power law to points (value, milliseconds); None for fewer than two values."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     if len({x for x, _ in logs}) < 2:
         return None
@@ -67,18 +73,21 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
 
 
 def series(records: Iterable[Record]) -> dict[tuple[str, ...], list[tuple[float, float]]]:
-    """(value, milliseconds) by (name, dtype, precision, backend, variable) of all sweeps."""
-    found: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    """Return points (value, milliseconds) of all sweeps.
+
+    Keys are (name, dtype, precision, backend, variable).
+    """
+    points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for r in records:
         if r.sweep and r.median_ms:
             variable, _, value = r.sweep.partition("=")
             key = (r.name, r.dtype, r.precision, r.backend, variable)
-            found.setdefault(key, []).append((float(value), r.median_ms))
-    return found
+            points.setdefault(key, []).append((float(value), r.median_ms))
+    return points
 
 
 def report(records: Iterable[Record]) -> list[str]:
-    """A line per series: the exponent over all values and over the last doubling."""
+    """Return a line per series: the exponent over all values, and over the last two."""
     lines = []
     for (name, dtype, precision, backend, variable), points in series(records).items():
         whole, last = fit(points), fit(sorted(points)[-2:])

@@ -1,8 +1,8 @@
 """Timing: candidates interleaved in rounds, medians with their spread, ratios within rounds.
 
-Neighbours on the machine slow everything for a while; so every candidate runs once per round, in an
-order that rotates, and ratios are taken between medians and also round by round. Nothing but the
-calls and two clock readings lies inside a timed region (about 0.1 us).
+Other work on the machine slows everything for a while. So every candidate runs once per round, in
+rotating order, and ratios are taken between medians and also round by round. A timed region
+contains the calls and two clock readings (about 0.1 us), nothing else.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 Call = Callable[[], object]
-SAMPLE = 2e-4  # seconds: shorter calls are repeated within one sample
+SAMPLE = 2e-4  # least seconds of a sample; shorter calls are repeated within it
 FEW = 3  # rounds of a candidate that alone would take more than the plan's time
-SETTLED = 0.003  # standard error of a median below which more rounds tell nothing
+SETTLED = 0.003  # relative standard error of a median below which measuring stops
 
 
 class Stats(NamedTuple):
-    """Seconds per call over the rounds."""
+    """Seconds per call: their statistics over the rounds."""
 
     median: float
     p10: float
@@ -32,7 +32,7 @@ class Stats(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How long to measure: fixed `rounds`, or what fits `seconds` between two limits."""
+    """Length of a measurement: fixed `rounds`, or as many as fit `seconds`, from low to high."""
 
     rounds: int | None = None
     seconds: float = 5.0
@@ -40,13 +40,14 @@ class Plan(NamedTuple):
     high: int = 200
 
     def choose(self, round_seconds: float) -> int:
+        """Return the number of rounds, given the seconds of one."""
         if self.rounds is not None:
             return self.rounds
         return min(self.high, max(self.low, int(self.seconds / max(round_seconds, 1e-9))))
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics."""
+    """Return a quantile by linear interpolation between order statistics."""
     ordered = sorted(values)
     at = q * (len(ordered) - 1)
     low = math.floor(at)
@@ -55,6 +56,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def stats(samples: Sequence[float]) -> Stats:
+    """Return the statistics of samples in the order of rounds."""
     half = len(samples) // 2
     drift = quantile(samples[-half:], 0.5) / quantile(samples[:half], 0.5) - 1 if half else 0.0
     at = (quantile(samples, q) for q in (0.5, 0.1, 0.9))
@@ -62,22 +64,26 @@ def stats(samples: Sequence[float]) -> Stats:
 
 
 def settled(samples: Sequence[float]) -> bool:
-    """Whether the median is known well: 0.93 IQR / sqrt(rounds) is its standard error."""
+    """True if the median's standard error, 0.93 IQR / sqrt(rounds), is below SETTLED of it."""
     spread = quantile(samples, 0.75) - quantile(samples, 0.25)
     return 0.93 * spread / math.sqrt(len(samples)) < SETTLED * quantile(samples, 0.5)
 
 
 def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the median of a over the median of b."""
     return quantile(a, 0.5) / quantile(b, 0.5)
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median over the rounds both ran of a / b: neighbours that slow a whole round cancel."""
+    """Return the median of a / b over the rounds that both ran.
+
+    Other work that slows a whole round cancels.
+    """
     return quantile([x / y for x, y in zip(a, b, strict=False)], 0.5)
 
 
 def time_cpu(call: Call, repeats: int) -> float:
-    """Seconds per call by the wall clock."""
+    """Return the seconds per call by the wall clock."""
     start = time.perf_counter_ns()
     for _ in range(repeats):
         call()
@@ -85,7 +91,7 @@ def time_cpu(call: Call, repeats: int) -> float:
 
 
 def time_cuda(call: Call, repeats: int) -> float:
-    """Seconds per call between two events on the current stream; the queue is empty before."""
+    """Return the seconds per call between two events; the queue of the stream is empty before."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -102,12 +108,12 @@ def interleave(
     device: str = "cpu",
     warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every candidate in every round.
+    """Time candidates in rounds; return the seconds per call of each in every round.
 
-    Two warm-up calls each, or one if they are `warm` (the last one timed, to choose repeats and
-    rounds), then round-robin: round r starts with candidate r mod n, so nobody always runs after
-    the same neighbour. Where the plan leaves the rounds open, a candidate too slow for it runs in
-    the first few only, and all stop when every median has settled.
+    Each candidate has two warm-up calls, or one if they are `warm`. The last is timed, to choose
+    repeats and rounds. Round r starts with candidate r mod n, so the order rotates. If the plan
+    does not fix the rounds, a candidate too slow for it runs only in the first few, and all stop
+    once the median of every other one has settled.
     """
     clock = time_cuda if device.startswith("cuda") else time_cpu
     plan = plan or Plan()
@@ -143,5 +149,5 @@ def interleave(
 
 
 def overhead() -> float:
-    """Seconds that timing one call adds to it: two clock readings and the loop."""
+    """Return the seconds that timing adds to a call: two clock readings and the loop."""
     return min(time_cpu(lambda: None, 1) for _ in range(1000))

@@ -1,4 +1,4 @@
-"""Every launch of the Triton kernels the package may make, as `triton_report` compiles them."""
+"""All launches of Triton kernels that the package may make, for `triton_report` to compile."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 ARCHES = ("80", "90", "100", "gfx942")
-SIZES = ("BLOCK", "LINES", "ALONG")  # constants that begin so are the shape of a tile
+SIZES = ("BLOCK", "LINES", "ALONG")  # prefixes of the constants that give a tile's shape
 
 
 @dataclass(frozen=True)
 class Build:
-    """One compilation: a kernel, the constants of a launch, a target."""
+    """One compilation: a kernel, the constants of a launch, and a target."""
 
     op: str
     kernel: Any
@@ -25,11 +25,11 @@ class Build:
     dtype: str
     tensor_cores: bool = False
     arguments: tuple[tuple[str, str], ...] = ()
-    wide: bool = True  # whether its accesses must be wide ones
+    wide: bool = True  # True if its memory accesses must be wide
 
     @property
     def tile(self) -> int:
-        """Elements of a tile of the result."""
+        """Number of elements in a tile of the result."""
         return int(self.constants.get("BLOCK_M", 1) * self.constants.get("BLOCK_N", 1))
 
     @property
@@ -40,10 +40,11 @@ class Build:
 
 
 def module(name: str) -> Any:
+    """Import a module of orthonorm.kernels."""
     return importlib.import_module(f"orthonorm.kernels.{name}")
 
 
-# ends by what they read besides the table: the function, its tensors by type, None for none
+# by end (what becomes of a tile): its function, and the types of the two tensors it may read
 READS: dict[str, tuple[str, str | None, str | None]] = {
     "store": ("store", None, None),
     "adam": ("adam", None, None),
@@ -56,7 +57,7 @@ READS: dict[str, tuple[str, str | None, str | None]] = {
 
 
 def end_of(name: str) -> tuple[Any, dict[str, None], tuple[tuple[str, str], ...]]:
-    """An end, its tensors as constants, those it has not, and as arguments."""
+    """Return an end, its missing tensors as constants, and the types of those that it reads."""
     ends = module("ends")
     function, *types = READS[name]
     given = dict(zip(("first", "second"), types, strict=True))
@@ -68,8 +69,8 @@ def end_of(name: str) -> tuple[Any, dict[str, None], tuple[tuple[str, str], ...]
     )
 
 
-# a product: its table, orders of A, B, C, D and out (1: rows contiguous), how many of C and D it
-# adds, its end
+# by product: its table of records, the orders of A, B, C, D and out (1: rows are contiguous), how
+# many of C and D it adds, and its end
 PRODUCTS = {
     "gram": ("symmetric", (1, 0, 1, 1, 1), 0, "store"),
     "gram-tall": ("symmetric", (0, 1, 1, 1, 1), 0, "store"),
@@ -92,7 +93,7 @@ PRODUCTS = {
 
 
 def products(arch: str) -> Iterator[Build]:
-    """The product kernel in the orders and with the ends the package launches it in."""
+    """Yield the product kernel in all orders and with all ends that the package uses."""
     configs, product, tables = map(module, ("configs", "product", "tables"))
     tensors = ("A", "B", "C", "D", "OUT")
     labels = {str(d).removeprefix("torch."): t for d, t in tables.TYPES.items()}
@@ -114,7 +115,7 @@ def products(arch: str) -> Iterator[Build]:
                 )  # fmt: skip
 
 
-# the ends of whole iterations on chip
+# kernels of whole iterations on chip, and their ends
 SMALL = {
     "small_newton_schulz": "store", "small_muon": "update", "small_muon-rounded": "rounded_update",
     "small_normuon": "row_squares", "small_normuon-tall": "column_squares",
@@ -122,7 +123,7 @@ SMALL = {
 
 
 def small(arch: str) -> Iterator[Build]:
-    """Whole iterations on chip."""
+    """Yield the kernels of whole iterations on chip."""
     kernels, grams, tables = map(module, ("small_newton_schulz", "gram_polynomial", "tables"))
     configs = module("configs")
     for dtype in kernels.HALF:
@@ -142,7 +143,7 @@ def small(arch: str) -> Iterator[Build]:
         sides = ((16, 16), (32, 32), (64, 64), (16, 128), (64, 128), (128, 128))
         for (short, long), (op, end) in itertools.product(sides, SMALL.items()):
             if end not in ("store", "update") and short * long < 64 * 128:
-                continue  # the others' registers, and fewer than these ends' on larger tiles
+                continue  # these take no more registers than the builds that are kept
             ending, unused, given = end_of(end)
             constants = dict(
                 STEPS=4, norms=None, **dict.fromkeys(("X_TYPE", "OUT_TYPE", "DOT_TYPE"), t),
@@ -154,8 +155,8 @@ def small(arch: str) -> Iterator[Build]:
             yield Build(op, kernels.iterate_kernel, constants, options, arch, label, True, given)
 
 
-FLAGS = {"grad_scale": None, "found_inf": None}  # GradScaler's
-# kernel of a pass over lists: its tensors, its own arguments, its own constants
+FLAGS = {"grad_scale": None, "found_inf": None}  # arguments of GradScaler
+# by pass over lists: its kernel, its tensors, further arguments, further constants
 PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[str, Any]]] = {
     "rotated_adam": ("rotated_adam_kernel", ("M", "V", "X"), (), {"scales": None}),
     "decayed_update": ("decayed_update_kernel", ("W", "U"), (), {"seed": None, "found_inf": None}),
@@ -184,13 +185,13 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
 
 
 def passes(arch: str) -> Iterator[Build]:
-    """Passes over dense, aligned tensors in bfloat16 and float32."""
+    """Yield the passes over dense, aligned tensors in bfloat16 and float32."""
     tables, each = module("tables"), module("elementwise")
     block = each.block_of(each.torch.device("cuda"))
     for op, (name, tensors, arguments, own) in PASSES.items():
         for dtype in (each.torch.bfloat16, each.torch.float32):
-            kept = {"CODES": each.torch.uint8, "SCALES": each.torch.float32}
-            types = {f"{t}_TYPE": tables.TYPES[kept.get(t, dtype)] for t in tensors}
+            fixed = {"CODES": each.torch.uint8, "SCALES": each.torch.float32}
+            types = {f"{t}_TYPE": tables.TYPES[fixed.get(t, dtype)] for t in tensors}
             constants = dict(
                 STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
             )  # fmt: skip
@@ -201,7 +202,8 @@ def passes(arch: str) -> Iterator[Build]:
             )  # fmt: skip
 
 
-# kernel of a reduction along lines, its own constants, and whether its programs own many lines
+# by reduction along lines: its module and kernel, further constants, and True if a program owns
+# many lines
 LINES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0, "parts": None}, False),
     "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}, False),
@@ -217,7 +219,7 @@ LINES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
 
 
 def reductions(arch: str) -> Iterator[Build]:
-    """Reductions along rows (order 1) and columns (order 0) of bfloat16 and float32."""
+    """Yield the reductions along rows (order 1) and columns (order 0) in bfloat16 and float32."""
     tables, lines = module("tables"), module("lines")
     names = ("factors", "sums", "row_moments", "column_moments", "parts", "moments")
     doubles = tuple((n, "*fp64") for n in names)
@@ -258,7 +260,7 @@ def reductions(arch: str) -> Iterator[Build]:
         )  # fmt: skip
 
 
-# kernel of power iteration: its types, other constants
+# by kernel of power iteration: its types and further constants
 POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "step_kernel": (("W_TYPE",), {"STEPS": 7, "ALIGNED": True, "SECOND": True}),
     "back_kernel": (("W_TYPE",), {}),
@@ -270,7 +272,7 @@ POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 
 def power(arch: str) -> Iterator[Build]:
-    """Power iteration on rows (order 1) and columns (order 0) of W."""
+    """Yield the kernels of power iteration on rows (order 1) and columns (order 0) of W."""
     tables, kernels = module("tables"), module("power_iteration")
     doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares", "sums", "norms"))
     device = kernels.torch.device("cuda")
@@ -290,11 +292,11 @@ def power(arch: str) -> Iterator[Build]:
                 )  # fmt: skip
 
 
-ANYHOW = {"FLAT": False, "ALIGNED": False}  # and every order of strides 2, neither being one
+ANYHOW = {"FLAT": False, "ALIGNED": False}  # with order 2: neither stride is known to be 1
 
 
 def anyhow(build: Build) -> Build:
-    """The same launch for tensors of any strides and alignment."""
+    """Return the same launch for tensors of any strides and alignment."""
     orders = {name: 2 for name in build.constants if name.endswith("ORDER")}
     slower = {name: value for name, value in ANYHOW.items() if name in build.constants}
     constants = build.constants | orders | slower
@@ -302,8 +304,10 @@ def anyhow(build: Build) -> Build:
 
 
 def builds(arch: str) -> Iterator[Build]:
-    """Everything the package may launch on an architecture, as it is launched for tensors that are
-    contiguous and aligned, and in bfloat16 for any others."""
+    """Yield all launches that the package may make on an architecture.
+
+    Each is built for contiguous and aligned tensors, and many in bfloat16 also for any others.
+    """
     for family in (products, small, passes, reductions, power):
         for build in family(arch):
             yield build

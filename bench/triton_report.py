@@ -1,12 +1,13 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, memory, instructions.
+"""Compile report of the Triton kernels, without a GPU: registers, spills, memory, instructions.
 
-    python -m orthonorm.bench.triton_report [--out FILE] [--arch 90] [--kernel product_kernel]
+    python -m orthonorm.bench.triton_report [--out FILE] [--arch 90] [--kernel symmetric_update]
 
-Every kernel is compiled ahead of time for every record of its table and every architecture, with
-the alignment the launcher finds for contiguous matrices whose sides are multiples of 8. AMD's is
-only compiled: the package serves ROCm by its definitions. The committed report is Triton 3.9's;
-3.6 compiles all of it too. Of launches of contiguous matrices only some of sm_100 in tiles of 128
-spill more than once there: first_factor 52 times, gram_chain 26, symmetric_update 8 (2026-11).
+Compiles every kernel ahead of time, for every record of its table and every architecture, with the
+alignment that the launcher finds for contiguous matrices with sides that are multiples of 8. For
+AMD the kernels are only compiled; the package serves ROCm by its definitions. The committed report
+is from Triton 3.9. Triton 3.6 compiles all of it too; there, of launches on contiguous matrices,
+only some of sm_100 in tiles of 128 spill more than once: first_factor 52 times, gram_chain 26,
+symmetric_update 8 (2026-11).
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 from .sass import mix
 from .triton_builds import ARCHES, Build, builds
 
-# bytes one block may use: CUDA guide, table of compute capabilities; AMD CDNA 3
+# bytes of shared memory per block: CUDA guide, table of compute capabilities; AMD CDNA 3
 SHARED = {"80": 166912, "90": 232448, "100": 232448, "gfx942": 65536}
 TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA|v_mfma)"
 NEWEST = {"80": r"\bHMMA", "90": r"\bHGMMA", "100": r"\bUTCHMMA", "gfx942": "v_mfma"}
 WIDE = r"ld\.global\.\S*v[24]|cp\.async|(?:global|buffer)_load_dwordx[24]"
-# an offset of 32 bits or less into a tensor, in Triton's intermediate code
+# an offset of at most 32 bits into a half-precision tensor, in Triton's intermediate code
 NARROW = r"tt\.addptr .* : (?:tensor<\S+x)?!tt\.ptr<(?:bf16|f16)>>?, (?:tensor<\S+x)?i(?:8|16|32)\b"
-# arguments; all others are pointers to float32
+# types of arguments; all others are pointers to float32
 ARGUMENTS = {
     "table": "*i64",
     "entries": "*i64",
@@ -44,7 +45,7 @@ ARGUMENTS = {
 
 
 def compiled(build: Build) -> dict[str, Any]:
-    """Compile ahead of time; what the binary needs."""
+    """Compile a build ahead of time; return its row of the report."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -77,7 +78,7 @@ def compiled(build: Build) -> dict[str, Any]:
 
 
 def measured(cubin: bytes, arch: str) -> dict[str, Any]:
-    """Registers and stack of a binary, and its tensor-core instructions."""
+    """Return registers, stack, spills and counts of instructions of an NVIDIA binary."""
     import triton.backends.nvidia as backend
 
     tools = Path(backend.__file__).parent / "bin"
@@ -98,7 +99,7 @@ def measured(cubin: bytes, arch: str) -> dict[str, Any]:
 
 
 def measured_amd(code: str) -> dict[str, Any]:
-    """The same of AMD's assembly, which says it itself."""
+    """Return the same figures of AMD's assembly, which states them."""
     registers, spills, stack = (
         int(re.findall(rf"\.{name}:\s*(\d+)", code)[-1])
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")

@@ -1,16 +1,16 @@
-"""Measure what the choices made at run time are read from.
+"""Measure the tables from which choices are made at run time.
 
     python -m orthonorm.bench.tune --out FOLDER [--seconds S] [--dtype float16]
 
-With a GPU: sweep launch records of the product kernel, find where chains of products in one launch
-stop to pay, and write tables for `kernels/configs/`.
-Without: time the forms of the Newton-Schulz iteration beside `torch.optim.Muon`'s function, in the
+With a GPU: sweep launch records of the product kernel, find the side from which separate products
+are faster than a chain in one launch, and write tables for `kernels/configs/`.
+Without: time the forms of the Newton-Schulz iteration and the function of `torch.optim.Muon` in the
 same rounds, and write this processor's row of `orthonorm/rates.json`.
 
-For every tile shape the fastest warps and stages are kept, on matrices that give it enough tiles;
-then the shapes that are fastest for some size, largest first, which is the order `configs.pick`
-reads, and the side from which on torch is faster.
-All records share block_k, so that no choice changes a result.
+For each tile shape the sweep keeps the fastest warps and stages. Of these records it keeps those
+that are fastest for some side, largest first, which is the order that `configs.pick` reads. It also
+stores the side from which torch is faster. All records share block_k, so that no choice changes a
+result.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ CHAIN_SIDES = (96, 128, 160, 192, 256)
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Median of five samples, infinite where the record does not fit the device."""
+    """Return the median of five samples; infinite if the record does not fit the device."""
     try:
         call()
         return quantile([time_cuda(call, 5) for _ in range(5)], 0.5)
-    except Exception as error:  # Triton's OutOfResources has moved between modules
+    except Exception as error:  # the module of Triton's OutOfResources differs between versions
         if "resource" not in type(error).__name__.lower() + str(error).lower():
             raise
         return math.inf
@@ -59,7 +59,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 def launcher(
     op: str, side: int, dtype: torch.dtype, device: str = "cuda"
 ) -> Callable[[Any], Tensor]:
-    """One launch on random matrices of this side by a given record: X X^T, or X + B X."""
+    """Return the function that launches X X^T or X + B X, of this side, with a given record."""
     product = importlib.import_module("orthonorm.kernels.product")
     tables = importlib.import_module("orthonorm.kernels.tables")
     tensors = [torch.randn(side, side, device=device).to(dtype) for _ in range(3)]
@@ -79,19 +79,19 @@ def launcher(
             symmetric=symmetric,
             records=[record],
         )
-        return tensors[-1]  # of which views know only the addresses
+        return tensors[-1]  # keeps the tensors alive: views hold only addresses
 
     return launch
 
 
 def torch_seconds(op: str, side: int, dtype: torch.dtype) -> float:
-    """What torch takes for the same."""
+    """Return the seconds of the same product by torch."""
     X, B = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
     return seconds_of(lambda: X @ X.mT if op == "symmetric" else torch.addmm(X, B, X))
 
 
 def torch_from(ours: dict[int, float], torchs: dict[int, float]) -> int | None:
-    """The smallest side from which on torch is faster, None if it is not at the largest."""
+    """Return the smallest side from which torch is faster; None if it is not at the largest."""
     found = None
     for side in sorted(ours, reverse=True):
         if torchs[side] >= ours[side]:
@@ -103,7 +103,7 @@ def torch_from(ours: dict[int, float], torchs: dict[int, float]) -> int | None:
 def sweep(
     op: str, dtype: torch.dtype, block_k: int, deadline: float
 ) -> tuple[list[Any], int | None]:
-    """The records of a table row and where torch is faster; every time on the way printed."""
+    """Measure a row of a table; return its records and the side from which torch is faster."""
     configs = importlib.import_module("orthonorm.kernels.configs")
     launchers = {side: launcher(op, side, dtype) for side in SIDES}
     best: dict[tuple[int, int], tuple[Any, dict[int, float]]] = {}
@@ -126,7 +126,10 @@ def sweep(
 def chain_from(
     dtype: torch.dtype, sides: Sequence[int] = CHAIN_SIDES, batch: int = 12, device: str = "cuda"
 ) -> int:
-    """The side from which on words take less than `gram_polynomial` in one launch, of a batch."""
+    """Return the side from which separate products are faster than `gram_polynomial` in a launch.
+
+    Measured on a batch of matrices.
+    """
     ours, words = {}, {}
     kernels = importlib.import_module("orthonorm.kernels.gram_polynomial")
     triples = [(3.4445, -4.7750, 2.0315)] * 5
@@ -141,7 +144,7 @@ def chain_from(
 
 
 def stored(op: str, arch: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The table of an op and its row for an architecture, its own from here on."""
+    """Return the stored table of an op, and its row for an architecture as a copy to change."""
     configs = importlib.import_module("orthonorm.kernels.configs")
     table = json.loads((configs.FOLDER / f"{op}.json").read_text())
     row = table.get(arch, {})
@@ -156,9 +159,9 @@ ASPECT = 4
 
 
 def measure_rates(plan: Plan) -> dict[str, list[float]]:
-    """GFLOP/s of every part of `orthogonalize.work`, each at the lowest decile of its times.
+    """Measure the GFLOP/s of every part of `orthogonalize.work`, at the lowest decile of times.
 
-    One iteration with c = 0 in Gram form is a sweep alone: its chain has no product.
+    One iteration with c = 0 in Gram form is a sweep alone, because its chain has no product.
     """
     triple, line = (3.4445, -4.7750, 2.0315), (1.0, 1.0, 0.0)
     rates: dict[str, list[float]] = {"sides": []}
@@ -189,6 +192,7 @@ def measure_rates(plan: Plan) -> dict[str, list[float]]:
 
 
 def tune_cpu(out: Path, seconds: float) -> None:
+    """Measure this processor's rates and write them to OUT/rates.json."""
     where = environment()
     rates = measure_rates(Plan(seconds=seconds / len(CPU_SIDES)))
     source = f"measured: {where['device']}, {where['threads']} threads, {where['date'][:10]}"

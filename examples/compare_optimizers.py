@@ -1,17 +1,17 @@
-"""Trains one small LLaMA with every optimizer under the same tuning budget, and compares them.
+"""Train one small LLaMA with every optimizer under the same tuning budget, and compare them.
 
     python -m orthonorm.examples.compare_optimizers                  # all of them, minutes on a CPU
     python -m orthonorm.examples.compare_optimizers --preset smoke   # seconds, to see it work
     python -m orthonorm.examples.compare_optimizers --optimizers Muon NorMuon AdamW --out runs/three
 
-The budget is the same for all and fixed before anything is run: the learning rate of the matrices
-starts at the class's default and moves towards the lower loss, a set number of runs on a seed that
-is used for nothing else (`next_rate`); the best rate then trains on every seed of the comparison.
-Everything else is the class's default, but for SETTINGS. AdamW comes first: the rate it found is
-also that of embeddings, head and gains, which have the same AdamW in all.
+The budget is the same for all and is fixed in advance. The learning rate of the matrices starts at
+the class's default and moves towards the lower loss (`next_rate`), in a set number of runs on a
+seed that serves nothing else. The best rate then trains on every seed of the comparison. All other
+settings are the class's defaults, except for SETTINGS. AdamW comes first, because embeddings, head
+and gains have this AdamW at its best rate in all runs.
 
-Each optimizer's results are a file in the output folder as soon as they are complete, and a second
-call goes on behind them. At the end: optimizers.json, optimizers.md, optimizers.png.
+Each optimizer's results are written to the output folder as soon as they are complete; a second
+call continues after them. At the end come optimizers.json, optimizers.md and optimizers.png.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ from orthonorm.optim import REGISTRY
 
 FORMAT = "orthonorm-optimizers-1"
 TUNING_SEED = 1000
-FACTOR = 3.0  # between learning rates, until the best one lies between two others
+FACTOR = 3.0  # ratio of successive learning rates, until the best lies between two others
 
-# Of the class's defaults, what a run of a hundred steps must not have: AdamW and Conda as in
-# tuned.json, Scion's average as in its authors' language models (the class's default keeps none).
+# Settings that differ from the class's defaults, which do not fit runs of a hundred steps. AdamW
+# and Conda are as in tuned.json. Scion averages gradients as in its authors' language models; its
+# default does not average.
 SETTINGS: dict[str, Settings] = {
     "AdamW": {"betas": [0.9, 0.95], "weight_decay": 0.1},
     "Conda": {"betas": [0.9, 0.99], "update_proj_gap": 50},
@@ -63,8 +64,8 @@ class Plan:
     """The model, and the budget of every optimizer."""
 
     config: Config
-    rates: int  # runs that look for the learning rate
-    seeds: tuple[int, ...]  # of the runs that count
+    rates: int  # number of runs that search the learning rate
+    seeds: tuple[int, ...]  # seeds of the runs that are compared
 
 
 PRESETS: dict[str, Plan] = {
@@ -84,13 +85,14 @@ PRESETS: dict[str, Plan] = {
     ),
 }  # fmt: skip
 
-Measure = Callable[[float], float]  # learning rate to final validation loss, inf where it diverged
+Measure = Callable[[float], float]  # learning rate to final validation loss; inf if it diverged
 
 
 def next_rate(seen: dict[float, float]) -> float:
-    """The rate to try after those seen: beyond an end that is best, else beside the best.
+    """Return the learning rate to try after those in {rate: loss}.
 
-    Beside it means the middle, by ratio, between the best and the better of its neighbours.
+    If the best rate is at an end, it is FACTOR beyond it. Otherwise it is the geometric mean of the
+    best rate and the better of its neighbours.
     """
     rates = sorted(seen)
     at = min(range(len(rates)), key=lambda i: (seen[rates[i]], i))
@@ -103,7 +105,7 @@ def next_rate(seen: dict[float, float]) -> float:
 
 
 def search(start: float, budget: int, measure: Measure) -> dict[float, float]:
-    """Losses of `budget` learning rates, by `next_rate` from `start`."""
+    """Return {rate: loss} of `budget` learning rates, chosen by `next_rate` from `start`."""
     seen = {start: measure(start)}
     while len(seen) < budget:
         rate = next_rate(seen)
@@ -112,35 +114,39 @@ def search(start: float, budget: int, measure: Measure) -> dict[float, float]:
 
 
 def settings_of(name: str, adamw: Settings) -> tuple[float, Settings]:
-    """The learning rate to start from, and all that is not tuned; `adamw` is the companion's."""
+    """Return the first learning rate and the settings that are not tuned.
+
+    `adamw` has the settings for parameters that are no matrices.
+    """
     settings = dict(SETTINGS.get(name, {}))
     start: float = inspect.signature(REGISTRY[name]).parameters["lr"].default
     return start, settings if name == BASELINE else {**settings, "adamw": adamw}
 
 
 class ShortTrainer(Trainer):
-    """Writes no checkpoints: a run of seconds starts again."""
+    """A Trainer without checkpoints, because a run of seconds can start again."""
 
     def save(self) -> None:
         pass
 
 
 def train(config: Config, name: str, settings: Settings, folder: Path) -> Finished:
-    """One run in this process, silent; its files go with it."""
+    """Train in this process without output; the run's files are deleted."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         trainer = ShortTrainer(Run(config, name, settings), Path(made), folder / "tokens.pt")
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer.resume()  # starts the log
+            trainer.resume()  # to start the log
             trainer.train()
         return Finished.read(Path(made))
 
 
 def final_loss(run: Finished) -> float:
+    """Return the validation loss of a run; inf if it diverged."""
     return math.inf if run.result["diverged"] else run.result["val_loss"]
 
 
 def compare(plan: Plan, name: str, adamw: Settings, folder: Path) -> dict[str, Any]:
-    """What one optimizer's budget brought: the rates it tried, and the runs of the best one."""
+    """Spend the budget of one optimizer; return the rates it tried and the runs of the best one."""
     start, settings = settings_of(name, adamw)
     tuning = dataclasses.replace(plan.config, seed=TUNING_SEED, eval_every=plan.config.steps)
     began = time.perf_counter()
@@ -170,7 +176,7 @@ def compare(plan: Plan, name: str, adamw: Settings, folder: Path) -> dict[str, A
 
 
 def how(plan: Plan, argv: Sequence[str], source: str) -> dict[str, Any]:
-    """What was run, and on what."""
+    """Return a description of the comparison and of its machine, for the JSON file."""
     return {
         "command": shlex.join(["python", "-m", "orthonorm.examples.compare_optimizers", *argv]),
         "date": datetime.date.today().isoformat(),
@@ -187,19 +193,20 @@ def how(plan: Plan, argv: Sequence[str], source: str) -> dict[str, Any]:
 
 
 def stored(path: Path, how: dict[str, Any]) -> dict[str, Any] | None:
-    """The results of an optimizer whose budget was spent before, by the same plan."""
+    """Return the stored results of an optimizer, or None; raise UsageError if the plan differs."""
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
+    saved = json.loads(path.read_text())
     for key in ("config", "rates", "seeds", "text"):
-        if found["how"][key] != how[key]:
+        if saved["how"][key] != how[key]:
             raise UsageError(f"{path} must be of the same {key} as this comparison: "
                              "name another --out")  # fmt: skip
-    result: dict[str, Any] = found["result"]
+    result: dict[str, Any] = saved["result"]
     return result
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m orthonorm.examples.compare_optimizers", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -215,6 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Train every optimizer, AdamW first, and write the results, the table and the curves."""
     plan = PRESETS[args.preset]
     out: Path = args.out or Path(f"runs/optimizers-{args.preset}")
     out.mkdir(parents=True, exist_ok=True)
@@ -229,8 +237,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         result = stored(path, about)
         if result is None:
             result = compare(plan, name, adamw, out)
-            kept = json.dumps({"how": about, "result": result}, indent=1) + "\n"
-            write_whole(path, lambda part, kept=kept: part.write_text(kept))
+            text = json.dumps({"how": about, "result": result}, indent=1) + "\n"
+            write_whole(path, lambda part, text=text: part.write_text(text))
         adamw = adamw or result["settings"]
         losses = ", ".join(
             "diverged" if r["diverged"] else f"{r['val_loss']:.4f}" for r in result["runs"]
@@ -248,7 +256,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """JSON with an optimizer's runs a line each."""
+    """Return the results as JSON with a line for each run."""
     rows = []
     for result in found["optimizers"]:
         runs = ",\n".join("    " + json.dumps(r) for r in result["runs"])
@@ -263,7 +271,7 @@ def to_text(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0: done, 2: bad request, 130: interrupted."""
+    """Run the command line; return 0: done, 2: bad request, 130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         run(make_parser().parse_args(argv), argv)

@@ -1,10 +1,10 @@
-"""Trains the small LLaMA of `compare_optimizers` with Muon's state in every storage type.
+"""Train the small LLaMA of `compare_optimizers` with Muon's state in every storage type.
 
     python -m orthonorm.examples.compare_states                  # preset small, a minute
     python -m orthonorm.examples.compare_states --preset smoke --seeds 0   # to see it work
 
-Prints a Markdown table: the loss of every seed, its mean difference from float32 on the same seed,
-bytes of state as counted, and seconds of the whole run. Rates are fixed, tuned for no row.
+Prints a Markdown table: the loss of every seed, the mean difference from float32 on the same seeds,
+the bytes of state, and the seconds of a run. Learning rates are fixed and not tuned for any row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table and the curves of `compare_optimizers`, from its JSON."""
+"""The table and the curves of `compare_optimizers`, made from its JSON file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 def mean_run(result: dict[str, Any]) -> Finished | None:
-    """The mean of an optimizer's curves; None where a seed diverged."""
+    """Return the mean of an optimizer's curves over the seeds; None if a seed diverged."""
     if any(run["diverged"] for run in result["runs"]):
         return None
     rows = [
@@ -26,19 +26,19 @@ def mean_run(result: dict[str, Any]) -> Finished | None:
 
 
 def ranked(found: dict[str, Any]) -> list[tuple[dict[str, Any], Finished | None]]:
-    """Results with their mean run, the lowest loss first."""
+    """Return (result, mean run) of every optimizer, the lowest loss first, diverged ones last."""
     pairs = [(result, mean_run(result)) for result in found["optimizers"]]
     return sorted(pairs, key=lambda pair: pair[1].rows[-1]["val_loss"] if pair[1] else 1e300)
 
 
 def spread(result: dict[str, Any]) -> float:
-    """Half of what lies between the best and the worst seed."""
+    """Return half the difference between the losses of the worst and the best seed."""
     losses = [run["val_loss"] for run in result["runs"]]
     return (max(losses) - min(losses)) / 2
 
 
 def table(found: dict[str, Any], only: Sequence[str] = ()) -> str:
-    """Markdown: loss and its spread, rate, steps to AdamW's loss, time and state.
+    """Return a Markdown table: loss and spread, rate, steps to AdamW's loss, time, state.
 
     Of the optimizers named in `only`, if any.
     """
@@ -69,6 +69,7 @@ def table(found: dict[str, Any], only: Sequence[str] = ()) -> str:
 
 
 def explanation(about: dict[str, Any]) -> str:
+    """Return the paragraph under the table: model, machine, settings, meaning of the columns."""
     c = about["config"]
     return (
         "A short run of a small model: it tells that an optimizer learns and what it costs, not "
@@ -85,7 +86,10 @@ def explanation(about: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], path: Path) -> str | None:
-    """Mean curves with the seeds' range, as a PNG; None, or a sentence why there is none."""
+    """Write the mean curves with the range of the seeds as a PNG.
+
+    Return None, or a sentence that says why there are no curves.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -117,7 +121,10 @@ def plot(found: dict[str, Any], path: Path) -> str | None:
 
 
 def _limits(axis: Any, runs: Sequence[Finished]) -> None:
-    """From the lowest loss to that of the slowest start: the first values would hide the rest."""
+    """Limit the axis from the lowest loss to the largest at the third evaluation.
+
+    The first values are so large that they would hide the rest.
+    """
     ends = [run.rows[-1]["val_loss"] for run in runs]
     starts = [row["val_loss"] for run in runs for row in run.rows[2:3]]
     axis.set_ylim(min(ends) * 0.98, max([*ends, *starts]) * 1.02)

@@ -1,4 +1,4 @@
-"""What one training comparison is: sizes, schedule, text; presets; checks with sentences."""
+"""Configuration of a training comparison: sizes, schedule, text, presets, and their checks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from orthonorm.examples.model import ModelShape
 
 
 class UsageError(ValueError):
-    """Something the caller asked for cannot be done; the text is a sentence for them."""
+    """A request of the user cannot be done; the text says why in a sentence."""
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field that is also a command-line option, with its help text."""
+    """Return a dataclass field that is also a command-line option, with its help text."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the numbers of a run, except the optimizer. Plain JSON values.
+    """All settings of a run, except those of the optimizer, as plain JSON values.
 
     Every field is a command-line option of the same name; a preset is a set of values for them.
     """
@@ -71,17 +71,17 @@ class Config:
             raise UsageError(f"--{flag} {rule}, got {getattr(self, name)}")
 
     def shape(self) -> ModelShape:
-        """The model's sizes."""
+        """Return the model's sizes."""
         names = [field.name for field in dataclasses.fields(ModelShape)]
         return ModelShape(**{name: getattr(self, name) for name in names})
 
 
 def _llama(hidden: int, intermediate: int, heads: int, layers: int, steps: int) -> dict[str, Any]:
-    """One size of the Conda paper's LLaMA runs on C4: 512 windows of 256 tokens a step.
+    """Return one size of the Conda paper's LLaMA runs on C4: 512 windows of 256 tokens per step.
 
     Sizes and schedule: github.com/jie040109/Conda, examples/llama/scripts (449af713). There the
-    weights are bf16 and the tokenizer is t5-base; here the weights stay fp32 under bf16 autocast
-    and the tokenizer is trained on `--data`, so losses do not compare with the paper's.
+    weights are bf16 and the tokenizer is t5-base. Here the weights stay fp32 under bf16 autocast
+    and the tokenizer is trained on `--data`, so losses cannot be compared with the paper's.
     """
     return {
         "hidden": hidden, "intermediate": intermediate, "heads": heads, "layers": layers,
@@ -107,7 +107,7 @@ PAPER_PRESETS = ("60m", "130m", "350m", "1b")
 
 
 def make_config(preset: str, given: dict[str, Any]) -> Config:
-    """The preset's values overridden by `given`."""
+    """Return the Config of a preset, with its values overridden by `given`."""
     values = {**PRESETS[preset], **given}
     if preset in PAPER_PRESETS and not values.get("data"):
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Text that every machine has (or the caller's), split by file, as tokens in a fixed order.
+"""Training and validation text as tokens in a fixed order, split by file.
 
-The default text is the running Python's own library: sources with their docstrings, pydoc's topics
-and the .txt and .rst files beside them. Nothing is downloaded.
+The text is the caller's, or by default the library of the running Python: sources with their
+docstrings, pydoc's topics, and the .txt and .rst files beside them. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orthonorm.examples.config import Config, UsageError
 from torch import Tensor
 
 TEXT_SUFFIXES = (".py", ".txt", ".rst")
-# Not text to learn from: tests, other people's packages, tables of code points, build leftovers.
+# Folders left out: tests, installed packages, tables of code points, build products.
 SKIPPED_FOLDERS = frozenset(
     (
         "test", "tests", "idle_test", "Icons", "turtledemo", "encodings", "lib-dynload",
@@ -31,7 +31,7 @@ VALIDATION_SHARE = 16  # one file in 16 is validation text
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of the training and validation text (1-D, uint8 or int32) and where they came from."""
+    """Tokens of the training and validation text (1-D, uint8 or int32), and their source."""
 
     train: Tensor
     val: Tensor
@@ -39,7 +39,7 @@ class Corpus:
 
 
 def load_corpus(config: Config) -> Corpus:
-    """Reads, splits and encodes the text that `config` names; UsageError if it cannot serve."""
+    """Read, split and encode the text that `config` names; raise UsageError if it is unusable."""
     files, source = _read_files(config.data, config.corpus_bytes)
     train, val = _split(files)
     total = sum(len(text) for _, text in files)
@@ -58,7 +58,10 @@ def load_corpus(config: Config) -> Corpus:
 
 
 def _read_files(data: str, limit: int) -> tuple[list[tuple[str, bytes]], str]:
-    """Names and contents, in an order that depends on names only, up to `limit` bytes (0: all)."""
+    """Return (name, contents) of the files, up to `limit` bytes (0: all), and a label of the text.
+
+    The order depends on names only.
+    """
     root = Path(data) if data else Path(sysconfig.get_paths()["stdlib"])
     if not root.exists():
         raise UsageError(f"--data must name a file or folder that exists, got {data}")
@@ -91,7 +94,7 @@ def _read_files(data: str, limit: int) -> tuple[list[tuple[str, bytes]], str]:
 
 
 def _walk(root: Path, library: bool) -> Iterator[Path]:
-    """Files below `root`; of the library only text, without tests and tables."""
+    """Yield the files below `root`; of the library only text, without SKIPPED_FOLDERS."""
     skipped = SKIPPED_FOLDERS if library else frozenset()
     for folder, folders, names in os.walk(root):
         folders[:] = [n for n in folders if n not in skipped and not n.startswith((".", "config-"))]
@@ -106,9 +109,9 @@ def _digest(name: str) -> bytes:
 
 
 def _split(files: list[tuple[str, bytes]]) -> tuple[list[bytes], list[bytes]]:
-    """(training texts, validation texts): whole files, chosen by the digest of their name.
+    """Return (training texts, validation texts): whole files, chosen by the digest of their name.
 
-    A text of one file has no second file to validate on: then its last tenth serves.
+    If there is only one file, its last tenth is the validation text.
     """
     if len(files) == 1:
         text = files[0][1]
@@ -127,7 +130,10 @@ def _as_bytes(texts: list[bytes]) -> Tensor:
 
 
 def _byte_pairs(train: list[bytes], val: list[bytes], vocab: int, source: str) -> Corpus:
-    """Tokens of a byte-level byte-pair encoding with at most `vocab` tokens, trained on `train`."""
+    """Encode texts by a byte-level byte-pair encoding of at most `vocab` tokens.
+
+    It is trained on `train`.
+    """
     try:
         from tokenizers import ByteLevelBPETokenizer
     except ImportError:
@@ -147,10 +153,10 @@ def _byte_pairs(train: list[bytes], val: list[bytes], vocab: int, source: str) -
 
 
 class TrainBatches:
-    """Batch number i of the training text, a function of (seed, i) alone.
+    """Batches of the training text by number; batch i depends on the seed and i only.
 
-    The text is cut into windows of context + 1 tokens (the last of one is the first of the next);
-    each pass over it starts at another offset and takes the windows in another order.
+    The text is cut into windows of context + 1 tokens; the last token of a window is the first of
+    the next. Each pass over the text starts at another offset and takes windows in another order.
     """
 
     def __init__(self, tokens: Tensor, config: Config) -> None:
@@ -161,7 +167,7 @@ class TrainBatches:
         self._starts = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, index: int) -> Tensor:
-        """int64 (batch, context + 1)."""
+        """Return batch `index`, int64 (batch, context + 1)."""
         first = index * self.batch
         return torch.stack([self._window(first + i) for i in range(self.batch)]).long()
 
@@ -178,7 +184,7 @@ class TrainBatches:
 
 
 def validation_windows(tokens: Tensor, config: Config) -> Tensor:
-    """int64 (windows, context + 1), evenly spread over the validation text; always the same."""
+    """Return the validation windows, int64 (windows, context + 1), evenly spread over the text."""
     count = min(config.eval_windows, max(1, (len(tokens) - 1) // config.context))
     last = len(tokens) - config.context - 1
     starts = [i * last // max(1, count - 1) for i in range(count)]

@@ -1,4 +1,4 @@
-"""The optimizers that the example compares: one small builder each, one table of names."""
+"""The optimizers that the example compares: a builder for each, and a table of names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def torch_adamw(
     model: nn.Module, *, lr: float, betas: Sequence[float] = (0.9, 0.95),
     weight_decay: float = 0.1,
 ) -> Optimizer:  # fmt: skip
-    """torch's own AdamW on everything, in its fused form."""
+    """Make torch's fused AdamW for all parameters."""
     return torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True
     )
@@ -47,7 +47,7 @@ def torch_muon(
     model: nn.Module, *, lr: float, adamw_lr: float, momentum: float = 0.95,
     weight_decay: float = 0.1, adjust_lr_fn: str | None = None,
 ) -> Optimizer:  # fmt: skip
-    """torch's own Muon on the hidden matrices, its AdamW on the rest."""
+    """Make torch's Muon for the hidden matrices, with torch's AdamW for the rest."""
     hidden = hidden_matrices(model)
     rest = [parameter for name, parameter in model.named_parameters() if name not in hidden]
     muon = torch.optim.Muon(
@@ -64,7 +64,7 @@ def adamw(
     model: nn.Module, *, lr: float, betas: Sequence[float] = (0.9, 0.95),
     weight_decay: float = 0.1,
 ) -> Optimizer:  # fmt: skip
-    """orthonorm's AdamW on everything."""
+    """Make orthonorm's AdamW for all parameters."""
     return AdamW(model.parameters(), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
 
 
@@ -72,7 +72,7 @@ def muon(
     model: nn.Module, *, lr: float, adamw_lr: float, momentum: float = 0.95,
     weight_decay: float = 0.1, adjust_lr_fn: str | None = None,
 ) -> Optimizer:  # fmt: skip
-    """orthonorm's Muon: hidden matrices orthogonalized, the rest AdamW, in one optimizer."""
+    """Make orthonorm's Muon for the hidden matrices, with AdamW for the rest, as one optimizer."""
     return Muon(
         split_params(model), lr=lr, momentum=momentum, weight_decay=weight_decay,
         adjust_lr_fn=adjust_lr_fn,
@@ -84,7 +84,10 @@ def conda(
     model: nn.Module, *, lr: float, betas: Sequence[float] = (0.9, 0.99),
     weight_decay: float = 0.0, update_proj_gap: int = 2000, scale: float = 0.25,
 ) -> Optimizer:  # fmt: skip
-    """orthonorm's Conda: Adam in the momentum's singular basis, the rest AdamW at the same lr."""
+    """Make orthonorm's Conda: Adam in the singular basis of the momentum.
+
+    AdamW takes the rest at the same learning rate.
+    """
     return Conda(
         split_params(model), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay,
         update_proj_gap=update_proj_gap, scale=scale,
@@ -101,10 +104,10 @@ BUILDERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def build_optimizer(name: str, model: nn.Module, lr: float, **settings: Any) -> Optimizer:
-    """The optimizer `name` over all parameters of `model`; `settings` as in tuned.json.
+    """Make the optimizer `name` for all parameters of `model`; `settings` as in tuned.json.
 
-    A name of `orthonorm.optim.REGISTRY` is built from what `split_params` makes of the model, and
-    takes the class's own arguments.
+    A name of `orthonorm.optim.REGISTRY` gets the groups of `split_params` and takes the arguments
+    of its class.
     """
     if name in BUILDERS:
         return BUILDERS[name](model, lr=lr, **settings)
@@ -113,9 +116,9 @@ def build_optimizer(name: str, model: nn.Module, lr: float, **settings: Any) -> 
 
 
 def default_settings(name: str, preset: str, tuned: Path = TUNED) -> Settings:
-    """The settings of tuned.json, or of the Conda paper for the paper's sizes.
+    """Return the settings of tuned.json, or of the Conda paper for the paper's sizes.
 
-    torch's implementations take the settings of their namesakes: the rules are the same.
+    torch's implementations get the settings of ours, because the rules are the same.
     """
     rule = name.removeprefix("torch-")
     if preset in PAPER_PRESETS:
@@ -130,23 +133,23 @@ def default_settings(name: str, preset: str, tuned: Path = TUNED) -> Settings:
 
 
 class Together(Optimizer):
-    """Several optimizers that step, schedule and checkpoint as one; param groups are shared."""
+    """Several optimizers that step, schedule and checkpoint as one; they share param groups."""
 
     def __init__(self, *parts: Optimizer) -> None:
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Steps every part."""
+        """Step every part."""
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' state_dicts, in order."""
+        """Return the state dicts of the parts, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The reverse of `state_dict`; a loaded optimizer has new groups, shared again here."""
+        """Load a `state_dict`; loading makes new param groups, which are then shared again."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]

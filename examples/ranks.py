@@ -1,7 +1,7 @@
 """The ranks that train one model together: those that torchrun started, or this process alone.
 
-Every rank takes its part of each batch, so the batch of a step is the same on any number of ranks.
-Rank 0 makes the output folder, prints and writes.
+Every rank takes its part of each batch, so the batch of a step does not depend on the number of
+ranks. Rank 0 makes the output folder, prints and writes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from orthonorm.examples.config import Config, UsageError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-REPLICAS = 2  # of a model under hsdp
-PATIENCE = timedelta(hours=1)  # for rank 0, which may have a tokenizer to train
+REPLICAS = 2  # copies of a model under hsdp
+PATIENCE = timedelta(hours=1)  # time to wait for rank 0, which may have to train a tokenizer
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
+    """True if torchrun started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def leads() -> bool:
-    """Whether this process prints and writes: rank 0, or the only one."""
+    """True if this process prints and writes: rank 0, or the only process."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 def check_ranks(config: Config) -> None:
-    """UsageError unless --parallel says how the ranks that there are can share a step."""
+    """Raise UsageError unless --parallel fits the ranks that torchrun started."""
     if not launched():
         if config.parallel:
             raise UsageError(
@@ -52,15 +52,15 @@ def check_ranks(config: Config) -> None:
 
 
 def meet(what: str) -> tuple[dist.Store, int, int]:
-    """torchrun's store, with keys of its own for `what`; this rank; how many there are."""
+    """Return torchrun's store with a prefix of keys for `what`, this rank, and the world size."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    # The store is up from here on: programs that this one starts are its clients.
+    # The store runs from here on, so programs that this one starts must connect as its clients.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)
     return dist.PrefixStore(what, store), rank, size
 
 
 def join(what: str) -> None:
-    """Make the process group of one run; its ranks wait here for one another."""
+    """Make the process group of one run; all ranks wait here for each other."""
     store, rank, size = meet(what)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -69,14 +69,14 @@ def join(what: str) -> None:
 
 
 def leave() -> None:
-    """End it, after what rank 0 has to write."""
+    """End the process group, once rank 0 has written its files."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """What the ranks of the process group share of one model's training."""
+    """The ranks of the process group and how they share the training of a model."""
 
     kind: str = ""
     rank: int = 0
@@ -84,19 +84,19 @@ class Ranks:
 
     @staticmethod
     def of(config: Config) -> Ranks:
-        """Those of the process group, where the run is parallel."""
+        """Return the ranks of the process group, or a single one if the run is not parallel."""
         if not config.parallel:
             return Ranks()
         return Ranks(config.parallel, dist.get_rank(), dist.get_world_size())
 
     def device(self, name: str) -> torch.device:
-        """This rank's own."""
+        """Return the device of this rank."""
         if self.kind and name == "cuda":
             return torch.device(name, torch.cuda.current_device())
         return torch.device(name)
 
     def shard(self, model: nn.Module, device: torch.device) -> None:
-        """Parameters become DTensors under fsdp2 and hsdp; before an optimizer is made."""
+        """Make parameters DTensors under fsdp2 and hsdp; call it before making an optimizer."""
         if self.kind not in ("fsdp2", "hsdp"):
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -111,22 +111,22 @@ class Ranks:
         fully_shard(model, mesh=mesh)
 
     def replicated(self, model: nn.Module) -> nn.Module:
-        """What to call in place of the model: under ddp, what averages its gradients."""
+        """Return the module to call in place of the model; under ddp it averages gradients."""
         return nn.parallel.DistributedDataParallel(model) if self.kind == "ddp" else model
 
     def part(self, batch: Tensor) -> Tensor:
-        """This rank's windows of a batch."""
+        """Return this rank's windows of a batch."""
         return batch.chunk(self.size)[self.rank]
 
     def synchronize(self, model: Any, now: bool) -> None:
-        """Whether the next forward and backward averages gradients over the ranks."""
+        """Set if the next forward and backward averages gradients over the ranks."""
         if self.kind == "ddp":
             model.require_backward_grad_sync = now
         elif self.kind:
             model.set_requires_gradient_sync(now)
 
     def sum(self, value: float, device: torch.device) -> float:
-        """Over the ranks, equal on all."""
+        """Return the sum of a value over the ranks, on all of them."""
         if not self.kind:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=device)
@@ -134,7 +134,7 @@ class Ranks:
         return total.item()
 
     def state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """State dicts of whole tensors, on rank 0; all must call it."""
+        """Return state dicts of whole tensors, complete on rank 0; all ranks must call."""
         if self.kind not in ("fsdp2", "hsdp"):
             return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -144,7 +144,7 @@ class Ranks:
         return {"model": weights, "optimizer": state}
 
     def load(self, saved: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
-        """The reverse of `state`, on any number of ranks."""
+        """Load the result of `state`, on any number of ranks."""
         if self.kind not in ("fsdp2", "hsdp"):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])

@@ -1,4 +1,4 @@
-"""The table and the curves at the end of a comparison, from each run's log.csv and result.json."""
+"""The table and the curves of a comparison, from the log.csv and result.json of each run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BASELINES = ("adamw", "torch-adamw")  # the first of these in a comparison is what others chase
+BASELINES = ("adamw", "torch-adamw")  # the first of these in a comparison is its baseline
 EXPLANATION = """\
 val loss: nats per token at the last step, the same windows for all. Steps and time to {baseline}'s
 loss: when the validation loss first falls to {baseline}'s last one, linear between evaluations;
@@ -20,7 +20,7 @@ optimizer's state_dict."""
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run: the rows of its log (column name to number) and its result."""
+    """A finished run: the rows of its log (column name to number) and its result."""
 
     name: str
     rows: list[dict[str, float]]
@@ -28,13 +28,16 @@ class Finished:
 
     @staticmethod
     def read(folder: Path) -> Finished:
-        """From the folder in which training.py left its files."""
+        """Read a run from the folder in which training.py wrote its files."""
         with (folder / "log.csv").open(newline="") as file:
             rows = [{key: float(row[key]) for key in row} for row in csv.DictReader(file)]
         return Finished(folder.name, rows, json.loads((folder / "result.json").read_text()))
 
     def reaches(self, loss: float) -> tuple[float, float] | None:
-        """(step, seconds) at which the validation loss first falls to `loss`, or None."""
+        """Return (step, seconds) at which the validation loss first falls to `loss`, or None.
+
+        Interpolates linearly between evaluations.
+        """
         before = None
         for row in self.rows:
             if row["val_loss"] <= loss:
@@ -50,7 +53,7 @@ class Finished:
 
 
 def table(runs: Sequence[Finished], device: str) -> str:
-    """A Markdown table of the runs, with a paragraph that says what the columns mean."""
+    """Return a Markdown table of the runs, with a paragraph that explains the columns."""
     finals = {run.name: run.result["val_loss"] for run in runs if not run.result["diverged"]}
     baseline = next((name for name in BASELINES if name in finals), None)
     chased = baseline or "AdamW"
@@ -88,7 +91,7 @@ def table(runs: Sequence[Finished], device: str) -> str:
 
 
 def plot(runs: Sequence[Finished], path: Path, title: str) -> str | None:
-    """Writes the loss curves as a PNG; None, or a sentence that says why there is none."""
+    """Write the loss curves as a PNG; return None, or a sentence that says why there are none."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""A small grid of learning rates per optimizer, and the settings file it ends in."""
+"""Search of learning rates on a small grid per optimizer, and the settings file with the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "muon": (0.01, 0.02, 0.04),
     "conda": (0.005, 0.01, 0.02),
 }
-EXTENSIONS = 3  # a best value at an end of the grid is followed by at most so many factors of two
+EXTENSIONS = 3  # most factors of two added to the grid while the best value is at its end
 
 Measure = Callable[[str, Settings], float | None]  # final validation loss; None: diverged
 
@@ -30,7 +30,7 @@ Measure = Callable[[str, Settings], float | None]  # final validation loss; None
 def sweep(
     names: Iterable[str], defaults: Callable[[str], Settings], measure: Measure
 ) -> tuple[dict[str, Settings], dict[str, list[dict[str, float | None]]]]:
-    """(best settings, all losses) by rule. Muon's companion AdamW takes AdamW's best rate."""
+    """Return (best settings, all losses) by rule; Muon's AdamW takes the best rate of AdamW."""
     best: dict[str, Settings] = {}
     losses: dict[str, list[dict[str, float | None]]] = {}
     for name in sorted(names, key=lambda name: list(GRIDS).index(name.removeprefix("torch-"))):
@@ -57,7 +57,7 @@ def write_settings(
     path: Path, config: Config, command: str, names: list[str], source: str,
     best: dict[str, Settings], losses: dict[str, list[dict[str, float | None]]],
 ) -> None:  # fmt: skip
-    """Writes the settings with how they were made; other rules' settings in the file stay."""
+    """Write the settings and how they were found; settings of other rules in the file stay."""
     old = json.loads(path.read_text()) if path.exists() else {"settings": {}, "sweep": {}}
     how = {
         "command": command,
@@ -92,7 +92,7 @@ def _version() -> str:
 
 
 def to_text(value: dict[str, Any]) -> str:
-    """JSON with two levels of indentation, so that each optimizer's settings are one line."""
+    """Return JSON with two levels of indentation, so that each entry of a section is one line."""
     parts = []
     for key, inner in value.items():
         lines = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in inner.items()]

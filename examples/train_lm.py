@@ -1,15 +1,15 @@
-"""Trains a small LLaMA-style model on real text with several optimizers and compares them.
+"""Train a small LLaMA-style model on real text with several optimizers, and compare them.
 
     python -m orthonorm train                            # AdamW, Muon, Conda; minutes on a CPU
     python -m orthonorm train --preset smoke             # seconds
     python -m orthonorm train --data my_text --steps 1000 --lr muon=0.03 --out runs/mine
-    python -m orthonorm train --resume --out runs/mine   # goes on, bit for bit, where it stopped
+    python -m orthonorm train --resume --out runs/mine   # continues bit for bit where it stopped
     python -m orthonorm train --sweep --tuned my.json    # finds learning rates, writes my.json
     torchrun --nproc-per-node 2 -m orthonorm train --parallel fsdp2   # or ddp; hsdp from 4 ranks
 
-Every optimizer starts from the same weights and sees the same batches, in a process of its own.
-In the output folder: table.md, curves.png, tokens.pt, config.json, and in one folder per optimizer
-log.csv, checkpoint.pt and result.json.
+Every optimizer starts from the same weights and sees the same batches, in its own process. The
+output folder gets table.md, curves.png, tokens.pt and config.json, and for each optimizer a folder
+with log.csv, checkpoint.pt and result.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from orthonorm.examples.workspace import RunFailed, Workspace
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of the comparison, then one per field of Config."""
+    """Return the parser: options of the comparison, then one for each field of Config."""
     parser = argparse.ArgumentParser(
         prog="python -m orthonorm train",
         description=__doc__,
@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_rates(values: Sequence[str], names: Sequence[str]) -> dict[str, Settings]:
-    """["muon=0.03", "muon.adamw=0.002"] as {"muon": {"lr": 0.03, "adamw_lr": 0.002}}."""
+    """Parse ["muon=0.03", "muon.adamw=0.002"] into {"muon": {"lr": 0.03, "adamw_lr": 0.002}}."""
     rates: dict[str, Settings] = {}
     for text in values:
         key, _, number = text.partition("=")
@@ -86,7 +86,7 @@ def parse_rates(values: Sequence[str], names: Sequence[str]) -> dict[str, Settin
 
 
 def open_workspace(args: argparse.Namespace) -> Workspace:
-    """The output folder that the options name, made or continued."""
+    """Create the output folder that the options name, or continue the one that is there."""
     preset = args.preset or "demo"
     out: Path = args.out or Path("runs") / (f"sweep-{preset}" if args.sweep else preset)
     given = {f.name: vars(args)[f.name] for f in dataclasses.fields(Config) if f.name in args}
@@ -106,7 +106,10 @@ def open_workspace(args: argparse.Namespace) -> Workspace:
 
 
 def open_on_ranks(args: argparse.Namespace) -> Workspace:
-    """Rank 0 opens the folder, the others wait: where it cannot, it ends, and torchrun ends all."""
+    """Open the folder on rank 0, then on the others, which wait for it.
+
+    If rank 0 fails it exits, and torchrun ends all ranks.
+    """
     store, rank, _ = meet("workspace")
     if rank == 0:
         work = open_workspace(args)
@@ -116,13 +119,13 @@ def open_on_ranks(args: argparse.Namespace) -> Workspace:
 
 
 def settings_file(args: argparse.Namespace) -> Path:
-    """Where default settings come from; a sweep may name a file that it is going to make."""
+    """Return the file of default settings; a sweep may name a file that does not exist yet."""
     named: Path | None = args.tuned
     return TUNED if named is None or (args.sweep and not named.exists()) else named
 
 
 def compare(work: Workspace, args: argparse.Namespace) -> int:
-    """Trains every optimizer, prints and writes the table and the curves."""
+    """Train every optimizer, then print and write the table and the curves."""
     rates = parse_rates(args.lr, work.names)
     complete: list[str] = []
     failed = False
@@ -147,7 +150,7 @@ def compare(work: Workspace, args: argparse.Namespace) -> int:
 
 
 def search(work: Workspace, args: argparse.Namespace, command: str) -> int:
-    """Sweeps the learning rates and writes the settings file."""
+    """Search the learning rates and write the settings file."""
 
     def measure(name: str, settings: Settings) -> float | None:
         label = f"{name}-lr{settings['lr']:g}"
@@ -172,7 +175,7 @@ def search(work: Workspace, args: argparse.Namespace, command: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0: done, 1: a run failed, 2: bad request, 130: interrupted."""
+    """Run the command line; return 0: done, 1: a run failed, 2: bad request, 130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(argv)
     if leads():
@@ -182,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str], args: argparse.Namespace) -> int:
-    """What `main` was asked for, on this rank."""
+    """Do the work of `main` on this rank, and return its exit code."""
     try:
         work = open_on_ranks(args) if launched() else open_workspace(args)
         print(f"{work.source}; {work.config.steps} steps of {work.config.batch} x "

@@ -2,8 +2,8 @@
 
     python -m orthonorm.examples.training runs/demo/adamw
 
-trains what `run.json` in that folder says (train_lm.py writes it and starts this program once per
-optimizer, so that each one's peak memory is its own) and leaves there
+trains the run that `run.json` in the folder describes. train_lm.py writes that file and starts this
+program once per optimizer, so that peak memory is that of one optimizer. It writes to the folder
 
     log.csv         one row per evaluation
     checkpoint.pt   everything needed to continue bit for bit; loads with weights_only=True
@@ -40,7 +40,7 @@ CSV_COLUMNS = ("step", "tokens", "train_loss", "val_loss", "lr", "seconds", "opt
 
 @dataclass(frozen=True)
 class Run:
-    """One optimizer in one comparison: what `run.json` holds."""
+    """One optimizer in one comparison: the contents of `run.json`."""
 
     config: Config
     optimizer: str
@@ -48,17 +48,17 @@ class Run:
 
     @staticmethod
     def read(path: Path) -> Run:
-        """The reverse of `text`."""
+        """Read a run from the file that has its `text`."""
         values = json.loads(path.read_text())
         return Run(Config(**values["config"]), values["optimizer"], values["settings"])
 
     def text(self) -> str:
-        """JSON."""
+        """Return the run as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 def cosine(config: Config, step: int) -> float:
-    """Share of the largest learning rate at `step`: linear warm-up, then half a cosine."""
+    """Return the share of the largest learning rate at `step`: linear warm-up, then a cosine."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
@@ -67,7 +67,7 @@ def cosine(config: Config, step: int) -> float:
 
 
 class Trainer:
-    """Model, optimizer, schedule and data of one run, and where it stands."""
+    """Model, optimizer, schedule, data and progress of one run."""
 
     def __init__(self, run: Run, folder: Path, tokens: Path) -> None:
         self.run, self.config, self.folder = run, run.config, folder
@@ -89,7 +89,7 @@ class Trainer:
         self.batches = TrainBatches(text["train"], config)
         self.validation = validation_windows(text["val"], config).to(self.device)
         self.step = 0
-        self.seconds = self.optimizer_seconds = 0.0  # training only, evaluations not counted
+        self.seconds = self.optimizer_seconds = 0.0  # training time, without evaluations
         self.peak_bytes = 0
         self.diverged = False
         self.val_loss = math.nan
@@ -97,7 +97,7 @@ class Trainer:
     # The loop ---------------------------------------------------------------------------------
 
     def train(self, stop_after: int | None = None) -> None:
-        """Trains to the end; or as if interrupted, to the first evaluation at `stop_after`."""
+        """Train to the end, or stop at the first evaluation at or after step `stop_after`."""
         config, lead = self.config, self.ranks.rank == 0
         progress = Progress(self.run.optimizer, config.steps, self.step, shown=lead)
         if self.step == 0:
@@ -127,41 +127,41 @@ class Trainer:
             self.finish()
 
     def forward_backward(self, batch: Tensor) -> float:
-        """Adds the batch's gradient to .grad, in parts of micro_batch windows; the mean loss."""
+        """Add the batch's gradient to .grad, micro-batch by micro-batch; return the mean loss."""
         total, windows = 0.0, self.ranks.part(batch).to(self.device)
-        pieces = parts(windows, self.config.micro_batch or len(windows))
-        for i, part in enumerate(pieces):
+        pieces = slices(windows, self.config.micro_batch or len(windows))
+        for i, piece in enumerate(pieces):
             self.ranks.synchronize(self.replicated, i == len(pieces) - 1)
-            loss = self.loss(part) * (len(part) / len(windows))
+            loss = self.loss(piece) * (len(piece) / len(windows))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return self.ranks.sum(total, self.device) / self.ranks.size
 
     def loss(self, windows: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats per token, of predicting each next token."""
+        """Return the mean cross-entropy of predicting each next token, in nats per token."""
         with self.autocast():
             logits = self.replicated(windows[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Mean loss over the validation windows, whose parts the ranks share out.
+        """Return the mean loss over the validation windows, which are divided among the ranks.
 
-        All ranks compute equally often, as sharded models must; what is beyond the last part has no
-        weight.
+        All ranks compute equally often, because sharded models require it. Pieces that a rank
+        computes only for that reason have weight 0.
         """
-        pieces = parts(self.validation, self.config.micro_batch or self.config.batch)
+        pieces = slices(self.validation, self.config.micro_batch or self.config.batch)
         total = 0.0
         for i in range(self.ranks.rank, -(-len(pieces) // self.ranks.size) * self.ranks.size,
                        self.ranks.size):  # fmt: skip
-            part = pieces[i % len(pieces)]
-            total += self.loss(part).item() * (len(part) if i < len(pieces) else 0)
+            piece = pieces[i % len(pieces)]
+            total += self.loss(piece).item() * (len(piece) if i < len(pieces) else 0)
         return self.ranks.sum(total, self.device) / len(self.validation)
 
-    # What it leaves ---------------------------------------------------------------------------
+    # Files ------------------------------------------------------------------------------------
 
     def report(self, progress: Progress, train_loss: float, lr: float) -> None:
-        """Evaluates, appends the row to log.csv and prints it."""
+        """Evaluate, append the row to log.csv and print it."""
         self.val_loss = val_loss = self.validation_loss()
         if self.ranks.rank:
             return
@@ -178,7 +178,7 @@ class Trainer:
         )
 
     def finish(self) -> None:
-        """Writes result.json, which says that the run is complete."""
+        """Write result.json, which marks the run as complete."""
         if self.ranks.rank:
             return
         result = {
@@ -199,10 +199,10 @@ class Trainer:
         write_whole(self.folder / "result.json", lambda path: path.write_text(text))
 
     def save(self) -> None:
-        """Writes checkpoint.pt: tensors, numbers and strings only."""
+        """Write checkpoint.pt, which has only tensors, numbers and strings."""
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         checkpoint = {
-            "step": self.step,  # also the position in the data: batch i is a function of i
+            "step": self.step,  # also the position in the data, as batch i depends on i only
             **self.ranks.state(self.model, self.optimizer),
             "schedule": self.schedule.state_dict(),
             "rng": torch.get_rng_state(),
@@ -217,7 +217,7 @@ class Trainer:
             write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
 
     def resume(self) -> None:
-        """Stands where checkpoint.pt was written, or at the start if there is none."""
+        """Continue from checkpoint.pt, or start the log if there is none."""
         path, rows = self.folder / "checkpoint.pt", [",".join(CSV_COLUMNS)]
         if path.exists():
             saved = torch.load(path, weights_only=True, map_location=self.device)
@@ -239,30 +239,30 @@ class Trainer:
     # The device -------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 where the config says so, else nothing."""
+        """Return the context of bfloat16 autocast, enabled if the config says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the time inside to the attribute `name`, with the device's work awaited."""
+        """Add the time of the `with` block, device work included, to the attribute `name`."""
         started = self.clock()
         yield
         setattr(self, name, getattr(self, name) + self.clock() - started)
 
     def clock(self) -> float:
-        """Seconds, once everything that was started on the device is done."""
+        """Return the time in seconds, after waiting for all work on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
-def parts(windows: Tensor, size: int) -> list[Tensor]:
-    """`windows` in slices of at most `size`."""
+def slices(windows: Tensor, size: int) -> list[Tensor]:
+    """Cut `windows` into slices of at most `size`."""
     return [windows[i : i + size] for i in range(0, len(windows), size)]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists and tuples."""
+    """Yield every tensor in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -274,9 +274,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far: of this process on a CPU, of torch's allocator on CUDA; 0: unknown.
+    """Return the peak memory so far, or 0 if unknown.
 
-    Linux's VmHWM rather than ru_maxrss, which a child inherits from the process that started it.
+    It is that of this process on a CPU, and that of torch's allocator on CUDA. On Linux it reads
+    VmHWM, because a child process inherits ru_maxrss from its parent.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -293,7 +294,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the run in one folder, from its checkpoint if it has one."""
+    """Train the run of a folder, from its checkpoint if it has one."""
     parser = argparse.ArgumentParser(
         prog="python -m orthonorm.examples.training", description=__doc__
     )

@@ -1,14 +1,14 @@
-"""Watches training runs whose loss is made to explode, and shows that the alarms come first.
+"""Watch training runs whose loss is made to explode, and show that the alarms come first.
 
     python -m orthonorm.examples.watch_spectra                      # a minute on a CPU
     python -m orthonorm.examples.watch_spectra --out runs/spectra   # also rows.csv and plots
 
-The same residual network learns the same function three times. In the second run a bug in the data
-pipeline adds an offset to the inputs that grows a little every step. The network follows it, and
-the loss stays where it was; but inside, the inputs of layer after layer move to one side of its top
-singular vector (Spectral Alignment, arXiv:2510.04202), while the curvature of the loss grows with
+The same residual network learns the same function three times. The first run is healthy. In the
+second a bug in the data pipeline adds an offset to the inputs, which grows a little every step. The
+network adapts and the loss stays the same. But in layer after layer the inputs move to one side of
+the top singular vector (Spectral Alignment, arXiv:2510.04202). The curvature of the loss grows with
 the square of the offset, until it is too steep for the learning rate. In the third run the learning
-rate grows instead, which Spectral Alignment does not see: the norm of the updates tells.
+rate grows instead. Spectral Alignment does not detect this; the norm of the updates does.
 """
 
 from __future__ import annotations
@@ -41,34 +41,36 @@ class Block(nn.Module):
 
 
 def network() -> nn.Sequential:
-    """Inputs (batch, DIM) to outputs (batch, OUT)."""
+    """Make the network, which maps (batch, DIM) to (batch, OUT)."""
     blocks = [Block() for _ in range(BLOCKS)]
     return nn.Sequential(nn.Linear(DIM, WIDTH), *blocks, nn.Linear(WIDTH, OUT, bias=False))
 
 
 @dataclass
 class Outcome:
-    """What one run showed."""
+    """The results of one run."""
 
     losses: list[float]
     alarms: list[Row]
-    exploded: int | None  # the step at which the loss was 100 times its best, or not finite
+    exploded: int | None  # first step with a loss above 100 times its best, or not finite
     seconds: float
     monitor: Monitor
 
     def first(self, rule: tuple[str, str]) -> Row | None:
-        """The first alarm of a kind and metric."""
+        """Return the first alarm of a rule (kind, metric), or None."""
         return next((row for row in self.alarms if (row.kind, row.metric) == rule), None)
 
     def lead(self, rule: tuple[str, str]) -> int:
-        """Steps from the first alarm of this rule to the explosion; 0 if either is missing."""
+        """Return the steps from the first alarm of a rule to the explosion; 0 if one is missing."""
         row = self.first(rule)
         return max(0, self.exploded - row.step) if row and self.exploded else 0
 
 
 def train(steps: int, every: int, batch: int, drift: float = 0.0, ramp: float = 0.0) -> Outcome:
-    """SGD on a fixed random function; a step moves the inputs by `drift` and raises the learning
-    rate by the part `ramp` of it."""
+    """Train by SGD on a fixed random function.
+
+    Each step adds `drift` to the offset of the inputs and multiplies the learning rate by 1 + ramp.
+    """
     torch.manual_seed(0)
     model, teacher = network(), nn.Sequential(nn.Linear(DIM, 64), nn.Tanh(), nn.Linear(64, OUT))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -97,7 +99,7 @@ def train(steps: int, every: int, batch: int, drift: float = 0.0, ramp: float = 
 
 
 def report(name: str, outcome: Outcome, rule: tuple[str, str], every: int) -> None:
-    """Prints the loss, alignment and update norm of one layer over the run, alarms and cost."""
+    """Print loss, sign diversity and update norm of one layer over the run, alarms and cost."""
     row = outcome.first(rule)
     layer = row.name.removesuffix(".weight") if row else "2.up"
     _, diversity = outcome.monitor.series("sign_diversity", "activations", layer)
@@ -119,7 +121,7 @@ def report(name: str, outcome: Outcome, rule: tuple[str, str], every: int) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """All runs; 0 if the first has no alarm, and the others their own before they explode."""
+    """Do all runs; return 0 if the first has no alarm and the others have one before exploding."""
     parser = argparse.ArgumentParser(
         prog="python -m orthonorm.examples.watch_spectra", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,

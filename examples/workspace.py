@@ -1,4 +1,4 @@
-"""The output folder of a comparison: what it holds, how it starts, continues and is replaced."""
+"""The output folder of a comparison: its files, and how it is created, continued and replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN_FILES = ("result.json", "run.json", "log.csv", "checkpoint.pt")
 
 
 class RunFailed(Exception):
-    """A training process ended with an exit code other than 0; it has said why."""
+    """A training process ended with an exit code other than 0; it has printed the reason."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Workspace:
 
     @staticmethod
     def create(out: Path, preset: str, given: dict[str, Any], names: Sequence[str]) -> Workspace:
-        """Checks, reads the text, writes tokens.pt, then config.json, which marks the start."""
+        """Check the request; write tokens.pt, then config.json, which marks the start."""
         config = make_config(preset, given)
         check_ranks(config)
         check_device(config.device)
-        # Other thread counts sum in another order, so the count is part of the run.
+        # The number of threads changes the order of sums, so it is part of the run.
         config = dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
         corpus = load_corpus(config)
         try:
@@ -66,7 +66,7 @@ class Workspace:
     def reopen(
         out: Path, preset: str | None, given: dict[str, Any], names: Sequence[str] | None
     ) -> Workspace:
-        """The one in `out`; whatever the caller names again must be as it was."""
+        """Reopen the folder `out`; raise UsageError if an option differs from the stored one."""
         stored = json.loads((out / "config.json").read_text())
         config = Config(**stored["config"])
         wanted = {**PRESETS[preset], **given} if preset else given
@@ -81,9 +81,9 @@ class Workspace:
         return Workspace(out, stored["preset"], config, chosen, stored["source"])
 
     def run(self, label: str, optimizer: str, settings: Settings, stop_after: int | None) -> bool:
-        """Trains in a process of its own, in the folder `label`; True if the run is complete.
+        """Train in a new process, in the folder `label`; return True if the run is complete.
 
-        Continues from a checkpoint and does nothing if the run is complete already.
+        Continue from a checkpoint if there is one; do nothing if the run is complete already.
         """
         folder, run = self.out / label, Run(self.config, optimizer, settings)
         description = folder / "run.json"
@@ -106,17 +106,17 @@ class Workspace:
         return (folder / "result.json").exists()
 
     def settings_of(self, label: str) -> Settings | None:
-        """Those of the run that was started in the folder `label`, if one was."""
+        """Return the settings of the run that was started in the folder `label`, or None."""
         path = self.out / label / "run.json"
         return Run.read(path).settings if path.exists() else None
 
     def finished(self, label: str) -> Finished:
-        """The complete run in the folder `label`."""
+        """Return the complete run in the folder `label`."""
         return Finished.read(self.out / label)
 
 
 def check_device(device: str) -> None:
-    """UsageError unless torch can make a tensor there."""
+    """Raise UsageError unless torch can make a tensor on the device."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

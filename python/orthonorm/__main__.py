@@ -1,4 +1,4 @@
-"""`python -m orthonorm`: what is installed and what serves each op; `bench` and `train` follow."""
+"""`python -m orthonorm`: print what is installed and what serves each op, or run a command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEVICES = ("CPU", "CUDA")
 
 
 def serving(name: str, key: str) -> tuple[str, str]:
-    """Which backend serves op `name` on dispatch key `key`, and why."""
+    """Return (backend, reason): what serves op `name` on dispatch key `key`, and why."""
     if (name, key) in LOADED.served:
         part = LOADED.parts.get((name, key))
         return LOADED.served[name, key], f"kernel loaded for {part}" if part else "kernel loaded"
@@ -39,7 +39,7 @@ def serving(name: str, key: str) -> tuple[str, str]:
 
 
 def instruction_set() -> str:
-    """What ORTHONORM_ISA (csrc/cpu/isa.h) asks of the CPU kernels."""
+    """Return the instruction set that ORTHONORM_ISA (csrc/cpu/isa.h) asks of the CPU kernels."""
     wish = os.environ.get("ORTHONORM_ISA")
     known = "portable", "avx2", "avx512", "avx512bf16", "amx"
     if wish is None or wish in known:
@@ -48,7 +48,7 @@ def instruction_set() -> str:
 
 
 def versions() -> list[tuple[str, str]]:
-    """Versions and what was found, as (name, text) rows."""
+    """Return versions, settings and states of the libraries, as (name, text) rows."""
     try:
         from importlib.metadata import version
 
@@ -72,7 +72,10 @@ def versions() -> list[tuple[str, str]]:
 
 
 def show_config(markdown: bool = False) -> str:
-    """Versions, libraries, and for each op and device the backend that serves it and why."""
+    """Return the text of `python -m orthonorm`: versions, and each op's backends with reasons.
+
+    `markdown` gives a table of ops and backends only.
+    """
     ops = [(n, *(f for key in DEVICES for f in serving(n, key))) for n in sorted(OPS)]
     if markdown:
         head = ["| op | CPU | CUDA |", "|---|---|---|"]
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="the op table for a README")
     try:
         print(show_config(parser.parse_args(arguments).markdown), flush=True)
-    except BrokenPipeError:  # the reader, head say, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

@@ -11,15 +11,16 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = sys.float_info.max
-PLAIN = (Tensor, torch.nn.Parameter)  # no subclass with ways of its own: the quick answer
+PLAIN = (Tensor, torch.nn.Parameter)  # types without behaviour of their own, as DTensor has
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
+    """Return the shape as a plain tuple, for messages."""
     return tuple(t.shape)
 
 
 def tensor(op: str, name: str, value: object, min_dim: int = 0) -> None:
-    """`value` is a dense floating-point tensor with at least `min_dim` dimensions."""
+    """Check that `value` is a dense floating-point tensor with at least `min_dim` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
@@ -35,14 +36,14 @@ def tensor(op: str, name: str, value: object, min_dim: int = 0) -> None:
 
 
 def not_expanded(label: str, value: Tensor) -> None:
-    """No two elements of a tensor that will be written share their memory by a stride of 0."""
+    """Check that no elements of a tensor share memory by a stride of 0, so it can be written."""
     steps = zip(value.shape, value.stride(), strict=True)
     if 0 not in value.shape and any(n > 1 and step == 0 for n, step in steps):
         raise ValueError(f"{label} must not be expanded, got strides {value.stride()}")
 
 
 def tensors(op: str, name: str, values: object, min_dim: int = 0) -> None:
-    """`values` is a list of such tensors on one device."""
+    """Check that `values` is a list of dense floating-point tensors."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{op}: {name} must be a list of tensors, got {type(values).__name__}")
     for i, value in enumerate(values):
@@ -50,13 +51,14 @@ def tensors(op: str, name: str, values: object, min_dim: int = 0) -> None:
 
 
 def same_lengths(op: str, **lists: Sequence[Any]) -> None:
+    """Check that the lists have equal lengths."""
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{op}: lists must have equal lengths, got {lengths}")
 
 
 def same_shapes(op: str, **lists: Sequence[Tensor]) -> None:
-    """Lists of equal length whose i-th tensors share shape and device."""
+    """Check that lists have equal lengths, i-th tensors of equal shapes, and all one device."""
     same_lengths(op, **lists)
     (first, leaders), *others = lists.items()
     for name, values in others:
@@ -70,25 +72,30 @@ def same_shapes(op: str, **lists: Sequence[Tensor]) -> None:
 
 
 def same_device(op: str, **lists: Sequence[Tensor]) -> None:
+    """Check that all tensors of the lists are on one device."""
     devices = {str(t.device) for values in lists.values() for t in values}
     if len(devices) > 1:
         raise ValueError(f"{op}: tensors must be on one device, got {sorted(devices)}")
 
 
 def equal_shape(op: str, name: str, value: Tensor, wanted: Sequence[int]) -> None:
+    """Check that `value` has the shape `wanted`."""
     if shape(value) != tuple(wanted):
         raise ValueError(f"{op}: {name} must have shape {tuple(wanted)}, got {shape(value)}")
 
 
 def scalar(op: str, name: str, value: object, beside: Sequence[Tensor] = ()) -> None:
-    """`value` is a one-element tensor, on the CPU or the device of `beside`; it is not read."""
+    """Check that `value` is a one-element tensor on the CPU or the device of `beside`.
+
+    The element is not read: that would wait for the device.
+    """
     tensor(op, name, value)
     if isinstance(value, Tensor):
         one_beside(op, name, value, beside)
 
 
 def one_beside(op: str, name: str, value: Tensor, beside: Sequence[Tensor]) -> None:
-    """`value` has one element, on the CPU or the device of `beside`."""
+    """Check that `value` has one element, on the CPU or the device of `beside`."""
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
     if beside and value.device.type not in ("cpu", beside[0].device.type):
@@ -96,7 +103,7 @@ def one_beside(op: str, name: str, value: Tensor, beside: Sequence[Tensor]) -> N
 
 
 def seed(op: str, name: str, value: object, beside: Sequence[Tensor]) -> None:
-    """`value` is None or a one-element int64 tensor on the CPU or the device of `beside`."""
+    """Check that `value` is None or a one-element int64 tensor on the CPU or that of `beside`."""
     if value is None:
         return
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
@@ -106,7 +113,7 @@ def seed(op: str, name: str, value: object, beside: Sequence[Tensor]) -> None:
 
 
 def scheduled(op: str, name: str, value: object, low: float, high: float) -> None:
-    """`value` is a number in [low, high] or a one-element tensor with a value to read."""
+    """Check that `value` is a number in [low, high], or a one-element tensor that has a value."""
     if isinstance(value, Tensor):
         scalar(op, name, value)
         if value.device.type == "meta":
@@ -116,40 +123,43 @@ def scheduled(op: str, name: str, value: object, low: float, high: float) -> Non
 
 
 def number(op: str, name: str, value: object, low: float = -LARGEST, high: float = LARGEST) -> None:
-    """`value` is a finite number in [low, high]."""
+    """Check that `value` is a finite number in [low, high]."""
     if not low <= _real(op, name, value) <= high:
         raise ValueError(f"{op}: {name} must be in [{low:g}, {high:g}], got {value}")
 
 
 def fraction(op: str, name: str, value: object) -> None:
-    """`value` is a decay rate in [0, 1)."""
+    """Check that `value` is a decay rate in [0, 1)."""
     if not 0.0 <= _real(op, name, value) < 1.0:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
 
 
 def _real(op: str, name: str, value: object) -> float | torch.SymFloat | torch.SymInt:
+    """Return `value`; raise TypeError unless it is a number (and not a bool)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     return value
 
 
 def integer(op: str, name: str, value: object, low: int) -> None:
-    """`value` is an integer in [low, 2^63)."""
+    """Check that `value` is an integer in [low, 2^63)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if value < low:
         raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
-    if value >= 2**63:  # schemas hold no more
+    if value >= 2**63:  # integers of op schemas have 64 bits
         raise ValueError(f"{op}: {name} must be below 2**63, got {value}")
 
 
 def choice(op: str, name: str, value: object, options: Collection[Any]) -> None:
+    """Check that `value` is one of `options`."""
     if value not in options:
         known = ", ".join(repr(o) for o in options)
         raise ValueError(f"{op}: {name} must be one of {known}, got {value!r}")
 
 
 def same_dtype(op: str, **values: Tensor) -> None:
+    """Check that all tensors share one dtype."""
     dtypes = {name: str(t.dtype) for name, t in values.items()}
     if len(set(dtypes.values())) > 1:
         raise TypeError(f"{op}: tensors must share one dtype, got {dtypes}")

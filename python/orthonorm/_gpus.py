@@ -1,4 +1,4 @@
-"""Whether `_C_cuda.so` has code for the GPUs of this machine, asked without touching CUDA."""
+"""Check, without initializing CUDA, that `_C_cuda.so` has code for the GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ Capability = tuple[int, int]
 
 
 def built_for(path: Path) -> str:
-    """What the builder wrote into a library (setup.py, csrc/cuda/op.h), in brackets, or "".
+    """Return the build note of a library (setup.py and csrc/cuda/op.h write it), or "".
 
-    As " (built for torch 2.13.0, CUDA 13.0, sm 8.0 9.0a)".
+    For example " (built for torch 2.13.0, CUDA 13.0, sm 8.0 9.0a)".
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = re.search(rb"orthonorm built for: ([^;\0]*);", content)
-        return f" (built for {found[1].decode()})" if found else ""
+        note = re.search(rb"orthonorm built for: ([^;\0]*);", content)
+        return f" (built for {note[1].decode()})" if note else ""
 
 
 def covers(architecture: str, capability: Capability) -> bool:
-    """Whether code for "8.0", "9.0a" or "12.0+PTX" runs on a GPU of this compute capability."""
+    """True if code for an architecture runs on a GPU of this compute capability.
+
+    The architecture is written as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "12.0+PTX".
+    """
     number, *marks = re.split(r"(a|\+PTX)", architecture)
     major, minor = number.split(".")
     own = int(major), int(minor)
@@ -31,7 +34,7 @@ def covers(architecture: str, capability: Capability) -> bool:
 
 
 def unfit(path: Path) -> str:
-    """Why the library cannot serve a GPU of this machine, or ""."""
+    """Return why the library cannot serve a GPU of this machine, or "" if it can."""
     text = built_for(path)
     architectures = re.findall(r"\d+\.\da?(?:\+PTX)?", text.rpartition(" sm ")[2])
     for capability in capabilities() if " sm " in text else []:
@@ -42,15 +45,15 @@ def unfit(path: Path) -> str:
 
 
 def capabilities() -> list[Capability]:
-    """Compute capabilities of the GPUs, from the driver's NVML; none where there is no driver."""
+    """Return the compute capabilities of the GPUs, by NVML; an empty list without a driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return []
-    found: list[Capability] = []
+    gpus: list[Capability] = []
     count, major, minor = ctypes.c_uint(), ctypes.c_int(), ctypes.c_int()
     if nvml.nvmlInit_v2() != 0:
-        return found
+        return gpus
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
     for i in range(count.value):
         device = ctypes.c_void_p()
@@ -58,6 +61,6 @@ def capabilities() -> list[Capability]:
             continue
         numbers = ctypes.byref(major), ctypes.byref(minor)
         if nvml.nvmlDeviceGetCudaComputeCapability(device, *numbers) == 0:
-            found.append((major.value, minor.value))
+            gpus.append((major.value, minor.value))
     nvml.nvmlShutdown()
-    return found
+    return gpus

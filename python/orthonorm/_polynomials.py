@@ -1,7 +1,7 @@
-"""x <- x(a + bx^2 + cx^4): what a schedule does to a singular value, exactly and when rounded.
+"""x <- x(a + bx^2 + cx^4): the effect of a schedule on a singular value, exact and with rounding.
 
-Image, slope, the Gram form's condition and restart search, and the Polar Express generator, from
-the triples alone in plain Python. `coefficients.py` has the published schedules and their safety.
+Computes from the triples, in plain Python: image, slope, the condition and the best restarts of the
+Gram form, and the Polar Express schedule. `coefficients.py` has the published schedules.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ Form = Literal["direct", "gram"]
 ROUNDOFF: Mapping[str, float] = MappingProxyType(
     {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 )
-# How far below zero float16 rounding pushes an eigenvalue of XX^T (gram-newton-schulz's default).
+# Lowest eigenvalue of XX^T after float16 rounding: the default of gram-newton-schulz.
 LAMBDA_MIN = -4e-4
-BLOWUP = 1e8  # the condition from which that package's search refuses a placement
+BLOWUP = 1e8  # that package's search refuses restarts with this condition or more
 
 
 # ---- arguments -----------------------------------------------------------------------------------
 def _sequence(value: object) -> tuple[object, ...]:
+    """Return a sequence as a tuple; raise TypeError for anything else."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise TypeError(
             "coefficients: must be a name, an (a, b, c) triple, a list of triples or Coefficients, "
@@ -39,7 +40,7 @@ def _sequence(value: object) -> tuple[object, ...]:
 
 
 def _triples(value: object) -> Triples:
-    """Finite triples of floats, 1 to 99 of them."""
+    """Return 1 to 99 finite triples of floats; raise TypeError or ValueError for anything else."""
     out: list[Triple] = []
     for item in _sequence(value):
         numbers = [float(v) for v in _sequence(item) if isinstance(v, Real)]
@@ -63,7 +64,10 @@ def _check_steps(steps: int) -> None:
 
 
 def _restarts(restarts: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Positions in strictly increasing order; restart r happens before iteration r (from 0)."""
+    """Return the restarts as a tuple; raise ValueError unless they increase within [1, steps - 1].
+
+    Restart r happens before iteration r, counted from 0.
+    """
     out = tuple(restarts)
     if not all(u < v for u, v in zip((0, *out), (*out, steps), strict=True)):
         raise ValueError(f"coefficients: restarts must increase within [1, {steps - 1}], got {out}")
@@ -80,24 +84,24 @@ def _choice(what: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"coefficients: {what} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-# ---- what a schedule does to one singular value --------------------------------------------------
+# ---- the effect on one singular value ------------------------------------------------------------
 def evaluate(triples: Sequence[Triple], x: float) -> float:
-    """f(x), the composed odd polynomial; +-inf where it overflows."""
+    """Return f(x) of the composed odd polynomial; +-inf where it overflows."""
     for t in _triples(triples):
         x = _polynomial(t, x)
     return x
 
 
 def slope(triples: Sequence[Triple]) -> float:
-    """f'(0) = product of a."""
+    """Return f'(0), the product of all a."""
     return math.prod(t[0] for t in _triples(triples))
 
 
 def image(triples: Sequence[Triple], low: float = 1e-3, high: float = 1.0) -> tuple[float, float]:
-    """(min f, max f) over [low, high], exact up to rounding; infinite where f overflows.
+    """Return (min f, max f) over [low, high], exact up to rounding; infinite where f overflows.
 
-    A continuous map takes an interval to the interval between its extremes, so each step is mapped
-    exactly from its ends and its critical points: no grid that could miss a narrow peak.
+    A continuous map takes an interval to the interval between its extremes. Each step is therefore
+    mapped exactly, from its ends and critical points; a grid could miss a narrow peak.
     """
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"coefficients: image needs finite low <= high, got [{low}, {high}]")
@@ -105,7 +109,7 @@ def image(triples: Sequence[Triple], low: float = 1e-3, high: float = 1.0) -> tu
 
 
 def _image(triples: Triples, low: float, high: float, rounding: float) -> tuple[float, float]:
-    """The image when every value, the input included, may be off by a factor 1 +- rounding."""
+    """Return the image if every value, also the input, may be off by a factor 1 +- rounding."""
 
     def grow(x: float) -> float:
         return math.copysign(rounding, x)
@@ -125,23 +129,24 @@ def _image(triples: Triples, low: float, high: float, rounding: float) -> tuple[
 
 def _polynomial(t: Triple, x: float) -> float:
     a, b, c = t
-    if abs(x) > 1e60:  # the leading term alone: no inf - inf, no 0 * inf
+    if abs(x) > 1e60:  # the leading term only, to avoid inf - inf and 0 * inf
         return c * x * x * x * x * x if c else b * x * x * x if b else a * x if a else 0.0
     y = x * x
     return x * (a + y * (b + y * c))
 
 
-# ---- what rounding does in the Gram form ---------------------------------------------------------
+# ---- the effect of rounding in the Gram form -----------------------------------------------------
 def gram_condition(
     triples: Sequence[Triple], restarts: Sequence[int] = (), lambda_min: float = LAMBDA_MIN
 ) -> float:
     """max over iterations t of max_x |q_t| / min_x |q_t|, where r_0 = x^2 + lambda_min, q = 1.
 
-    The criterion of gram-newton-schulz's restart search (restart_autotune.py, stability_metric):
-    rounding makes R = XX^T indefinite, so each eigenvalue is shifted by lambda_min < 0 and follows
+    The criterion of gram-newton-schulz's restart search (restart_autotune.py, stability_metric).
+    Rounding makes R = XX^T indefinite, so each eigenvalue is shifted by lambda_min < 0. It follows
     z = a + br + cr^2, q <- qz, r <- rz^2; a restart sets x <- qx, r <- x^2 + lambda_min, q <- 1.
-    x runs over a logarithmic grid (theirs: 10,000 points in [1e-10, 1]; here 400 a decade, down to
-    where x^2 is far below |lambda_min|). Q multiplies rounding errors by up to this condition.
+    Q multiplies rounding errors by up to this condition. x runs over a logarithmic grid of 400
+    points per decade, down to where x^2 is far below |lambda_min| (in that package: 10,000 points
+    in [1e-10, 1]).
     """
     triples = _triples(triples)
     _check_lambda(lambda_min)
@@ -174,13 +179,13 @@ def _times(u: list[float], v: list[float]) -> list[float]:
 def _conditions(
     x: list[float], triples: Triples, lambda_min: float
 ) -> Iterator[tuple[float, list[float]]]:
-    """(condition of Q, Q) after each iteration from Q = I; stops at the first infinite one."""
+    """Yield (condition of Q, Q) after each iteration from Q = I; stop at an infinite condition."""
     r, q = [v * v + lambda_min for v in x], [1.0] * len(x)
     for a, b, c in triples:
         z = [a + v * (b + v * c) for v in r]
         q, r = _times(q, z), _times(_times(r, z), z)
         top, bottom = max(map(abs, q)), min(map(abs, q))
-        if not (bottom > 0 and top < 1e150):  # beyond, r = (qx)^2 overflows
+        if not (bottom > 0 and top < 1e150):  # for larger q, r = (qx)^2 overflows
             yield math.inf, q
             return
         yield top / bottom, q
@@ -189,26 +194,31 @@ def _conditions(
 def best_restarts(
     triples: Sequence[Triple], count: int = 1, *, lambda_min: float = LAMBDA_MIN
 ) -> tuple[int, ...]:
-    """argmin over `count` positions 1 <= r < steps of gram_condition (the first of equal ones).
+    """Return the `count` restarts 1 <= r < steps of least gram_condition (the first of equal ones).
 
-    Before iteration r, counted from 0: X <- QX, R <- XX^T, Q <- I. ValueError where every placement
-    reaches 1e8, as in the original search: more restarts are needed.
+    A restart before iteration r, counted from 0, sets X <- QX, R <- XX^T, Q <- I. Raise ValueError
+    if every choice has a condition of 1e8 or more, as the original search does: then more restarts
+    are needed.
     """
     triples = _triples(triples)
     _check_lambda(lambda_min)
     if not 0 <= count < len(triples):
         raise ValueError(f"coefficients: count must be in [0, {len(triples)}), got {count}")
-    found = _search(triples, count, float(lambda_min))
-    if found is None:
+    best = _search(triples, count, float(lambda_min))
+    if best is None:
         raise ValueError(
             f"coefficients: these {len(triples)} steps need more restarts, got count={count}"
         )
-    return found
+    return best
 
 
 @lru_cache(maxsize=512)
 def _search(triples: Triples, count: int, lambda_min: float) -> tuple[int, ...] | None:
-    """Depth first in lexicographic order; the maximum only grows, so `bound` cuts branches."""
+    """Return the best `count` restarts, or None if all reach BLOWUP.
+
+    Depth-first search in lexicographic order. The maximum can only grow along a branch, so the best
+    one so far (`bound`) cuts branches.
+    """
     bound, best = BLOWUP, None
 
     def extend(x: list[float], chosen: tuple[int, ...], worst: float) -> None:
@@ -237,9 +247,10 @@ def polar_express(
 ) -> Triples:
     """p_t = argmin max over [l_t, u_t] of |1 - p|, l <- p(l), u <- 2 - l, from [lower, 1].
 
-    arXiv:2505.16932, algorithm 1 with its finite-precision rules: p_t is fitted on [max(l, cushion
-    * u), u] and rescaled so that p(l) + p(u) = 2; all but the last use p(x / safety). The defaults
-    give the published table. NoahAmsel/PolarExpress @ 458c71b7 now uses cushion=0.02, safety=1.01.
+    arXiv:2505.16932, algorithm 1 with its finite-precision rules. p_t is fitted on
+    [max(l, cushion u), u] and rescaled so that p(l) + p(u) = 2. All but the last become
+    p(x / safety). The defaults give the published table; NoahAmsel/PolarExpress @ 458c71b7 uses
+    cushion=0.02 and safety=1.01.
     """
     _check_steps(steps)
     if not 1e-12 <= lower < 1:
@@ -264,7 +275,7 @@ def polar_express(
 
 
 def _minimax(low: float, high: float) -> Triple:
-    """The odd quintic with p - 1 = -E, E, -E, E at low, q, r, high, q and r being its extremes."""
+    """Return the odd quintic p with p - 1 = -E, E, -E, E at low, q, r, high; q, r its extremes."""
     limit = 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
     if low / high >= 1 - 5e-6:
         return limit
@@ -282,7 +293,7 @@ def _minimax(low: float, high: float) -> Triple:
         b = b01 - c * (y[0] + y[1])
         a = g[0] - y[0] * (b + c * y[0])
         d = 9 * b * b - 20 * a * c
-        if not (d >= 0 and a > 0 > b and c > 0):  # so narrow that rounding decides the signs
+        if not (d >= 0 and a > 0 > b and c > 0):  # too narrow: rounding decides these signs
             return limit
         root = math.sqrt(d)
         q, r = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))

@@ -1,11 +1,12 @@
 """X <- aX + (bA + cA^2)X with A = XX^T: the published (a, b, c) schedules and where they are safe.
 
-On a singular value the iteration is x <- x(a + bx^2 + cx^4), so all a schedule does (its image, its
-slope at 0, what rounding does to it in the Gram form) follows from the triples, in plain Python:
-nothing here needs torch. Stored is what costs milliseconds (restarts); a test recomputes it.
+On a singular value the iteration is x <- x(a + bx^2 + cx^4). The triples therefore determine all
+else: the image, the slope at 0, the effect of rounding in the Gram form. It is computed in plain
+Python, without torch. Only restarts, which take milliseconds to find, are stored; a test recomputes
+them.
 
-    c = resolve("polar_express")                  # 5 triples; a triple or a list of them also does
-    restarts = default_restarts(c, "float16")     # (2,): what restarts="auto" means
+    c = resolve("polar_express")                  # 5 triples; also accepts triples themselves
+    restarts = default_restarts(c, "float16")     # (2,): the meaning of restarts="auto"
     check_safe(c, dtype="float16", form="gram", restarts=restarts)
 """
 
@@ -37,10 +38,10 @@ __all__ = [
 class Coefficients:
     """x <- x(a + bx^2 + cx^4), one triple per iteration; immutable and hashable.
 
-    Input: X / (safety * norm), norm = |X|_F, or AOL's row scaling where prescale == "aol".
-    past_end: what more steps than triples mean (as the source has it); fewer steps are a prefix.
-    restarts: default_restarts for float16 at default_steps (None: searched when asked for).
-    measured: Gram placements above the limit that were measured to hold in float16.
+    triples apply to X / (safety * norm), norm = |X|_F, or AOL's row scaling if prescale == "aol".
+    past_end: the triples of steps beyond the last, as in the source; fewer steps take a prefix.
+    restarts: default_restarts for float16 at default_steps; None searches them when needed.
+    measured: restarts with a condition above the limit that measurements found safe in float16.
     """
 
     name: str
@@ -65,7 +66,10 @@ class Coefficients:
             _restarts(positions, self.default_steps)
 
     def steps(self, n: int | None = None) -> Triples:
-        """The n triples to run (None: default_steps); ValueError past the end if "error"."""
+        """Return the n triples to run (None: default_steps).
+
+        Raise ValueError for more steps than triples if past_end is "error".
+        """
         n = self.default_steps if n is None else n
         _check_steps(n)
         have = len(self.triples)
@@ -76,16 +80,16 @@ class Coefficients:
         return tuple(self.triples[min(i, have - 1)] for i in range(n))
 
     def image(self, low: float = 1e-3, high: float = 1.0) -> tuple[float, float]:
-        """(min, max) of the default steps over normalized singular values in [low, high]."""
+        """Return (min, max) of the default steps over normalized singular values in [low, high]."""
         return image(self.steps(), low / self.safety, high / self.safety)
 
     @property
     def slope(self) -> float:
-        """f'(0) / safety: what the default steps multiply the smallest singular values by."""
+        """f'(0) / safety: the factor of the smallest singular values in the default steps."""
         return slope(self.steps()) / self.safety
 
     def safe_dtypes(self, form: Form) -> tuple[str, ...]:
-        """The dtypes that check_safe accepts with default_restarts."""
+        """Return the dtypes that check_safe accepts with default_restarts."""
         return tuple(d for d in ROUNDOFF if not _unsafe(self, d, form, default_restarts(self, d)))
 
 
@@ -111,7 +115,7 @@ _MNG: Triples = (  # polar_express(cushion=0.02, safety=1.02)
 
 
 def _deflated(s: float) -> Triples:
-    """p(x / s) for all of the raw table but its last triple, as the paper's listing has it."""
+    """Return the raw table with p(x / s) for all triples but the last, as the paper lists them."""
     return tuple((a / s, b / s**3, c / s**5) for a, b, c in _RAW[:-1]) + _RAW[-1:]
 
 
@@ -139,7 +143,7 @@ _SETS = (
         (4.01, -9.22, 5.80), (3.49, -6.38, 3.23), (3.34, -6.21, 3.20), (3.64, -7.48, 4.43),
         (3.46, -5.35, 2.85),
     ), "https://leloykun.github.io/ponder/muon-opt-coeffs/", past_end="error", restarts=(2,)),
-    # gram-newton-schulz, dmuon and optax stop after 5 triples, all deflated; steps 6-8 go on alike.
+    # gram-newton-schulz, dmuon and optax stop after 5 triples, all deflated; ours continue likewise
     Coefficients(
         "polar_express", _deflated(1.05), f"{_PE}, 1.05 of Dao-AILab/gram-newton-schulz",
         restarts=(2,), measured=((3,),),
@@ -160,7 +164,7 @@ _SETS = (
         (3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585),
         (1.8564, -1.2132, 0.3568), (1.875, -1.25, 0.375),
     ), f"{_EO} (1.01 divided in, rounded)", restarts=(1, 2)),
-    # The factor is part of each interval: polar_express(steps=8, cushion=0.02, safety=s).
+    # Here the fit itself accounts for safety: polar_express(steps=8, cushion=0.02, safety=s).
     Coefficients("polar_express_rederived_1.01", (
         (8.237312490495555, -23.157747414558198, 16.680568411445915),
         (4.082441999064835, -2.893047735332586, 0.5252849256975648),
@@ -240,20 +244,22 @@ ALIASES: Mapping[str, str] = MappingProxyType({
 
 # ---- safety --------------------------------------------------------------------------------------
 # Largest gram_condition accepted. Measured in emulation with fp32 accumulation: n = 256, m = 1024,
-# seven spectra (Gaussian, two logarithmic, rank 1, rank n/2, constant, two spikes). float16: every
-# placement up to 400 kept the output norm within 5 % of exact (8 % at n = 64..512, m/n = 2..32); of
-# the nine at 444-667, five lost it (x1.5-7.8); 7.6e4 overflowed. float32: up to 1e7 errors are
-# <= 2e-3 (6e-5 for keller without restart); beyond, 2e-4..9e-3 (you5, Polar Express) and 1e26
-# (deepseek_v4). float64 is judged with lambda_min scaled to its roundoff (worst: 8e4, deepseek_v4).
-# bfloat16: norms of x1.1-20 with the best restart (errors 0.2-0.9), so no limit.
+# seven spectra (Gaussian, two logarithmic, rank 1, rank n/2, constant, two spikes).
+# float16: all restarts with a condition up to 400 kept the output norm within 5 % of exact (8 % at
+#   n = 64..512, m/n = 2..32). Of nine at 444-667 five failed (norm x1.5-7.8); 7.6e4 overflowed.
+# float32: up to 1e7 errors are <= 2e-3 (6e-5 for keller without restart). Beyond, they are
+#   2e-4..9e-3 (you5, Polar Express) and 1e26 (deepseek_v4).
+# float64: judged with lambda_min scaled to its roundoff (largest condition: 8e4, deepseek_v4).
+# bfloat16: refused. Even with the best restarts norms are x1.1-20 (errors 0.2-0.9).
 LIMITS: Mapping[str, float] = MappingProxyType({"float16": 400.0, "float32": 1e7, "float64": 1e7})
 
 
 def default_restarts(coefficients: Coefficients, dtype: str) -> tuple[int, ...]:
-    """The fewest restarts with gram_condition <= 400, at their best positions: restarts="auto".
+    """Return the fewest restarts with gram_condition <= 400, at their best positions.
 
-    () in float64, and in float32 where the condition without restarts is <= 1e7 (keller: error
-    6e-5). bfloat16, which check_safe refuses, gets those of float16.
+    These are the restarts="auto" of `polar`. float64 takes none, and neither does float32 if the
+    condition without restarts is <= 1e7 (keller: error 6e-5). bfloat16, which check_safe refuses,
+    gets those of float16.
     """
     _choice("dtype", dtype, tuple(ROUNDOFF))
     triples = coefficients.steps()
@@ -261,18 +267,18 @@ def default_restarts(coefficients: Coefficients, dtype: str) -> tuple[int, ...]:
         return ()
     if coefficients.restarts is not None:
         return coefficients.restarts
-    found: list[tuple[float, tuple[int, ...]]] = []
+    tried: list[tuple[float, tuple[int, ...]]] = []
     for count in range(min(4, len(triples))):
         if (restarts := _search(triples, count, LAMBDA_MIN)) is not None:
-            found.append((gram_condition(triples, restarts), restarts))
-            if found[-1][0] <= LIMITS["float16"]:
+            tried.append((gram_condition(triples, restarts), restarts))
+            if tried[-1][0] <= LIMITS["float16"]:
                 return restarts
-    for every in (4, 3, 2, 1):  # schedules so long that they need more than three
+    for every in (4, 3, 2, 1):  # long schedules, which need more than three restarts
         restarts = tuple(range(every, len(triples), every))
-        found.append((gram_condition(triples, restarts), restarts))
-        if found[-1][0] <= LIMITS["float16"]:
+        tried.append((gram_condition(triples, restarts), restarts))
+        if tried[-1][0] <= LIMITS["float16"]:
             return restarts
-    return min(found)[1]
+    return min(tried)[1]
 
 
 def check_safe(
@@ -283,10 +289,11 @@ def check_safe(
     restarts: Sequence[int] = (),
     allow_unsafe: bool = False,
 ) -> None:
-    """Raise ValueError, naming a safe alternative, for what is known to blow up or to flip signs.
+    """Raise ValueError for a combination known to blow up or flip signs; it names a safe one.
 
-    Judged are the default steps (those asked for, after resolve) with X stored in `dtype`, or R, Q
-    and Z in the Gram form. The direct form ignores `restarts`; allow_unsafe checks only arguments.
+    Judges the default steps (after resolve: the steps asked for). `dtype` stores X in the direct
+    form, and R, Q and Z in the Gram form. The direct form ignores `restarts`. allow_unsafe=True
+    checks the arguments only.
     """
     _choice("dtype", dtype, tuple(ROUNDOFF))
     _choice("form", form, get_args(Form))
@@ -296,10 +303,11 @@ def check_safe(
 
 
 def _escapes(c: Coefficients, dtype: str) -> str:
-    """What happens to sigma_1 when each stored result is off by 2 units of roundoff, or "".
+    """Return "diverge" or "change sign" if sigma_1 can do so through rounding, else "".
 
-    2 units leave the interval of sets without a safety factor, and not that of sets with 1.01,
-    which run in bfloat16 in HeavyBall and Emerging-Optimizers.
+    Each stored result may be off by 2 units of roundoff. That leaves the interval of sets without a
+    safety factor. It stays within that of sets with 1.01, which run in bfloat16 in HeavyBall and
+    Emerging-Optimizers.
     """
     exact = _image(c.steps(), 0.0, 1 / c.safety, 0.0)
     low, high = _image(c.steps(), 0.0, 1 / c.safety, 2 * ROUNDOFF[dtype])
@@ -307,7 +315,7 @@ def _escapes(c: Coefficients, dtype: str) -> str:
 
 
 def _unsafe(c: Coefficients, dtype: str, form: Form, restarts: tuple[int, ...]) -> str:
-    """One sentence with a safe alternative, or ""."""
+    """Return why a combination is unsafe, as a sentence that names a safe one; "" if it is safe."""
     if _image(c.steps(), 0.0, 1 / c.safety, 0.0)[0] < 0:
         return f"use 'polar_express' or 'aol', got {c.name}, which reverses singular directions"
     if what := _escapes(c, dtype):
@@ -339,10 +347,12 @@ def resolve(
     coefficients: str | Coefficients | Sequence[float] | Sequence[Sequence[float]],
     steps: int | None = None,
 ) -> Coefficients:
-    """The schedule to run: a name, one (a, b, c) repeated `steps` (5) times, or a list of them.
+    """Return the schedule of a name, of one (a, b, c) repeated `steps` (5) times, or of a list.
 
-    The result's triples are exactly the steps asked for (1 to 99). ValueError: unknown name, wrong
-    length, non-finite number, more steps than the source defines; TypeError: any other type.
+    The triples of the result are exactly the steps asked for (1 to 99).
+
+    Raises: ValueError for an unknown name, a wrong length, a non-finite number, or more steps than
+    the source defines; TypeError for any other type.
     """
     if isinstance(coefficients, str):
         name = ALIASES.get(coefficients, coefficients)

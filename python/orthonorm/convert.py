@@ -1,7 +1,7 @@
-"""`python -m orthonorm convert IN OUT --from keller --to muon`: another library's optimizer state.
+"""`python -m orthonorm convert IN OUT --from keller --to muon`: convert another library's state.
 
-The file is loaded with weights_only=True; what is written loads into the optimizer of the same
-groups: those of the file, each cut in two where matrices and AdamW's parameters share one.
+The file is loaded with weights_only=True. The result loads into an optimizer with the groups of the
+file, where a group that has both matrices and AdamW's parameters is split in two.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from .optim import MatrixOptimizer
 from .optim.configure import by_name
 from .optim.convert import LAYOUTS, convert_state_dict, read
 
-SHAPED = ("momentum_buffer", "exp_avg", "momentum", "moment1")  # state of the parameter's shape
-# keller_sorted: in which order the model has its matrices is not in the file
+SHAPED = ("momentum_buffer", "exp_avg", "momentum", "moment1")  # states shaped as the parameter
+# keller_sorted cannot be converted here: the file does not tell the model's order of matrices
 FROM = [name for name in LAYOUTS if name != "keller_sorted"]
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     out = argparse.ArgumentParser(
         prog="python -m orthonorm convert",
         description="Convert the state dict of another library's optimizer, without its model.",
@@ -50,21 +51,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(words: Sequence[str]) -> dict[str, Any]:
-    found = {}
+    """Return {name: value} of words NAME=VALUE; a value is a Python literal or else a string."""
+    settings = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--set must be NAME=VALUE, got {word!r}")
         try:
-            found[name] = ast.literal_eval(text)
+            settings[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            found[name] = text  # a word
-    return found
+            settings[name] = text
+    return settings
 
 
 def parameters(saved: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Stand-ins of the shapes that the state tells, by the file's indices."""
-    found: dict[int, Tensor] = {}
+    """Return an empty parameter for each index of the file, shaped as its state.
+
+    Raise ValueError for an index without state of its shape.
+    """
+    params: dict[int, Tensor] = {}
     for index in (i for group in saved["param_groups"] for i in group["params"]):
         state = saved["state"].get(index, {})
         like = next((state[k] for k in SHAPED if isinstance(state.get(k), Tensor)), None)
@@ -73,14 +78,14 @@ def parameters(saved: Mapping[str, Any]) -> dict[int, Tensor]:
                 f"parameter {index} must have state that tells its shape, got {sorted(state)}: "
                 "with the model, orthonorm.optim.convert_state_dict converts it"
             )
-        found[index] = nn.Parameter(torch.empty_like(like, device="cpu"))
-    return found
+        params[index] = nn.Parameter(torch.empty_like(like, device="cpu"))
+    return params
 
 
 def optimizer_of(
     saved: Mapping[str, Any], layout: str, cls: type[MatrixOptimizer], settings: dict[str, Any]
 ) -> tuple[MatrixOptimizer, list[Tensor]]:
-    """The optimizer that will load the result, and the parameters in the file's order."""
+    """Return the optimizer that will load the result, and the parameters in the file's order."""
     params = parameters(saved)
     groups: list[dict[str, Any]] = []
     for group in saved["param_groups"]:
@@ -94,7 +99,7 @@ def optimizer_of(
 def converted(
     saved: Any, layout: str, cls: type[MatrixOptimizer], settings: dict[str, Any]
 ) -> tuple[dict[str, Any], MatrixOptimizer]:
-    """The state dict, and an optimizer that has loaded it."""
+    """Convert a state dict; return the result and an optimizer that has loaded it."""
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
         got = sorted(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
         raise ValueError(
@@ -110,6 +115,7 @@ def converted(
 
 
 def run(args: argparse.Namespace) -> str:
+    """Convert the file and return the line to print; OUT appears only when it is complete."""
     if args.output.exists():
         raise ValueError(f"OUT must not exist, got {args.output}")
     cls, settings = by_name(args.to), settings_of(args.settings)

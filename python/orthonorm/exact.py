@@ -1,12 +1,12 @@
 """The polar factor to working precision, by products alone: batched, no SVD.
 
-Newton-Schulz in direct form: first steps that multiply small singular values by 3.4445 and never
-push a large one below 0.68 (so relative sizes survive and the process stays backward stable; steps
-tuned for speed map sigma_1 to the bottom of their band and lose digits), then the convergent
-quintic (15/8, -10/8, 3/8), which cubes the error.
+Newton-Schulz in direct form, in two stages. The first steps ("lifts") multiply small singular
+values by 3.4445 and never push a large one below 0.68. Relative sizes survive, so the process is
+backward stable; steps tuned for speed map sigma_1 to the bottom of their band and lose digits. Then
+the convergent quintic (15/8, -10/8, 3/8) ("polishes") cubes the error at each step.
 
-Both are written around E = I - A, a x + b x^3 + c x^5 = x ((a+b+c) - (b+2c) e + c e^2): near
-sigma = 1 nothing large cancels, which halves both errors (2026-11, n = 1 to 128).
+Both use E = I - A: a x + b x^3 + c x^5 = x ((a+b+c) - (b+2c) e + c e^2), e = 1 - x^2. Near
+sigma = 1 no large terms cancel, which halves both errors (2026-11, n = 1 to 128).
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from .ops.words import apply, gram, symmetric_update
 # sigma -> [0.68, 1.13] from below, kellerjordan.github.io/posts/muon
 LIFT = (3.4445, -4.7750, 2.0315)
 POLISH = (1.875, -1.25, 0.375)
-OWN_ROUNDING = 16  # units of eps allowed beside max(m, n): what the iterations add, see tests
-STEPS = {torch.float32: (15, 4), torch.float64: (31, 5)}  # lifts reach sigma_n = eps sigma_1
-# sigma^2 with one preimage under a lift, above rounding; a lift from below 0.043 ends below 0.46
+OWN_ROUNDING = 16  # eps allowed in addition to max(m, n) eps, for the iterations' own rounding
+# (lifts, polishes); the lifts suffice for singular values down to eps sigma_1
+STEPS = {torch.float32: (15, 4), torch.float64: (31, 5)}
+# Range of sigma^2 that is above rounding and has one preimage under a lift; a lift from below 0.043
+# ends below 0.46.
 RESOLVED = (0.01, 0.46)
 
 
 class PolarExact(NamedTuple):
-    """Everything `polar_exact` finds; one number per matrix of the batch beside the factor."""
+    """Result of `polar_exact`: the factor and, per matrix of the batch, four numbers."""
 
     factor: Tensor
     orthogonality: Tensor
@@ -44,8 +46,9 @@ class PolarExact(NamedTuple):
 def polar_exact(X: Tensor) -> PolarExact:
     """Q = U V^T for X = U S V^T, to rounding: |I - Q Q^T|_F, |X - H Q|_F / |X|_F < (n + 16) eps.
 
-    H = sym(X Q^T) is the other polar factor (for rows > columns Q^T Q and Q H), n the long side.
-    Float32 and float64 compute in their own precision, half types in float32.
+    H = sym(X Q^T) is the other polar factor, and n the long side. If rows > columns, read Q^T Q for
+    Q Q^T, sym(Q^T X) for H and Q H for H Q. float32 and float64 compute in their own precision,
+    half types in float32.
 
     Args:
         X: a (batch of) matrices (..., m, n), not modified.
@@ -53,13 +56,14 @@ def polar_exact(X: Tensor) -> PolarExact:
     Returns:
         factor: (..., m, n), contiguous, in the dtype of X.
         orthogonality, residual: the two norms above in units of (max(m, n) + 16) eps, before the
-            factor is rounded to a half type; success is below 1.
-        rcond: estimate of sigma_min / sigma_max, from above but for rounding; 0 where info is not.
-        info: int32; 0 success, 1 numerically rank-deficient (the factor is a partial isometry or
-            inaccurate in the directions below eps sigma_1), 2 non-finite input. A matrix of lower
-            rank may succeed too: rounding has given it the directions it lacks.
+            factor is rounded to a half type. Below 1 means success.
+        rcond: estimate of sigma_min / sigma_max, an upper bound up to rounding; 0 if info is not 0.
+        info: int32. 0: success. 1: numerically rank-deficient; the factor is a partial isometry, or
+            inaccurate in directions below eps sigma_1. 2: non-finite input. A matrix of lower rank
+            may also give 0, if rounding supplied the missing directions.
 
-    Raises: TypeError for what is not a floating-point tensor, ValueError for fewer dimensions.
+    Raises: TypeError if X is not a floating-point tensor, ValueError if it has fewer than two
+    dimensions.
     """
     name = "polar_exact"
     check.tensor(name, "X", X, min_dim=2)
@@ -87,14 +91,15 @@ def polar_exact(X: Tensor) -> PolarExact:
 
 
 def _norm(E: Tensor) -> Tensor:
+    """Return the Frobenius norm of each matrix."""
     return torch.linalg.vector_norm(E, dim=(-2, -1))
 
 
 def _iterate(Y: Tensor, lifts: int, polishes: int) -> tuple[Tensor, Tensor]:
-    """The factor of a wide batch with |Y|_F = 1, and an estimate of its smallest singular value.
+    """Return the factor of a wide batch with |Y|_F = 1, and an estimate of the smallest sigma.
 
-    At every lift the smallest eigenvalue of the Gram matrix is estimated from above; where it falls
-    in RESOLVED it belongs to one point before the lift, and is carried back to the start.
+    At every lift the smallest eigenvalue of the Gram matrix is estimated from above. If it lies in
+    RESOLVED it has one preimage under the lifts before, and is carried back through them.
     """
     z = start_vector(Y.mT)
     identity = torch.eye(Y.shape[-2], dtype=Y.dtype, device=Y.device)
@@ -115,7 +120,10 @@ def _iterate(Y: Tensor, lifts: int, polishes: int) -> tuple[Tensor, Tensor]:
 
 
 def _smallest_eigenvalue(A: Tensor, z: Tensor, steps: int = 8) -> tuple[Tensor, Tensor]:
-    """Rayleigh quotient of A after power steps on 1.3 I - A, whose spectrum lies in [0, 1.3]."""
+    """Return the Rayleigh quotient of A, and the vector, after power steps on 1.3 I - A.
+
+    The spectrum of 1.3 I - A lies in [0, 1.3].
+    """
     for _ in range(steps):
         z = 1.3 * z - (A @ z.unsqueeze(-1)).squeeze(-1)
         z = z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp(min=1e-30)
@@ -123,10 +131,10 @@ def _smallest_eigenvalue(A: Tensor, z: Tensor, steps: int = 8) -> tuple[Tensor, 
 
 
 def _before_lift(y: Tensor) -> Tensor:
-    """x with a x + b x^3 + c x^5 = y on the rising branch, by Newton's method."""
+    """Return x with a x + b x^3 + c x^5 = y on the rising branch, by Newton's method."""
     a, b, c = LIFT
     x = y / a
-    for _ in range(2):  # from 6 % below at most to 1e-7
+    for _ in range(2):  # the start is at most 6 % too small; two steps reach 1e-7
         s = x * x
         x = x - (x * (a + s * (b + s * c)) - y) / (a + s * (3 * b + s * 5 * c))
     return torch.where(y.isinf(), y, x)

@@ -1,13 +1,13 @@
-"""Which form and dtype iterate a matrix: from rates that are data, `rates.json`.
+"""Choice of the form and dtype in which a matrix is iterated, by measured rates (`rates.json`).
 
 direct   `ops.direct_polynomial`: A = X X^T;  X <- a X + (b A + c A^2) X         per iteration
 gram     `ops.gram_form`: X <- Q X with Q = `gram_polynomial(X X^T)`, in segments between restarts
-         (Gram Newton-Schulz, Dao-AILab; the long side is touched once per segment)
+         (Gram Newton-Schulz, Dao-AILab; reads the long side once per segment)
 
-A row of the table belongs to a class of processors and holds GFLOP/s, by the short side of the
-matrix, of what the forms are made of: "direct", the "chain" on the Gram matrix, the "sweep" from X
-to it and back, and of `torch.optim.Muon`'s function, "torch". `python -m orthonorm.bench.tune`
-measures one; the others are estimated from what their processors can do, and say so.
+A row of the table belongs to a class of processors. It holds GFLOP/s by the short side of the
+matrix, for each part of the work: "direct", the "chain" on the Gram matrix, the "sweep" from X to
+the Gram matrix and back, and "torch", the function of `torch.optim.Muon`.
+`python -m orthonorm.bench.tune` measures a row; rows that are estimates say so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rates = dict[str, list[float]]
 
 
 class Choice(NamedTuple):
-    """How one matrix is iterated."""
+    """Form and dtype of one matrix; `small` is True if the kernel for small matrices serves it."""
 
     form: str  # "direct" or "gram"
     dtype: torch.dtype
@@ -37,11 +37,11 @@ class Choice(NamedTuple):
 
 
 def choose(X: Tensor, triples: Triples, restarts: list[int], form: str, precision: str) -> Choice:
-    """Form and dtype for a matrix: the most accurate that is no slower than `torch.optim.Muon`'s
-    function, the fastest if none is; `form` and `precision` bound it when they are not "auto".
+    """Choose the most accurate form and dtype that is no slower than `torch.optim.Muon`'s function.
 
-    On accelerators "auto" is float16. Costs are compared only where they decide: under
-    torch.compile every comparison of sizes is a guard.
+    If none is, choose the fastest. `form` and `precision` limit the choice if they are not "auto".
+    On accelerators precision="auto" is float16. Costs are compared only if more than one choice is
+    left, because under torch.compile every comparison of sizes is a guard.
     """
     n, m = sorted(X.shape[-2:])
     numbers = (n, m, X.dtype, X.device.type == "cpu", tuple(triples), tuple(restarts))
@@ -53,6 +53,7 @@ def _choice(
     n: Any, m: Any, given: torch.dtype, on_cpu: bool, triples: Sequence[Triple],
     restarts: Sequence[int], form: str, precision: str,
 ) -> Choice:  # fmt: skip
+    """Choose from numbers alone: sides n <= m, the given dtype and where the matrix is."""
     small = form != "gram" and (fits(n, m) if on_cpu else m <= SMALL)
     if precision not in ("auto", "full"):
         dtypes = [getattr(torch, precision)]
@@ -85,17 +86,21 @@ def _choice(
     return best[1]
 
 
-_kept_choice = lru_cache(maxsize=4096)(_choice)
+_kept_choice = lru_cache(maxsize=4096)(_choice)  # symbolic sizes cannot be keys
 
 
-# ---- costs: operations over rates ----------------------------------------------------------------
+# ---- costs: operations divided by rates ----------------------------------------------------------
 def _work(aspect: Any, triples: Sequence[Triple], long: int, square: int) -> Any:
-    """Operations of a direct form over n^3, n the short side; symmetric products count half."""
+    """Return the operations of a direct form divided by n^3, n the short side.
+
+    Per step there are `long` times aspect, and `square` more if c is not 0. Symmetric products
+    count half.
+    """
     return sum(long * aspect + (square if c else 0) for _, _, c in triples)
 
 
 def work(aspect: float, triples: Sequence[Triple], restarts: Sequence[int]) -> dict[str, float]:
-    """Operations of each part over n^3."""
+    """Return the operations of each part of the work, divided by n^3."""
     sweeps = 1 + len(restarts)
     return {
         "direct": _work(aspect, triples, 3, 1),
@@ -109,6 +114,7 @@ def _cost(
     rates: Rates, form: str, dtype: torch.dtype, n: int, m: int, triples: Sequence[Triple],
     restarts: Sequence[int],
 ) -> Any:  # fmt: skip
+    """Return the time of a form in a dtype, in units of n^3 / GFLOP/s."""
     kind = "bfloat16" if dtype == torch.bfloat16 else "float32"
     parts = work(m / n, triples, restarts)
     if form == "direct":
@@ -118,7 +124,7 @@ def _cost(
 
 
 def _rate(rates: Rates, name: str, n: int) -> float:
-    """The rate of the nearest short side in the table."""
+    """Return the rate at the nearest short side of the table."""
     sides = rates["sides"]
     bounds = [(a * b) ** 0.5 for a, b in itertools.pairwise(sides)]
     return rates[name][sum(n > bound for bound in bounds)]
@@ -127,14 +133,14 @@ def _rate(rates: Rates, name: str, n: int) -> float:
 # ---- the table -----------------------------------------------------------------------------------
 @lru_cache
 def table() -> dict[str, Rates]:
-    """Rows by class of processor."""
+    """Return the rows of rates.json by class of processor."""
     stored = json.loads((Path(__file__).parent / "rates.json").read_text())
     return {name: row["rates"] for name, row in stored.items()}
 
 
 @lru_cache
 def processor() -> str:
-    """The table's row for this processor and ORTHONORM_ISA."""
+    """Return the name of the table's row for this processor and ORTHONORM_ISA."""
     lowered = os.environ.get("ORTHONORM_ISA") in ("portable", "avx2", "avx512")
     if lowered or not torch.cpu._is_avx512_bf16_supported():
         return "other"

@@ -18,13 +18,13 @@ Matrices = TypeVar("Matrices", Tensor, list[Tensor])
 
 
 class Polynomial(NamedTuple):
-    """A polynomial as `ops.newton_schulz` takes it."""
+    """Arguments of `ops.newton_schulz` that describe a polynomial."""
 
     coefficients: list[float]
     restarts: list[int]
     scale: str
     safety: float
-    precision: str  # "auto" only where every dtype it may choose is safe
+    precision: str  # "auto" only if every dtype that it may choose is safe
 
 
 def polynomial(
@@ -36,7 +36,7 @@ def polynomial(
     precision: str = "auto",
     device: torch.device | None = None,
 ) -> Polynomial:
-    """Resolve coefficients and restarts; ValueError for combinations known to blow up."""
+    """Resolve coefficients and restarts; raise ValueError for combinations known to blow up."""
     check.choice("polar", "method", method, FORMS)
     check.choice("polar", "precision", precision, PRECISIONS)
     coefficients = _frozen(coefficients)
@@ -55,23 +55,25 @@ def polynomial(
 def _polynomial(
     coefficients: Any, steps: int | None, method: str, restarts: Any, precision: str, on_gpu: bool
 ) -> Polynomial:
+    """Call `_resolved`; torch.compile treats the result as a constant."""
     return _resolved(coefficients, steps, method, restarts, precision, on_gpu)
 
 
-# torch.compile calls it while tracing and keeps the result, as it would for a function decorated
-# with torch.compiler.assume_constant_result; that decorator imports the whole of torch._dynamo.
+# The mark of torch.compiler.assume_constant_result: torch.compile calls the function while tracing
+# and keeps the result. The decorator itself would import the whole of torch._dynamo.
 _polynomial._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=256, typed=True)  # True is no number of steps
+@lru_cache(maxsize=256, typed=True)  # typed, because steps=True must not meet the entry of steps=1
 def _resolved(
     coefficients: Any, steps: int | None, method: str, restarts: Any, precision: str, on_gpu: bool
 ) -> Polynomial:
+    """Resolve and check the arguments of `polynomial`."""
     c = resolve(coefficients, steps)
     half = precision == "auto" and on_gpu
     dtype = precision if precision in ROUNDOFF else "float16" if half else "float32"
     check_safe(c, dtype=dtype, form="direct", restarts=())
-    # On CPUs "auto" may take bfloat16 matrices to the Gram form that iterates in float32.
+    # On CPUs method "auto" may use the Gram form for bfloat16; its chain iterates in float32.
     chain = "float32" if (dtype, method, on_gpu) == ("bfloat16", "auto", False) else dtype
     if method == "gram" or (method == "auto" and chain != "bfloat16"):
         restarts = default_restarts(c, chain) if restarts == "auto" else restarts
@@ -85,14 +87,14 @@ def _resolved(
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, so that it can be a key."""
+    """Return sequences as tuples, also nested ones, so that the value can be a cache key."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return tuple(_frozen(v) for v in value)
     return value
 
 
 def _holds_in_bfloat16(c: Coefficients) -> bool:
-    """Whether "auto" may choose bfloat16, the direct form's dtype for large matrices on CPUs."""
+    """True if precision "auto" may choose bfloat16, a dtype for large matrices on CPUs."""
     try:
         check_safe(c, dtype="bfloat16", form="direct")
     except ValueError:
@@ -113,35 +115,36 @@ def polar(
 ) -> Matrices:
     """U V^T for X = U S V^T, approximately: Newton-Schulz on X / max(|X|_F, eps).
 
-    Each singular value sigma of the scaled X becomes f(sigma), f the composed odd polynomial, whose
-    band `coefficients.image` tells; the error against U V^T is that of the band, not of the dtype.
+    Each singular value sigma of the scaled X becomes f(sigma), f the composed odd polynomial. The
+    band of f (`coefficients.image`) determines the error against U V^T, not the dtype.
 
     Args:
         X: a (batch of) matrices (..., m, n) or a list of them, any shapes; float32, float64,
             bfloat16 or float16. Not modified.
         coefficients: a name of `coefficients.COEFFICIENTS`, one (a, b, c), or a list of triples.
         steps: iterations (None: what the source runs).
-        method: "direct" iterates on X, "gram" on the small Gram matrix, "auto" takes the cheaper
+        method: "direct" iterates on X, "gram" on the small Gram matrix; "auto" takes the cheaper
             one that is safe in its dtype.
-        restarts: iterations before which the Gram form starts anew from X; "auto" is the fewest
+        restarts: iterations before which the Gram form starts anew from X; "auto" takes the fewest
             that keep it safe (`coefficients.default_restarts`).
-        precision: dtype of the iterates: "float32", "float64", "bfloat16", "float16"; "full" keeps
-            float32 and float64 inputs as they are; "auto" is the most accurate that is no slower
-            than `torch.optim.Muon`'s function (CPU: float32, or bfloat16 where that is slower and
-            these coefficients allow it; GPU: float16). On ill-conditioned matrices float16 in Gram
-            form is only as exact as twice the error of bfloat16 in direct form. bfloat16 in Gram
-            form, refused by name, is what method="auto" may take on CPUs: its chain is float32,
-            its error that of bfloat16 in direct form. "exact" calls `polar_exact`, whatever the
-            coefficients, and returns its factor.
+        precision: dtype of the iterates.
+            "float32", "float64", "bfloat16" and "float16" name it. "full" keeps float32 and float64
+            inputs as they are. "auto" is the most accurate that is no slower than the function of
+            `torch.optim.Muon`: on GPUs float16; on CPUs float32, or bfloat16 if float32 is slower
+            and these coefficients allow it. "exact" returns the factor of `polar_exact`, whatever
+            the coefficients.
+            On ill-conditioned matrices float16 in Gram form may have twice the error of bfloat16
+            in direct form. method="gram" refuses bfloat16. method="auto" may use the Gram form for
+            bfloat16 on CPUs: its chain is float32 and its error that of bfloat16 in direct form.
         scale: "frobenius", "schatten4" (tighter: |X X^T|_F^(1/2)), "aol" (rows; a different factor)
-            or "none"; None is what the coefficients were made for.
-        eps: lower clamp of the norm (of each row's for "aol"); 0 makes polar(2^k X) == polar(X) bit
+            or "none"; None takes the one that the coefficients were made for.
+        eps: lower clamp of the norm (for "aol" of each row's); 0 makes polar(2^k X) == polar(X) bit
             for bit.
 
-    Returns: the factor(s), contiguous, in the dtype of X. Zero in, zero out; a non-finite entry
-    stays inside its own matrix of the batch.
+    Returns: the factor(s), contiguous, in the dtype of X. Zero gives zero. A non-finite entry
+    affects only its own matrix of the batch.
 
-    Raises: ValueError or TypeError for unknown names and for combinations of coefficients, dtype
+    Raises: ValueError or TypeError for unknown names, and for combinations of coefficients, dtype
     and restarts that are known to blow up; the message names a safe one.
 
     Source: arXiv:2502.16982, arXiv:2505.16932, Gram form: github.com/Dao-AILab/gram-newton-schulz.
@@ -170,7 +173,10 @@ def polar(
 
 
 def _left_alone(**options: tuple[Any, Any]) -> None:
-    """ValueError for options, given with their defaults, that precision="exact" has no use for."""
+    """Raise ValueError if an option, given as (value, default), differs from its default.
+
+    precision="exact" has no use for these options.
+    """
     for name, (value, default) in options.items():
         if value != default:
             raise ValueError(
@@ -183,7 +189,8 @@ def odd_polynomial(
 ) -> Tensor:
     """U f(S) V^T with f = f_T o ... o f_1, f_t(x) = a x + b x^3 + c x^5: no scaling, no safety net.
 
-    For caps and other spectral maps whose input is already in range; any signs, c = 0 allowed.
+    For caps and other spectral maps whose input is already in range. Coefficients may have any
+    signs, and c may be 0.
 
     Args:
         X: a (batch of) matrices (..., m, n), not modified.

@@ -25,11 +25,12 @@ def power_iteration(
 ) -> tuple[Tensor, Matrices, Matrices]:
     """u <- W v / |W v|, v <- W^T u / |W^T u| (or v, then u), `steps` times; sigma = u^T W v.
 
-    Out of place; `ops.power_iteration_` updates warm buffers. One pass over W per step.
+    The arguments are not modified; `ops.power_iteration_` updates buffers in place. Cost: one pass
+    over W per step.
 
     Args:
         W: a (batch of) matrices (..., m, n), or a list of them.
-        u, v: where to start, (..., m) and (..., n); None is a fixed vector.
+        u, v: the first vectors, (..., m) and (..., n); None takes a fixed vector.
         steps: power steps; 0 only evaluates sigma.
         order: "u_first" (torch's spectral_norm parametrization) or "v_first" (the legacy hook).
         eps: lower clamp of the norms; 0 makes the step independent of the scale of W.
@@ -48,14 +49,14 @@ def power_iteration(
 
 
 def _listed(name: str, given: object, min_dim: int) -> list[Tensor]:
-    """One tensor or a list of them as a list."""
+    """Return a tensor or a list of tensors as a list; raise if it is anything else."""
     listed = [given] if isinstance(given, Tensor) else given
     tensors("power_iteration", name, listed, min_dim)
     return list(listed)  # type: ignore[call-overload]
 
 
 def _started(name: str, given: object, sides: list[Tensor]) -> list[Tensor]:
-    """Copies of the vectors given, or the fixed ones for matrices whose columns they multiply."""
+    """Return copies of the given vectors, or fixed vectors x for products A x, A in `sides`."""
     if given is None:
         return [start_vector(x) for x in sides]
     return [
@@ -72,7 +73,7 @@ def spectral_norm(W: Tensor, steps: int = 32, start: Tensor | None = None) -> Te
     Args:
         W: a (batch of) matrices (..., m, n).
         steps: power steps, each one pass over W.
-        start: where v starts, (..., n), any scale, not zero.
+        start: the first v, (..., n), at any scale, not zero.
 
     Returns: sigma, shape (...), float64 if W is, else float32.
     """
@@ -81,9 +82,9 @@ def spectral_norm(W: Tensor, steps: int = 32, start: Tensor | None = None) -> Te
 
 
 def gram_iteration(W: Tensor, steps: int = 5) -> Tensor:
-    """(sum_i sigma_i^(2^(k+1)))^(2^-(k+1)): never below sigma_1, equal to it as k grows.
+    """(sum_i sigma_i^(2^(k+1)))^(2^-(k+1)): never below sigma_1, and tends to it as k grows.
 
-    The Schatten norm of order 2^(k+1), raised by a bound of the rounding; differentiable.
+    The Schatten norm of order 2^(k+1), raised by a bound on the rounding; differentiable.
 
     Args:
         W: a (batch of) matrices (..., m, n).

@@ -1,4 +1,4 @@
-"""Other libraries' names on these kernels: change one import, keep the rest of the code.
+"""Other libraries' functions and classes on these kernels: change one import, keep the code.
 
 | in place of | import from |
 |---|---|
@@ -14,8 +14,9 @@
 
 accelerate and Lightning need nothing: an optimizer of `orthonorm.optim` is one torch Optimizer.
 
-The drop-in functions have the names, parameters and result dtypes of the originals and compute
-their formulas, in the dtypes that `orthonorm.polar` picks; they never modify their arguments.
+The drop-in functions have the names, parameters and result dtypes of the originals. They compute
+the same formulas, in the dtypes that `orthonorm.polar` picks. Inputs stay unmodified, except
+buffers that the original updates too.
 """
 
 from .torch_muon import patch_torch_muon

@@ -1,10 +1,10 @@
-"""microsoft/dion: what its optimizers take as `newton_schulz_func`, on these kernels.
+"""microsoft/dion: the functions that its optimizers take as `newton_schulz_func`.
 
     from orthonorm.compat.dion import newton_schulz_triton  # was: dion.newton_schulz_triton
     optimizer = dion.Muon(params, newton_schulz_func=newton_schulz_triton)
 
-Each returns bfloat16 of the shape of G, a matrix or a batch (..., m, n) of any floating dtype;
-`epsilon` is a number or a one-element tensor.
+Each function takes G, a matrix or a batch (..., m, n) of any floating dtype, and returns bfloat16
+of its shape. `epsilon` is a number or a one-element tensor.
 
 Source: https://github.com/microsoft/dion at 0a059a45.
 """
@@ -36,7 +36,10 @@ def newton_schulz_triton(G: Tensor, epsilon: Any = 1e-7) -> Tensor:
 
 
 def newton_schulz_triton_fast(G: Tensor, epsilon: Any = 1e-7) -> Tensor:
-    """f(D G), D_ii = max(sum_j |G G^T|_ij, epsilon)^(-1/2), f four quintics: a factor of D G."""
+    """f(D G), D_ii = max(sum_j |G G^T|_ij, epsilon)^(-1/2), f four quintics.
+
+    Approximates the polar factor of D G, not of G.
+    """
     return polar(G.to(torch.bfloat16), "aol", eps=float(epsilon) ** 0.5)
 
 

@@ -1,4 +1,4 @@
-"""f(X / (safety (|X|_F + added))): how other libraries scale the input of Newton-Schulz."""
+"""f(X / (safety (|X|_F + added))): Newton-Schulz with the input scaling of other libraries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..polar import polynomial
 def half(
     G: Tensor, name: str, coefficients: Any, steps: int | None = None, added: Any = 0.0
 ) -> Tensor:
-    """The bfloat16 result of functions that begin with G.bfloat16() and X / (|X|_F + added).
+    """Return f(X / (safety (|X|_F + added))) in bfloat16, X = G rounded to bfloat16.
 
-    `added` is a number or a one-element tensor. Where a kernel iterates in a wider dtype, the
-    result has fewer roundings than the original's.
+    `name` stands in error messages; `added` is a number or a one-element tensor. Where a kernel
+    iterates in a wider dtype, the result has fewer roundings than the original's.
     """
     check.tensor(name, "G", G, min_dim=2)
     X = G.to(torch.bfloat16)

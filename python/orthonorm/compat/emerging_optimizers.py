@@ -30,13 +30,13 @@ __all__ = [
     "newton_schulz_tp",
 ]
 
-# Their names, ours, and what they do for more steps than there are triples.
+# Their name of a set: our name, and what they do when asked for more steps than triples.
 SETS: dict[str, tuple[str, PastEnd]] = {
     "simple": ("keller", "cycle"),
     "quintic": ("you5", "cycle"),
     "polar_express": ("polar_express_nvidia", "repeat_last"),
     "cans": ("cans", "repeat_last"),
-    "aol": ("aol_flipping", "cycle"),  # refused: it reverses singular directions
+    "aol": ("aol_flipping", "cycle"),  # refused when used: it reverses singular directions
     "deepseekv4": ("deepseek_v4", "repeat_last"),
 }
 SCALES = {"shape_scaling": "original", "spectral": "spectral_max", "unit_rms_norm": "spectral"}
@@ -59,15 +59,17 @@ def newton_schulz(
         steps, coefficient_type, custom_coefficient_sets: "simple", "quintic", "polar_express",
             "cans", "deepseekv4" or "custom". "aol", which reverses singular directions, is refused.
         eps: lower clamp of the norm.
-        transpose: the side that is multiplied out. f is the same from both, so it matters with
-            `tp_group` only: True where the rows of a matrix are spread, False for columns.
-        tp_group: process group over which x is spread. One Gram matrix is summed at the start and
-            one at each restart, where the original sums one at each step; at each step here too
-            where the whole matrix has fewer columns than rows (rows than columns if transposed).
-        use_syrk: has no meaning here.
+        transpose: side of which the Gram matrix is formed. f is the same from both sides, so this
+            matters only with `tp_group`: True if the ranks have rows of the matrix, False if they
+            have columns.
+        tp_group: process group whose ranks each have a part of x. Gram matrices are summed over
+            it: one at the start and one at each restart. The original sums one at each step. So
+            does this function if the whole matrix has fewer columns than rows (fewer rows than
+            columns if transposed).
+        use_syrk: has no effect here.
 
-    Precision: float32 in direct form; where torch.get_float32_matmul_precision() is "medium", what
-    `orthonorm.polar` takes for "auto" (the original: bfloat16).
+    Precision: float32 in direct form. If torch.get_float32_matmul_precision() is "medium", it is
+    that of `orthonorm.polar` with "auto" (in the original: bfloat16).
     """
     name = "newton_schulz"
     check.tensor(name, "x", x, min_dim=2)
@@ -84,6 +86,7 @@ def newton_schulz(
 
 
 def _coefficients(name: str, kind: str, custom: Any, steps: int) -> Coefficients:
+    """Return the schedule of a `coefficient_type`; `name` stands in error messages."""
     if kind == "custom":
         if not custom:
             raise ValueError(f"{name}: custom_coefficient_sets must be given, got {custom!r}")
@@ -97,10 +100,10 @@ def _coefficients(name: str, kind: str, custom: Any, steps: int) -> Coefficients
 def _spread(
     x: Tensor, coefficients: Coefficients, steps: int, eps: float, group: Any, transpose: bool
 ) -> Tensor:
-    """Of x, whose columns are spread over the group: Gram form, the Gram matrices summed.
+    """Return f of a matrix from x, this rank's columns: Gram form, with Gram matrices summed.
 
-    Where the columns of the whole matrix are fewer than the rows, the Gram matrix is singular, and
-    rounding in its iterations would grow: it is formed anew at each.
+    If the whole matrix has fewer columns than rows, its Gram matrix is singular and iterating on it
+    would amplify rounding. It is then formed anew at each step.
     """
     p = polynomial(coefficients, steps, method="gram", precision="float32")
     columns = x.shape[-1] * dist.get_world_size(group)
@@ -122,11 +125,11 @@ def newton_schulz_tp(
     tp_mode: str = "duplicated",
     use_syrk: bool = False,
 ) -> Tensor:
-    """`newton_schulz` of the whole matrix of which x is this rank's part; returns this rank's part.
+    """Return this rank's part of `newton_schulz` of the matrix of which x is this rank's part.
 
     Args:
-        x: float32, (m, n); equal parts on all ranks of `tp_group`.
-        partition_dim: 0 or 1, along which the matrix is cut; None: x is whole.
+        x: float32, (m, n); the parts of all ranks of `tp_group` have equal sizes.
+        partition_dim: 0 or 1, the dimension along which the matrix is cut; None: x is whole.
         tp_mode: "duplicated" gathers the matrix on every rank, "distributed" sums Gram matrices.
         steps, coefficient_type, use_syrk: as `newton_schulz`.
     """
@@ -147,7 +150,10 @@ def newton_schulz_tp(
 
 
 def get_muon_scale_factor(size_out: int, size_in: int, mode: str = "spectral") -> float:
-    """s(size_out, size_in): "shape_scaling" sqrt(max(1, out/in)), "spectral" sqrt(max(out, in)),
-    "unit_rms_norm" sqrt(out/in)."""
+    """Return the factor of an update of size_out x size_in by `mode`.
+
+    "shape_scaling": sqrt(max(1, size_out / size_in)). "spectral": sqrt(max(size_out, size_in)).
+    "unit_rms_norm": sqrt(size_out / size_in).
+    """
     check.choice("get_muon_scale_factor", "mode", mode, tuple(SCALES))
     return ADJUST[SCALES[mode]](size_out, size_in)

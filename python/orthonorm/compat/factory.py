@@ -1,4 +1,4 @@
-"""An optimizer of a model by name: what the frameworks' factories share."""
+"""Make an optimizer of a model by its name; the modules for frameworks share these functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..optim.configure import by_name
 
 
 def groups_of(model: nn.Module, cls: type[MatrixOptimizer], **options: Any) -> list[dict[str, Any]]:
-    """`split_params(model, **options)`; one group of all for AdamW, which has no matrix rule."""
+    """Return param groups by `split_params`; for AdamW, which has no matrix rule, a single group.
+
+    The single group has all parameters that require gradients, with their names.
+    """
     if issubclass(cls, AdamW):
         return [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}]
     return split_params(model, **options)
@@ -24,13 +27,13 @@ def create_optimizer(
     split_options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> MatrixOptimizer:
-    """The named optimizer on the groups of a model: matrices by its rule, the rest by AdamW.
+    """Make the named optimizer for a model: matrices by its rule, the rest by AdamW.
 
     Args:
         model: an nn.Module; or parameters or param groups, which are taken as they are.
-        optimizer: a name of `orthonorm.optim`, in any case, or a class of it.
+        optimizer: a name of `orthonorm.optim`, in upper or lower case, or a class of it.
         split_options: arguments of `split_params`: `adamw` patterns, `heads`, `split`.
-        **settings: of the optimizer.
+        **settings: arguments of the optimizer.
     """
     cls = by_name(optimizer)
     if isinstance(model, nn.Module):

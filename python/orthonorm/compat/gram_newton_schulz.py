@@ -1,6 +1,8 @@
 """Dao-AILab/gram-newton-schulz: its orthogonalizer on these kernels.
 
-from orthonorm.compat.gram_newton_schulz import GramNewtonSchulz
+    from orthonorm.compat.gram_newton_schulz import GramNewtonSchulz
+
+Source: https://github.com/Dao-AILab/gram-newton-schulz.
 """
 
 from __future__ import annotations
@@ -26,21 +28,20 @@ YOU_COEFFICIENTS = [list(triple) for triple in COEFFICIENTS["you5"].steps(5)]
 
 
 class GramNewtonSchulz:
-    """f(X / (|X|_F + ns_epsilon)), f the given triples, iterated on the Gram matrix where it pays.
+    """f(X / (|X|_F + ns_epsilon)), f the given triples; on the Gram matrix where that is faster.
 
     Args:
         ns_epsilon: added to the norm.
-        ns_use_kernels: has no meaning here.
+        ns_use_kernels: has no effect here.
         ns_coefficients: (a, b, c) per iteration; None: POLAR_EXPRESS_COEFFICIENTS.
         use_gram_newton_schulz: False iterates on X itself.
-        gram_newton_schulz_reset_iterations: where the Gram form starts anew from X; None: the
-            fewest that are safe. Sets that are known to blow up are refused with ValueError.
-        compile_kwargs: has no meaning here.
+        gram_newton_schulz_reset_iterations: iterations before which the Gram form starts anew from
+            X; None takes the fewest that are safe. Positions that are known to blow up are refused
+            with ValueError.
+        compile_kwargs: has no effect here.
 
-    Called with a matrix or a batch (..., m, n), which it does not modify; returns its dtype.
-    Iterates in float16, as the original; on CPUs in float32.
-
-    Source: https://github.com/Dao-AILab/gram-newton-schulz.
+    Call it with a matrix or a batch (..., m, n), which it does not modify. The result has the same
+    dtype. It iterates in float16, as the original; on CPUs in float32.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""KellerJordan/modded-nanogpt: the orthogonalization of its training script on these kernels."""
+"""KellerJordan/modded-nanogpt: the orthogonalization of its training script, on these kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def polar_express(G: Tensor, split_baddbmm: bool = False) -> Tensor:
     """f(G / (1.02 |G|_F + 1e-6)), f five steps of Polar Express: bfloat16, of the shape of G.
 
     Shapes: G is a matrix or a batch (..., m, n), of any floating dtype. `split_baddbmm` chooses
-    between two of the original's products and has no meaning here.
+    between two products of the original and has no effect here.
 
     Source: https://github.com/KellerJordan/modded-nanogpt triton_kernels.py, arXiv:2505.16932.
     """

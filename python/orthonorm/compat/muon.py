@@ -46,14 +46,14 @@ def muon_update(
 ) -> Tensor:
     """s(G) polar(U), B <- beta B + (1-beta) G, U = beta B + (1-beta) G, s = sqrt(max(1, m/n)).
 
-    `momentum` (B) is written; `grad`, which the original overwrites, is not. Gradients with four
-    dimensions are flattened to out x rest; the result is then (out, rest).
+    `momentum` (B) is updated. `grad` is not modified, though the original overwrites it. Gradients
+    with four dimensions are flattened to out x rest; the result is then (out, rest).
     """
-    rows = grad.flatten(1) if grad.dim() == 4 else grad
-    buffer = momentum.view(rows.shape)
-    update = torch.empty_like(rows)
+    G = grad.flatten(1) if grad.dim() == 4 else grad
+    buffer = momentum.view(G.shape)
+    update = torch.empty_like(G)
     mu = torch.tensor(beta, dtype=torch.float64, device=grad.device)
-    muon_prologue_([rows], [buffer], [update], mu, nesterov)
+    muon_prologue_([G], [buffer], [update], mu, nesterov)
     return zeropower_via_newtonschulz5(update, ns_steps).mul_(_factor(grad))
 
 
@@ -62,7 +62,7 @@ def adam_update(
 ) -> Tensor:
     """m^ / (sqrt(v^) + eps), m <- b1 m + (1-b1) G, v <- b2 v + (1-b2) G^2, x^ = x / (1 - b^step).
 
-    `buf1` (m) and `buf2` (v) are written.
+    `buf1` (m) and `buf2` (v) are updated.
     """
     buf1.lerp_(grad, 1 - betas[0])
     buf2.lerp_(grad.square(), 1 - betas[1])
@@ -71,7 +71,7 @@ def adam_update(
 
 
 def _factor(grad: Tensor) -> float:
-    """Of the last two dimensions, which for convolutions are those of the kernel."""
+    """Return sqrt(max(1, m / n)) of the last two dimensions; for convolutions the kernel's."""
     return math.sqrt(max(1.0, grad.shape[-2] / grad.shape[-1]))
 
 
@@ -80,12 +80,12 @@ class SingleDeviceMuon(optim.Muon, abstract=True):
 
     Args:
         params: parameters or param groups, matrices and convolutions.
-        lr, weight_decay, momentum: as there.
-        **settings: what orthonorm.optim.Muon takes beside.
+        lr, weight_decay, momentum: as in KellerJordan/Muon.
+        **settings: further arguments of orthonorm.optim.Muon.
 
-    Parameters without a gradient are skipped, as everywhere in torch (the original gives them a
-    zero gradient, so that their momentum goes on). The norm is at least 1e-7, where the original
-    adds 1e-7 to it.
+    Two differences: parameters without a gradient are skipped, as in torch (the original gives
+    them a zero gradient, so their momentum still moves them). The norm is clamped at 1e-7 from
+    below (the original adds 1e-7 to it).
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class SingleDeviceMuon(optim.Muon, abstract=True):
 class SingleDeviceMuonWithAuxAdam(SingleDeviceMuon, abstract=True):
     """Muon for groups with `use_muon=True`, Adam for the others, in one optimizer.
 
+    It loads state dicts of the original.
+
     Args:
         param_groups: dicts with `params`, `use_muon`, `lr`, `weight_decay`, and `momentum` or
             `betas` and `eps`; defaults as in the original.
-
-    State dicts of the original load.
     """
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
@@ -130,12 +130,12 @@ class SingleDeviceMuonWithAuxAdam(SingleDeviceMuon, abstract=True):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for entry in state.get("state", {}).values():
-            if isinstance(entry.get("step"), int):  # the original counts in Python
+            if isinstance(entry.get("step"), int):  # the original stores a Python int
                 entry["step"] = torch.tensor(float(entry["step"]))
         super().__setstate__(state)
 
 
-# The originals' distributed classes give each rank some of the matrices and gather the weights.
-# These compute the same everywhere; DTensor parameters are shared out by orthonorm.distributed.
+# The original's distributed classes give each rank some of the matrices and gather the weights.
+# Ours compute every matrix on every rank; for DTensors orthonorm.distributed divides the work.
 Muon = SingleDeviceMuon
 MuonWithAuxAdam = SingleDeviceMuonWithAuxAdam

@@ -2,7 +2,7 @@
 
     from orthonorm.compat.timm import create_optimizer_v2  # was: from timm.optim import ...
 
-timm itself is not needed. Source: https://github.com/huggingface/pytorch-image-models 1.0.31.
+timm need not be installed. Source: https://github.com/huggingface/pytorch-image-models 1.0.31.
 """
 
 from __future__ import annotations
@@ -40,22 +40,26 @@ def create_optimizer_v2(
     param_group_fn: Callable[[nn.Module], Any] | None = None,
     **kwargs: Any,
 ) -> MatrixOptimizer:
-    """The optimizer `opt` on the groups of a model, by the arguments of timm's function.
+    """Make the optimizer `opt` for a model, with the arguments of timm's function.
 
     Args:
-        model_or_params: an nn.Module, grouped by `split_params`, whose get_classifier() (timm's
-            models have it) goes to AdamW; or parameters or param groups.
-        opt: a name of `orthonorm.optim`, in any case.
-        lr: of matrices; None: the optimizer's own. AdamW's is `adamw=dict(lr=...)`, 3e-4 without.
-        weight_decay: of all but vectors (filter_bias_and_bn) and what the model's no_weight_decay()
-            names.
-        momentum: for optimizers that have it.
-        foreach: has no meaning here, where steps are fused.
-        fallback_list: patterns of names that AdamW takes beside those of `split_params`.
-        fallback_no_weight_decay: AdamW takes what no_weight_decay() names.
-        layer_decay: must be None: learning rates by layer come from `param_group_fn`.
-        param_group_fn: makes the groups of a model instead.
-        **kwargs: of the optimizer. `betas` and `eps` are AdamW's where its rule has no betas.
+        model_or_params: an nn.Module, which `split_params` groups; or parameters or param groups.
+            Of a module, the parameters of get_classifier() (which timm's models have) go to AdamW.
+        opt: a name of `orthonorm.optim`, in upper or lower case.
+        lr: learning rate of matrices; None takes the optimizer's default. AdamW's is
+            `adamw=dict(lr=...)`, by default 3e-4.
+        weight_decay: of all parameters except those that the model's no_weight_decay() names, and
+            except vectors if `filter_bias_and_bn`.
+        momentum: used by optimizers that have it.
+        foreach: has no effect here, because all steps are fused.
+        filter_bias_and_bn: True exempts vectors from weight decay.
+        fallback_list: name patterns of further parameters that AdamW takes.
+        fallback_no_weight_decay: True gives AdamW the parameters that no_weight_decay() names.
+        layer_decay: must be None; for learning rates by layer use `param_group_fn`.
+        layer_decay_min_scale, layer_decay_no_opt_scale: have no effect here.
+        param_group_fn: function that makes the groups of a model in place of `split_params`.
+        **kwargs: arguments of the optimizer. `betas` and `eps` go to AdamW if the optimizer's rule
+            has no betas.
     """
     if layer_decay is not None:
         raise ValueError(
@@ -84,9 +88,9 @@ def create_optimizer_v2(
 
 
 def _classifier(model: nn.Module) -> set[str]:
-    """Names of what a model of timm's calls its classifier: a module, or one of each head."""
-    found: Any = getattr(model, "get_classifier", tuple)()
-    heads = (found,) if isinstance(found, nn.Module) else found
+    """Return the names of parameters of get_classifier(): one module, or one for each head."""
+    classifier: Any = getattr(model, "get_classifier", tuple)()
+    heads = (classifier,) if isinstance(classifier, nn.Module) else classifier
     own = {id(p) for head in heads for p in head.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in own}
 
@@ -99,8 +103,8 @@ def _grouped(
     fallback: set[str],
     vectors_exempt: bool,
 ) -> list[dict[str, Any]]:
-    """Groups by rule and by weight decay."""
-    found: list[dict[str, Any]] = []
+    """Return param groups of the model, one for each pair of rule and weight decay."""
+    groups: list[dict[str, Any]] = []
     for group in groups_of(model, cls, adamw=NOT_HIDDEN):
         sorts: dict[tuple[bool, bool], list[Any]] = {}
         for name, p in group["params"]:
@@ -109,5 +113,5 @@ def _grouped(
             sorts.setdefault((free, given), []).append((name, p))
         for (free, given), params in sorts.items():
             keys = {"rule": "adamw"} if given else {k: v for k, v in group.items() if k != "params"}
-            found.append({**keys, "params": params, "weight_decay": 0.0 if free else weight_decay})
-    return found
+            groups.append({**keys, "params": params, "weight_decay": 0.0 if free else weight_decay})
+    return groups

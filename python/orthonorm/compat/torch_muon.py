@@ -1,4 +1,4 @@
-"""torch.optim.Muon itself on these kernels, by replacing the function its step calls."""
+"""Run torch.optim.Muon on these kernels, by replacing the function that its step calls."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..optim.settings import ADJUST
 from ..optim.tensors import is_distributed
 from ..polar import polynomial
 
-KNOWN = ((2, 10), (2, 14))  # torch/optim/_muon.py of 2.10.0 to 2.14.1 was read (2026-11)
+KNOWN = ((2, 10), (2, 14))  # torch/optim/_muon.py was read in 2.10.0 to 2.14.1 (2026-11)
 ORIGINAL = _muon.muon
 
 
 class Patch:
-    """What `patch_torch_muon` returns: `undo()`, or leave the `with` block, to take it back."""
+    """The patch of torch.optim.Muon; `undo()` or leaving the `with` block takes it back."""
 
     def __init__(self) -> None:
         self.made = _muon.muon is not muon
         _muon.muon = muon
 
     def undo(self) -> None:
-        """torch's own step again; nothing if this patch found the step replaced already."""
+        """Restore torch's own step; do nothing if another patch was already in place."""
         if self.made:
             _muon.muon = ORIGINAL
             self.made = False
@@ -47,14 +47,14 @@ class Patch:
 def patch_torch_muon() -> Patch:
     """W <- (1 - lr wd) W - lr s polar(U) by `ops.muon_step_` in every torch.optim.Muon from now on.
 
-    Optimizers made before and after, their state dicts and arguments stay as they are; a step is
-    one call for all matrices of a group. Parameters that are DTensors keep torch's step
-    (`orthonorm.optim.Muon` shares these out).
+    Applies to optimizers made before and after. Their arguments and state dicts stay the same; a
+    step becomes one call for all matrices of a group. DTensor parameters keep torch's step
+    (`orthonorm.optim.Muon` divides their work among ranks).
 
-    Returns: a `Patch`, which undoes it by `undo()` or as a context manager. Patching twice is
-    patching once.
+    Returns: a `Patch`, which is undone by `undo()` or as a context manager. Patching a second time
+    changes nothing.
 
-    Raises: RuntimeError for a version of torch whose Muon is not known to be this formula.
+    Raises: RuntimeError for a version of torch whose Muon is not known to compute this formula.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if not KNOWN[0] <= version <= KNOWN[1]:
@@ -82,7 +82,10 @@ def muon(
     adjust_lr_fn: str | None,
     has_complex: bool,
 ) -> None:
-    """torch's functional Muon. adjust_lr_fn may be any name of `optim.settings.ADJUST`."""
+    """Take the place of torch's functional Muon; lists and arguments are the same.
+
+    adjust_lr_fn may be any name of `optim.settings.ADJUST`.
+    """
     settings = dict(
         lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, eps=eps,
         ns_coefficients=ns_coefficients, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
@@ -96,7 +99,8 @@ def muon(
         return
     check.choice("torch.optim.Muon", "adjust_lr_fn", adjust_lr_fn, (None, *ADJUST))
     device = params[0].device
-    one = torch.ones((), dtype=torch.float64, device=device)  # a product makes no graph per number
+    # numbers become tensors by a product, so torch.compile does not recompile for each value
+    one = torch.ones((), dtype=torch.float64, device=device)
     p = polynomial(ns_coefficients, ns_steps, device=device)
     s = ADJUST[adjust_lr_fn or "original"]
     muon_step_.overload(

@@ -2,8 +2,9 @@
 
     config.optimizer = muon_config(lr=0.02, adamw=dict(lr=3e-4))
 
-or, beside torchtitan's own, `OptimizersContainer.Config(param_groups=[ParamGroupConfig(pattern,
-"orthonorm.Muon", dict(lr=0.02)), ...])` of this module. Imports torchtitan.
+To combine them with torchtitan's own optimizers, use this module's
+`OptimizersContainer.Config(param_groups=[ParamGroupConfig(pattern, "orthonorm.Muon",
+dict(lr=0.02)), ...])`. Importing this module imports torchtitan.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ ParamGroupConfig = titan.ParamGroupConfig
 
 
 class OptimizersContainer(titan.OptimizersContainer):
-    """torchtitan's, where `optimizer_name="orthonorm.Muon"` and the like name our optimizers.
+    """torchtitan's container, in which `optimizer_name="orthonorm.Muon"` names an optimizer here.
 
-    Of the parameters that a pattern matches, hidden matrices take the rule and all others the
-    optimizer's AdamW, whose settings are `optimizer_kwargs["adamw"]`.
+    Of the parameters that a pattern matches, hidden matrices take the optimizer's rule. All others
+    take its AdamW, whose settings are `optimizer_kwargs["adamw"]`.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(titan.OptimizersContainer.Config):
-        """As torchtitan's; `implementation` is for torch's optimizers."""
+        """torchtitan's config; `implementation` affects only torch's own optimizers."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -52,7 +53,7 @@ class OptimizersContainer(titan.OptimizersContainer):
 def _build(
     cls: type[MatrixOptimizer], groups: list[dict[str, Any]], **settings: Any
 ) -> MatrixOptimizer:
-    """`cls` on torchtitan's groups, each split in two."""
+    """Make `cls` from torchtitan's groups, each split into hidden matrices and the rest."""
     split = []
     for given in groups:
         keys = {k: v for k, v in given.items() if k not in ("fused", "foreach")}
@@ -68,12 +69,12 @@ def _build(
 def muon_config(
     optimizer: str = "Muon", pattern: str = ".*", **settings: Any
 ) -> OptimizersContainer.Config:
-    """The config of one optimizer for all parameters, as torchtitan's `default_adamw`.
+    """Return the config of one optimizer for all parameters, like torchtitan's `default_adamw`.
 
     Args:
-        optimizer: a name of `orthonorm.optim`, in any case.
-        pattern: of the names of the parameters.
-        **settings: of the optimizer; `adamw` for what are no hidden matrices.
+        optimizer: a name of `orthonorm.optim`, in upper or lower case.
+        pattern: regular expression of parameter names.
+        **settings: arguments of the optimizer; `adamw` has those for all but hidden matrices.
     """
     by_name(optimizer)
     group = ParamGroupConfig(

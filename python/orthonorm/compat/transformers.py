@@ -1,8 +1,9 @@
-"""Hugging Face transformers: `optimizer_cls_and_kwargs` of the Trainer (transformers 5 and later).
+"""Hugging Face transformers 5 and later: the Trainer's argument `optimizer_cls_and_kwargs`.
 
     Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs("Muon", lr=0.02), ...)
 
-Schedules, clipping, accumulation and checkpoints are the Trainer's own, on one torch Optimizer.
+Schedules, clipping, accumulation and checkpoints stay with the Trainer: it gets one torch
+Optimizer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = [
 
 
 class OptimizerFactory:
-    """What the Trainer makes, then calls with the model: it is no class of optimizers."""
+    """A factory that the Trainer constructs, then calls with the model to get the optimizer."""
 
     def __call__(self, model: Any, **settings: Any) -> MatrixOptimizer:
         return create_optimizer(model, **settings)
@@ -29,12 +30,12 @@ class OptimizerFactory:
 def optimizer_cls_and_kwargs(
     optimizer: str | type[MatrixOptimizer] = "Muon", **settings: Any
 ) -> tuple[type[OptimizerFactory], dict[str, Any]]:
-    """The pair for `Trainer(optimizer_cls_and_kwargs=...)`: the optimizer on `split_params(model)`.
+    """Return the pair for `Trainer(optimizer_cls_and_kwargs=...)`; groups by `split_params(model)`.
 
     Args:
-        optimizer: a name of `orthonorm.optim`, in any case, or a class of it.
-        **settings: of the optimizer, and `split_options` of `split_params`. Learning rates
-            come from here, lr and adamw=dict(lr=...); TrainingArguments.learning_rate,
-            weight_decay and adam_* are not used.
+        optimizer: a name of `orthonorm.optim`, in upper or lower case, or a class of it.
+        **settings: arguments of the optimizer; `split_options` has those of `split_params`.
+            Learning rates come from here: lr and adamw=dict(lr=...). The learning_rate,
+            weight_decay and adam_* of TrainingArguments are not used.
     """
     return OptimizerFactory, {"optimizer": by_name(optimizer), **settings}

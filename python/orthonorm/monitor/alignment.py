@@ -1,4 +1,4 @@
-"""Spectral Alignment: do a layer's inputs all lie on one side of its top singular direction?"""
+"""Spectral Alignment: cosines between a layer's inputs and its top singular direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..ops.normalize import accumulator
 
 
 class Alignment(NamedTuple):
-    """What `spectral_alignment` finds: the cosines, and two numbers about them."""
+    """Result of `spectral_alignment`: the cosines, |their mean|, and the diversity of signs."""
 
     cosines: Tensor
     mean: Tensor
@@ -23,13 +23,15 @@ class Alignment(NamedTuple):
 def spectral_alignment(W: Tensor, X: Tensor, v: Tensor | None = None, steps: int = 32) -> Alignment:
     """s_i = cos(x_i, v_1), v_1 the top right singular vector of W, for the inputs of y = W x.
 
-    Healthy inputs have both signs; a collapse to one, seen as diversity falling to 0, comes before
-    a loss explosion. The sign of v_1, and so of all s_i together, is arbitrary.
+    Healthy inputs have cosines of both signs. A collapse to one sign, where diversity falls to 0,
+    comes before an explosion of the loss. The sign of v_1 is arbitrary, and so is the common sign
+    of all s_i.
 
     Args:
         W: (m, n), a layer's weight.
         X: (..., n), its inputs.
-        v: v_1 (n,), if it is known, any scale; None: found by `steps` power steps.
+        v: v_1 (n,) at any scale, if it is known; None finds it by `steps` power steps.
+        steps: power steps, used if v is None.
 
     Returns:
         cosines: (...), 0 for a zero input.
@@ -61,18 +63,19 @@ def spectral_alignment(W: Tensor, X: Tensor, v: Tensor | None = None, steps: int
 
 
 class AlignmentAlarm:
-    """Alarm when diversity <= threshold, `patience` times in a row, after it was above `healthy`.
+    """Alarm when diversity <= threshold, `patience` times in a row, in a layer once healthy.
 
-    A layer whose inputs are of one sign from the start (behind a ReLU, say) never was healthy and
-    gives no alarm; nor does one that has given it already, until it was healthy again.
+    A layer is healthy at diversity >= `healthy`. One whose inputs have one sign from the start
+    (behind a ReLU, for example) never was healthy and raises no alarm. After an alarm a layer
+    raises the next one only once it has been healthy again.
 
     Args:
-        threshold: largest 2 min(share positive, share negative) that is a collapse.
+        threshold: largest 2 min(share positive, share negative) that counts as a collapse.
         healthy: diversity that arms the alarm.
-        patience: measurements in a row below the threshold.
+        patience: measurements in a row at or below the threshold.
 
-    Shapes: it is called with a layer's name and one number. Cost: a comparison. Source:
-    arXiv:2510.04202; the three numbers are a choice (examples/watch_spectra.py).
+    Shapes: call it with a layer's name and one number. Cost: a comparison. Source:
+    arXiv:2510.04202; the three defaults are a choice (examples/watch_spectra.py).
     """
 
     def __init__(self, threshold: float = 0.1, healthy: float = 0.3, patience: int = 2) -> None:
@@ -85,7 +88,7 @@ class AlignmentAlarm:
         self._low: dict[str, int] = {}
 
     def __call__(self, layer: str, diversity: float) -> bool:
-        """Whether this measurement of `layer` raises the alarm. NaN is a collapse."""
+        """Return True if this measurement of `layer` raises the alarm. NaN counts as collapse."""
         if diversity >= self.healthy:
             self._armed.add(layer)
         low = self._low.get(layer, 0) + 1 if not diversity > self.threshold else 0

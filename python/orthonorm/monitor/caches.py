@@ -1,4 +1,4 @@
-"""How many bits the keys and values of each layer and head are worth."""
+"""Norms of key and value caches, and the bits to quantize each cache with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cache_norms(X: Tensor) -> tuple[Tensor, Tensor]:
         X: keys or values, (batch, heads, tokens, d_head) or any leading dimensions.
 
     Returns: two tensors (...), float64 if X is, else float32. Cost: one product X^T X and an
-    eigvalsh of d_head. Source: arXiv:2502.15075 compares keys and values by both.
+    eigvalsh of d_head. Source: arXiv:2502.15075, which compares keys and values by both norms.
     """
     check.tensor("cache_norms", "X", X, 2)
     size = frobenius(X)
@@ -33,18 +33,19 @@ def cache_norms(X: Tensor) -> tuple[Tensor, Tensor]:
 def kv_bits(norms: Tensor, mean_bits: float, low: int = 1, high: int = 8) -> Tensor:
     """Whole bits b_i minimizing sum_i norm_i^2 4^-b_i with mean b_i <= mean_bits.
 
-    A uniform quantizer of b bits, whose range goes with the norm, errs by norm^2 4^-b: the cache
-    with the larger norm (keys, as a rule) gets more, one bit for every factor of 2.
-    Giving bits one at a time to the largest gain is optimal, because gains fall.
+    A uniform quantizer of b bits whose range is proportional to the norm has the squared error
+    norm^2 4^-b. Caches of larger norm (usually the keys) get more bits: one for every factor of 2.
+    Bits are given one at a time, always where the gain is largest. This is optimal, because each
+    further bit of a cache gains less.
 
     Args:
-        norms: Frobenius (or spectral) norms of caches of one size, any shape, as (layers, 2) for
-            keys and values.
-        mean_bits: what a number of the cache may cost on average, from `low` to `high`.
+        norms: Frobenius (or spectral) norms of caches of one size, in any shape, such as
+            (layers, 2) for keys and values.
+        mean_bits: largest average of bits per number of the caches, from `low` to `high`.
         low, high: fewest and most bits of one cache.
 
-    Returns: int64, the shape of norms. Cost: a heap of them on the host. Source: the error bound
-    behind arXiv:2502.15075.
+    Returns: int64, the shape of norms. Cost: a heap of the norms on the host. Source: the error
+    bound behind arXiv:2502.15075.
     """
     name = "kv_bits"
     check.tensor(name, "norms", norms)

@@ -10,22 +10,22 @@ from .. import _checks as check
 
 
 class GrowthAlarm:
-    """Alarm when a value > factor x (the least median of `window` in a row so far), `patience`
-    times in a row.
+    """Alarm when a value > factor x the least median so far, `patience` times in a row.
 
-    On ("updates", "frobenius") it sees a learning rate that creeps up, or gradients that grow,
-    while the loss is still calm; Spectral Alignment sees neither. It does not see an explosion
-    within a few measurements, nor one at steady updates (drifting inputs). A warm-up and a restart
-    of the schedule grow on purpose and raise it: begin measuring after them. A value that is not
-    finite counts as grown, and enters no median. After an alarm a matrix starts anew.
+    Medians are of the last `window` values. For ("updates", "frobenius") the alarm detects a
+    learning rate that creeps up, or growing gradients, while the loss is still calm; Spectral
+    Alignment detects neither. It does not detect an explosion within a few measurements, nor one
+    at steady updates (drifting inputs). A warm-up or a restart of the schedule also raises it:
+    begin measuring after them. A value that is not finite counts as grown and enters no median.
+    After an alarm the history of that matrix starts anew.
 
     Args:
         factor: growth that is too much.
-        window: measurements of one median; before as many only what is not finite has grown.
-        patience: measurements in a row above the factor.
+        window: values per median. With fewer values, only a value that is not finite has grown.
+        patience: measurements in a row that have grown.
 
-    Shapes: it is called with a name and one number. Cost: a median of `window` numbers. Source:
-    this project, for what Spectral Alignment does not see (examples/watch_spectra.py).
+    Shapes: call it with a name and one number. Cost: a median of `window` numbers. Source:
+    this project, for what Spectral Alignment does not detect (examples/watch_spectra.py).
     """
 
     def __init__(self, factor: float = 4.0, window: int = 5, patience: int = 2) -> None:
@@ -39,7 +39,7 @@ class GrowthAlarm:
         self._high: dict[str, int] = {}
 
     def __call__(self, name: str, value: float) -> bool:
-        """Whether this value of the matrix `name` raises the alarm."""
+        """Return True if this value of the matrix `name` raises the alarm."""
         least = self._least.get(name, math.inf)
         grown = not math.isfinite(value) or value > self.factor * least
         self._high[name] = self._high.get(name, 0) + 1 if grown else 0

@@ -1,4 +1,4 @@
-"""What keeps a Monitor from stopping the training it watches."""
+"""Handling of failures, so that a Monitor never stops the training that it watches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MonitorWarning(UserWarning):
 
 
 def warn(text: str) -> None:
-    """A MonitorWarning; logged instead where warnings are errors: a monitor raises nothing."""
+    """Issue a MonitorWarning; log it where warnings are errors, because a monitor never raises."""
     try:
         warnings.warn(text, MonitorWarning, stacklevel=3)
     except MonitorWarning:
@@ -24,7 +24,7 @@ def warn(text: str) -> None:
 
 
 def warn_of(row: Row) -> None:
-    """A MonitorWarning of an alarm."""
+    """Issue a MonitorWarning about an alarm, whose measurement is `row`."""
     of = f"{row.metric} of {row.kind} {row.name} is {row.value:.3g}"
     if row.metric == "sign_diversity":
         of += ", these inputs lie on one side of their layer's top singular vector"
@@ -32,7 +32,7 @@ def warn_of(row: Row) -> None:
 
 
 class Guard:
-    """Counts what fails, by name, and reports each once."""
+    """Counter of failures by name, which warns of each name once."""
 
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()
@@ -40,7 +40,7 @@ class Guard:
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Goes on after whatever fails inside."""
+        """Catch, count and report exceptions of the `with` block; execution goes on after it."""
         try:
             yield
         except Exception as error:
@@ -48,7 +48,7 @@ class Guard:
             self.report(what, f"{type(error).__name__}: {error}")
 
     def report(self, what: str, text: str) -> None:
-        """Warns the first time that it is called for `what`."""
+        """Warn at the first call for `what`; do nothing at later ones."""
         if what not in self._reported:
             self._reported.add(what)
             warn(f"monitor: {what}: {text}")

@@ -14,7 +14,7 @@ Vectors = list[Tensor]
 
 
 class Eigen(NamedTuple):
-    """Eigenvalues (k,), largest magnitude first, and their vectors, each a list like params."""
+    """Eigenvalues (k,), largest magnitude first, eigenvectors (lists like params) and residuals."""
 
     values: Tensor
     vectors: list[Vectors]
@@ -27,12 +27,11 @@ def hessian_product(
     """v -> H v with H = d^2 loss / d params^2, by differentiating <d loss / d params, v>.
 
     Args:
-        loss: a scalar whose graph reaches `params`; the graph is kept for as many products as are
-            asked for.
-        params: leaves that require gradients; those the loss does not depend on get zeros.
-        create_graph: makes the products differentiable themselves.
+        loss: a scalar whose graph reaches `params`; the graph is kept for further products.
+        params: leaves that require gradients; those that the loss does not depend on get zeros.
+        create_graph: True makes the products differentiable themselves.
 
-    Returns: a function of a list of tensors of the shapes of params, giving another. Cost of a
+    Returns: a function from a list of tensors, of the shapes of params, to such a list. Cost per
     call: about two backward passes. Source: B. Pearlmutter, Fast Exact Multiplication by the
     Hessian (1994).
     """
@@ -44,7 +43,7 @@ def hessian_product(
     def product(v: Sequence[Tensor]) -> Vectors:
         check.same_shapes("hessian_product", params=params, v=list(v))
         inner = sum(((g * x).sum() for g, x in zip(gradients, v, strict=True)), loss.new_zeros(()))
-        if not inner.requires_grad:  # the loss is linear in all of them
+        if not inner.requires_grad:  # the loss is linear in all params, so H = 0
             return [torch.zeros_like(p) for p in params]
         return list(torch.autograd.grad(
             inner, params, retain_graph=True, create_graph=create_graph, allow_unused=True,
@@ -65,16 +64,16 @@ def top_hessian_eigenvalues(
 ) -> Eigen:
     """lambda_1..k of H, largest |lambda| first: v <- H v / |H v|, lambda = v^T H v, deflated.
 
-    Vectors found are projected out of the next ones (H is symmetric, so its eigenvectors are
-    orthogonal). A step stops when |H v - lambda v| <= tol |lambda|. Power iteration needs a gap:
-    where |lambda_i| = |lambda_j| of opposite signs the residual tells.
+    Each vector found is projected out of the next ones: H is symmetric, so its eigenvectors are
+    orthogonal. Iteration stops when |H v - lambda v| <= tol |lambda|. It needs a gap between
+    magnitudes; where |lambda_i| = |lambda_j| with opposite signs, the residual stays large.
 
     Args:
-        loss, params: as `hessian_product` takes them.
+        loss, params: as in `hessian_product`.
         k: eigenvalues wanted, at most the number of parameters.
-        steps: most power steps for each.
-        tol: of the residual.
-        generator: draws the starts; None: from a fixed seed.
+        steps: most power steps per eigenvalue.
+        tol: relative tolerance of the residual.
+        generator: draws the starts; None takes a fixed seed.
 
     Returns: values (k,), vectors (k lists like params, each of unit length over all of them) and
     residuals |H v - lambda v| (k,). Cost: up to k steps products, each two backward passes.
@@ -108,7 +107,7 @@ def _power(
     steps: int,
     tol: float,
 ) -> tuple[Tensor, Vectors, Tensor]:
-    """One eigenvector orthogonal to those found: (lambda, v, |H v - lambda v|)."""
+    """Find an eigenvector orthogonal to those found; return (lambda, v, |H v - lambda v|)."""
     v = _unit(_without(v, found))
     for _ in range(steps):
         w = _without(product(v), found)
@@ -123,7 +122,10 @@ def _power(
 
 
 def _without(v: Sequence[Tensor], found: list[Vectors]) -> Vectors:
-    """v minus its components along the vectors found; twice would be no better at one a step."""
+    """Return v minus its components along the vectors found.
+
+    Once is enough, because every power step does it again.
+    """
     out = list(v)
     for u in found:
         out = list(torch._foreach_sub(out, torch._foreach_mul(u, _inner(u, out))))
@@ -131,10 +133,12 @@ def _without(v: Sequence[Tensor], found: list[Vectors]) -> Vectors:
 
 
 def _inner(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """Return the inner product over all tensors of two lists."""
     return torch.stack([(a * b).sum() for a, b in zip(u, v, strict=True)]).sum().detach()
 
 
 def _unit(v: Vectors) -> Vectors:
+    """Return v / |v|, |v| over all tensors of the list; zero stays zero."""
     size = _inner(v, v).sqrt()
     return list(torch._foreach_div(v, torch.where(size == 0, torch.ones_like(size), size)))
 
@@ -148,11 +152,11 @@ def hessian_diagonal(
     """diag(H) = E[z * (H z)], a mean over Rademacher vectors z (Hutchinson): exact for diagonal H.
 
     Args:
-        loss, params: as `hessian_product` takes them.
-        samples: products, each two backward passes; the error falls as 1 / sqrt(samples).
-        generator: draws z; None: from a fixed seed.
+        loss, params: as in `hessian_product`.
+        samples: number of vectors z; the error falls as 1 / sqrt(samples).
+        generator: draws z; None takes a fixed seed.
 
-    Returns: a list of the shapes of params. Cost: two backward passes a sample. Source:
+    Returns: a list of the shapes of params. Cost: two backward passes per sample. Source:
     arXiv:2308.11778, which draws 1000.
     """
     name = "hessian_diagonal"
@@ -174,8 +178,8 @@ def hessian_gradient_product(
     """(g, H g) with g = d loss / d params and H g = |g| d|g| / d params.
 
     Args:
-        loss, params: as `hessian_product` takes them.
-        create_graph: makes both differentiable, to be penalized.
+        loss, params: as in `hessian_product`.
+        create_graph: True makes both differentiable, so that they can be penalized.
 
     Returns: two lists like params. Cost: three backward passes. Source: arXiv:2308.11778.
     """
@@ -199,15 +203,15 @@ def hessian_alignment(
 ) -> Tensor:
     """mean_e (alpha |H_e g_e - mean H g|^2 + beta |g_e - mean g|^2) over environments e.
 
-    Zero where gradients and Hessians (along the gradients) agree between environments.
+    Zero if gradients, and Hessians along the gradients, agree between environments.
     Differentiable: add it to the loss of a classifier's head for domain generalization.
 
     Args:
         losses: one scalar per environment, two or more.
-        params: the head's, shared by all.
+        params: parameters of the head, shared by all environments.
         alpha, beta: weights of the two terms.
 
-    Returns: a scalar (shape ()). Cost: four backward passes an environment.
+    Returns: a scalar (shape ()). Cost: four backward passes per environment.
 
     Source: arXiv:2308.11778.
     """
@@ -226,6 +230,7 @@ def hessian_alignment(
 
 
 def _params(name: str, loss: Tensor, params: Iterable[Tensor]) -> Vectors:
+    """Check loss and params of the function `name`; return params as a list."""
     listed = list(params)
     check.tensor(name, "loss", loss)
     check.tensors(name, "params", listed)

@@ -1,4 +1,4 @@
-"""Power iteration where the matrix is a stream, or the vector lies in the range of a generator."""
+"""Power iteration on a stream of rows, and power iteration within the range of a projection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..ops.spectral import start_vector
 
 
 class Projected(NamedTuple):
-    """The point found, of length one, its Rayleigh quotient, and the steps made."""
+    """Result of `projected_power_iteration`: unit vector x, Rayleigh quotient, steps made."""
 
     x: Tensor
     value: Tensor
@@ -30,16 +30,19 @@ def projected_power_iteration(
     """x <- P(V x) / |P(V x)|: power iteration that stays in the range of P (generative PCA).
 
     Args:
-        matrix: symmetric V (n, n), a spiked or sample covariance, or a function x -> V x.
-        projection: P, from R^n to the nearest point of a set: the range of a generator, sparse or
-            non-negative vectors, a subspace. The identity gives plain power iteration.
-        start: (n,), not in the null space of V; the column of V with the largest diagonal entry
-            is the paper's choice.
-        steps: most steps, each one product and one projection.
-        tol: stops when |x - x_last| is at most this; 0: never early.
+        matrix: symmetric V (n, n), such as a spiked or sample covariance, or a function x -> V x.
+        projection: P, which maps R^n to the nearest point of a set: the range of a generator,
+            sparse or non-negative vectors, a subspace. The identity gives plain power iteration.
+        start: (n,), not in the null space of V. The paper takes the column of V with the largest
+            diagonal entry.
+        steps: most steps.
+        tol: stop when |x - x_last| is at most this; 0 never stops early.
 
-    Returns: x (n,), x^T V x, and the number of steps. Raises ValueError where P(V x) is 0. Cost: a
-    product and a projection a step. Source: arXiv:2203.09693.
+    Returns: x (n,), x^T V x, and the number of steps. Cost: a product and a projection per step.
+
+    Raises: ValueError if P(V x) is 0.
+
+    Source: arXiv:2203.09693.
     """
     name = "projected_power_iteration"
     check.tensor(name, "start", start, 1)
@@ -67,16 +70,16 @@ def projected_power_iteration(
 class StreamingEigenvector:
     """v <- normalize(v + eta A_t^T (A_t v)): the top eigenvector of a stream's A^T A (block Oja).
 
-    Rows arrive in blocks and are not kept. eta <= 1 / |A_t|_2^2 keeps a step from overshooting;
-    `rate=None` takes 1 / (sum of |A_t|_F^2 so far), which falls as 1 / t and needs no tuning: v is
-    then close to the top eigenvector when sigma_1^2 >> sigma_2^2, the paper's regime.
+    Rows arrive in blocks and are not kept. eta <= 1 / |A_t|_2^2 keeps a step from overshooting.
+    `rate=None` takes 1 / (sum of |A_t|_F^2 so far), which falls as 1 / t and needs no tuning. v
+    then comes close to the top eigenvector if sigma_1^2 >> sigma_2^2, which the paper assumes.
 
     Args:
         n: length of a row; blocks are (rows, n), v is (n,).
         rate: eta, or None.
-        dtype, device: of v.
+        dtype, device: those of v.
 
-    Cost: 4 rows n operations an update.
+    Cost: 4 rows n operations per update.
 
     Source: arXiv:2412.11963 (and its analysis of Oja's rule, which needs a gap R = Omega(log d)).
     """
@@ -94,10 +97,10 @@ class StreamingEigenvector:
             check.number(name, "rate", rate, 0.0)
         self.rate = rate
         self.vector = start_vector(torch.empty(1, n, dtype=dtype, device=device)).to(dtype)
-        self.total = torch.zeros((), dtype=torch.float64, device=device)  # of |A_t|_F^2
+        self.total = torch.zeros((), dtype=torch.float64, device=device)  # sum of |A_t|_F^2
 
     def update(self, A: Tensor) -> Tensor:
-        """One step on the rows A (rows, n); returns the vector (n,), of length one."""
+        """Take a step on the rows A (rows, n); return the vector (n,), of length one."""
         name = "StreamingEigenvector"
         check.tensor(name, "A", A, 2)
         check.equal_shape(name, "A", A, (A.shape[0], self.vector.numel()))
@@ -109,5 +112,5 @@ class StreamingEigenvector:
         return self.vector
 
     def value(self, A: Tensor) -> Tensor:
-        """|A v|^2 / rows: the variance of the rows A along the vector."""
+        """Return |A v|^2 / rows, the mean square of the rows A along the vector."""
         return (A.to(self.vector.dtype) @ self.vector).square().mean()

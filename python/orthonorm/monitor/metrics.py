@@ -1,4 +1,4 @@
-"""The metrics a Monitor knows by name, and one pass that computes several on a list of matrices."""
+"""The metrics that a Monitor knows by name, and the quantities that several of them share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .. import _checks as check
 from . import norms, ranks
 from .norms import SPECTRUM_LIMIT, singular_values
 
-STACKED = 1 << 22  # entries up to which matrices of one shape are copied into one batch
+STACKED = 1 << 22  # most entries of a batch into which matrices of one shape are copied
 
 
 class Known(NamedTuple):
-    """Of matrices X (b, m, n): sigma_1 and |X|_F (b,), and the spectrum where it was wanted."""
+    """Matrices X (b, m, n), their sigma_1 and |X|_F, (b,) each, and singular values if needed."""
 
     X: Tensor
     top: Tensor
@@ -25,7 +25,10 @@ class Known(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A function of Known; whether it reads the whole spectrum, and so serves small matrices."""
+    """The function of a metric; `spectrum` is True if it needs all singular values.
+
+    Such a metric is computed for small matrices only.
+    """
 
     compute: Callable[[Known], Tensor]
     spectrum: bool = False
@@ -61,13 +64,13 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "caches": NORMS,
 }
 
-ALIGNED = ("sign_diversity", "mean_alignment")  # of `spectral_alignment`, beside METRICS
+ALIGNED = ("sign_diversity", "mean_alignment")  # `spectral_alignment` gives these, not METRICS
 
 Named = list[tuple[str, Tensor]]
 
 
 def known(matrices: list[Tensor], tops: list[Tensor], names: Sequence[str]) -> Known:
-    """What metrics of these names need of matrices of one shape."""
+    """Compute, for matrices of one shape, the quantities that the metrics `names` share."""
     X = together(matrices)
     reads = any(METRICS[name].spectrum or name == "nuclear_norm" for name in names)
     sigma = singular_values(X) if reads and serves("rankme", X) else None
@@ -75,12 +78,15 @@ def known(matrices: list[Tensor], tops: list[Tensor], names: Sequence[str]) -> K
 
 
 def serves(name: str, X: Tensor) -> bool:
-    """False for metrics of the whole spectrum where the short side is above SPECTRUM_LIMIT."""
+    """True unless the metric needs all singular values and the short side is too long for that."""
     return not METRICS[name].spectrum or min(X.shape[-2:]) <= SPECTRUM_LIMIT
 
 
 def batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of matrices of one shape, dtype and device; alone where copies would be large."""
+    """Yield lists of indices of matrices that share shape, dtype and device.
+
+    A list is limited to STACKED entries, so a large matrix comes alone.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, X in enumerate(matrices):
         groups.setdefault((tuple(X.shape), X.dtype, X.device), []).append(i)
@@ -90,12 +96,12 @@ def batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def together(tensors: list[Tensor]) -> Tensor:
-    """A batch; of one tensor a view."""
+    """Stack tensors into a batch; a single tensor becomes a view."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def choose(given: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
-    """{kind: names of METRICS}, checked."""
+    """Return {kind: names of METRICS} from a Monitor's argument; raise for unknown names."""
     if given is None or isinstance(given, Mapping):
         chosen: dict[str, Sequence[str]] = {**DEFAULTS, **(given or {})}
     else:
@@ -107,9 +113,9 @@ def choose(given: Sequence[str] | Mapping[str, Sequence[str]] | None) -> dict[st
 
 
 def check_rules(rules: object, metrics: Mapping[str, Sequence[str]]) -> dict[Any, Any]:
-    """Rules of alarms {(kind, metric): function} about what is measured, checked.
+    """Check alarm rules {(kind, metric): function} and return them as a dict.
 
-    A kind of the caller's own, for `observe`, is one that `metrics` names.
+    `metrics` must list the metric under the kind, also for a kind of the caller's own (`observe`).
     """
     if not isinstance(rules, Mapping):
         raise TypeError(f"monitor: rules must be a mapping, got {type(rules).__name__}")
@@ -125,7 +131,10 @@ def check_rules(rules: object, metrics: Mapping[str, Sequence[str]]) -> dict[Any
 
 
 def stack(name: str, t: Tensor, flatten: bool) -> Named:
-    """A tensor of two or more dimensions as named matrices."""
+    """Return a tensor of two or more dimensions as named matrices.
+
+    `flatten` gives one matrix (first, rest); otherwise there is one per leading index.
+    """
     if flatten or t.dim() == 2:
         return [(name, t.flatten(1))]
     return [(f"{name}[{i}]", X) for i, X in enumerate(t.flatten(0, -3))]

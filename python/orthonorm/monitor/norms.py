@@ -14,11 +14,11 @@ from ..ops.scaling import frobenius as frobenius_of
 from ..spectral import spectral_norm
 from .shards import part_norms, spread_of
 
-SPECTRUM_LIMIT = 256  # short sides up to which an SVD beats iterations of products on a CPU
+SPECTRUM_LIMIT = 256  # longest short side for which an SVD is faster than iterations on a CPU
 
 
 def flat(X: Tensor) -> Tensor:
-    """The shape (..., 1, 1) as (...)."""
+    """Reshape (..., 1, 1) to (...)."""
     return X.squeeze(-1).squeeze(-1)
 
 
@@ -28,8 +28,8 @@ def singular_values(X: Tensor) -> Tensor:
     Args:
         X: (..., m, n).
 
-    Returns: (..., min(m, n)), float64 if X is, else float32; NaN for a matrix that is not finite,
-    whose neighbours in the batch it leaves alone. Cost: 8/3 n^3 and more, for small matrices.
+    Returns: (..., min(m, n)), float64 if X is, else float32. A matrix that is not finite gives NaN
+    and does not affect others of the batch. Cost: 8/3 n^3 operations and more; for small matrices.
     Source: Golub and Van Loan, Matrix Computations (2013), section 8.6.
     """
     check.tensor("singular_values", "X", X, min_dim=2)
@@ -40,14 +40,14 @@ def singular_values(X: Tensor) -> Tensor:
 
 
 def sigma_1(X: Tensor, steps: int = 32, limit: int = SPECTRUM_LIMIT) -> Tensor:
-    """max |X v| / |v|: the SVD's where the short side is at most `limit`, else power iteration.
+    """max |X v| / |v|, by an SVD if the short side is at most `limit`, else by power iteration.
 
     Args:
-        X: (..., m, n). A DTensor of which each rank has some rows or columns is iterated by local
-            products and sums of vectors; all of its ranks must call.
-        steps: power steps, one pass over X each; the result is then a lower bound of sigma_1 with
-            relative error (sigma_2 / sigma_1)^(4 steps).
-        limit: 0 iterates whatever the size.
+        X: (..., m, n). For a DTensor cut by rows or columns, each rank multiplies its part and
+            vectors are summed; all of its ranks must call.
+        steps: power steps, one pass over X each. They give a lower bound of sigma_1 with relative
+            error (sigma_2 / sigma_1)^(4 steps).
+        limit: longest short side for the SVD; 0 always iterates.
 
     Returns: (...), float64 if X is, else float32. Cost: an SVD without vectors, or steps passes.
     Source: Golub and Van Loan, Matrix Computations (2013), sections 2.3 and 8.2.
@@ -75,13 +75,13 @@ def frobenius(X: Tensor) -> Tensor:
 
 
 def nuclear_norm(X: Tensor, sigma: Tensor | None = None, limit: int = SPECTRUM_LIMIT) -> Tensor:
-    """sum_i sigma_i = <X, U V^T>: by the SVD where small, else by the polar factor.
+    """sum_i sigma_i = <X, U V^T>: by an SVD for small matrices, else by the polar factor.
 
     Args:
         X: (..., m, n).
         sigma: its singular values (..., min(m, n)), if they are known.
-        limit: longest short side that the SVD gets; above it `orthonorm.polar_exact` computes
-            U V^T by products alone (60 of them: fast where products are).
+        limit: longest short side for the SVD; above it `orthonorm.polar_exact` computes U V^T by
+            about 60 matrix products.
 
     Returns: (...), float64 if X is, else float32. Cost: an SVD without vectors, or the products.
     Source: N. Higham, Functions of Matrices (2008), chapter 8.
@@ -112,7 +112,7 @@ def one_to_rms(X: Tensor) -> Tensor:
     """max RMS(X v) / |v|_1 = max_j |X_:j|_2 / sqrt(m): the largest column, for embeddings.
 
     Args:
-        X: (..., m, n); pass the transpose of a torch embedding, whose rows are the vectors.
+        X: (..., m, n). The vectors of a torch embedding are rows: pass its transpose.
 
     Returns: (...). Cost: one pass. Source: arXiv:2409.20325.
     """
@@ -134,7 +134,7 @@ def rms_to_inf(X: Tensor) -> Tensor:
 
 
 def _longest(X: Tensor, dim: int) -> Tensor:
-    """The largest length of the vectors along `dim`; 0 where there is none."""
+    """Return the largest length of the vectors along `dim`; 0 if there are none."""
     lengths = torch.linalg.vector_norm(X.detach(), dim=dim, dtype=accumulator(X))
     if lengths.shape[-1] == 0:
         return lengths.new_zeros(lengths.shape[:-1])

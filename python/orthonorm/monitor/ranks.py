@@ -1,9 +1,9 @@
-"""How many directions a matrix uses: ranks, entropies and tails of its spectrum.
+"""Effective number of directions of a matrix: ranks, entropies and tails of its spectrum.
 
-Every function takes X (..., m, n), and those that read the whole spectrum take `sigma`, its
-singular values, if they are known: one SVD then serves all. lambda_i = sigma_i^2 are the
-eigenvalues of X^T X: for features (tokens x dimensions) subtract the mean of the tokens first
-where a covariance is meant. A matrix of zeros has rank 0.
+Every function takes X (..., m, n). Those that need all singular values accept them as `sigma`, so
+that one SVD serves all. lambda_i = sigma_i^2 are the eigenvalues of X^T X. For those of a
+covariance of features (tokens x dimensions), subtract the mean of the tokens first. A matrix of
+zeros has rank 0.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from .norms import frobenius, sigma_1, singular_values
 
 
 def _spectrum(name: str, X: Tensor, sigma: Tensor | None) -> Tensor:
-    """Singular values over the largest; all 0 for a matrix of zeros."""
+    """Return the singular values divided by the largest; all 0 for a matrix of zeros."""
     check.tensor(name, "X", X, min_dim=2)
     s = singular_values(X) if sigma is None else sigma
     return torch.where(s == 0, 0.0, s / s[..., :1])
 
 
 def _shares(x: Tensor) -> Tensor:
+    """Return x divided by its sum; zeros stay zero."""
     total = x.sum(-1, keepdim=True)
     return torch.where(total == 0, 0.0, x / total)
 
 
 def _exp_entropy(p: Tensor) -> Tensor:
-    """exp(-sum_i p_i log p_i), 0 where all of p is 0."""
+    """Return exp(-sum_i p_i log p_i); 0 if all of p is 0."""
     h = torch.special.entr(p).sum(-1).exp()
     return torch.where((p == 0).all(-1), 0.0, h)
 
@@ -40,10 +41,11 @@ def stable_rank(X: Tensor, top: Tensor | None = None, size: Tensor | None = None
 
     Args:
         X: (..., m, n).
-        top: its sigma_1 (...), if it is known; from a lower bound comes an upper bound.
+        top: its sigma_1 (...), if it is known. A lower bound of sigma_1 gives an upper bound of the
+            rank.
         size: its |X|_F (...), if it is known.
 
-    Returns: (...), float64 if X is, else float32. Cost: one pass, and what sigma_1 costs. Source:
+    Returns: (...), float64 if X is, else float32. Cost: one pass, and `sigma_1`. Source:
     arXiv:1906.04659.
     """
     check.tensor("stable_rank", "X", X, min_dim=2)
@@ -99,7 +101,8 @@ def effective_rank(X: Tensor, sigma: Tensor | None = None) -> Tensor:
 def rankme(X: Tensor, sigma: Tensor | None = None, eps: float = 1e-7) -> Tensor:
     """exp(-sum p log p) with p = sigma / sum sigma + eps, of features X (tokens x dimensions).
 
-    `effective_rank` with the constant of the original, which shifts it by about n eps |log eps|.
+    `effective_rank` with the constant eps of the original, which shifts it by about
+    n eps |log eps|.
 
     Args:
         X: (..., tokens, dimensions), not centred.
@@ -137,10 +140,11 @@ def alpha_req(
     Args:
         X: (..., tokens, dimensions).
         sigma: its singular values (..., r), if they are known.
-        first, last: the ranks fitted, counted from 1; the original takes 11 to 100 of hundreds,
-            the default all. Ranks whose lambda is below rounding, (r eps sigma_1)^2, are left out.
+        first, last: the range of k to fit, counted from 1. The default is all; the original takes
+            11 to 100 of hundreds. Any k whose lambda is below rounding, (r eps sigma_1)^2, is left
+            out.
 
-    Returns: (...); NaN where fewer than two ranks are left. Cost: an SVD without vectors.
+    Returns: (...); NaN if fewer than two k are left. Cost: an SVD without vectors.
     Source: alpha-ReQ (NeurIPS 2022), the fit of Stringer et al. 2019.
     """
     name = "alpha_req"
@@ -152,7 +156,7 @@ def alpha_req(
     k = torch.arange(1, s.shape[-1] + 1, device=s.device, dtype=torch.float64)
     s = s[..., first - 1 : last].double()
     k = k[first - 1 : last]
-    usable = ~(s <= floor)  # NaN stays, and makes the fit NaN
+    usable = ~(s <= floor)  # NaN counts as usable, and makes the fit NaN
     weight = usable / k
     x, y = k.log(), torch.where(usable, 2 * s.log(), 0.0)
     total = weight.sum(-1, keepdim=True)
@@ -166,18 +170,19 @@ def farms_alpha(
 ) -> Tensor:
     """1 + k / sum_(i <= k) log(lambda_i / lambda_min): power-law tail of windows of one shape.
 
-    Squared singular values of up to windows x windows submatrices (r, ratio r), evenly spread,
-    pooled and sorted; lambda_min is the value at half of them, so the aspect ratio of X has no
-    say. r is the largest up to `rows` that fits both sides. Scale-free.
+    Pools the squared singular values of up to windows x windows submatrices, evenly spread over X.
+    Each is (r, ratio r), with the largest r up to `rows` that fits both sides; one shape for all
+    makes the result independent of the aspect ratio of X. lambda_min is the median of the pooled
+    values, and lambda_1..k are those from it upwards. The scale of X does not matter.
 
     Args:
         X: (..., m, n).
-        rows: of a window (100).
+        rows: most rows of a window (100).
         ratio: columns over rows of a window (2.0).
-        windows: along each side (10).
-        share: of the pooled values below lambda_min (0.5: the median).
+        windows: windows along each side (10).
+        share: share of the pooled values that lie below lambda_min (0.5: the median).
 
-    Returns: (...); NaN where a window has no room. Cost: windows^2 SVDs without vectors of
+    Returns: (...); NaN if X has no room for a window. Cost: windows^2 SVDs without vectors of
     rows x (ratio rows). Source: arXiv:2506.06280, github.com/HUST-AI-HYZ/FARMS.
     """
     name = "farms_alpha"
@@ -197,13 +202,13 @@ def farms_alpha(
         for j in _starts(n - c, windows)
     ]
     pooled = torch.cat([2 * singular_values(x).double().log() for x in pieces], -1)
-    logs = pooled.sort(-1).values  # NaN sorts last, and makes the mean NaN
+    logs = pooled.sort(-1).values  # NaN sorts last, so it makes the mean NaN
     logs = logs[..., int(logs.shape[-1] * share) :]
     return (1 + 1 / (logs - logs[..., :1]).mean(-1)).to(accumulator(X))
 
 
 def _starts(room: int, windows: int) -> list[int]:
-    """Up to `windows` offsets from 0 to `room`, the last included."""
+    """Return up to `windows` evenly spread offsets from 0 to `room`."""
     count = min(windows, room + 1)
     return [room * i // max(count - 1, 1) for i in range(count)]
 
@@ -211,9 +216,9 @@ def _starts(room: int, windows: int) -> list[int]:
 def matrix_nuclear_norm(X: Tensor) -> Tensor:
     """sum of the D largest column norms of the row-normalized, centred X, D = min(tokens, dims).
 
-    Subtract the column means, divide each row by its length (a zero row stays zero), take the
-    lengths of the columns. Approximates the nuclear norm by L_(1,2), without an SVD. Divide by the
-    tokens to score responses of different lengths.
+    Subtracts the column means, divides each row by its length (a zero row stays zero), and takes
+    the lengths of the columns. This approximates the nuclear norm by L_(1,2), without an SVD.
+    Divide by the number of tokens to compare responses of different lengths.
 
     Args:
         X: (..., tokens, dimensions).

@@ -1,4 +1,4 @@
-"""What a Monitor has measured: rows, and where they go."""
+"""Measurements of a Monitor: rows in memory, in files, in TensorBoard and as plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One number: at `step`, `metric` of the `kind` of matrix called `name`."""
+    """One measurement: the value of `metric` at `step`, for the matrix `name` of a `kind`."""
 
     step: int
     kind: str
@@ -22,12 +22,12 @@ class Row(NamedTuple):
 
 
 class Records:
-    """The last `keep` rows; all of them in a file that grows, and in TensorBoard, where asked for.
+    """Store of measurements: the last rows in memory, and all rows in a file and in TensorBoard.
 
     Args:
-        keep: rows in memory.
-        out: a .csv file, or a .jsonl file of one object a line, to which rows are added.
-        tensorboard: a folder, or an object with add_scalar(tag, value, step).
+        keep: most rows in memory.
+        out: a .csv file, or a .jsonl file of one object per line, to append rows to; or None.
+        tensorboard: a folder, or an object with add_scalar(tag, value, step); or None.
     """
 
     def __init__(self, keep: int, out: str | Path | None, tensorboard: Any) -> None:
@@ -42,7 +42,7 @@ class Records:
             self.writer = SummaryWriter(str(tensorboard))
 
     def add(self, rows: list[Row]) -> None:
-        """Keeps the rows, and adds them to the file and to TensorBoard."""
+        """Keep the rows in memory, and append them to the file and to TensorBoard."""
         self.rows.extend(rows)
         if self.path is not None:
             new = not self.path.exists()
@@ -56,31 +56,31 @@ class Records:
                 self.writer.add_scalar(f"{row.metric}/{row.kind}/{row.name}", row.value, row.step)
 
     def series(self, metric: str, kind: str, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one metric of one matrix, as far as they are in memory."""
+        """Return (steps, values) of one metric of one matrix, from the rows in memory."""
         wanted = [r for r in self.rows if (r.metric, r.kind, r.name) == (metric, kind, name)]
         return [r.step for r in wanted], [r.value for r in wanted]
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """The row as an object; JSON has no NaN, so what is not finite becomes null."""
+    """Return the row as a JSON object; a value that is not finite becomes null."""
     return {**row._asdict(), "value": row.value if math.isfinite(row.value) else None}
 
 
 def write_csv(rows: Iterable[Row], path: str | Path) -> None:
-    """step,kind,name,metric,value with a header."""
+    """Write the rows as CSV, with the header step,kind,name,metric,value."""
     with Path(path).open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
 
 
 def write_json(rows: Iterable[Row], path: str | Path) -> None:
-    """A list of objects."""
+    """Write the rows as a JSON list of objects."""
     Path(path).write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n")
 
 
 def plot(rows: Iterable[Row], folder: str | Path, alarms: Iterable[Row] = ()) -> list[Path]:
-    """One PNG per kind and metric, a line per matrix, alarms as vertical lines; needs matplotlib.
+    """Write one PNG per kind and metric, and return their paths; needs matplotlib.
 
-    Returns the files written.
+    Each has a line per matrix; alarms are vertical red lines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -113,4 +113,4 @@ def plot(rows: Iterable[Row], folder: str | Path, alarms: Iterable[Row] = ()) ->
     return files
 
 
-BOUNDED = ("sign_diversity", "mean_alignment", "spectral_concentration")  # linear axes
+BOUNDED = ("sign_diversity", "mean_alignment", "spectral_concentration")  # in [0, 1]: linear axes

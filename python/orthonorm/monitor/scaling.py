@@ -1,4 +1,4 @@
-"""Are the top singular values of every layer the same across widths?"""
+"""Comparison of the top singular values of every layer across widths of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .norms import sigma_1
 
 
 class WidthMatch(NamedTuple):
-    """Per layer: sigma_1 of each width, their largest over their smallest, and the exponent."""
+    """Result for a layer: sigma_1 by width, largest over smallest, and the fitted exponent p."""
 
     sigma: dict[int, float]
     spread: float
@@ -25,18 +25,19 @@ def match_widths(
 ) -> dict[str, WidthMatch]:
     """sigma_1(W_l) for every layer l and width d, and p of the fit sigma_1 ~ d^p.
 
-    Hyperparameters that transfer keep the top singular value of each layer where it is as the
-    width grows (p = 0); with lambda and eta fixed it grows as sqrt(eta / lambda) d^0.75, so the
-    rule is eta ~ 1 / d and weight decay lambda ~ sqrt(d).
+    Hyperparameters that transfer to larger widths keep the top singular value of each layer the
+    same (p = 0). With learning rate eta and weight decay lambda it grows as
+    sqrt(eta / lambda) d^0.75. The rule is therefore eta ~ 1 / d and lambda ~ sqrt(d).
 
     Args:
         weights: {width: {layer: matrix (m, n)}} of models trained alike, such as
-            `{d: dict(model.named_parameters()) ...}`; tensors of fewer than two dimensions and
-            layers that some width lacks are left out.
+            `{d: dict(model.named_parameters()) ...}`. Tensors that are not 2-D, and layers that
+            some width lacks, are left out.
         steps: power steps for matrices too large for an SVD.
 
     Returns: {layer: (sigma by width, max / min, p by least squares of the logarithms)}. Cost: a
     `sigma_1` of every matrix.
+
     Source: arXiv:2510.15262.
     """
     name = "match_widths"
@@ -60,7 +61,7 @@ def match_widths(
 
 
 def _exponent(sigma: Mapping[int, float]) -> float:
-    """Slope of log sigma over log width; NaN where a sigma is zero."""
+    """Return the slope of log sigma over log width; NaN if a sigma is zero."""
     if min(sigma.values()) <= 0:
         return math.nan
     x, y = [math.log(d) for d in sigma], [math.log(s) for s in sigma.values()]

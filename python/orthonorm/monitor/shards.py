@@ -1,7 +1,7 @@
-"""Models whose parameters are DTensors: matrices are gathered where they are measured.
+"""Measurement of DTensors: whole matrices are gathered, or norms are computed from the parts.
 
-Not for metrics that |W|_F and sigma_1 give: power iteration has local products, W v of the rows
-that are here, and small sums, W^T u.
+Metrics that follow from |W|_F and sigma_1 need no gathering. If rows are cut, a power step
+multiplies this rank's rows, W v, and sums the vectors W^T u over the ranks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from ..ops.normalize import accumulator
 from ..ops.spectral import start_vector
 from ..optim.tensors import is_distributed, local, ranks_of, sharded_dims
 
-FROM_PARTS = ("sigma_1", "frobenius", "stable_rank", "rms_to_rms")  # names of METRICS
+FROM_PARTS = ("sigma_1", "frobenius", "stable_rank", "rms_to_rms")  # METRICS that need no gathering
 
 
 def gathered(t: Any) -> Tensor:
-    """All of a DTensor, which every rank must ask for; other tensors as they are."""
+    """Return a DTensor as one tensor (every rank must call), and other tensors as they are."""
     return t.full_tensor() if is_distributed(t) else t
 
 
 def on_any_rank(fact: bool, params: Iterable[Any]) -> bool:
-    """Whether it holds on one rank of the meshes of the DTensors: clocks differ, decisions must
-    not."""
+    """Return True if `fact` is true on any rank of the DTensors' meshes; all ranks must call.
+
+    Ranks have to decide alike, also about facts on which they differ, such as time spent.
+    """
     meshes: dict[Any, torch.device] = {}
     for p in params:
         if is_distributed(p):
@@ -42,8 +44,10 @@ def on_any_rank(fact: bool, params: Iterable[Any]) -> bool:
 
 
 class PartNorms(NamedTuple):
-    """Of whole matrices: a lower bound of sigma_1, |W|_F, and v (this rank's part of it, if its
-    columns are cut), from which to go on."""
+    """Norms of whole matrices: a lower bound of sigma_1, |W|_F, and v to continue from.
+
+    v is this rank's part of the vector if columns are cut.
+    """
 
     top: Tensor
     size: Tensor
@@ -51,7 +55,10 @@ class PartNorms(NamedTuple):
 
 
 def spread_of(t: Any) -> Spread | None:
-    """The ranks that have parts of a matrix; None where this one has all of it, or a batch."""
+    """Return the ranks among which a matrix is cut by rows or columns.
+
+    None for other tensors: whole ones, batches, partial sums, and cuts along two mesh dimensions.
+    """
     if not is_distributed(t) or t.dim() != 2 or any(x.is_partial() for x in t.placements):
         return None
     dims = sharded_dims(t)
@@ -59,23 +66,23 @@ def spread_of(t: Any) -> Spread | None:
 
 
 def cut_among(tensors: Mapping[str, Tensor]) -> dict[tuple[Spread, torch.dtype], list[str]]:
-    """Names of the matrices of which ranks have parts, by these ranks and the dtype of products."""
-    found: dict[tuple[Spread, torch.dtype], list[str]] = {}
+    """Return the names of cut matrices, grouped by their ranks and by the dtype of products."""
+    groups: dict[tuple[Spread, torch.dtype], list[str]] = {}
     for name, t in tensors.items():
         if spread := spread_of(t):
-            found.setdefault((spread, accumulator(t)), []).append(name)
-    return found
+            groups.setdefault((spread, accumulator(t)), []).append(name)
+    return groups
 
 
 def part_norms(
     tensors: Sequence[Any], spread: Spread, steps: int, start: Sequence[Tensor | None]
 ) -> PartNorms:
-    """`steps` >= 1 power steps, u <- W v / |W v|, v <- W^T u / |W^T u|, on parts of matrices.
+    """Take `steps` >= 1 power steps, u <- W v / |W v|, v <- W^T u / |W^T u|, on parts of matrices.
 
-    start: of v; None is a fixed vector. Every step sums one vector a matrix, all in one
-    all-reduce: W^T u of cut rows, W v of cut columns. Sums and lengths are of float64, so that
-    only the products round: sigma_1 of float32 was three times as far off as one process's
-    without (1.3e-7, 2026-11).
+    `start` has the first v of each matrix; None takes a fixed vector. Each step sums one vector per
+    matrix, all in one all-reduce: W^T u if rows are cut, W v if columns are. Sums and lengths are
+    float64, so that only the products round. Otherwise the float32 sigma_1 was three times as far
+    off as in one process (1.3e-7; 2026-11).
     """
     across = [bool(t.placements[sharded_dims(t)[0]].dim % 2) for t in tensors]  # columns are cut
     parts = [local(t.detach()).to(accumulator(t)) for t in tensors]
@@ -101,16 +108,16 @@ def part_norms(
     lengths = [torch.linalg.vector_norm(x) for x in whole]
     top = torch.stack([o if c else torch.where(o == 0, 0.0, n / o)
                        for n, o, c in zip(lengths, over, across, strict=True)])  # fmt: skip
-    found = [(y / o if c else unit(x)).to(y.dtype)
-             for x, y, o, c in zip(whole, mine, over, across, strict=True)]  # fmt: skip
+    reached = [(y / o if c else unit(x)).to(y.dtype)
+               for x, y, o, c in zip(whole, mine, over, across, strict=True)]  # fmt: skip
     good = top.isfinite() & (top > 0)
-    kept = [torch.where(g, new, old) for g, new, old in zip(good, found, v, strict=True)]
+    next_v = [torch.where(g, new, old) for g, new, old in zip(good, reached, v, strict=True)]
     dtype = parts[0].dtype
-    return PartNorms((top * sizes).to(dtype), sizes.to(dtype), kept)
+    return PartNorms((top * sizes).to(dtype), sizes.to(dtype), next_v)
 
 
 def started(t: Any, v: Tensor | None) -> Tensor:
-    """v, or this rank's part of the fixed vector that one process starts from."""
+    """Return v if given, else this rank's part of the fixed vector that one process starts from."""
     if v is not None:
         return v
     x = start_vector(torch.empty(1, t.shape[1], dtype=t.dtype, device=t.device))
@@ -122,6 +129,6 @@ def started(t: Any, v: Tensor | None) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / |x|; zero stays zero."""
+    """Return x / |x|; zero stays zero."""
     length = torch.linalg.vector_norm(x)
     return x / torch.where(length == 0, 1.0, length)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 
-START_TRIES = 20  # starts before one nearly orthogonal to the subspace is accepted
+START_TRIES = 20  # most restarts of an ascent that is nearly orthogonal to the subspace
 
 
 class SymmetricRankOnes(NamedTuple):
@@ -30,18 +30,18 @@ def subspace_power_method(
 ) -> SymmetricRankOnes:
     """T = sum_i lambda_i a_i^(x m): x <- normalize(P_A[x^(x m/2)] x^(m/2 - 1) + gamma x), deflated.
 
-    The symmetric tensor of even order m is flattened to L^(m/2) x L^(m/2); A is the span of its
-    `rank` leading eigenvectors, in which every a_i^(x m/2) lies, and each of them is a maximum of
+    The symmetric tensor of even order m is flattened to L^(m/2) x L^(m/2). A is the span of its
+    `rank` leading eigenvectors. Every a_i^(x m/2) lies in A, and every a_i is a maximum of
     |P_A[x^(x m/2)]| on the sphere. The shift gamma = (m/2 - 1) sqrt(f (1 - f)), f = |P_A[x^...]|^2
-    clamped to [1/2, 1], makes the ascent monotone. A found term is taken out of the eigenvalues,
-    lambda = 1 / (alpha^T D^-1 alpha) with alpha the coordinates of a^(x m/2) in A.
+    clamped to [1/2, 1], makes the ascent monotone. Each term found is subtracted, which deflates
+    the eigenvalues D: lambda = 1 / (alpha^T D^-1 alpha), alpha the coordinates of a^(x m/2) in A.
 
     Args:
         T: (L, ..., L), m = 4, 6, ... dimensions, symmetric in all of them.
         rank: number of terms, at most about L^(m/2) / (m/2)!.
-        steps: most power steps for a term.
-        tol: a term is found when a step moves x by less.
-        generator: draws the starts; None: from a fixed seed.
+        steps: most power steps per term.
+        tol: a term is found when a step moves x by at most this.
+        generator: draws the starts; None takes a fixed seed.
 
     Returns: values (rank,), vectors (L, rank) of length one, and the relative residual. Cost: one
     eigh of L^(m/2), and rank steps products of L^(m/2) x rank. Source: arXiv:1912.04007,
@@ -79,7 +79,7 @@ def subspace_power_method(
 
 
 def _power(x: Tensor, order: int) -> Tensor:
-    """x (x) x (x) ... flattened."""
+    """Return the tensor power x (x) x (x) ... of this order, flattened."""
     out = x
     for _ in range(order - 1):
         out = torch.outer(out, x).flatten()
@@ -87,7 +87,7 @@ def _power(x: Tensor, order: int) -> Tensor:
 
 
 def _ascend(V: Tensor, half: int, steps: int, tol: float, generator: torch.Generator) -> Tensor:
-    """A local maximum of |V^T x^(x half)| over the unit sphere, by shifted power steps."""
+    """Find a local maximum of |V^T x^(x half)| on the unit sphere, by shifted power steps."""
     L = round(V.shape[0] ** (1 / half))
     least, tries = 1e-2 / math.sqrt(L), 0
     x = _start(L, V, generator)

@@ -1,4 +1,4 @@
-"""Which parameters and layers of a model a Monitor watches."""
+"""Selection of the parameters and layers of a model that a Monitor watches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 class Watched(NamedTuple):
-    """By name; `flat` are the ids of convolutions' weights, which are seen as out x rest."""
+    """Parameters and layers by name; `flat` has the ids of convolutions' parameters.
+
+    The Monitor views a weight in `flat` as one matrix, out x rest.
+    """
 
     parameters: dict[str, Tensor]
     layers: dict[str, nn.Linear]
@@ -18,7 +21,11 @@ class Watched(NamedTuple):
 
 
 def find(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> Watched:
-    """Parameters of two or more dimensions and linear layers whose names match."""
+    """Select parameters of two or more dimensions, and linear layers, whose names match.
+
+    A name must match a pattern of `include` and none of `exclude`. Raise ValueError if no parameter
+    does.
+    """
 
     def wanted(name: str) -> bool:
         return any(fnmatchcase(name, p) for p in include) and not any(

@@ -17,10 +17,10 @@ Map = Callable[[Tensor], Tensor]
 
 
 def spectral_scale(W: Tensor) -> float:
-    """sqrt(fan_out / fan_in): the norm of W at which it keeps the root mean square of vectors.
+    """sqrt(fan_out / fan_in): the spectral norm up to which y = W x has RMS(y) <= RMS(x).
 
     W is (fan_out, fan_in) or a convolution's weight, whose fan_in is channels times taps.
-    Cost: none, it reads the shape.
+    Cost: none; only the shape is read.
 
     Source: arXiv:2310.17813, condition 1.
     """
@@ -32,16 +32,16 @@ def spectral_scale(W: Tensor) -> float:
 def constrain_(params: Iterable[Tensor], f: Map, scaled: bool = False) -> None:
     """W <- f(W) for every parameter, or W <- s f(W / s) with s = `spectral_scale(W)`.
 
-    Matrices as they are; weights of more dimensions as (outputs, everything else).
+    f receives matrices as they are, and weights of more dimensions as (outputs, everything else).
 
     Args:
         params: the weights, (outputs, ...), at least 2-D.
         f: any map of matrices, such as `functools.partial(hard_cap, cap=2.0)`.
-        scaled: measure norms in units of the scale.
+        scaled: divide W by its `spectral_scale` before f, and multiply the result by it.
 
     Cost: f, and a copy of each weight.
 
-    Raises: ValueError where f changes the shape. What f raises leaves that weight as it was.
+    Raises: ValueError where f changes the shape. A weight for which f raises stays unchanged.
 
     Source: arXiv:2507.13338 (projection after each step, norms in units of the scale).
     """
@@ -63,24 +63,25 @@ def after_step(
         optimizer: any `torch.optim.Optimizer`.
         f, params, scaled: as `constrain_`; params are (outputs, ...).
 
-    Returns: a handle whose remove() ends it. Cost: that of `constrain_`, every step.
+    Returns: a hook handle; its remove() ends the constraint. Cost: `constrain_` at every step.
 
     Source: arXiv:2507.13338.
     """
-    kept = list(params)
-    for W in kept:
+    weights = list(params)
+    for W in weights:
         check.tensor("after_step", "params", W, min_dim=2)
-    return optimizer.register_step_post_hook(lambda *_: constrain_(kept, f, scaled))
+    return optimizer.register_step_post_hook(lambda *_: constrain_(weights, f, scaled))
 
 
 @torch.no_grad()
 def spectral_init_(W: Tensor, scale: float = 1.0, kind: str = "normal") -> Tensor:
-    """W <- scale sqrt(fan_out / fan_in) X / |X|_2, X random: the spectral condition at the start.
+    """W <- scale sqrt(fan_out / fan_in) X / |X|_2 with random X: start at the spectral condition.
 
     Args:
         W: (fan_out, fan_in) or a convolution's weight, overwritten and returned.
-        scale: the norm in units of the condition's.
-        kind: "normal" (Gaussian X; its norm by power iteration, to 1e-3 or so) or "orthogonal".
+        scale: |W|_2 in units of sqrt(fan_out / fan_in).
+        kind: "normal": X is Gaussian and |X|_2 comes from power iteration, to about 1e-3.
+            "orthogonal": X is the polar factor of a Gaussian matrix.
 
     Cost: 100 power steps, or a `polar_exact`.
 

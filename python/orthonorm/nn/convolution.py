@@ -1,4 +1,4 @@
-"""A convolution as the linear map it is: y = A x on feature maps of one size, and x = A^T y."""
+"""A convolution as a linear map y = A x of feature maps of one size, and its adjoint A^T y."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BACKWARD: tuple[Any, ...] = (conv1d_input, conv2d_input, conv3d_input)
 
 
 def paddings(conv: Any) -> list[tuple[int, int]]:
-    """Entries added before and behind each dimension of the input."""
-    if conv.padding == "same":  # the odd entry goes behind, as torch has it
+    """Return how many entries are added before and behind each dimension of the input."""
+    if conv.padding == "same":  # an odd entry goes behind, as in torch
         totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         return [(t // 2, t - t // 2) for t in totals]
     if conv.padding == "valid":
@@ -34,8 +34,9 @@ def paddings(conv: Any) -> list[tuple[int, int]]:
 class ConvOperator:
     """y = A x, the map of a convolution for inputs of one spatial size; any stride and padding.
 
-    A transposed convolution is the adjoint of the convolution with its weight, so both are one
-    convolution C here. Padding repeats or drops entries: an index per dimension says which.
+    A transposed convolution is the adjoint of the convolution C with the same weight. Both kinds
+    are therefore computed by C: A = C, or A = C^T. Padding other than zeros repeats entries of the
+    input; an index list per dimension names the entry behind each padded position.
 
     Args:
         conv: a Conv1d to 3d or ConvTranspose1d to 3d; its weight is passed to every call.
@@ -44,7 +45,7 @@ class ConvOperator:
     Attributes:
         domain, range: shapes of x and y without a batch: (channels, *size).
 
-    Cost: a convolution or a transposed one of one feature map a call.
+    Cost per call: a convolution, or a transposed one, of one feature map.
 
     Raises: TypeError for other modules, ValueError for sizes that do not fit.
 
@@ -82,31 +83,34 @@ class ConvOperator:
         ]
 
     def _inner(self) -> tuple[int, ...]:
-        """The domain of C."""
+        """Return the shape of inputs of C."""
         return self.range if self.transposed else self.domain
 
     def _padded(self, n: int, pad: tuple[int, int]) -> list[int] | None:
-        """Which entry each padded one repeats; None for zeros."""
+        """Return the input's index behind each of the padded positions; None for zero padding."""
         if self.mode == "zeros":
             return None
         entries = torch.arange(n, dtype=torch.float64).view(1, 1, n)
         return [int(i) for i in F.pad(entries, pad, mode=self.mode).flatten()]
 
     def __call__(self, weight: Tensor, x: Tensor) -> Tensor:
-        """A x for x of shape `domain`; differentiable in weight and x."""
+        """Return A x for x of shape `domain`; differentiable in weight and x."""
         return self._adjoint(weight, x) if self.transposed else self._forward(weight, x)
 
     def adjoint(self, weight: Tensor, y: Tensor) -> Tensor:
-        """A^T y for y of shape `range`."""
+        """Return A^T y for y of shape `range`."""
         return self._forward(weight, y) if self.transposed else self._adjoint(weight, y)
 
     def form(self, weight: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """<y, A x>, differentiable in the weight."""
+        """Return <y, A x>, differentiable in the weight."""
         x, y = (y, x) if self.transposed else (x, y)
         return (self._forward(weight, x) * y).sum()
 
     def square_norm(self, weight: Tensor) -> Tensor:
-        """|A|_F^2: every entry of A is one of the weight, so squares of weights give squares of A.
+        """Return |A|_F^2.
+
+        Every nonzero entry of A is one weight. C with squared weights, applied to ones, therefore
+        sums the squares of the entries.
 
         Raises: ValueError where padding makes one entry of A the sum of several weights.
         """
@@ -152,8 +156,8 @@ class ConvOperator:
     ) -> None:
         """u <- A v / |A v|, v <- A^T u / |A^T u| (or v, then u), in place, `steps` times.
 
-        As `ops.power_iteration_`, whose rules hold: a zero product keeps its vector, and vectors
-        that meet what is not finite stay as they were.
+        Follows the rules of `ops.power_iteration_`: a zero product keeps the earlier vector, and u
+        and v both stay unchanged if a result is not finite.
         """
         left, right = u.to(weight.dtype), v.to(weight.dtype)
         for _ in range(steps):
@@ -169,6 +173,7 @@ class ConvOperator:
 
 
 def _unit(y: Tensor, before: Tensor, eps: float) -> Tensor:
+    """Return y / max(|y|, eps), or `before` if y is zero."""
     norm = torch.linalg.vector_norm(y)
     return torch.where(norm == 0, before, y / norm.clamp(min=max(eps, torch.finfo(y.dtype).tiny)))
 
@@ -179,13 +184,13 @@ def conv_spectral_norm(
     """sigma_1 of the map y = A x of a convolution, by power iteration; d sigma / d A = u v^T.
 
     A lower bound whose relative error falls as (sigma_2 / sigma_1)^(4 steps). Differentiable in
-    `conv.weight`. Cost: two convolutions of one feature map a step.
+    `conv.weight`. Cost: two convolutions of one feature map per step.
 
     Args:
         conv: Conv1d to 3d or ConvTranspose1d to 3d, any padding mode, stride, dilation, groups.
         size: spatial size of its input.
         steps: power steps.
-        start: where v starts, (in_channels, *size); None is a fixed vector.
+        start: the first v, (in_channels, *size); None takes a fixed vector.
 
     Source: arXiv:1811.07457 (power iteration by convolutions).
     """

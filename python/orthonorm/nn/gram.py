@@ -1,7 +1,7 @@
 """Upper bounds of dense and convolutional layers by Gram iteration, and rescaling to norm 1.
 
-All are theorems, differentiable, with exact gradients. Sources: arXiv:2305.16173 (circular padding,
-rescaling), its sequel arXiv:2402.00240 (zero padding); github.com/blaisedelattre/lip4conv.
+Every bound is a theorem, and differentiable with exact gradients. Sources: arXiv:2305.16173
+(circular padding, rescaling), arXiv:2402.00240 (zero padding); github.com/blaisedelattre/lip4conv.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def _kernel(op: str, K: Tensor) -> None:
+    """Raise ValueError or TypeError unless K is a kernel of 1 to 3 spatial dimensions."""
     check.tensor(op, "K", K, min_dim=3)
     if K.dim() > 5:
         raise ValueError(f"{op}: K must have 3 to 5 dimensions, got shape {check.shape(K)}")
 
 
 def _grouped(op: str, K: Tensor, groups: int) -> Tensor:
-    """(groups, outputs, inputs, *taps)."""
+    """Return K with its first axis split: (groups, outputs / groups, inputs / groups, *taps)."""
     check.integer(op, "groups", groups, 1)
     if K.shape[0] % groups:
         raise ValueError(f"{op}: groups must divide {K.shape[0]} outputs, got {groups}")
@@ -37,20 +38,21 @@ def _grouped(op: str, K: Tensor, groups: int) -> Tensor:
 
 
 def conv_circular_bound(K: Tensor, size: Sequence[int], steps: int = 5, groups: int = 1) -> Tensor:
-    """max over frequencies of the Gram bound of K^(f): >= the norm of the circular convolution.
+    """max over frequencies f of the Gram bound of K^(f): >= the norm of the circular convolution.
 
-    The convolution on feature maps of `size` is block diagonal after a Fourier transform, one block
-    (outputs x inputs) a frequency; Gram iteration runs on all of them as one batch of real matrices
-    [[A, -B], [B, A]] for A + iB, whose singular values come twice. Holds for any stride too.
+    A Fourier transform makes the convolution on maps of `size` block diagonal, with one block
+    A + iB (outputs x inputs) per frequency. Gram iteration runs on all blocks as one batch of real
+    matrices [[A, -B], [B, A]]. These have each singular value twice, which the bound divides out.
+    It holds for every stride.
 
     Args:
-        K: (outputs, inputs / groups, *taps); of a transposed convolution as it is stored.
+        K: (outputs, inputs / groups, *taps), or the weight of a transposed convolution as stored.
         size: spatial size of the feature map, circularly padded.
         steps: Gram products k; the order of the Schatten norm is 2^(k+1).
-        groups: of the convolution.
+        groups: groups of the convolution.
 
     Returns: a 0-d bound, differentiable; float64 if K is, else float32. Cost: 16 steps outputs^2
-    inputs operations a frequency. Source: arXiv:2305.16173.
+    inputs operations per frequency. Source: arXiv:2305.16173.
     """
     op = "conv_circular_bound"
     _kernel(op, K)
@@ -73,14 +75,15 @@ def conv_circular_bound(K: Tensor, size: Sequence[int], steps: int = 5, groups: 
 def conv_zero_bound(K: Tensor, steps: int = 4, groups: int = 1) -> Tensor:
     """(max_i sum_j |K_N|_ij)^(2^-N): >= the norm of the convolution with zero padding.
 
-    K_N is the kernel of (C C^T)^(2^(N-1)), N = `steps`, C the convolution on an infinite map, by
-    convolving kernels with themselves; a zero-padded, strided or circular convolution of any size
-    is a part of it. Kernels grow to 2^N (taps - 1) + 1.
+    C is the convolution on an infinite map and K_N, N = `steps`, the kernel of (C C^T)^(2^(N-1)).
+    K_N comes from correlating kernels with themselves and has 2^N (taps - 1) + 1 taps a side. The
+    bound holds for zero or circular padding, any stride and any size, because no such convolution
+    has a larger norm than C.
 
     Args:
-        K: (outputs, inputs / groups, *taps); of a transposed convolution as it is stored.
+        K: (outputs, inputs / groups, *taps), or the weight of a transposed convolution as stored.
         steps: N, at least 1.
-        groups: of the convolution.
+        groups: groups of the convolution.
 
     Returns: a 0-d bound, differentiable; float64 if K is, else float32. Cost: N convolutions of
     kernels with themselves, each 2^d times as large in d dimensions. Source: arXiv:2402.00240.
@@ -92,9 +95,10 @@ def conv_zero_bound(K: Tensor, steps: int = 4, groups: int = 1) -> Tensor:
 def _channel_sums(
     op: str, K: Tensor, steps: int, groups: int, short: bool
 ) -> tuple[Tensor, Tensor]:
-    """(sum_j |K_N|_ij)^(2^-N) for every output i, up to a scale, shape (groups, outputs).
+    """Return (t, scale) with t scale = (sum_j |K_N|_ij)^(2^-N) for every output i.
 
-    `short` takes the side with fewer channels, for the norm alone.
+    Shapes: t (groups, outputs / groups), scale (groups, 1). `short` allows C^T in place of C where
+    that has fewer outputs; the norm of both is the same, the outputs are not.
     """
     _kernel(op, K)
     check.integer(op, "steps", steps, 1)
@@ -119,28 +123,33 @@ def _channel_sums(
 
 
 def _with_lost(sums: Tensor, dim: int, length: int, steps: int) -> Tensor:
-    """Row sums, along `dim`, and what underflow may have taken from them; those of zeros stay 0.
+    """Add to the row sums what underflow may have taken from them.
 
-    A product, of factors scaled to norm 1, loses at most `length` of the smallest normal numbers an
-    entry and passes on 2 `length` times what its factors had lost. Without this the small rows of a
-    matrix such as diag(1e6, 500) would vanish from the sums and be left as they are.
+    The sums of one matrix lie along `dim`; those of a zero matrix stay 0. Factors have norm 1. Each
+    entry of a product loses at most `length` smallest normal numbers, and 2 `length` times what its
+    factors had lost. Without this the small rows of a matrix such as diag(1e6, 500) would vanish
+    from the sums and not be rescaled.
     """
     lost = (2.0 * length) ** steps * length * torch.finfo(sums.dtype).tiny
     return torch.where(sums.detach().amax(dim, keepdim=True) > 0, sums + lost, sums)
 
 
 def _root(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent; 0 with gradient 0 for 0."""
+    """Return x^exponent; value and gradient are 0 at x = 0."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0) ** exponent, 0.0)
 
 
 def _nonzero(x: Tensor) -> Tensor:
+    """Return x with 1 in place of zeros, to divide by."""
     return torch.where(x == 0, 1.0, x)
 
 
 def _correlated(K: Tensor) -> Tensor:
-    """The kernel of C C^T: (o, p, *) <- sum_i K_oi correlated with K_pi."""
+    """Return the kernel of C C^T: for outputs o and p, the sum over i of K_oi correlated with K_pi.
+
+    Shape: (outputs, outputs, *taps), with 2 taps - 1 in place of taps.
+    """
     pad = [k - 1 for k in K.shape[2:]]
     convolve = CONVOLVE[K.dim()]
     product: Tensor = convolve(K, K, padding=pad)
@@ -150,14 +159,15 @@ def _correlated(K: Tensor) -> Tensor:
 def gram_rescaling(W: Tensor, steps: int = 1) -> Tensor:
     """t_i = (sum_j |(W W^T)^(2^(N-1))|_ij)^(2^-N): W / t has norm at most 1.
 
-    N = `steps` = 1 is AOL's scale (arXiv:2208.03160), larger ones come closer to norm 1.
+    N is `steps`. N = 1 is AOL's scale (arXiv:2208.03160); a larger N brings the norm closer to 1.
     Differentiable. Cost: 2 m^2 n + 2 (N - 1) m^3 operations.
 
     Args:
         W: (..., m, n).
 
-    Returns: t, (..., m, 1), 0 for a zero W; float64 if W is, else float32. Source:
-    arXiv:2305.16173.
+    Returns: t, (..., m, 1), 0 for a zero W; float64 if W is, else float32.
+
+    Source: arXiv:2305.16173.
     """
     op = "gram_rescaling"
     check.tensor(op, "W", W, min_dim=2)
@@ -176,21 +186,22 @@ def gram_rescaling(W: Tensor, steps: int = 1) -> Tensor:
 
 
 def conv_rescaling(K: Tensor, steps: int = 1, groups: int = 1) -> Tensor:
-    """t_i as `gram_rescaling`, of the kernel of (C C^T)^(2^(N-1)): K / t has norm at most 1.
+    """t_i = (sum_j |K_N|_ij)^(2^-N): the convolution with K / t has norm at most 1.
 
-    For any stride, zero or circular padding. Returns t, (outputs, 1, ..., 1). Arguments and cost as
-    `conv_zero_bound`. Source: arXiv:2402.00240, arXiv:2208.03160.
+    K_N, N = `steps`, the other arguments and the cost are those of `conv_zero_bound`. Holds for any
+    stride and for zero or circular padding. Returns t, (outputs, 1, ..., 1).
+
+    Source: arXiv:2402.00240, arXiv:2208.03160.
     """
     t, scale = _channel_sums("conv_rescaling", K, steps, groups, short=False)
     return (t * scale).view(-1, *[1] * (K.dim() - 1))
 
 
 class SpectralRescaling(nn.Module):
-    """W / t, of norm at most 1, t by `gram_rescaling` or `conv_rescaling`; made by
-    `spectral_rescale`.
+    """W / t with norm at most 1: the parametrization that `spectral_rescale` registers.
 
-    Shapes: of the layer's weight, (outputs, ...). Cost: that of t, and one pass. Source:
-    arXiv:2305.16173.
+    t comes from `gram_rescaling` or `conv_rescaling`. Shapes: the layer's weight, (outputs, ...).
+    Cost: that of t, and one pass. Source: arXiv:2305.16173.
     """
 
     def __init__(self, steps: int, groups: int | None) -> None:
@@ -217,10 +228,10 @@ def spectral_rescale(module: M, name: str = "weight", steps: int = 2) -> M:
     Args:
         module: Linear, ConvNd or ConvTransposeNd (zero or circular padding), changed in place.
         name: the weight's name.
-        steps: Gram products; the more, the closer the norm comes to 1.
+        steps: Gram products; more of them bring the norm closer to 1.
 
-    Removed by `torch.nn.utils.parametrize.remove_parametrizations`. Shapes: the weight is
-    (outputs, ...). Cost of an access: `gram_rescaling` or `conv_rescaling`, and one pass. Source:
+    `torch.nn.utils.parametrize.remove_parametrizations` removes it. Shapes: the weight is
+    (outputs, ...). Cost per access: `gram_rescaling` or `conv_rescaling`, and one pass. Source:
     arXiv:2305.16173, arXiv:2402.00240.
     """
     op = "spectral_rescale"
@@ -248,10 +259,11 @@ def layer_bound(layer: nn.Module, steps: int = 5) -> Tensor:
 
     Args:
         layer: Linear, ConvNd or ConvTransposeNd (zero or circular padding).
-        steps: Gram products (convolutions: at most 4 of them, kernels double with each).
+        steps: Gram products; convolutions take at most 4, because each doubles the kernel.
 
-    Returns: a 0-d tensor (shape ()), differentiable in the weight. Cost: that of the bound. Source:
-    arXiv:2305.16173, arXiv:2402.00240.
+    Returns: a 0-d tensor (shape ()), differentiable in the weight. Cost: that of the bound.
+
+    Source: arXiv:2305.16173, arXiv:2402.00240.
     """
     op = "layer_bound"
     if isinstance(layer, nn.Linear):
@@ -272,14 +284,14 @@ def norm_penalty(
     """sum over layers of max(norm(layer) - threshold, 0)^power: a regularizer of norms.
 
     Args:
-        layers: modules, such as those of a model that are Linear.
+        layers: modules, such as all Linear layers of a model.
         norm: a differentiable norm of a layer: `layer_bound`, or for example
             `lambda m: orthonorm.spectral_norm(m.weight)` (power iteration), or
             `lambda m: conv_spectral_norm(m, (32, 32))`.
-        threshold: norms up to it cost nothing.
+        threshold: norms up to this add nothing.
         power: 1 or more.
 
-    Returns: a 0-d tensor (shape ()), differentiable in the weights. Cost: a norm of each layer.
+    Returns: a 0-d tensor (shape ()), differentiable in the weights. Cost: one `norm` per layer.
     Source: arXiv:2305.16173 (power 1), arXiv:1705.10941 (power 2, with a factor 1/2).
     """
     check.number("norm_penalty", "threshold", threshold, 0.0)

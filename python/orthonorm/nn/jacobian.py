@@ -15,13 +15,13 @@ Function = Callable[[Tensor], Tensor]
 def jacobian_square(f: Function, x: Tensor, sigma: float = 1e-2, samples: int = 1) -> Tensor:
     """E |f(x + e) - f(x)|^2 / sigma^2 ~ |J f(x)|_F^2, e ~ N(0, sigma^2 I), for every x.
 
-    Unbiased for linear f, off by O(sigma^2) else. Differentiable in the parameters of f and in x.
+    Unbiased for linear f, otherwise off by O(sigma^2). Differentiable in the parameters of f and x.
 
     Args:
         f: a function of a batch, (N, ...) to (N, ...).
         x: (N, ...).
         sigma: standard deviation of the noise.
-        samples: averaged over.
+        samples: noise samples to average.
 
     Returns: (N,). Cost: 1 + samples calls of f. Source: arXiv:2405.14544.
     """
@@ -43,8 +43,8 @@ def jacobian_nuclear_penalty(
 ) -> Tensor:
     """mean over the batch of (|J g(h(x))|_F^2 + |J h(x)|_F^2) / 2 >= |J (g o h)(x)|_*.
 
-    The nuclear norm is the least such sum over all ways of writing the network as g o h, so
-    training with it minimizes the nuclear norm of the Jacobian; both terms by `jacobian_square`.
+    The nuclear norm of the Jacobian is the least such sum over all ways of writing the network as
+    g o h. Training with the penalty therefore minimizes it. `jacobian_square` gives both terms.
 
     Args:
         g, h: the network's halves, f = g o h; x: (N, ...), a batch of inputs of h.

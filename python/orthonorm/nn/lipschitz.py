@@ -1,8 +1,8 @@
-"""Maps of singular values that keep norms where they should be: caps, clips, decays.
+"""Maps of singular values that bound the norms of weights: caps, clips, decays.
 
-Each is a function of a (batch of) matrices (..., m, n) that returns new ones in the same dtype, is
-made for use after an optimizer's step (`constraints.after_step`) and has no gradient. sigma_i are
-the singular values of W, O = U V^T its polar factor. Source unless said otherwise:
+Each function takes a (batch of) matrices (..., m, n) and returns new ones in the same dtype. It has
+no gradient and is made for use after an optimizer's step (`constraints.after_step`). sigma_i are
+the singular values of W, and O = U V^T is its polar factor. Source unless said otherwise:
 arXiv:2507.13338 (github.com/Arongil/lipschitz-transformers).
 """
 
@@ -17,7 +17,7 @@ from ..ops import gram_iteration, row_normalize
 from ..ops import spectral_norm as top_triple
 from ..polar import odd_polynomial, polar
 
-# min(1, x) on [0, 3.4] to 0.034, by four odd quintics; the same repository, modula/atom.py.
+# Four odd quintics that approximate min(1, x) on [0, 3.4] to 0.034; modula/atom.py, same repository
 HARD_CAP = (
     (0.805032, 0.206361, -0.019763),
     (0.649867, 0.162935, -0.011150),
@@ -25,7 +25,7 @@ HARD_CAP = (
     (1.004384, -0.183490, 0.014413),
 )
 HARD_CAP_RANGE = 3.4
-STEPS = 16  # power steps where none are given
+STEPS = 16  # default number of power steps
 
 
 def _positive(op: str, name: str, value: object) -> None:
@@ -35,6 +35,7 @@ def _positive(op: str, name: str, value: object) -> None:
 
 
 def _triple(W: Tensor, steps: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sigma_1 (..., 1, 1), u_1 (..., m, 1) and v_1^T (..., 1, n), ready to broadcast."""
     sigma, u, v = top_triple(W, steps, start)
     return sigma[..., None, None], u.unsqueeze(-1), v.unsqueeze(-2)
 
@@ -47,9 +48,9 @@ def spectral_normalize(
 
     Args:
         W: (..., m, n).
-        cap: largest norm left, but for what `steps` power steps miss of sigma_1.
+        cap: largest norm of the result, up to the error of sigma_1 after `steps` power steps.
         steps: power steps, one pass over W each.
-        start: where v starts, (..., n), not zero.
+        start: the first v, (..., n), not zero.
 
     Returns: (..., m, n). Cost: steps + 1 passes over W. Source: arXiv:2507.13338.
     """
@@ -62,7 +63,7 @@ def spectral_normalize(
 def spectral_hammer(
     W: Tensor, cap: float = 1.0, steps: int = STEPS, start: Tensor | None = None
 ) -> Tensor:
-    """W + (cap - sigma_1) u_1 v_1^T: sigma_1 becomes the cap, also where it was smaller.
+    """W + (cap - sigma_1) u_1 v_1^T: sigma_1 becomes the cap, even where it was smaller.
 
     A zero matrix has no u_1 and stays zero. Arguments, shapes and cost as `spectral_normalize`.
     Source: arXiv:2507.13338.
@@ -78,8 +79,8 @@ def spectral_decay(
 ) -> Tensor:
     """W - rate sigma_1 u_1 v_1^T: weight decay of the largest singular value alone.
 
-    `rate` in [0, 1] is the whole factor (the repository's lambda, 0.1). Other arguments, shapes and
-    cost as `spectral_normalize`. Source: arXiv:2507.13338.
+    `rate` in [0, 1] is applied as given, without a learning rate (the repository's lambda, 0.1).
+    Other arguments, shapes and cost as `spectral_normalize`. Source: arXiv:2507.13338.
     """
     check.number("spectral_decay", "rate", rate, 0.0, 1.0)
     sigma, u, v = _triple(W, steps, start)
@@ -89,15 +90,16 @@ def spectral_decay(
 def soft_cap_strength(cap: float, update: float, decay: float = 0.0) -> float:
     """a >= 0 for which x -> x - a x^3, then x + a x^3, sends cap (1 - decay) + update to the cap.
 
-    The coupling of the soft cap to the learning rate: matrices whose norm is at most `cap`, that
-    decay and then move by at most `update` in norm, come back to at most `cap`. With t = a k^2 and
-    k the norm reached: (1 - t) (1 + t (1 - t)^2) = cap / k, whose left side falls from 1 to 0. Up
-    to k = 1.3 cap the map is monotone; larger steps leave smaller singular values above the cap.
+    Couples the soft cap to the learning rate. A matrix of norm at most `cap` that decays, and then
+    moves by at most `update`, reaches a norm of at most k = cap (1 - decay) + update. The soft cap
+    of this strength returns it to at most `cap`. t = a k^2 solves (1 - t) (1 + t (1 - t)^2) =
+    cap / k, whose left side falls from 1 to 0. The map is monotone up to k = 1.3 cap; larger steps
+    leave smaller singular values above the cap.
 
     Args:
-        cap: largest singular value wanted, in the units of W (divide W by its scale, sqrt(m / n)
-            for example, beforehand, and `update` too: the repository's JAX version does not, and
-            is too weak for m > n).
+        cap: largest singular value wanted, in units of W. To measure in units of a scale such as
+            sqrt(m / n), divide W and `update` by it first. (The repository's JAX version does not,
+            and is too weak for m > n.)
         update: largest singular value of the step, learning rate included.
         decay: weight decay times learning rate.
 
@@ -123,7 +125,7 @@ def soft_cap(W: Tensor, strength: float) -> Tensor:
     """sigma -> x + a x^3 with x = sigma - a sigma^3 and a = `strength`: two cubic odd polynomials.
 
     Shrinks all singular values a little, large ones more. `soft_cap_strength` couples a to the
-    learning rate. Only for a sigma_1^2 < 1.
+    learning rate. Valid only for a sigma_1^2 < 1.
 
     Shapes: W is (..., m, n), the result too. Cost: 8 m n min(m, n) operations. Source:
     arXiv:2507.13338.
@@ -136,17 +138,16 @@ def soft_cap(W: Tensor, strength: float) -> Tensor:
 def hard_cap(W: Tensor, cap: float = 1.0, method: str = "exact") -> Tensor:
     """sigma -> min(sigma, cap): W (I - T) + cap O T with T = (I + msign(O^T W - cap I)) / 2.
 
-    Two polar factors, the second one of the small side only, where O^T W = V S V^T, so T projects
-    on the directions above the cap; directions without a singular value of their own, in which O
-    is arbitrary, stay below it (the published form b O + W - (b O - W) msign(b O - W)^T O does not
-    see to that).
+    Takes two polar factors, the second of the short side only. O^T W = V S V^T, so T projects onto
+    the singular directions above the cap. Directions in which W is zero, where O is arbitrary, stay
+    below the cap. The published form b O + W - (b O - W) msign(b O - W)^T O does not ensure that.
 
     Args:
         W: (..., m, n).
-        cap: largest singular value left.
-        method: "exact": error of rounding, a few n eps sigma_1. "polynomial": four quintics on
-            W / cap, off by at most 0.034 cap, over by at most 0.011 cap; matrices with a Gram bound
-            above 3.4 cap, where they hold, are first divided down to it.
+        cap: largest singular value of the result.
+        method: "exact": correct to rounding, a few n eps sigma_1. "polynomial": four quintics on
+            W / cap, off by at most 0.034 cap and above the cap by at most 0.011 cap. They hold up
+            to 3.4 cap; matrices with a larger Gram bound are first divided down to it.
 
     Returns: (..., m, n). Cost: two `polar_exact`, the second of the short side; or four quintics
     and a `gram_iteration`. Source: arXiv:2507.13338; leloykun.github.io/ponder/spectral-clipping.
@@ -164,8 +165,8 @@ def hard_cap(W: Tensor, cap: float = 1.0, method: str = "exact") -> Tensor:
 def spectral_clip(W: Tensor, low: float, high: float) -> Tensor:
     """sigma -> min(max(sigma, low), high), by three polar factors.
 
-    As `hard_cap`, with a second projector. Where W has no singular direction of its own (zero
-    singular values), the directions raised to `low` are arbitrary and may be missed.
+    Works as `hard_cap`, with a second projector. Where singular values of W are zero, the
+    directions to raise to `low` are arbitrary, and some may be missed.
 
     Shapes: W is (..., m, n), the result too. Cost: three `polar_exact`. Source:
     leloykun.github.io/ponder/spectral-clipping.
@@ -176,6 +177,7 @@ def spectral_clip(W: Tensor, low: float, high: float) -> Tensor:
 
 
 def _clipped(W: Tensor, low: float | None, high: float) -> Tensor:
+    """Return W with singular values clipped to [low, high]; low=None clips from above only."""
     check.tensor("hard_cap", "W", W, min_dim=2)
     tall = W.shape[-2] >= W.shape[-1]
     X = (W if tall else W.mT).to(torch.promote_types(W.dtype, torch.float32))
@@ -185,23 +187,23 @@ def _clipped(W: Tensor, low: float | None, high: float) -> Tensor:
     above = _positive_part(H, high)
     out = X - (X - high * Q) @ above
     if low is not None:
-        # where sigma < low: X + (low O - X) (I - T) with T the projector on sigma >= low
+        # X + (low O - X) (I - T), where T projects onto sigma >= low: raises the others to low
         lift = low * Q - X
         out = out + lift - lift @ _positive_part(H, low)
     return (out if tall else out.mT).to(W.dtype).contiguous()
 
 
 def _positive_part(H: Tensor, level: float) -> Tensor:
-    """The projector on eigenvectors of the symmetric H whose eigenvalues exceed `level`."""
+    """Return the projector onto eigenvectors of the symmetric H with eigenvalues above `level`."""
     identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
     return 0.5 * (identity + polar_exact(H - level * identity).factor)
 
 
 @torch.no_grad()
 def clipped_decay(W: Tensor, rate: float, cap: float = 1.0, method: str = "exact") -> Tensor:
-    """(1 - rate) W + rate hard_cap(W, cap): weight decay that leaves singular values below the cap.
+    """(1 - rate) W + rate hard_cap(W, cap): weight decay of the singular values above the cap.
 
-    With steps of norm eta in between, sigma_1 settles at cap + eta / rate after a step and at
+    Between optimizer steps of norm eta, sigma_1 settles at cap + eta / rate after a step and at
     cap + (1 - rate) eta / rate after the decay. `method` as in `hard_cap`.
 
     Shapes: W is (..., m, n), the result too. Cost: that of `hard_cap`, and one pass.
@@ -214,12 +216,12 @@ def clipped_decay(W: Tensor, rate: float, cap: float = 1.0, method: str = "exact
 
 @torch.no_grad()
 def stiefel(W: Tensor, scale: float = 1.0, coefficients: object = "you6") -> Tensor:
-    """sigma -> scale, or near it: scale O by Newton-Schulz.
+    """sigma -> scale, approximately: scale times the polar factor O, by Newton-Schulz.
 
     Args:
         W: (..., m, n).
-        scale: of the result; sqrt(m / n) makes it unit in the norm RMS -> RMS.
-        coefficients: as `polar`; "exact" is `polar_exact`.
+        scale: norm of the result; sqrt(m / n) gives it the RMS -> RMS norm 1.
+        coefficients: as `polar`; "exact" takes `polar_exact`.
 
     Returns: (..., m, n). Cost: 6 Newton-Schulz steps, or a `polar_exact`. Source:
     arXiv:2507.13338.
@@ -232,13 +234,13 @@ def stiefel(W: Tensor, scale: float = 1.0, coefficients: object = "you6") -> Ten
 
 @torch.no_grad()
 def embed_cap(E: Tensor, inflation: float = 1.0) -> Tensor:
-    """Rows x -> x / max(1 / inflation, RMS(x)): RMS 1 for those of 1 / inflation and more.
+    """Rows x -> x / max(1 / inflation, RMS(x)): rows of RMS 1 / inflation or more get RMS 1.
 
-    Smaller rows are multiplied by `inflation`, so it is a cap only for inflation = 1, where rows
-    below RMS 1 stay.
+    Smaller rows are multiplied by `inflation`. The map is a cap only for inflation = 1, which
+    leaves rows of RMS below 1 unchanged.
 
     Args:
-        E: (..., vocabulary, d), one embedding a row.
+        E: (..., vocabulary, d), one embedding per row.
         inflation: largest factor.
 
     Returns: (..., vocabulary, d). Cost: one pass. Source: arXiv:2507.13338.

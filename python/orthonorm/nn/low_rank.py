@@ -1,4 +1,4 @@
-"""Low-rank adapters and task vectors: their one real step by polar factors."""
+"""Nuclear norms, low-rank adapters and task vectors, by polar factors in place of SVDs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def nuclear_norm(X: Tensor) -> Tensor:
 
 @torch.no_grad()
 def orthonormalize_lora(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """B (A A^T)^(1/2), (A A^T)^(-1/2) A: the same product B A, the rows of A orthonormal.
+    """B (A A^T)^(1/2), (A A^T)^(-1/2) A: the same product B A, with orthonormal rows of the new A.
 
-    FedSVD refactors the averaged adapter by an SVD; once A has orthonormal rows that only rotates
-    it, so this first step is the one that changes anything, and needs the polar factor of A alone.
+    FedSVD refactors the averaged adapter by an SVD. Once A has orthonormal rows, its SVD only
+    rotates the factors. This function is the step before that; it needs the polar factor of A only.
 
     Args:
         B: (..., m, r).
@@ -50,18 +50,19 @@ def orthonormalize_lora(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def star(delta: Tensor, keep: float = 0.4, rank: int | None = None, steps: int = 10) -> Tensor:
-    """U_r S_r V_r^T sum(S) / sum(S_r): the leading directions with all of the nuclear norm.
+    """U_r S_r V_r^T sum(S) / sum(S_r): the r leading directions, scaled to the full nuclear norm.
 
-    What STAR makes of each task vector (fine-tuned minus base weights) before they are averaged.
+    STAR does this to each task vector (fine-tuned minus base weights) before it averages them.
 
     Args:
         delta: (m, n).
-        keep: r is the fewest directions whose singular values add up to this part of all; needs the
-            SVD. (The published code keeps one more.)
-        rank: r itself; `keep` is not used and no SVD taken: `steps` subspace iterations with polar
-            factors, nuclear norms by polar factors.
+        keep: a share of sum(S), in [0, 1]; r is the fewest directions that reach it. Takes an SVD.
+            (The published code keeps one direction more.)
+        rank: r itself. Then `keep` is not used and no SVD is taken; polar factors give the
+            directions, by subspace iteration, and the nuclear norms.
+        steps: subspace iterations, used with `rank`.
 
-    Returns: (m, n). Cost: an SVD; or 4 m n r operations a step, and two nuclear norms.
+    Returns: (m, n). Cost: an SVD; or 4 m n r operations per step, and two nuclear norms.
 
     Source: arXiv:2502.10339 (github.com/IBM/STAR).
     """
@@ -72,19 +73,19 @@ def star(delta: Tensor, keep: float = 0.4, rank: int | None = None, steps: int =
         check.number(op, "keep", keep, 0.0, 1.0)
         U, s, Vh = torch.linalg.svd(A, full_matrices=False)
         r = int((s.cumsum(0) < keep * s.sum()).sum()) + 1
-        low, kept = (U[:, :r] * s[:r]) @ Vh[:r], s[:r].sum()
-        factor = s.sum() / kept if kept > 0 else 1.0
+        low, low_norm = (U[:, :r] * s[:r]) @ Vh[:r], s[:r].sum()
+        factor = s.sum() / low_norm if low_norm > 0 else 1.0
     else:
         check.integer(op, "rank", rank, 1)
         check.integer(op, "steps", steps, 1)
         low = _leading(A, min(rank, *A.shape), steps)
-        kept = nuclear_norm(low)
-        factor = torch.where(kept > 0, nuclear_norm(A) / kept, 1.0)
+        low_norm = nuclear_norm(low)
+        factor = torch.where(low_norm > 0, nuclear_norm(A) / low_norm, 1.0)
     return (low * factor).to(delta.dtype)
 
 
 def _leading(A: Tensor, rank: int, steps: int) -> Tensor:
-    """Q Q^T A, Q the leading left singular directions by subspace iteration."""
+    """Return Q Q^T A; subspace iteration gives Q, the `rank` leading left singular directions."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(A.shape[1], rank, generator=generator, dtype=torch.float64)
     Q = polar_exact(A @ start.to(A)).factor

@@ -10,7 +10,7 @@ from .. import _checks as check
 from ..exact import polar_exact
 from ..polar import polar
 
-CUBING = (1.875, -1.25, 0.375)  # x (15 - 10 x^2 + 3 x^4) / 8: the distance to 1 is cubed
+CUBING = (1.875, -1.25, 0.375)  # x (15 - 10 x^2 + 3 x^4) / 8 cubes the distance of x to 1
 
 
 def grassmann_tangent(S: Tensor, D: Tensor) -> Tensor:
@@ -36,20 +36,21 @@ def stiefel_tangent(S: Tensor, D: Tensor) -> Tensor:
 
 @torch.no_grad()
 def polar_retraction(S: Tensor, T: Tensor, step: float = 1.0, steps: int | None = None) -> Tensor:
-    """msign(S - step T): the nearest matrices with orthonormal columns, one batch in one call.
+    """msign(S - step T): the nearest matrices with orthonormal columns, for a whole batch.
 
-    Replaces geodesics by SVD and re-orthonormalization by QR: equal to the geodesic to second order
-    in the step. For a tangent T the singular values of S - step T are sqrt(1 + step^2 sigma(T)^2).
+    Takes the place of geodesics (by SVD) and of re-orthonormalization (by QR). It agrees with the
+    geodesic to second order in the step. For a tangent T the singular values of S - step T are
+    sqrt(1 + step^2 sigma(T)^2).
 
     Args:
         S: (..., d, k), orthonormal columns, d >= k.
-        T: the direction to leave, as a gradient, (..., d, k).
-        step: its factor, a learning rate.
-        steps: None is `polar_exact`; else quintic Newton-Schulz steps without scaling, each of
-            which cubes the distance to orthonormality: 2 for step |T| up to 0.3, 3 up to 1.
+        T: the direction to move against, such as a gradient, (..., d, k).
+        step: factor of T, such as a learning rate.
+        steps: None takes `polar_exact`; else the number of quintic Newton-Schulz steps, without
+            scaling. Each cubes the distance to orthonormality: 2 for step |T| up to 0.3, 3 up to 1.
 
-    Returns: (..., d, k). Cost: 4 d k^2 + 2 k^3 operations a step; `polar_exact` takes 19 of
-    them in float32.
+    Returns: (..., d, k). Cost: 4 d k^2 + 2 k^3 operations per step; `polar_exact` takes 19 steps
+    in float32.
 
     Source: arXiv:2308.01547 (Grassmann classes), arXiv:2205.14173 (StiefelAdam's last step).
     """
@@ -68,10 +69,11 @@ def polar_retraction(S: Tensor, T: Tensor, step: float = 1.0, steps: int | None 
 def grassmann_logits(x: Tensor, S: Tensor, gamma: float = 25.0) -> Tensor:
     """gamma |S_c^T x| / |x| for every class c, a subspace spanned by the columns of S_c.
 
-    Differentiable; S is kept orthonormal by `polar_retraction` of its `grassmann_tangent`.
+    Differentiable. A step by `polar_retraction` along a `grassmann_tangent` keeps the columns of S
+    orthonormal.
 
     Shapes: x is (..., d), S (classes, d, k), the logits (..., classes). Cost: 2 classes d k
-    operations a sample. Source: arXiv:2308.01547.
+    operations per sample. Source: arXiv:2308.01547.
     """
     check.tensor("grassmann_logits", "S", S, min_dim=3)
     check.tensor("grassmann_logits", "x", x, min_dim=1)
@@ -82,6 +84,7 @@ def grassmann_logits(x: Tensor, S: Tensor, gamma: float = 25.0) -> Tensor:
 
 
 def _pair(op: str, S: Tensor, name: str, D: Tensor) -> None:
+    """Raise TypeError or ValueError unless S and D are matrices (or batches) of one shape."""
     check.tensor(op, "S", S, min_dim=2)
     check.tensor(op, name, D, min_dim=2)
     check.equal_shape(op, name, D, S.shape)

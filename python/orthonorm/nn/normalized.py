@@ -1,4 +1,4 @@
-"""W / sigma_1(W) for a list of layers: one power iteration for all, few divisions and nodes."""
+"""W / sigma_1(W) for a list of layers: one power iteration for all, and few autograd nodes."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .convolution import ConvOperator
 from .store import Store, serves
 
 Empty = Callable[[Sequence[Tensor]], list[Tensor]]
-WARM_UP = 15  # steps from random vectors, as torch's parametrization takes when it is registered
+WARM_UP = 15  # power steps from random vectors at registration, as in torch's parametrization
 
-# Elements of weights that share a node of the graph: every node costs Python in both directions,
-# one for all would keep all gradients at once. 4 MB of float32; 1 MB cost 5 us a layer more where
-# layers are 256x256 (2026-11).
+# Weights share an autograd node until they have this many elements. Each node costs Python time in
+# forward and backward; one node for all would hold all gradients at once. 1 << 20 is 4 MB of
+# float32; with 1 MB, layers of 256x256 took 5 us more each (2026-11).
 NODE = 1 << 20
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
-    """(outputs, everything else), `dim` being the outputs' axis."""
+    """Return W as (outputs, everything else); `dim` is the axis of the outputs."""
     return W if dim == 0 and W.dim() == 2 else W.movedim(dim, 0).flatten(1)
 
 
 def as_weight(A: Tensor, like: Tensor, dim: int) -> Tensor:
-    """The matrix in the shape of the weight `like`, contiguous."""
+    """Return the matrix A in the shape of the weight `like`, contiguous."""
     if dim == 0:
         return A if like.dim() == 2 else A.view(like.shape)
     return A.view(like.movedim(dim, 0).shape).movedim(0, dim).contiguous()
 
 
 class _Normalize(torch.autograd.Function):
-    """W_i / s_i with s_i = u_i^T W_i v_i (1 if that is 0), u and v constant, for a list of weights.
+    """Autograd node of W_i / s_i, s_i = u_i^T W_i v_i (1 if that is 0), u and v constant.
 
-    They are computed before, for more weights than share this node. `s` and `vectors`, u_1, v_1,
-    u_2, ..., as `spectral_normalization_` returns them.
+    The results `made` are passed in, because one call computes them for more weights than share
+    this node. `s` and `vectors` (u_1, v_1, u_2, ...) are those of `spectral_normalization_`.
     """
 
     @staticmethod
@@ -58,25 +58,25 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         s, vectors, *W = ctx.saved_tensors
         out: list[Tensor | None] = list(grads)
-        dims, rows = ctx.dims, [i for i, G in enumerate(grads) if G is not None]
+        dims, given = ctx.dims, [i for i, G in enumerate(grads) if G is not None]
         G = [as_matrix(g, d) for g, d in zip(grads, dims, strict=True) if g is not None]
         A = [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
-        if len(rows) < len(W):
+        if len(given) < len(W):
             lengths = [sum(a.shape) for a in A]
-            A = [A[i] for i in rows]
-            parts = vectors.split(lengths)
-            s, vectors = s[rows], torch.cat([vectors.new_empty(0), *(parts[i] for i in rows)])
+            A = [A[i] for i in given]
+            pairs = vectors.split(lengths)
+            s, vectors = s[given], torch.cat([vectors.new_empty(0), *(pairs[i] for i in given)])
         if torch.is_grad_enabled():
             D = _differentiable(G, A, s, vectors)
         else:
             D = spectral_normalization_gradient.overload(G, A, s, vectors)
-        for i, x in zip(rows, D, strict=True):
+        for i, x in zip(given, D, strict=True):
             out[i] = as_weight(x, W[i], dims[i])
         return None, None, None, None, *out
 
 
 def _differentiable(G: Any, A: Any, s: Tensor, vectors: Tensor) -> list[Tensor]:
-    """`spectral_normalization_gradient` as a function of G and of A, with which s moves."""
+    """Compute `spectral_normalization_gradient`, differentiable in G and A; s depends on A."""
     out = []
     x = vectors.split([n for a in A for n in a.shape])
     for g, a, u, v in zip(G, A, x[::2], x[1::2], strict=True):
@@ -89,11 +89,12 @@ def _differentiable(G: Any, A: Any, s: Tensor, vectors: Tensor) -> list[Tensor]:
 
 
 class Results:
-    """What layers became together in the forwards under way, a list each, and in the last of them.
+    """Stack of results: one list of weights per running forward, plus the latest list (`last`).
 
-    The last one is for what recomputes a part of the forward in the backward and records what that
-    saves, as checkpointing without reentrance does: it must meet the same tensors again. With
-    reentrance that part has a graph of its own, which the backward frees, and computes anew.
+    `last` is kept only where gradients are enabled. Non-reentrant checkpointing recomputes part of
+    a forward in the backward. It must meet the same tensors again and takes them from `last`.
+    Reentrant checkpointing builds a graph of its own, which its backward frees; there the weights
+    are computed again.
     """
 
     def __init__(self) -> None:
@@ -109,11 +110,11 @@ class Results:
             self.running.pop()
 
     def __deepcopy__(self, memo: Any) -> Results:
-        return Results()  # results belong to a graph
+        return Results()  # results belong to the graph of the original
 
 
 class Place:
-    """Where one layer finds its own among `results`; None there: it computes its own."""
+    """Position of one layer in lists of `results`; if its entry is None, the layer computes."""
 
     __slots__ = ("index", "results")
 
@@ -121,31 +122,33 @@ class Place:
         self.results, self.index = results, index
 
     def current(self) -> Tensor | None:
-        """What the weight is now; None: to be computed."""
+        """Return the weight's ready value, or None if the layer has to compute it."""
         results = self.results
         if results.running:
             return results.running[-1][self.index]
+        # saved-tensor hooks during a backward: non-reentrant checkpointing is recomputing
         recorded = _in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True)
         result = results.last[self.index] if recorded and results.last is not None else None
         return result if result is not None and result.requires_grad else None
 
 
 def _in_backward() -> bool:
+    """Return True during a backward pass; always False while torch.compile traces."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 class SpectralNorm(nn.Module):
     """W / sigma_1(W), sigma_1 by power steps that continue from the buffers `_u` and `_v`.
 
-    Made by `spectral_norm`. In evaluation the vectors stay, sigma = u^T W v; so do they within a
-    backward, where checkpointing computes a part of the forward again.
+    `spectral_norm` makes it. In evaluation the vectors stay and sigma = u^T W v. They also stay
+    during a backward, where checkpointing computes part of the forward again.
 
-    Shapes: the weight and the result are those of the layer, (outputs, ...); `_u` is (outputs,) and
-    `_v` the product of the others, or feature maps. Cost: as `spectral_norm`. Source:
-    arXiv:1802.05957.
+    Shapes: the weight and the result are those of the layer, (outputs, ...). `_u` is (outputs,) and
+    `_v` (product of the other sizes,); with an operator, both are feature maps. Cost: as
+    `spectral_norm`. Source: arXiv:1802.05957.
     """
 
-    finishes = False
+    finishes = False  # True in subclasses with a `finish` of their own
     _u: Tensor
     _v: Tensor
 
@@ -179,7 +182,7 @@ class SpectralNorm(nn.Module):
             self.step(weight, WARM_UP)
 
     def step(self, weight: Tensor, steps: int) -> None:
-        """Power steps on the vectors alone."""
+        """Take power steps: update the vectors and nothing else."""
         if self.kind is _of_vectors:
             return
         weight = weight.detach()
@@ -195,7 +198,7 @@ class SpectralNorm(nn.Module):
         return normalized([self], [weight])[0] if result is None else result
 
     def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """What becomes of W / sigma, given the vectors; called where `finishes` is set."""
+        """Return the final weight from W / sigma and the vectors; called if `finishes` is True."""
         return normal
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -208,51 +211,53 @@ class SpectralNorm(nn.Module):
 def normalized(
     layers: Sequence[SpectralNorm], weights: Sequence[Tensor], store: Store | None = None
 ) -> list[Tensor]:
-    """Every layer's weight over its norm: one power iteration and one division for all of them.
+    """Return each layer's weight divided by its norm; layers of equal settings share one call.
 
-    In memory of `store` if there is one: for those who do so again and again.
+    The results lie in memory of `store` if one is given: for callers that repeat the call.
     """
-    again = _in_backward()
-    shapes, made_of = [w.shape for w in weights], [x.shape for x in layers]
-    if shapes != made_of:  # lists, for the price of one comparison
-        i = next(i for i, shape in enumerate(shapes) if shape != made_of[i])
+    recomputing = _in_backward()
+    shapes, expected = [w.shape for w in weights], [x.shape for x in layers]
+    if shapes != expected:  # one comparison of lists is faster than one per layer
+        i = next(i for i, shape in enumerate(shapes) if shape != expected[i])
         raise ValueError(
-            f"spectral_norm: the weight must keep shape {tuple(made_of[i])}, got "
+            f"spectral_norm: the weight must keep shape {tuple(expected[i])}, got "
             f"{tuple(shapes[i])}; remove_spectral_norm first"
         )
     keys: list[Any] = [
-        (x.kind, w.device, x.steps if x.training and not again else 0, x.order, x.eps)
+        (x.kind, w.device, x.steps if x.training and not recomputing else 0, x.order, x.eps)
         for x, w in zip(layers, weights, strict=True)
     ]
     out = list(weights)
     for key in dict.fromkeys(keys):
         kind, device, *rule = key
-        rows = [i for i, other in enumerate(keys) if other == key]
-        whole = len(rows) == len(out)
-        some = layers if whole else [layers[i] for i in rows]
-        W = weights if whole else [weights[i] for i in rows]
+        members = [i for i, other in enumerate(keys) if other == key]
+        whole = len(members) == len(out)
+        some = layers if whole else [layers[i] for i in members]
+        W = weights if whole else [weights[i] for i in members]
         empty = store.empty_like if store is not None and serves(device) else _empty
         results = kind(some, W, empty, *rule)
         if whole:
             return results
-        for i, result in zip(rows, results, strict=True):
+        for i, result in zip(members, results, strict=True):
             out[i] = result
     return out
 
 
 def _empty(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Allocate contiguous results of the same shapes and dtypes."""
     return [torch.empty_like(A, memory_format=torch.contiguous_format) for A in matrices]
 
 
 def _by_matrix(
     layers: Any, W: Any, empty: Empty, steps: int, order: str, eps: float
 ) -> list[Tensor]:
-    buffers = [layer._buffers for layer in layers]  # attributes of modules take 0.5 us each
+    """Normalize weights as matrices (outputs, rest), all in one call of the op."""
+    buffers = [layer._buffers for layer in layers]  # reading a module's attribute takes 0.5 us
     u, v, dims = [b["_u"] for b in buffers], [b["_v"] for b in buffers], [x.dim for x in layers]
     plain = all(layer.plain for layer in layers)
     with torch.no_grad():
         A = W if plain else [as_matrix(w, d) for w, d in zip(W, dims, strict=True)]
-        # vectors are copies: the next forward changes u and v, perhaps before this one's backward
+        # the op returns copies of u and v: another forward may change these before our backward
         out = empty(A)
         s, vectors = spectral_normalization_.overload(out, A, u, v, steps, order, eps)
         made = out
@@ -269,12 +274,13 @@ def _by_matrix(
             start, first, count = start + length, i, 0
     if any(layer.finishes for layer in layers):
         x = vectors.split([n for layer in layers for n in layer.sizes])
-        rows = zip(layers, results, x[::2], x[1::2], strict=True)
-        results = [layer.finish(*row) if layer.finishes else row[0] for layer, *row in rows]
+        normal = zip(layers, results, x[::2], x[1::2], strict=True)
+        results = [layer.finish(*wuv) if layer.finishes else wuv[0] for layer, *wuv in normal]
     return results
 
 
 def _by_operator(layers: Any, W: Any, _: Empty, steps: int, order: str, eps: float) -> list[Tensor]:
+    """Normalize convolutions as maps of feature maps, one after another."""
     results = []
     for layer, w in zip(layers, W, strict=True):
         layer.step(w, steps)
@@ -286,4 +292,5 @@ def _by_operator(layers: Any, W: Any, _: Empty, steps: int, order: str, eps: flo
 
 
 def _of_vectors(layers: Any, W: Any, _: Empty, steps: int, order: str, eps: float) -> list[Tensor]:
+    """Divide 1-D weights by their lengths."""
     return [F.normalize(w, dim=0, eps=eps) for w in W]

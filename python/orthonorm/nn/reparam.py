@@ -16,10 +16,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class SigmaReparam(SpectralNorm):
-    """gamma W / sigma_1(W) with a trainable scalar gamma; made by `sigma_reparam`.
+    """gamma W / sigma_1(W) with a trainable scalar gamma; `sigma_reparam` makes it.
 
-    Shapes: of the layer's weight, (outputs, ...); gamma is (1,). Cost: as `spectral_norm` and one
-    pass; an SVD when it is made. Source: arXiv:2303.06296.
+    Shapes: the layer's weight, (outputs, ...); gamma is (1,). Cost: as `spectral_norm` and one
+    pass; an SVD at construction. Source: arXiv:2303.06296.
     """
 
     finishes = True
@@ -32,7 +32,7 @@ class SigmaReparam(SpectralNorm):
         self._u.copy_(U[:, 0])
         self._v.copy_(Vh[0])
         start = s[:1] if gamma == "sigma" else torch.ones_like(s[:1])
-        self.gamma = nn.Parameter(start.to(weight.dtype))  # (1,): FSDP2 takes no 0-d parameters
+        self.gamma = nn.Parameter(start.to(weight.dtype))  # (1,): FSDP2 refuses 0-d parameters
 
     def finish(self, normal: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return self.gamma * normal
@@ -49,18 +49,18 @@ def sigma_reparam(
 ) -> M:  # fmt: skip
     """weight = gamma W / sigma_1(W) with a trainable scalar gamma.
 
-    sigma as in `spectral_norm` ("u_first"), started from the SVD. dL/dgamma = <G, W> / sigma. The
-    scalar is `module.parametrizations[name][0].gamma`; `remove_spectral_norm` folds all of it into
-    a plain weight for inference.
+    sigma_1 is found as in `spectral_norm` ("u_first"), with u and v started from the SVD.
+    dL/dgamma = <G, W> / sigma. The scalar is `module.parametrizations[name][0].gamma`.
+    `remove_spectral_norm` folds the result into a plain weight for inference.
 
     Args:
         module, name, n_power_iterations, eps: as in `spectral_norm`; weights of 2 or more
             dimensions.
-        gamma: "sigma": starts at sigma_1(W), so that the weight starts as it was (the vision code);
-            "one" (the speech code).
+        gamma: "sigma" starts gamma at sigma_1(W), which leaves the weight as it was (the vision
+            code); "one" starts it at 1 (the speech code).
 
-    Shapes: the weight is (outputs, ...), gamma (1,). Cost: an SVD at registration; an access costs
-    as with `spectral_norm`, and one pass.
+    Shapes: the weight is (outputs, ...), gamma (1,). Cost: an SVD at registration; each access
+    costs as much as with `spectral_norm`, and one pass.
 
     Source: arXiv:2303.06296; github.com/apple/ml-sigma-reparam.
     """
@@ -74,7 +74,7 @@ def sigma_reparam_(
     model: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12,
     *, gamma: str = "sigma", layers: Iterable[nn.Module] | None = None,
 ) -> M:  # fmt: skip
-    """weight = gamma W / sigma_1(W), `sigma_reparam`, of all layers of `model`, computed together.
+    """weight = gamma W / sigma_1(W): `sigma_reparam` of all layers of `model`, computed together.
 
     Arguments, shapes and cost as `spectral_norm_`, and `gamma`. Source: arXiv:2303.06296.
     """
@@ -83,10 +83,10 @@ def sigma_reparam_(
 
 
 class StableRank(SpectralNorm):
-    """S + gamma (W / sigma_1 - S), its stable rank lowered to a target; made by `stable_rank_norm`.
+    """S + gamma (W / sigma_1 - S), S = u v^T: lowers the stable rank of a weight to a target.
 
-    Shapes: of the layer's weight, (outputs, ...). Cost: as `spectral_norm` and three passes.
-    Source: arXiv:1906.04659.
+    `stable_rank_norm` makes it. Shapes: the layer's weight, (outputs, ...). Cost: as
+    `spectral_norm` and three passes. Source: arXiv:1906.04659.
     """
 
     finishes = True
@@ -120,14 +120,15 @@ def stable_rank_norm(
     """weight = S + gamma (W / sigma_1 - S), S = u v^T: sigma_1 = 1 and stable rank at most c.
 
     The stable rank is |W|_F^2 / sigma_1^2; gamma = min(1, sqrt(c - 1) / |W / sigma_1 - S|_F).
-    Differentiable, u and v constant. `remove_spectral_norm` folds it.
+    Differentiable, with u and v constant. `remove_spectral_norm` folds the result into a plain
+    weight.
 
     Args:
         module, name, n_power_iterations, eps: as in `spectral_norm`; weights of 2 or more
-            dimensions, the axes but the outputs' flattened.
-        target: c if 1 or more, else a fraction of min(m, n).
+            dimensions, with all axes but that of the outputs flattened.
+        target: c itself if 1 or more; below 1 a fraction of min(m, n).
 
-    Cost: an access costs as with `spectral_norm`, and three passes.
+    Cost per access: as with `spectral_norm`, and three passes.
 
     Source: arXiv:1906.04659.
     """
@@ -141,7 +142,7 @@ def stable_rank_norm_(
     model: M, name: str = "weight", target: float = 0.5, n_power_iterations: int = 1,
     eps: float = 1e-12, *, layers: Iterable[nn.Module] | None = None,
 ) -> M:  # fmt: skip
-    """weight = S + gamma (W / sigma_1 - S), `stable_rank_norm`, of all layers, computed together.
+    """weight = S + gamma (W / sigma_1 - S): `stable_rank_norm` of all layers, computed together.
 
     Arguments, shapes and cost as `spectral_norm_`, and `target`. Source: arXiv:1906.04659.
     """

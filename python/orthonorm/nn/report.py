@@ -14,7 +14,7 @@ from .gram import layer_bound
 
 Rule = Callable[[nn.Module], float]
 
-# Largest slopes; GELU has 1.1290 at sqrt(2), SiLU 1.0998, Mish 1.0885.
+# Largest slopes, rounded up: GELU has 1.1290 at sqrt(2), SiLU 1.0998, Mish 1.0885.
 SLOPES: Mapping[type[nn.Module], float] = {
     nn.Identity: 1.0, nn.ReLU: 1.0, nn.ReLU6: 1.0, nn.Tanh: 1.0, nn.Sigmoid: 0.25,
     nn.Softplus: 1.0, nn.LogSigmoid: 1.0, nn.Hardtanh: 1.0, nn.Softsign: 1.0,
@@ -46,15 +46,16 @@ def lipschitz_report(
 ) -> LipschitzReport:
     """|f(x) - f(y)|_2 <= prod_l L_l |x - y|_2 for a chain of layers, each bound L_l a theorem.
 
-    Linear and convolutional layers by Gram iteration (`layer_bound`), activations by their largest
-    slope, batch norms in evaluation by their largest factor. Chains are `nn.Sequential`, nested in
-    any way; what a module with a forward of its own does with its children is not known, so such a
-    type needs a rule.
+    Bounds linear and convolutional layers by Gram iteration (`layer_bound`), activations by their
+    largest slope, and batch norms in evaluation by their largest factor. A chain is an
+    `nn.Sequential`, nested in any way. A module with a forward of its own needs a rule, because
+    what it does with its children is unknown.
 
     Args:
         model: the network; weights are taken as they are now.
-        rules: a bound of further types of modules, from the module; they come first. For a
-            residual block x + f(x): `lambda m: 1 + lipschitz_report(m.f).bound`.
+        rules: {module type: function of the module that returns its bound}; they come before the
+            built-in bounds. For a residual block x + f(x):
+            `lambda m: 1 + lipschitz_report(m.f).bound`.
 
     Returns: a `LipschitzReport`, rows of (path, kind, bound). Cost: a `layer_bound` of each layer.
 
@@ -63,7 +64,7 @@ def lipschitz_report(
     Source: arXiv:1312.6199, section 4.3; bounds of layers as `layer_bound`.
     """
     was = {m: m.training for m in model.modules()}
-    model.eval()  # no power step while weights are read
+    model.eval()  # so that reading weights takes no power steps
     try:
         with torch.no_grad():
             return LipschitzReport(tuple(_rows("", model, rules or {})))
@@ -75,6 +76,7 @@ def lipschitz_report(
 def _rows(
     path: str, module: nn.Module, rules: Mapping[type[nn.Module], Rule]
 ) -> list[tuple[str, str, float]]:
+    """Return (path, kind, bound) of a module, or of each child if it is a chain without a rule."""
     kinds = type(module).__mro__
     rule = next((rules[k] for k in kinds if k in rules), None)
     if rule is None and isinstance(module, nn.Sequential):
@@ -87,6 +89,7 @@ def _rows(
 
 
 def _known(path: str, module: nn.Module) -> float:
+    """Return the built-in bound of a module; raise TypeError if there is none."""
     if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         return layer_bound(module).item()
     if isinstance(module, NORMS) and module.running_var is not None:

@@ -1,4 +1,4 @@
-"""Trained singular vectors: rotations of spectral adapters, columns of Sparse Spectral Training."""
+"""Training of singular vectors: Cayley rotations (spectral adapters) and unit columns (SST)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..polar import polar
 
 
 class _Cayley(torch.autograd.Function):
-    """The rotation and, from dR = -(I + R) dK (I + R) / 2, its gradient: no inverse either way."""
+    """Cayley's rotation and its gradient, from dR = -(I + R) dK (I + R) / 2, without inverses."""
 
     @staticmethod
     def forward(A: Tensor) -> Tensor:
         identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
-        lifts, polishes = STEPS[A.dtype]  # as many as `polar_exact` takes, in one call
+        lifts, polishes = STEPS[A.dtype]  # the steps of `polar_exact`, in one call of `polar`
         half = polar(
             identity - 0.5 * (A - A.mT), [LIFT] * lifts + [POLISH] * polishes, precision="full"
         )
@@ -40,15 +40,16 @@ class _Cayley(torch.autograd.Function):
 def cayley_rotation(A: Tensor) -> Tensor:
     """R = (I - K) (I + K)^(-1) = msign(I - K)^2, K = (A - A^T) / 2: a rotation, I for A = 0.
 
-    I - K commutes with its transpose, so its polar factor is (I - K) (I - K^2)^(-1/2), the root of
-    Cayley's transform: K1 takes it by products alone, in one call for all layers of one rank. In
-    float64, because 19 steps in float32 lose twice what a solver loses. Twice differentiable.
+    I - K commutes with its transpose, so its polar factor is (I - K) (I - K^2)^(-1/2), the square
+    root of Cayley's transform. Newton-Schulz finds it by products alone, for a whole batch in one
+    call. It computes in float64, because 19 steps in float32 lose twice what a solver loses. Twice
+    differentiable.
 
     Args:
         A: (..., r, r), any square matrices; their symmetric parts do not matter.
 
-    Returns: (..., r, r), in the dtype of A. Cost: 19 Newton-Schulz steps of r x r, 36 for
-    float64, and three products in the backward. NaN where A is not finite.
+    Returns: (..., r, r), in the dtype of A; NaN where A is not finite. Cost: 19 Newton-Schulz steps
+    of r x r (36 for float64) and a product; two products in the backward.
 
     Raises: TypeError for what is not a floating-point tensor, ValueError for other shapes.
 
@@ -63,16 +64,16 @@ def cayley_rotation(A: Tensor) -> Tensor:
 
 
 def spectral_rotation(U: Tensor, s: Tensor, V: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """U R_A diag(s) R_B^T V^T, R = `cayley_rotation`: leading singular directions, turned.
+    """U R_A diag(s) R_B^T V^T, R = `cayley_rotation`: rotate the leading singular directions.
 
-    A spectral adapter trains A and B (and a factor in s) of W = U diag(s) V^T + rest; the adapted
-    weight is this plus the rest, which for A = B = 0 is W. Differentiable in all arguments.
+    A spectral adapter of W = U diag(s) V^T + rest trains A and B (and a factor in s). The adapted
+    weight is this result plus the rest; for A = B = 0 it is W. Differentiable in all arguments.
 
     Args:
         U: (..., m, r), leading left singular vectors.
         s: (..., r), their singular values.
         V: (..., n, r), right singular vectors.
-        A, B: (..., r, r), what is trained, zeros at the start.
+        A, B: (..., r, r), the trained parameters, zeros at the start.
 
     Returns: (..., m, n). Cost: one `cayley_rotation` of both, 2 r^2 (m + r) + 2 r m n operations.
 
@@ -97,14 +98,14 @@ def spectral_rotation(U: Tensor, s: Tensor, V: Tensor, A: Tensor, B: Tensor) -> 
 def renormalize_columns_(U: Tensor, columns: Tensor | None = None) -> Tensor:
     """U_:j <- U_:j / |U_:j|_2 for every column, or for j in `columns`: unit vectors again.
 
-    Sparse Spectral Training keeps W = U diag(s) V^T factored; after each step the columns of U and
-    of V that it has sampled are renormalized by this (and s clamped to 0). By K2, one pass.
+    Sparse Spectral Training keeps W = U diag(s) V^T factored. After each step it renormalizes the
+    columns of U and V that it has sampled, and clamps s at 0 from below.
 
     Args:
         U: (..., m, r), changed in place and returned. A column of zeros stays.
         columns: int64 (k,), from 0 to r - 1, the same for every matrix of a batch.
 
-    Cost: one pass over the columns, two more where they are chosen.
+    Cost: one pass over the columns, two more if `columns` is given.
 
     Raises: TypeError for what is not a floating-point tensor or indices that are not int64,
     ValueError for fewer dimensions and indices out of range, before anything is written.

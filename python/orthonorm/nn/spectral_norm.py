@@ -1,6 +1,6 @@
 """Spectral normalization as parametrizations: of one layer, or of all layers of a module at once.
 
-Stands in for `torch.nn.utils.parametrizations.spectral_norm` and for the older hook
+Takes the place of `torch.nn.utils.parametrizations.spectral_norm` and of the older hook
 `torch.nn.utils.spectral_norm` (arXiv:1802.05957): same vectors, same order, same state-dict names.
 """
 
@@ -21,7 +21,7 @@ from .store import Store
 
 M = TypeVar("M", bound=nn.Module)
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
-NONE = nn.Module()  # in place of a part that is not there
+NONE = nn.Module()  # an empty stand-in for a missing submodule
 Make = Callable[[nn.Module, Tensor], SpectralNorm]
 
 
@@ -37,27 +37,29 @@ def spectral_norm(
 ) -> M:
     """weight = W / sigma_1(W): `torch.nn.utils.parametrizations.spectral_norm`, one pass over W.
 
-    Each access in training takes power steps from the buffers u and v, and sigma = u^T W v; in
-    evaluation they stay. Gradient: (G - <G, W> / sigma u v^T) / sigma, G that of the result. A 1-D
-    weight is divided by its norm. A zero weight stays zero, with sigma taken as 1; one that is not
-    finite gives NaN and leaves u and v alone. Loads the state dicts of both torch versions.
+    In training each access takes power steps on the buffers u and v, then sigma = u^T W v; in
+    evaluation u and v stay. The gradient is (G - <G, W> / sigma u v^T) / sigma, where G is that of
+    the result. A 1-D weight is divided by its norm. A zero weight stays zero: sigma is taken as 1.
+    A weight that is not finite gives NaN and leaves u and v unchanged. State dicts of both torch
+    versions load.
 
     Args:
         module: any module with a weight; changed in place and returned.
         name: the weight's name.
-        n_power_iterations: power steps an access, 4 m n operations each.
+        n_power_iterations: power steps per access, 4 m n operations each.
         eps: lower clamp of the norms.
-        dim: axis of the outputs; None is 1 for transposed convolutions, else 0. The others are
-            flattened: the matrix is (outputs, rest).
-        order: "u_first", as torch's parametrization, with 15 steps at registration; or "v_first",
-            as torch's older hook, with none, and that hook's names in the state dict.
-        size: spatial size of a convolution's input: sigma is then the norm of the convolution as a
-            map of feature maps of that size, not of the flattened weight (at most sqrt(taps) off).
+        dim: axis of the outputs; None takes 1 for transposed convolutions, else 0. The other axes
+            are flattened: the matrix is (outputs, rest).
+        order: "u_first" is torch's parametrization, with 15 steps at registration. "v_first" is
+            torch's older hook, without these steps and with its names in the state dict.
+        size: spatial size of a convolution's input. sigma is then the norm of the convolution as a
+            map of feature maps of that size, not of the flattened weight. With zero padding it is
+            at most sqrt(taps) times as large.
 
     Shapes: the weight is (outputs, ...), any number of dimensions. Cost: 15 power steps at
-    registration; an access reads W once a step and once to divide it, each from memory or cache.
+    registration; each access reads W once per power step and once to divide it.
 
-    Raises: ValueError where `name` is no weight or has a spectral norm already; TypeError for
+    Raises: ValueError if `name` is not a weight or has a spectral norm already; TypeError for
     weights that are not dense and floating-point.
 
     Source: arXiv:1802.05957; torch/nn/utils/parametrizations.py.
@@ -77,21 +79,22 @@ def spectral_norm_(
     order: str = "u_first",
     layers: Iterable[nn.Module] | None = None,
 ) -> M:
-    """weight = W / sigma_1(W), `spectral_norm`, of all layers, together before each forward.
+    """weight = W / sigma_1(W): `spectral_norm` of all layers, computed before each forward.
 
-    One batched power iteration for all of them instead of one an access, so a layer called twice in
-    a forward takes one step. A layer that is called without `model` takes its own steps, as after
-    `spectral_norm`. Small layers share a node of the graph, so their gradients come together.
+    One batched power iteration serves all layers once per forward of `model`. A layer that is
+    called twice in a forward therefore takes its steps once. A layer called without `model` takes
+    its own steps, as after `spectral_norm`. Small layers share an autograd node, so their gradients
+    are computed together.
 
     Args:
         model: changed in place and returned.
         name, n_power_iterations, eps, order: as in `spectral_norm`.
-        layers: which; None is every Linear, ConvNd and ConvTransposeNd that `model` has.
+        layers: the layers; None takes every Linear, ConvNd and ConvTransposeNd of `model`.
 
-    Shapes: weights are (outputs, ...), each its own. Cost: as `spectral_norm`, but one call for all
-    layers, and on CPUs memory for their results, which stays with the model.
+    Shapes: weights are (outputs, ...), of any sizes. Cost: as `spectral_norm`, in one call for all
+    layers. On CPUs the model keeps the memory of the results.
 
-    Raises: as `spectral_norm`, before any layer is changed; ValueError where there is no layer.
+    Raises: as `spectral_norm`, before any layer is changed; ValueError if there is no layer.
 
     Source: arXiv:1802.05957.
     """
@@ -103,7 +106,7 @@ def maker(
     kind: type[SpectralNorm], steps: int, eps: float, dim: int | None, order: str, size: Any,
     **more: Any,
 ) -> Make:  # fmt: skip
-    """The checked arguments as what makes one layer's parametrization."""
+    """Check the arguments; return a function that makes the parametrization of one layer."""
     op = "spectral_norm"
     check.integer(op, "n_power_iterations", steps, 1)
     check.number(op, "eps", eps, 0.0)
@@ -120,15 +123,17 @@ def maker(
 
 
 def register(module: nn.Module, name: str, layer: SpectralNorm) -> None:
+    """Register the parametrization `layer` and its state-dict names on a module."""
     steps = layer.steps
-    layer.steps = steps if layer.order == "u_first" else 0  # registering accesses the weight once
+    # registering accesses the weight once; torch's older hook takes no step at that time
+    layer.steps = steps if layer.order == "u_first" else 0
     parametrize.register_parametrization(module, name, layer)
     layer.steps = steps
     StateNames(name, layer.dim, layer.order == "v_first").install(module)
 
 
 def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Module] | None) -> M:
-    """Parametrizations of layers of a model, and the hooks that compute them together."""
+    """Register parametrizations of a model's layers, and hooks that compute them together."""
     if layers is None:
         chosen = [m for m in model.modules() if isinstance(m, LAYERS)]
     else:
@@ -153,7 +158,7 @@ def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Modul
 
 
 def check_free(module: nn.Module, name: str, min_dim: int = 1) -> None:
-    """ValueError or TypeError unless `name` is a weight without a spectral norm."""
+    """Raise ValueError or TypeError unless `name` is a weight without a spectral norm."""
     op, kind = "spectral_norm", type(module).__name__
     taken = [*_parametrizations(module, name), *module._forward_pre_hooks.values()]
     for other in taken:
@@ -169,36 +174,38 @@ def check_free(module: nn.Module, name: str, min_dim: int = 1) -> None:
 
 
 def _parametrizations(module: nn.Module, name: str) -> list[nn.Module]:
-    found: Any = module._modules.get("parametrizations", {})
-    return list(found[name]) if name in found else []
+    """Return the parametrizations of the weight `name`, in order; none: an empty list."""
+    lists: Any = module._modules.get("parametrizations", {})
+    return list(lists[name]) if name in lists else []
 
 
 def remove_spectral_norm(module: M, name: str = "weight") -> M:
-    """W <- W / sigma_1: the normalized weight as a plain parameter, of a layer or all of a module.
+    """W <- W / sigma_1 as a plain parameter, for a layer or for all layers of a module.
 
-    For what `spectral_norm`, `spectral_norm_` and their relatives registered. No further power
-    step; the value is the one that evaluation uses.
+    Undoes `spectral_norm`, `spectral_norm_` and their relatives. No further power step is taken;
+    the value is the one that evaluation uses.
 
     Shapes: weights keep theirs. Cost: one pass over each weight.
 
-    Raises: ValueError where there is none.
+    Raises: ValueError if no weight `name` has a spectral norm.
 
     Source: torch/nn/utils/spectral_norm.py, remove_spectral_norm.
     """
-    found = [m for m in module.modules() if _of(m, name)]
-    if not found:
+    owners = [m for m in module.modules() if _of(m, name)]
+    if not owners:
         raise ValueError(
             f"remove_spectral_norm: {name!r} of {type(module).__name__} has no spectral norm"
         )
-    for m in found:
+    for m in owners:
         _of(m, name)[0].eval()
-        parts: Any = m.parametrizations[name]  # type: ignore[index]
-        kind = type(m)  # deep copies share it, and torch takes the weight's property off it
+        lists: Any = m.parametrizations[name]  # type: ignore[index]
+        # deep copies share the class, and torch deletes the weight's property from it: use a copy
+        kind = type(m)
         m.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
         parametrize.remove_parametrizations(m, name)
         StateNames.remove(m, name)
-        for original in (parts._parameters, parts._buffers):  # no work is left for its group
-            original.pop("original", None)
+        for tensors in (lists._parameters, lists._buffers):  # its group then skips this weight
+            tensors.pop("original", None)
     for m in module.modules():
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
             for key, hook in list(hooks.items()):
@@ -210,11 +217,12 @@ def remove_spectral_norm(module: M, name: str = "weight") -> M:
 
 
 def _of(module: nn.Module, name: str) -> list[SpectralNorm]:
+    """Return the spectral norms among the parametrizations of the weight `name`."""
     return [p for p in _parametrizations(module, name) if isinstance(p, SpectralNorm)]
 
 
 def spectral_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SpectralNorm]]:
-    """Every spectral norm of a model: (path of the layer, the layer, weight's name, it)."""
+    """Yield (path of the layer, layer, name of the weight, spectral norm) for all of a model."""
     for path, m in model.named_modules():
         for name in getattr(m, "parametrizations", ()):
             for p in _of(m, name):
@@ -224,12 +232,13 @@ def spectral_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Spec
 def refresh_vectors_(model: M, steps: int = WARM_UP) -> M:
     """u <- W v / |W v|, v <- W^T u / |W^T u|, `steps` times, in every spectral norm of `model`.
 
-    For copies whose weights are averages (EMA): averages of u and v are no singular vectors, and
-    too short, so leave them out or call this before the copy is used.
+    For copies of a model whose weights are averages (EMA). Averages of u and v are not singular
+    vectors, and are too short. Leave u and v out of the average, or call this before using the
+    copy.
 
-    Shapes: u and v keep theirs, (outputs,) and the product of the others. Cost: a pass over every
-    weight a step. Source: arXiv:1802.05957; averages leave u and v out in
-    github.com/NCAR/miles-credit too.
+    Shapes: u and v keep theirs, (outputs,) and (product of the other sizes,). Cost: a pass over
+    every weight per step. Source: arXiv:1802.05957; github.com/NCAR/miles-credit also leaves u and
+    v out of its averages.
     """
     check.integer("refresh_vectors_", "steps", steps, 1)
     for _, m, name, p in spectral_norms(model):
@@ -239,10 +248,11 @@ def refresh_vectors_(model: M, steps: int = WARM_UP) -> M:
 
 
 def _shortcut(module: nn.Module, name: str, place: Place) -> None:
-    """Lets `module.name` hand out what is at `place`, if anything, without further calls.
+    """Make `module.name` return the ready value at `place` directly, if there is one.
 
-    Torch gives a parametrized module a class of its own with a property that calls the list of
-    parametrizations, which calls the first of them: 3 us a layer (2026-11).
+    Torch gives a parametrized module its own class, whose property calls the list of
+    parametrizations, which calls the first of them. Going around this saves 3 us per layer
+    (2026-11).
     """
     kind, ready = type(module), f"_{name}_ready"
     usual: Any = vars(kind)[name]
@@ -261,7 +271,7 @@ class _Group:
     def __init__(self, name: str, layers: list[nn.Module]) -> None:
         self.name, self.layers = name, layers
         self.parts: list[tuple[int, Any, SpectralNorm]]
-        # what a layer's own parametrization makes, and what all of its parametrizations make
+        # results of our parametrization of each layer, and of all parametrizations of each weight
         self.own, self.whole = Results(), Results()
         self.store = Store()
         for i, _, p in self.find():
@@ -269,7 +279,7 @@ class _Group:
             _shortcut(layers[i], name, Place(self.whole, i))
 
     def find(self) -> list[tuple[int, Any, SpectralNorm]]:
-        """(which layer, its list of parametrizations, ours), less those that were removed."""
+        """Return (index of the layer, its list of parametrizations, ours) for each still there."""
         self.parts = []
         for i, layer in enumerate(self.layers):
             lists: Any = layer._modules.get("parametrizations", NONE)
@@ -280,26 +290,29 @@ class _Group:
         return self.parts
 
     def before(self, *_: Any) -> None:
-        self.own.last = self.whole.last = None  # the next results may have the memory of the last
-        found, layers, weights = [], [], []
+        """Compute the layers' weights before a forward of the model."""
+        self.own.last = self.whole.last = None  # frees their memory, which the next may reuse
+        indices, layers, weights = [], [], []
         for i, x, p in self.parts:
             weight = x._parameters.get("original")
             weight = x._buffers.get("original") if weight is None else weight
-            # what is sharded still (FSDP of a part of the model) is whole when its layer asks
+            # a weight that FSDP still holds in shards is whole only when its layer runs: skip it
             if type(weight) in (nn.Parameter, Tensor):
-                found.append(i)
+                indices.append(i)
                 layers.append(p)
                 weights.append(weight)
         made: list[Tensor | None] = [*normalized(layers, weights, self.store)]
         if len(made) < len(self.layers):
-            results = dict(zip(found, made, strict=True))
+            results = dict(zip(indices, made, strict=True))
             made = [results.get(i) for i in range(len(self.layers))]
         self.own.push(made)
-        further = {i for i, x, _ in self.parts if len(x._modules) > 1}  # which act on the result
+        # further parametrizations act on our result: these weights have no ready final value
+        further = {i for i, x, _ in self.parts if len(x._modules) > 1}
         self.whole.push(
             [None if i in further else y for i, y in enumerate(made)] if further else made
         )
 
     def after(self, *_: Any) -> None:
+        """Drop the results of the forward that has ended."""
         self.own.pop()
         self.whole.pop()

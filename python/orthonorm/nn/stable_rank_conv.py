@@ -1,4 +1,4 @@
-"""Stable-rank normalization of a convolution as the map it is."""
+"""Stable-rank normalization of a convolution as a linear map of feature maps."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from .spectral_norm import spectral_norm
 class StableRankConv(nn.Module):
     """y = S x + gamma (A / sigma_1 - S) x + bias, S = u v^T: sigma_1 = 1, stable rank at most c.
 
-    A is the convolution on inputs of one size and sigma_1, u and v its own, by power iteration with
-    convolutions and transposed ones, u and v feature maps; gamma = min(1, sqrt(c - 1) /
-    |A / sigma_1 - S|_F). Its S is no convolution, so it acts on the output: y = gamma conv(x) +
-    (1 - gamma) u <v, x>. Differentiable, u and v constant. Cost: three convolutions of one sample
-    and two passes over the batch beside the convolution itself.
+    A is the convolution on inputs of one size; sigma_1, u and v are its top singular triple, by
+    power iteration on feature maps. gamma = min(1, sqrt(c - 1) / |A / sigma_1 - S|_F). S is not a
+    convolution, so the layer changes the output: y = gamma conv(x) + (1 - gamma) u <v, x> + bias,
+    where conv has the normalized weight and no bias. Differentiable, with u and v constant.
+
+    Cost: the convolution itself, two passes over the batch, and convolutions of one sample: two,
+    and in training two more per power step.
 
     Args:
         conv: Conv1d to 3d or ConvTranspose1d to 3d, zero padding, or circular padding and a kernel
             inside the input; its weight gets `spectral_norm(conv, size=size)`.
         size: spatial size of every input.
-        target: c if 1 or more, else a fraction of the smaller of the input's and output's sizes.
+        target: c itself if 1 or more; below 1 a fraction of the smaller of the number of entries
+            of an input and of an output.
         n_power_iterations, eps: as in `spectral_norm`.
 
     Source: arXiv:1906.04659 (SRN), arXiv:2010.05099 (SRN-C; formulas by the former's algebra).
@@ -51,7 +54,7 @@ class StableRankConv(nn.Module):
         self.conv: Any = spectral_norm(conv, "weight", n_power_iterations, eps, size=size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, *domain) to (N, *range)."""
+        """Map x, (N, *domain), to y, (N, *range)."""
         check.equal_shape("StableRankConv", "x", x, (len(x), *self.operator.domain))
         with parametrize.cached():
             y, W = self.conv(x), self.conv.weight

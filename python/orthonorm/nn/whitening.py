@@ -1,4 +1,4 @@
-"""Whitening by Newton's iteration for the inverse square root, and the loss that trains with it."""
+"""Whitening by Newton's iteration for the inverse square root, and losses that train with it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ AXES = ("batch", "channel")
 def iter_norm(Z: Tensor, steps: int = 4, axis: str = "batch") -> Tensor:
     """P X / sqrt(tr S): X centred, S = X X^T / (d - 1), P <- (3 P - P^3 S / tr S) / 2 from I.
 
-    P tends to (S / tr S)^(-1/2); four steps whiten large directions and leave small ones small, by
-    intent. Many more (15) blow up rounding errors where S has lower rank. Differentiable. Zero
+    P tends to (S / tr S)^(-1/2). Four steps whiten large directions and leave small ones small, on
+    purpose. Many more (15) amplify rounding errors where S has lower rank. Differentiable. Zero
     stays zero.
 
     Args:
         Z: (..., N, d), N samples of d features.
-        steps: of the iteration.
+        steps: Newton steps.
         axis: "batch" centres rows and whitens the N x N Gram matrix of the samples (INTL's
-            default); "channel" centres columns and whitens the d x d covariance of the features,
+            default). "channel" centres columns and whitens the d x d covariance of the features:
             X P / sqrt(tr S), S = X^T X / (N - 1).
 
-    Returns: whitened Z. Cost: 2 N^2 d + 6 steps N^3 operations (with N and d exchanged).
+    Returns: whitened Z. Cost: 4 N^2 d + 6 steps N^3 operations (for "channel" with N and d
+    exchanged).
 
     Source: arXiv:1904.03441; arXiv:2305.16789 (github.com/winci-ai/INTL).
     """
@@ -71,11 +72,12 @@ class IterNorm(nn.Module):
 
 
 def trace_loss(Z: Tensor, axis: str = "batch") -> Tensor:
-    """sum_i (var_i - 1)^2: how far the whitened samples ("batch") or features are from variance 1.
+    """sum_i (var_i - 1)^2: the distance of whitened samples (or features) from variance 1.
 
     Args:
-        Z: whitened, (N, d); variances over features of each sample, or over samples of each
-            feature ("channel").
+        Z: whitened, (N, d).
+        axis: "batch" takes the variance of each sample over its features, "channel" that of each
+            feature over the samples.
 
     Returns: a 0-d tensor, differentiable. Cost: two passes. Source: arXiv:2305.16789.
     """
@@ -89,11 +91,12 @@ def intl_loss(
 ) -> Tensor:
     """mean over i > 0 of mean(2 - 2 cos(t_i, t_0)) + weight (trace_loss(t_i) + trace_loss(t_0)).
 
-    t_i = iter_norm(views[i]): two or more augmented views of one batch, without negative pairs.
+    t_i = iter_norm(views[i]) for two or more augmented views of one batch. No negative pairs are
+    needed.
 
     Args:
         views: projections (N, d) of each view.
-        weight: of the trace loss; None is 0.01 (log2 N - 3), as published.
+        weight: weight of the trace loss; None takes 0.01 (log2 N - 3), as published.
         steps, axis: as `iter_norm`.
 
     Returns: a 0-d tensor, differentiable. Cost: an `iter_norm` of every view.
