@@ -17,19 +17,19 @@ from torch import Tensor
 from ..distributed import agreement, shards
 from ..distributed.plan import Bucket
 from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
-from ..ops import adamw_step_, magnitude
+from ..ops import magnitude
 from ..ops.steps import stacks_in_turn, work_parts
 from ..ops.words import segments, triples_of
 from ..polar import Polynomial
-from . import storage
+from . import companion, storage
 from .amp import Flags, flags_of, unless
-from .batches import adamw_batch, matrix_batch
+from .batches import matrix_batch
 from .constraints import constrain_
 from .decay import decayed_update
 from .groups import Groups, seeded
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
-from .state import ADAMW_STATE, MOMENTUM, Batch, Updates, fit, halved, held, unheld, without_state
+from .state import MOMENTUM, Batch, Updates, fit, halved, held, unheld, widened, without_state
 from .telemetry import Probe, read
 from .tensors import is_distributed, local, meets_owner
 
@@ -181,10 +181,12 @@ class MatrixOptimizer(Groups):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
-        if type(self).alike is MatrixOptimizer.alike and not group.get("mantissa"):
+        own = group.get("mantissa") or group["state_dtype"] == "float32"
+        if type(self).alike is MatrixOptimizer.alike and not own:
             self.update_alike(batch, group)  # most rules; to ask for each parameter takes 10 us
             return
-        kinds = [(self.alike(p, group), halved(p, group)) for p in batch.owners]
+        asked = (self.alike, halved, widened)
+        kinds = [tuple(ask(p, group) for ask in asked) for p in batch.owners]
         different = list(dict.fromkeys(kinds))
         for kind in different:
             rows = [i for i, k in enumerate(kinds) if k == kind]
@@ -193,7 +195,8 @@ class MatrixOptimizer(Groups):
     def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
         """`update` of matrices that one call of `direction` takes."""
         device = batch.params[0].device
-        flags, dtype = flags_of(self, device), torch.float32 if batch.mantissas else None
+        flags = flags_of(self, device)
+        dtype = torch.float32 if widened(batch.owners[0], group) else None
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
         probe = self.probe(group)
@@ -257,7 +260,7 @@ class MatrixOptimizer(Groups):
             params = [group["params"][i] for i in finite]
             self._measure(group, params, len(indices))
             if params and group["rule"] == "adamw":
-                self._adamw_update(params, group)
+                companion.update(self, params, group)
             elif params:
                 self._matrix_update(*plan, group)
                 self.finish(params, group)
@@ -306,7 +309,7 @@ class MatrixOptimizer(Groups):
                 rows = [p for p in params if not meets_owner(p, group)] if cut else params
                 if rows:
                     batch = matrix_batch(self, rows, group)
-                    if group["state_dtype"] and self.prepares:
+                    if group["state_dtype"] in storage.SMALLER and self.prepares:
                         batch = storage.opened(batch, self.elementwise_state(group), group)
                 with agreement.experts_succeed(self, cut, group):
                     if batch is not None:
@@ -360,23 +363,6 @@ class MatrixOptimizer(Groups):
                 + (f" and {len(bad) - 1} more" * (len(bad) > 1))
             )
         return [i for i in indices if i not in set(bad)]
-
-    def _adamw_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        whole = adamw_batch(self, params, group)
-        storage.update(whole, ADAMW_STATE, group, self._adamw_update_some, True)
-
-    def _adamw_update_some(self, batch: Batch, group: dict[str, Any]) -> None:
-        params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
-        if group["state_dtype"] == "8bit":  # opened as rows of elements
-            first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
-        adamw_step_.overload(
-            params, batch.grads, first, second, batch.state["step"],
-            self.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
-            group["weight_decay"], group["decay_first"], group["correct_eps"], None,
-            *flags_of(self, params[0].device),
-        )  # fmt: skip
-        if probe := self.probe(group):
-            probe.add_momenta(first)
 
     def scalar(self, group: dict[str, Any], key: str, device: torch.device) -> Tensor:
         """group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.
