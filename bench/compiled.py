@@ -115,7 +115,7 @@ LINE_OPS = ("row_moment_", "column_moment_", "factored_moment_", "row_normalize"
 
 def cuda(row: dict[str, Any]) -> Iterator[Kernel]:
     """A kernel for every op and dtype that a row of nvcc's report serves; none of those that
-    reduce a few numbers, nor of halves, which Triton has none of."""
+    reduce a few numbers, nor of halves, of which Triton has AdamW's alone."""
     function, _, arguments = row["kernel"].rstrip(">").partition("<")
     if function not in CUDA_HOT or "Halves" in arguments:
         return

@@ -111,7 +111,7 @@ def pair(
             {"params": [heads], "heads": 8},
         ]  # fmt: skip
 
-    ours = [nn.Parameter(put(p.detach(), mesh, places)) for p in plain]
+    ours = [nn.Parameter(put(p.detach().clone(), mesh, places)) for p in plain]
     return cls(groups(ours), **kwargs), cls(groups(plain), **kwargs)
 
 

@@ -103,6 +103,36 @@ def check_halves() -> None:
         for w, m, x in zip(halves, mantissas, whole, strict=True):
             assert torch.equal(bits(joined(w, m)), bits(x))
             assert ((w.float() - x).abs() <= x.abs() * 2.0**-8).all()
+    check_halves_of_adamw()
+
+
+def check_halves_of_adamw() -> None:
+    """The same of adamw_step_, for gradients and state of any dtypes; skipped, all is as it was."""
+    shapes = [*SHAPES, (2049, 4), (0, 3), ()]
+    for mix in ("half-weights", "bfloat16", "float32", "wide-states"):
+        for variant in range(3):
+            given = make("adamw_step_", shapes, MIXES[mix], variant=variant)
+            whole = given.pop("params")
+            halves = [torch.empty_like(x, dtype=BF16) for x in whole]
+            halves[1] = halves[1].mT.contiguous().mT
+            mantissas = [torch.zeros_like(w, dtype=torch.int16) for w in halves]
+            whole = [x.to(F32) * 1.001 for x in whole]
+            for w, m, x in zip(halves, mantissas, whole, strict=True):
+                split_(w, m, x)
+            other = mapped(given, torch.clone)
+            for _ in range(3):
+                OPS["adamw_step_"](halves, **other, mantissas=mantissas)
+                OPS["adamw_step_"](whole, **given)
+            for w, m, x in zip(halves, mantissas, whole, strict=True):
+                assert torch.equal(bits(joined(w, m)), bits(x))
+            for key in ("exp_avg", "exp_avg_sq", "steps"):
+                assert all(torch.equal(a, b) for a, b in zip(given[key], other[key], strict=True))
+            found = other | {"found_inf": torch.tensor(1.0)}
+            OPS["adamw_step_"](halves, **found, mantissas=mantissas)
+            for w, m, x in zip(halves, mantissas, whole, strict=True):
+                assert torch.equal(bits(joined(w, m)), bits(x))
+            for key in ("exp_avg", "exp_avg_sq", "steps"):
+                assert all(torch.equal(a, b) for a, b in zip(given[key], other[key], strict=True))
 
 
 def test_flags() -> None:

@@ -29,7 +29,18 @@ from .decay import decayed_update
 from .groups import Groups, seeded
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
-from .state import MOMENTUM, Batch, Updates, fit, halved, held, unheld, widened, without_state
+from .state import (
+    MOMENTUM,
+    Batch,
+    Updates,
+    fit,
+    gatherable,
+    halved,
+    held,
+    unheld,
+    widened,
+    without_state,
+)
 from .telemetry import Probe, read
 from .tensors import is_distributed, local, meets_owner
 
@@ -83,6 +94,10 @@ class MatrixOptimizer(Groups):
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, but for the dtype of mantissas of sharded parameters (`gatherable`)."""
+        return gatherable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but for the dtypes of state: this optimizer's own, whatever was saved."""

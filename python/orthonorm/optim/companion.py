@@ -12,8 +12,17 @@ from .._checks import PLAIN
 from ..ops import adamw_step_
 from . import storage
 from .amp import flags_of
-from .state import ADAMW_STATE, Batch, kept_dtype, scales_of, working_dtype, zeros_for
-from .tensors import local
+from .state import (
+    ADAMW_STATE,
+    MANTISSA,
+    Batch,
+    halved,
+    kept_dtype,
+    scales_of,
+    working_dtype,
+    zeros_for,
+)
+from .tensors import local, whole
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
@@ -23,7 +32,12 @@ def update(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) ->
     """One step of parameters that have gradients."""
 
     def some(batch: Batch, group: dict[str, Any]) -> None:
-        update_some(opt, batch, group)
+        halves = [half is not None for half in batch.halves]
+        for kind in dict.fromkeys(halves):  # one call has mantissas of all, or of none
+            rows = [i for i, half in enumerate(halves) if half == kind]
+            update_some(opt, batch.part(rows), group)
+        if not halves:
+            update_some(opt, batch, group)
 
     storage.update(adamw_batch(opt, params, group), ADAMW_STATE, group, some, True)
 
@@ -37,14 +51,14 @@ def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> No
         params, batch.grads, first, second, batch.state["step"],
         opt.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
         group["weight_decay"], group["decay_first"], group["correct_eps"], None,
-        *flags_of(opt, params[0].device),
+        *flags_of(opt, params[0].device), batch.mantissas,
     )  # fmt: skip
     if probe := opt.probe(group):
         probe.add_momenta(first)
 
 
 def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Parameters, gradients and AdamW's state; 8-bit state as matrices of one row."""
+    """Parameters, gradients, mantissas and AdamW's state; 8-bit state as matrices of one row."""
     states, own = adamw_state(opt, params, group), all(type(p) in PLAIN for p in params)
 
     def here(tensors: list[Any]) -> list[Tensor]:
@@ -59,7 +73,10 @@ def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any
     grads = here([p.grad for p in params])
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
-    return Batch(here(params), grads, state, params, [0] * len(params))
+    halves: list[Any] = []
+    if group["mantissa"]:
+        halves = [local(s[MANTISSA]) if MANTISSA in s else None for s in states]
+    return Batch(here(params), grads, state, params, [0] * len(params), halves=halves)
 
 
 def adamw_state(
@@ -72,6 +89,8 @@ def adamw_state(
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             for key in ADAMW_STATE:
                 state[key] = zeros_for(p, kept_dtype(group) or working_dtype(p, group), group)
-            for key, shape in scales_of(p.reshape(1, -1), ADAMW_STATE, group).items():
+            for key, shape in scales_of(whole(p).reshape(1, -1), ADAMW_STATE, group).items():
                 state[key] = torch.zeros(shape, device=p.device)
+        if halved(p, group) and MANTISSA not in state:
+            state[MANTISSA] = torch.zeros_like(p, dtype=torch.int16)
     return states

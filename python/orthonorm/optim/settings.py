@@ -27,8 +27,8 @@ class Common(TypedDict, total=False):
         "fast_cap", "stiefel" or None.
     telemetry: measure every so many steps what `optimizer.telemetry()` tells (0: never).
     mantissa: True keeps beside every bfloat16 weight what it lacks of a float32 one, 2 bytes, and
-        state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). Not for
-        sharded parameters, nor with a constraint.
+        state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). The
+        AdamW companion's weights too. Not for matrices that are sharded, nor with a constraint.
     state_dtype: None keeps state in the parameter's dtype. "float32" keeps state of bfloat16 and
         float16 parameters in float32; a step computes what it does for float32 parameters and
         rounds the weights at its end. "bfloat16" keeps state of the parameter's shape in 2 bytes,
@@ -87,6 +87,7 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "nonfinite": "propagate",
     "maximize": False,
     "telemetry": 0,
+    "mantissa": False,
     "state_dtype": None,
     "stochastic_rounding": False,
 }
@@ -187,5 +188,5 @@ TORCH: dict[str, Rule] = {  # keywords of torch's optimizers that groups do not 
 
 def inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the AdamW companion takes over from the matrix rule, if it is not told otherwise."""
-    keys = ("maximize", "telemetry", "state_dtype", "stochastic_rounding")
+    keys = ("maximize", "telemetry", "mantissa", "state_dtype", "stochastic_rounding")
     return {key: settings[key] for key in keys if key in settings}

@@ -14,7 +14,7 @@ from ..ops import dequantize_blocks_, quantize_blocks_
 from ..ops.blocks import scales_shape
 from ..ops.mantissa import joined
 from .storage import SCALES, UNSIGNED
-from .tensors import state_zeros, whole
+from .tensors import bits_as, is_distributed, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 MOMENTUM = "momentum_buffer"
 MANTISSA = "mantissa"
+BITS = torch.float16  # what state dicts have mantissas in where they are sharded
 
 
 def halved(p: Tensor, group: Mapping[str, Any]) -> bool:
@@ -152,6 +153,8 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     adamw = group["rule"] == "adamw"
     if not halved(p, group):
         state.pop(MANTISSA, None)
+    elif getattr(state.get(MANTISSA), "dtype", None) == BITS:
+        state[MANTISSA] = bits_as(state[MANTISSA], torch.int16)
     elif state and MANTISSA not in state:
         state[MANTISSA] = torch.zeros_like(p, dtype=torch.int16)
     like = torch.contiguous_format if adamw else torch.preserve_format
@@ -289,6 +292,17 @@ def named_state(
 ) -> dict[str, tuple[int, ...]]:
     """All state that belongs to one matrix."""
     return opt.matrix_state(x, group) | scales_of(x, opt.elementwise_state(group), group)
+
+
+def gatherable(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose sharded mantissas are float16 of the same bits: torch's collectives, by
+    which others make whole tensors of it, know no int16."""
+    state = {
+        p: {k: bits_as(t, BITS) if k == MANTISSA and is_distributed(t) else t
+            for k, t in named.items()}
+        for p, named in saved["state"].items()
+    }  # fmt: skip
+    return {**saved, "state": state}
 
 
 class Held:
