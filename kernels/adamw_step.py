@@ -19,8 +19,8 @@ from .rounding import rounded
 def adamw_kernel(
     table, count, lr, seed, grad_scale, found_inf, STEPS: tl.constexpr,
     W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
-    R_TYPE: tl.constexpr, T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
-    DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
+    R_TYPE: tl.constexpr, T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK: tl.constexpr, DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
 ):  # fmt: skip
     """Numbers: beta1, 1 - beta1, log beta1, the same of beta2, eps, weight decay; extras: address
     of the step count, where the weight begins. R_TYPE is None where there are no mantissas."""

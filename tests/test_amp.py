@@ -13,16 +13,24 @@ from orthonorm import optim
 from orthonorm._library import OPS
 from orthonorm.ops import steps
 from orthonorm.ops.mantissa import joined, split_
-from passes import BF16, F32, F64, LISTS, MIXES, check_errors, make, mapped, mutated, run
+from passes import (
+    BF16,
+    F32,
+    F64,
+    LISTS,
+    MIXES,
+    bits,
+    check_errors,
+    check_halves_of_adamw,
+    make,
+    mapped,
+    mutated,
+    run,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [(5, 7), (41, 70), (2, 3, 65), (1, 1)]
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(t: Tensor) -> Tensor:
-    return t.contiguous().view(INTEGERS[t.element_size()])
 
 
 # ---- ops: called by the tests of the other backends too ------------------------------------------
@@ -103,36 +111,7 @@ def check_halves() -> None:
         for w, m, x in zip(halves, mantissas, whole, strict=True):
             assert torch.equal(bits(joined(w, m)), bits(x))
             assert ((w.float() - x).abs() <= x.abs() * 2.0**-8).all()
-    check_halves_of_adamw()
-
-
-def check_halves_of_adamw() -> None:
-    """The same of adamw_step_, for gradients and state of any dtypes; skipped, all is as it was."""
-    shapes = [*SHAPES, (2049, 4), (0, 3), ()]
-    for mix in ("half-weights", "bfloat16", "float32", "wide-states"):
-        for variant in range(3):
-            given = make("adamw_step_", shapes, MIXES[mix], variant=variant)
-            whole = given.pop("params")
-            halves = [torch.empty_like(x, dtype=BF16) for x in whole]
-            halves[1] = halves[1].mT.contiguous().mT
-            mantissas = [torch.zeros_like(w, dtype=torch.int16) for w in halves]
-            whole = [x.to(F32) * 1.001 for x in whole]
-            for w, m, x in zip(halves, mantissas, whole, strict=True):
-                split_(w, m, x)
-            other = mapped(given, torch.clone)
-            for _ in range(3):
-                OPS["adamw_step_"](halves, **other, mantissas=mantissas)
-                OPS["adamw_step_"](whole, **given)
-            for w, m, x in zip(halves, mantissas, whole, strict=True):
-                assert torch.equal(bits(joined(w, m)), bits(x))
-            for key in ("exp_avg", "exp_avg_sq", "steps"):
-                assert all(torch.equal(a, b) for a, b in zip(given[key], other[key], strict=True))
-            found = other | {"found_inf": torch.tensor(1.0)}
-            OPS["adamw_step_"](halves, **found, mantissas=mantissas)
-            for w, m, x in zip(halves, mantissas, whole, strict=True):
-                assert torch.equal(bits(joined(w, m)), bits(x))
-            for key in ("exp_avg", "exp_avg_sq", "steps"):
-                assert all(torch.equal(a, b) for a, b in zip(given[key], other[key], strict=True))
+    check_halves_of_adamw(SHAPES)
 
 
 def test_flags() -> None:

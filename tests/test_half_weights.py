@@ -1,4 +1,4 @@
-"""Mantissas of AdamW's groups: models all of bfloat16 that train as those of float32, to the bit."""
+"""Mantissas of AdamW's groups: models of bfloat16 that train as those of float32, to the bit."""
 
 from __future__ import annotations
 
