@@ -124,7 +124,8 @@ LINE_OPS = ("row_moment_", "column_moment_", "factored_moment_", "row_normalize"
 def cuda(row: dict[str, Any]) -> Iterator[Kernel]:
     """Yield a kernel for every op and dtype that a row of nvcc's report serves.
 
-    Kernels that reduce a few numbers are left out, and those of halves, which Triton does not have.
+    Kernels that reduce a few numbers are left out. So are those of halves, of which Triton has only
+    AdamW's.
     """
     function, _, arguments = row["kernel"].rstrip(">").partition("<")
     if function not in CUDA_HOT or "Halves" in arguments:

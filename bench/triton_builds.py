@@ -165,6 +165,10 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
     ),
     "adamw_step": (
         "adamw_kernel", ("W", "G", "M", "V", "T"), (),
+        {"seed": None, **FLAGS, "R_TYPE": None, "DECAY_FIRST": True, "CORRECT_EPS": True},
+    ),
+    "adamw_step_halves": (
+        "adamw_kernel", ("W", "G", "M", "V", "R", "T"), (),
         {"seed": None, **FLAGS, "DECAY_FIRST": True, "CORRECT_EPS": True},
     ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
@@ -191,11 +195,13 @@ def passes(arch: str) -> Iterator[Build]:
     for op, (name, tensors, arguments, own) in PASSES.items():
         for dtype in (each.torch.bfloat16, each.torch.float32):
             fixed = {"CODES": each.torch.uint8, "SCALES": each.torch.float32}
+            if "R" in tensors:  # mantissas, beside weights of bfloat16
+                fixed |= {"W": each.torch.bfloat16, "R": each.torch.int16}
             types = {f"{t}_TYPE": tables.TYPES[fixed.get(t, dtype)] for t in tensors}
             constants = dict(
                 STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
             )  # fmt: skip
-            kernel = getattr(module(re.sub("_fold|_rounded", "", op)), name)
+            kernel = getattr(module(re.sub("_fold|_rounded|_halves", "", op)), name)
             yield Build(
                 op, kernel, constants, each.OPTIONS, arch,
                 str(dtype).removeprefix("torch."), False, arguments,

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "host_device.h"
+#include "mantissa.h"
 
 namespace orthonorm {
 
@@ -58,6 +58,14 @@ ORTHONORM_HD inline void adamw_step(const AdamWStep<A>& c, A& w, A g, A& m, A& v
   const A denominator = std::sqrt(v) + c.eps;
   const A direction = m / denominator;
   w = std::fma(-c.size, denominator == A(0) ? A(0) : direction, c.decay * w);
+}
+
+// The same of the float that `w` and `mantissa` are the halves of.
+template <class A>
+ORTHONORM_HD inline void adamw_step(const AdamWStep<A>& c, A& w, A g, A& m, A& v, A& mantissa) {
+  A whole = static_cast<A>(joined(w, mantissa));
+  adamw_step(c, whole, g, m, v);
+  split(static_cast<float>(whole), w, mantissa);
 }
 
 }  // namespace orthonorm

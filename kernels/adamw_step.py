@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import elementwise as each
 from . import tables, tiles
+from .mantissa import joined, split
 from .rounding import rounded
 
 
@@ -18,18 +19,19 @@ from .rounding import rounded
 def adamw_kernel(
     table, count, lr, seed, grad_scale, found_inf, STEPS: tl.constexpr,
     W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
-    T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
-    DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
+    R_TYPE: tl.constexpr, T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK: tl.constexpr, DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
 ):  # fmt: skip
     """Numbers: beta1, 1 - beta1, log beta1, the same of beta2, eps, weight decay; extras: address
-    of the step count, where the weight begins."""
+    of the step count, where the weight begins. R_TYPE is None where there are no mantissas."""
+    extras: tl.constexpr = each.HEAD + (16 if R_TYPE is None else 20)
     entries = table + 8
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)
     g_at = each.elements(entries, count, entry, batch, start, local, 1, G_TYPE, FLAT)
     m_at = each.elements(entries, count, entry, batch, start, local, 2, M_TYPE, FLAT)
     v_at = each.elements(entries, count, entry, batch, start, local, 3, V_TYPE, FLAT)
-    steps = tiles.field(entries, count, entry, each.HEAD + 16).to(tl.pointer_type(T_TYPE))
+    steps = tiles.field(entries, count, entry, extras).to(tl.pointer_type(T_TYPE))
     t = tl.load(steps).to(tl.float64)
     rate = tl.load(lr).to(tl.float64)
     correct1 = 1.0 - tl.exp(t * tiles.number(table, 2))
@@ -42,7 +44,11 @@ def adamw_kernel(
     g = each.unscaled(tl.load(g_at, mask=mask, other=0.0).to(WIDE), grad_scale)
     old_m = tl.load(m_at, mask=mask, other=0.0).to(WIDE)
     old_v = tl.load(v_at, mask=mask, other=0.0).to(WIDE)
-    old = tl.load(w_at, mask=mask, other=0.0).to(WIDE)
+    old = tl.load(w_at, mask=mask, other=0.0)
+    if R_TYPE is not None:
+        r_at = each.elements(entries, count, entry, batch, start, local, 4, R_TYPE, FLAT)
+        old = joined(old, tl.load(r_at, mask=mask, other=0))
+    old = old.to(WIDE)
     m = tiles.number(table, 0).to(WIDE) * old_m + tiles.number(table, 1).to(WIDE) * g
     v = tiles.number(table, 3).to(WIDE) * old_v + tiles.number(table, 4).to(WIDE) * g * g
     denominator = each.root(v) + eps.to(WIDE)
@@ -53,8 +59,13 @@ def adamw_kernel(
         w = decay * (old - update)
     tl.store(m_at, each.kept(found_inf, old_m, m).to(M_TYPE), mask=mask)
     tl.store(v_at, each.kept(found_inf, old_v, v).to(V_TYPE), mask=mask)
-    w = rounded(w, w_at, tiles.field(entries, count, entry, each.HEAD + 17), seed, W_TYPE)
-    tl.store(w_at, each.kept(found_inf, old, w).to(W_TYPE), mask=mask)
+    if R_TYPE is None:
+        w = rounded(w, w_at, tiles.field(entries, count, entry, extras + 1), seed, W_TYPE)
+        tl.store(w_at, each.kept(found_inf, old, w).to(W_TYPE), mask=mask)
+    else:
+        high, low = split(each.kept(found_inf, old, w).to(tl.float32))
+        tl.store(w_at, high, mask=mask)
+        tl.store(r_at, low, mask=mask)
 
 
 def adamw_step_(
@@ -73,6 +84,7 @@ def adamw_step_(
     rounding: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     if not params:
         return
@@ -83,16 +95,19 @@ def adamw_step_(
         torch._foreach_add_(steps, (found_inf.reshape(()) == 0).to(steps[0].dtype))
     steps = [s.to(device) for s in steps]  # they may live on the CPU, as torch's do
     lr = lr.to(device)
-    given = (rounding, grad_scale, found_inf)
-    seed, grad_scale, found_inf = (t if t is None else t.to(device) for t in given)
+    flags = (rounding, grad_scale, found_inf)
+    seed, grad_scale, found_inf = (t if t is None else t.to(device) for t in flags)
+    given = [params, grads, exp_avg, exp_avg_sq]
+    given += [] if mantissas is None else [mantissas]
     numbers = [n for b in (beta1, beta2) for n in (b, 1 - b, math.log(b) if b else -math.inf)]
     for dtype in {s.dtype for s in steps}:
         rows = [i for i, s in enumerate(steps) if s.dtype == dtype]
-        lists = [[values[i] for i in rows] for values in (params, grads, exp_avg, exp_avg_sq)]
+        lists = [[values[i] for i in rows] for values in given]
         extras = [(steps[i].data_ptr(), params[i].data_ptr()) for i in rows]
         for group in each.groups(lists, extras):
             table = group.table((*numbers, eps, weight_decay), device)
             *types, wide, flat, block = group.constants
+            types += [None] * (5 - len(types))
             adamw_kernel[(table.tiles,)](
                 table.data, table.count, lr, seed, grad_scale, found_inf, table.steps, *types,
                 tables.TYPES[dtype], wide, flat, block, decay_first, correct_eps, **each.OPTIONS,

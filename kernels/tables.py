@@ -24,6 +24,7 @@ TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
 }
 
 

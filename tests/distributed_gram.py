@@ -43,9 +43,10 @@ def makers(context: Context) -> list[tuple[Any, list[Any], bool]]:
     return found
 
 
-def optimizer(name: str, tensors: list[Tensor]) -> Any:
+def optimizer(name: str, tensors: list[Tensor], state: str | None = None) -> Any:
     cls, kwargs = RULES[name]
-    return cls([nn.Parameter(t) for t in tensors], method="gram", **kwargs)
+    params = [nn.Parameter(t) for t in tensors]
+    return cls(params, method="gram", state_dtype=state, **kwargs)
 
 
 def params(opt: Any) -> list[Any]:
@@ -83,10 +84,12 @@ def exact(name: str, start: list[Tensor], gradients: list[list[Tensor]]) -> list
 
 
 @functools.cache
-def one_process(name: str, dtype: torch.dtype, wide: bool) -> tuple[float, list[Any]]:
+def one_process(
+    name: str, dtype: torch.dtype, wide: bool, state: str | None
+) -> tuple[float, list[Any]]:
     """How far torch is off in the dtype, and from what."""
     start, gradients = inputs(dtype, wide)
-    twin = optimizer(name, [t.clone() for t in start])
+    twin = optimizer(name, [t.clone() for t in start], state)
     with orthonorm.reference():
         steps(twin, gradients)
         truth = exact(name, start, gradients)
@@ -104,15 +107,16 @@ def sums_of_gram_matrices_are_as_accurate_as_one_process(context: Context) -> No
     """err <= 2 err of torch in the same dtype, both against float64, or NumPy's longdouble."""
     for name in RULES if context.world == 2 else ON_FOUR:
         for mesh, places, wide in makers(context):
-            for dtype in DTYPES if name == "Muon" else (torch.float32,):
+            kinds = [(dtype, None) for dtype in (DTYPES if name == "Muon" else DTYPES[:1])]
+            for dtype, state in [*kinds, (torch.bfloat16, "float32")]:
                 start, gradients = inputs(dtype, wide)
-                ours = optimizer(name, [put(t, mesh, places) for t in start])
+                ours = optimizer(name, [put(t, mesh, places) for t in start], state)
                 report = comm_report(ours)
                 assert report.summed > 0
                 if "NorMuon" not in name:  # whose lines are more than small matrices are
                     assert report.sent == 0 or dtype == torch.bfloat16  # sums are of float32
                 steps(ours, gradients)
-                theirs, truth = one_process(name, dtype, wide)
+                theirs, truth = one_process(name, dtype, wide, state)
                 mine = furthest(params(ours), truth)
                 assert mine <= 2 * theirs, (name, places, dtype, mine, theirs)
                 for p in params(ours):

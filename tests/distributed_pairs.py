@@ -86,14 +86,20 @@ def parameters(opt: Any) -> list[Any]:
 
 
 def pair(
-    name: str, mesh: Any, places: list[Any], dtype: Any = torch.float32, like: Any = None
+    name: str,
+    mesh: Any,
+    places: list[Any],
+    dtype: Any = torch.float32,
+    like: Any = None,
+    **more: Any,
 ) -> tuple[Any, Any]:
     """The same optimizer on distributed and on plain parameters, one of them of two matrices, one
     of eight heads.
 
-    `like`: the dtype whose values they have.
+    `like`: the dtype whose values they have; `more`: further settings.
     """
     cls, kwargs = OPTIMIZERS[name]
+    kwargs = {**kwargs, **more}
     torch.manual_seed(0)
     shapes = (*SHAPES, (30, 8), (40, 6))
     plain = [nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in shapes]
@@ -105,7 +111,7 @@ def pair(
             {"params": [heads], "heads": 8},
         ]  # fmt: skip
 
-    ours = [nn.Parameter(put(p.detach(), mesh, places)) for p in plain]
+    ours = [nn.Parameter(put(p.detach().clone(), mesh, places)) for p in plain]
     return cls(groups(ours), **kwargs), cls(groups(plain), **kwargs)
 
 

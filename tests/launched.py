@@ -127,3 +127,13 @@ def test_steps_share_launches(name: str, few: int) -> None:
         OPS[name](**arguments)
         counts.append(len(LAUNCHES))
     assert counts[0] == counts[1] <= few
+
+
+def test_adamw_of_halves_launches() -> None:
+    """Weights of bfloat16 beside their mantissas: the kernel is compiled for int16."""
+    arguments = made(CASES["adamw_step_"], LIST, Inputs.named("bfloat16"))
+    mantissas = [torch.zeros_like(w, dtype=torch.int16) for w in arguments["params"]]
+    LAUNCHES.clear()
+    OPS["adamw_step_"](**arguments, mantissas=mantissas)
+    types = {repr(t) for launch in LAUNCHES for t in launch.source.constants.values()}
+    assert LAUNCHES and any("int16" in t for t in types), types

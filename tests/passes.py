@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from orthonorm._library import OPS, Op
+from orthonorm.ops.mantissa import joined, split_
 from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -205,6 +206,43 @@ def check_errors(name: str, arguments: Arguments) -> None:
         slack = unit if label == "norms" else 0.0  # of the result itself
         limit = 2 * allowed[label] + slack
         assert error <= limit, f"{name} {label}: {error} > {limit}"
+
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(INTEGERS[t.element_size()])
+
+
+def check_halves_of_adamw(some: Sequence[tuple[int, ...]]) -> None:
+    """Weights and mantissas are float32 weights, to the bit, for gradients and state of any dtypes;
+    skipped, all is as it was. The second shape has two dimensions, which are transposed there."""
+    shapes = [*some, (2049, 4), (0, 3), ()]
+    for mix in ("half-weights", "bfloat16", "float32", "wide-states"):
+        for variant in range(3):
+            given = make("adamw_step_", shapes, MIXES[mix], variant=variant)
+            whole = given.pop("params")
+            halves = [torch.empty_like(x, dtype=BF16) for x in whole]
+            halves[1] = halves[1].mT.contiguous().mT
+            mantissas = [torch.zeros_like(w, dtype=torch.int16) for w in halves]
+            whole = [x.to(F32) * 1.001 for x in whole]
+            for w, m, x in zip(halves, mantissas, whole, strict=True):
+                split_(w, m, x)
+            other = mapped(given, torch.clone)
+            for _ in range(3):
+                OPS["adamw_step_"](halves, **other, mantissas=mantissas)
+                OPS["adamw_step_"](whole, **given)
+            for w, m, x in zip(halves, mantissas, whole, strict=True):
+                assert torch.equal(bits(joined(w, m)), bits(x))
+            for key in ("exp_avg", "exp_avg_sq", "steps"):
+                assert all(torch.equal(a, b) for a, b in zip(given[key], other[key], strict=True))
+            found = other | {"found_inf": torch.tensor(1.0)}
+            OPS["adamw_step_"](halves, **found, mantissas=mantissas)
+            for w, m, x in zip(halves, mantissas, whole, strict=True):
+                assert torch.equal(bits(joined(w, m)), bits(x))
+            for key in ("exp_avg", "exp_avg_sq", "steps"):
+                assert all(torch.equal(a, b) for a, b in zip(given[key], other[key], strict=True))
 
 
 def digest() -> str:

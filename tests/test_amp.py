@@ -13,16 +13,24 @@ from orthonorm import optim
 from orthonorm._library import OPS
 from orthonorm.ops import steps
 from orthonorm.ops.mantissa import joined, split_
-from passes import BF16, F32, F64, LISTS, MIXES, check_errors, make, mapped, mutated, run
+from passes import (
+    BF16,
+    F32,
+    F64,
+    LISTS,
+    MIXES,
+    bits,
+    check_errors,
+    check_halves_of_adamw,
+    make,
+    mapped,
+    mutated,
+    run,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [(5, 7), (41, 70), (2, 3, 65), (1, 1)]
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(t: Tensor) -> Tensor:
-    return t.contiguous().view(INTEGERS[t.element_size()])
 
 
 # ---- ops: called by the tests of the other backends too ------------------------------------------
@@ -103,6 +111,7 @@ def check_halves() -> None:
         for w, m, x in zip(halves, mantissas, whole, strict=True):
             assert torch.equal(bits(joined(w, m)), bits(x))
             assert ((w.float() - x).abs() <= x.abs() * 2.0**-8).all()
+    check_halves_of_adamw(SHAPES)
 
 
 def test_flags() -> None:

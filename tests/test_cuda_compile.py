@@ -30,6 +30,7 @@ NEEDS = {
     "elementwise_kernel<DecayedUpdateOp": (8, 4, 0),
     "elementwise_kernel<DivideEachOp": (4, 4, 0),
     "elementwise_kernel<ElementwiseMomentOp": (8, 8, 0),
+    "elementwise_kernel<HalvesAdamWOp": (10, 8, 0),
     "elementwise_kernel<HalvesUpdateOp": (6, 4, 0),
     "elementwise_kernel<InnerOp": (8, 0, 0),
     "elementwise_kernel<MagnitudeOp": (4, 0, 0),

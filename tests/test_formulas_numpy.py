@@ -130,6 +130,21 @@ def test_update_of_halves(formulas: Any, dtype: Any) -> None:
     assert (same == high).all() and (kept == low).all()
 
 
+@DTYPES
+def test_adamw_of_halves(formulas: Any, dtype: Any) -> None:
+    """As of float32 weights, to the bit; moments too."""
+    w, g, m, v = arrays(dtype, 1.0, False, False, False, True)
+    high = (w.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(dtype)
+    low = np.arange(w.size).reshape(w.shape).astype(dtype) * 29 - 29000
+    got = formulas.adamw_halves(high, g, m, v, low, t=3.0, lr=0.1, weight_decay=0.3)
+    whole = formulas.adamw_step(
+        together(high, low).astype(dtype), g, m, v, t=3.0, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8,
+        weight_decay=0.3, decay_first=True, correct_eps=True, grad_scale=1.0,
+    )  # fmt: skip
+    assert (together(got[0], got[4]) == whole[0].astype(np.float32)).all()
+    assert all((got[i] == whole[i]).all() for i in (1, 2, 3))
+
+
 def together(high: Any, low: Any) -> Any:
     bits = high.astype(np.float32).view(np.int32) + low.astype(np.int32)
     return bits.view(np.float32)

@@ -328,7 +328,7 @@ def test_a_step_is_float32s_rounded_once(
     [({"state_dtype": "int8"}, "state_dtype must be one of"),
      ({"stochastic_rounding": True}, "unless state_dtype is 'bfloat16'"),
      ({"state_dtype": "8bit", "stochastic_rounding": True}, "unless state_dtype is 'bfloat16'"),
-     ({"state_dtype": "8bit", "mantissa": True}, "state_dtype must be None with mantissa"),
+     ({"state_dtype": "8bit", "mantissa": True}, "None or .float32. with mantissa"),
      ({**KINDS["stochastic"], "capturable": True}, "capturable must be False")],
 )  # fmt: skip
 def test_bad_settings(settings: dict[str, Any], word: str) -> None:

@@ -71,7 +71,7 @@ template <int N>
 class Pass {
  public:
   static constexpr int64_t block = 8192;
-  // 16 KB of floats at most.
+  // 16 KB of floats at most, 20 of five lists.
   static constexpr int64_t chunk = (N == 1 ? 4 : N == 2 ? 2 : 1) * piece;
   // Elements worth waking a thread for, as torch has it (at::internal::GRAIN_SIZE).
   static constexpr int64_t grain = 32768;

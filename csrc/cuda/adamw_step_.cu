@@ -29,16 +29,27 @@ void check_steps(const TensorList& steps, const TensorList& params, bool flagged
   }
 }
 
+template <class Op>
+void update(const Call& call, const Device& device, const Op& op) {
+  auto lists = elementwise(device, Unit::tensor, op);
+  for (size_t i = 0; i < call.size(); ++i) lists.add(call.item<Op::lists>(i));
+  lists.finish();
+}
+
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
                  const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
                  double beta1, double beta2, double eps, double weight_decay, bool decay_first,
                  bool correct_eps, const std::optional<Tensor>& rounding,
-                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
-  Call call("adamw_step_", {{"params", params, true},
-                            {"grads", grads, false},
-                            {"exp_avg", exp_avg, true},
-                            {"exp_avg_sq", exp_avg_sq, true}});
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                 const std::optional<TensorList>& mantissas) {
+  std::vector<NamedList> lists{{"params", params, true}};
+  if (mantissas) lists.push_back({"mantissas", *mantissas, true, true});
+  lists.push_back({"grads", grads, false});
+  lists.push_back({"exp_avg", exp_avg, true});
+  lists.push_back({"exp_avg_sq", exp_avg_sq, true});
+  Call call("adamw_step_", lists);
   call.same_shapes(0);
+  if (mantissas) call.halves();
   call.same_length("steps", steps.size());
   check_steps(steps, params, found_inf.has_value());
   const AdamWRule rule{0, beta1, beta2, eps, weight_decay, decay_first, correct_eps};
@@ -56,9 +67,11 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
       counts.add({Strided{at, type, 0, nullptr, nullptr}}, bit_cast<int64_t>(known));
     }
     counts.finish();
-    auto lists = elementwise(device, Unit::tensor, AdamWOp{made, seed, numbers.found_inf});
-    for (size_t i = 0; i < call.size(); ++i) lists.add(call.item<4>(i));
-    lists.finish();
+    if (mantissas) {
+      update(call, device, HalvesAdamWOp{made, numbers.found_inf});
+    } else {
+      update(call, device, AdamWOp{made, seed, numbers.found_inf});
+    }
   });
 }
 

@@ -34,6 +34,29 @@ struct AdamWOp {
   }
 };
 
+// Of float32 weights kept as halves, lists 0 and 1.
+struct HalvesAdamWOp {
+  static constexpr int lists = 5;  // params, mantissas, grads, exp_avg, exp_avg_sq
+  static constexpr unsigned reads = 0b11111, writes = 0b11011, integers = 0b00010;
+  static constexpr Measure measure = Measure::nothing;
+  template <class A>
+  using Constants = AdamWStep<A>;
+
+  const AdamWStep<double>* made;  // for every item
+  Number found_inf = 0;
+
+  template <class A>
+  __device__ AdamWStep<A> prepare(const Entry<5>& entry, int64_t) const {
+    return AdamWStep<A>(made[entry.item]);
+  }
+
+  template <class A>
+  __device__ static A apply(const AdamWStep<A>& c, A (&x)[5], int64_t) {
+    adamw_step(c, x[0], x[2], x[3], x[4], x[1]);
+    return x[0];
+  }
+};
+
 // The numbers of a list that are read on the device.
 struct AdamWNumbers {
   Number lr, grad_scale = 1, found_inf = 0;

@@ -31,10 +31,7 @@ void decayed_update_(const TensorList& params, const TensorList& updates, const 
   if (!mantissas) {
     return update(call, DecayedUpdateOp{numbers, call.seed(rounding), inf}, factors);
   }
-  for (size_t i = 0; i < call.size(); ++i) {
-    STD_TORCH_CHECK(call(0, i).type == Element::bf16, "decayed_update_: params[", i,
-                    "] must be bfloat16");
-  }
+  call.halves();
   update(call, HalvesUpdateOp{numbers, inf}, factors);
 }
 

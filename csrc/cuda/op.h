@@ -134,6 +134,14 @@ class Call {
     }
   }
 
+  // The first list is of bfloat16, as weights beside mantissas are.
+  void halves() const {
+    for (size_t i = 0; i < size(); ++i) {
+      STD_TORCH_CHECK((*this)(0, i).type == Element::bf16, op_, ": ", lists_[0].name, "[", i,
+                      "] must be bfloat16");
+    }
+  }
+
   // The lists behind the first hold numbers for its rows, its columns, or both in this order.
   void lines(bool rows, bool columns) const {
     for (size_t i = 0; i < size(); ++i) {

@@ -70,6 +70,15 @@ void define(py::module_& m) {
       py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
       py::arg("decay_first"), py::arg("correct_eps"), py::arg("grad_scale"));
   m.def(
+      "adamw_halves",
+      [](X w, X g, X m, X v, X mantissa, double t, double lr, double weight_decay) {
+        const AdamWStep<A> c({lr, 0.9, 0.99, 1e-8, weight_decay, true, true}, t);
+        const auto f = [&](A& w, A& g, A& m, A& v, A& rest) { adamw_step(c, w, g, m, v, rest); };
+        return each<A>(f, w, g, m, v, mantissa);
+      },
+      exactly("w"), exactly("g"), exactly("m"), exactly("v"), exactly("mantissa"), py::arg("t"),
+      py::arg("lr"), py::arg("weight_decay"));
+  m.def(
       "decayed_update",
       [](X w, X u, double lr, double weight_decay, double factor) {
         const DecayedUpdate<A> c(lr, weight_decay, factor);

@@ -221,6 +221,24 @@ void test_halves() {
       check);
 }
 
+void test_halves_of_adamw() {
+  const AdamWRule rule{1e-2, 0.9, 0.99, 1e-3, 0.1, true, true};
+  const std::vector<AdamWStep<double>> made(shapes.size(), AdamWStep<double>(rule, 3));
+  const auto check = [&](const auto& before, const auto& after, const double*, double) {
+    const AdamWStep<float> c(made[0]);
+    for (int64_t i = 0; i < before[0].count(); ++i) {
+      float w = joined(before[0][i], before[1][i]), m = before[3][i], v = before[4][i];
+      adamw_step(c, w, static_cast<float>(before[2][i]), m, v);
+      near(joined(after[0][i], after[1][i]), w, 0, "adamw_step_ of halves");
+      near(after[2], i, before[2][i], 0, "adamw_step_ of halves, gradient");
+      near(after[3], i, m, 0, "adamw_step_ of halves, m");
+      near(after[4], i, v, 0, "adamw_step_ of halves, v");
+    }
+  };
+  run(HalvesAdamWOp{made.data()}, Unit::tensor, 0b10000,
+      {{bf16, i16, bf16, f32, f32}, {bf16, i16, f32, f32, f32}}, check);
+}
+
 // Nothing is written where an infinity was found, but updates are.
 void test_found_inf() {
   const auto unchanged = [](const auto& before, const auto& after, const double*, double) {
@@ -237,6 +255,8 @@ void test_found_inf() {
   const std::vector<AdamWStep<double>> made(shapes.size(), AdamWStep<double>(rule, 3));
   run(DecayedUpdateOp{{Number(0.1), 0.5}, {}, inf}, Unit::tensor, 0, {{bf16, f32}}, unchanged);
   run(AdamWOp{made.data(), {}, inf}, Unit::tensor, 0b1000, {{f32, f32, bf16, f32}}, unchanged);
+  run(HalvesAdamWOp{made.data(), inf}, Unit::tensor, 0b10000, {{bf16, i16, bf16, f32, f32}},
+      unchanged);
   run(MuonPrologueOp{Number(0.95), true, Number(4), inf}, Unit::matrix, 0, {{f32, f32, f32}},
       momentum);
   std::vector<float> steps(shapes.size(), 4);
@@ -267,6 +287,7 @@ int main(int count, char**) {
   test_inner();
   test_elementwise_moment();
   test_halves();
+  test_halves_of_adamw();
   test_found_inf();
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);
   return failures != 0;

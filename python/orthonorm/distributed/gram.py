@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops import divide_each
 from ..ops.words import triples_of
-from ..optim.state import Batch, matrix_shapes
+from ..optim.state import Batch, matrix_shapes, widened
 from ..optim.tensors import local, sharded_dims
 from ..orthogonalize import choose
 from ..polar import Polynomial
@@ -56,9 +56,9 @@ def spread_of(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
     return item._replace(spread=Spread(p.device_mesh.get_group(dims[0])))
 
 
-def iterated_dtype(p: Any, polynomial: Polynomial) -> torch.dtype:
-    """That in which one process would iterate a parameter."""
-    like = torch.empty(1, dtype=p.dtype, device=p.device).expand(p.shape)
+def iterated_dtype(p: Any, dtype: torch.dtype, polynomial: Polynomial) -> torch.dtype:
+    """That in which one process would iterate the update, of `dtype`, of a parameter."""
+    like = torch.empty(1, dtype=dtype, device=p.device).expand(p.shape)
     triples = triples_of(polynomial.coefficients)
     return choose(like, triples, polynomial.restarts, "gram", polynomial.precision).dtype
 
@@ -76,7 +76,7 @@ def directions(
     norms = yield from spread.norms(blocks)
     parts = []
     for x, block, norm in zip(bucket.items, blocks, norms.unbind(), strict=True):
-        dtype = iterated_dtype(x.param, p)
+        dtype = iterated_dtype(x.param, block.dtype, p)
         divisor = (p.safety * norm.clamp(min=group["eps"])).reshape(1)
         y = divide_each(block, divisor, dtype) if block.numel() else block.to(dtype)
         parts.append(y.mT if rows_cut(x.param) else y)
@@ -147,7 +147,7 @@ def update_lines(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) ->
     batch, originals = Batch([], [], {}, [], [], spread=spread), list[tuple[Tensor, Tensor]]()
     for item, state, some in zip(bucket.items, states, small, strict=True):
         p: Any = item.param
-        grad = local(p.grad)
+        grad = local(p.grad).float() if widened(p, group) else local(p.grad)
         lines = {"param": local(p), "grad": -grad if group["maximize"] else grad}
         lines |= {key: local(state[key]) for key in opt.elementwise_state(group)}
         padded = {key: lengthened(t, p) for key, t in lines.items()}

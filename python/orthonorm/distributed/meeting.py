@@ -47,7 +47,8 @@ Digests = dict[str, list[int]]  # of the entries of a mesh: its ranks
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
     mesh = p.device_mesh
-    keys = ("flatten", "split", "heads", "method", "decay", "constraint")  # what decides the way
+    # what decides the way, and what travels on it
+    keys = ("flatten", "split", "heads", "method", "decay", "constraint", "state_dtype")
     views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
     return (
         f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {tuple(p.placements)} on mesh "

@@ -83,11 +83,11 @@ def traveler(p: Any, ranks: Ranks, returns: bool = True) -> Traveler:
 
 
 def state_traveler(
-    p: Tensor, ranks: Ranks, shape: Sequence[int], placements: Sequence[Any]
+    dtype: torch.dtype, ranks: Ranks, shape: Sequence[int], placements: Sequence[Any]
 ) -> Traveler:
     """State of a matrix, placed as tensors.state_placements says."""
     strides = torch.empty(tuple(shape), device="meta").stride()
-    return Traveler(tuple(shape), tuple(strides), p.dtype, ranks.boxes(shape, placements))
+    return Traveler(tuple(shape), tuple(strides), dtype, ranks.boxes(shape, placements))
 
 
 def cost(pieces: list[Tensor]) -> float:

@@ -12,7 +12,14 @@ from ..ops.steps import work_parts
 from ..optim.constraints import constrain_
 from ..optim.decay import decayed_update
 from ..optim.momentum import updates_from
-from ..optim.state import Batch, Updates, matrix_shapes, matrix_state_of
+from ..optim.state import (
+    Batch,
+    Updates,
+    matrix_shapes,
+    matrix_state_of,
+    widened,
+    working_dtype,
+)
 from ..optim.tensors import local, ranks_of, state_placements, whole
 from ..optim.views import VIEW_DEFAULTS, matrices
 from . import gram
@@ -30,7 +37,7 @@ FLAT = {"flatten": True}
 def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
     """Buckets of sharded parameters; the same on every rank that agrees on the parameters."""
     kinds = [opt.alike(p, group) for p in params]
-    settings = [group.get(k) for k in (*VIEW_DEFAULTS, "method")]
+    settings = [group.get(k) for k in (*VIEW_DEFAULTS, "method", "state_dtype")]
     ways = (opt.on_shards(group), opt.on_lines(group), opt.polar_first(params[0], group))
     key = [*map(id, params), *kinds, *settings, *ways]
     if opt.plans.get(id(group), (None,))[0] != key:
@@ -46,13 +53,14 @@ def new_plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) 
 
 def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
     shapes, ranks = matrix_shapes(opt, p, group), ranks_of(p)
-    like = traveler(p, ranks)
-    first = [like] if opt.on_shards(group) else [like, traveler(p, ranks, returns=False)]
+    like, dtype = traveler(p, ranks), working_dtype(p, group)
+    working = like._replace(dtype=dtype)  # updates, and state of the parameter's shape
+    first = [working] if opt.on_shards(group) else [like, traveler(p, ranks, returns=False)]
     states = [
-        state_traveler(p, ranks, shape, state_placements(p, x.dim() - 2))
+        state_traveler(dtype, ranks, shape, state_placements(p, x.dim() - 2))
         for x, named in shapes for *_, shape in named
     ]  # fmt: skip
-    travelers = (*first, *(like for _ in traveling(opt, group)), *states)
+    travelers = (*first, *(working for _ in traveling(opt, group)), *states)
     item = Item(p, travelers, ranks.replicas(p.placements), cost([x for x, _ in shapes]))
     return gram.spread_of(opt, item, group)
 
@@ -80,7 +88,9 @@ def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> 
     device = bucket.items[0].param.device
     states: list[dict[str, Any]] = [opt.state[x.param] for x in bucket.items]
     count(opt, states)
-    blocks = [torch.empty_like(local(x.param)) for x in bucket.items]
+    blocks = [
+        torch.empty_like(local(x.param), dtype=working_dtype(x.param, group)) for x in bucket.items
+    ]
     rows, factors = shard_rows(opt, bucket, states, blocks, group)
     updates = Updates([u[None] for u in rows.owners])
     if rows.params:  # a rank may hold no row of a whole bucket
@@ -223,7 +233,8 @@ def whole_matrices(
         pieces = matrices(first, first, group)
         batch.params.extend(pieces)
         if not rows:
-            batch.grads.extend(matrices(tensors[1], first, group))
+            grad = tensors[1].float() if widened(item.param, group) else tensors[1]
+            batch.grads.extend(matrices(grad, first, group))
         batch.owners.extend([item.param] * len(pieces))
         step = state.get("step", 0) + (not rows) if opt.counts_steps else 0
         batch.steps.extend([step] * len(pieces))

@@ -189,7 +189,8 @@ def check_halves(
     "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
     "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool decay_first=True, bool correct_eps=True, "
-    "Tensor? rounding=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "Tensor? rounding=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+    "Tensor(e!)[]? mantissas=None) -> ()"
 )
 def adamw_step_(
     params: list[Tensor],
@@ -207,23 +208,27 @@ def adamw_step_(
     rounding: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     """W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), m and v decayed averages of G and G^2.
 
     Increments each parameter's step count t, then corrects bias: m^ = m / (1-beta1^t),
     v^ = v / (1-beta2^t). `correct_eps=True` adds eps to sqrt(v^) (torch.optim.AdamW), False to the
     uncorrected sqrt(v) before correcting (Conda's companion, transformers). `decay_first=False`
-    decays the updated weight instead of the old one (Conda decays last). `rounding` as in
-    `decayed_update_`.
+    decays the updated weight instead of the old one (Conda decays last). `rounding` and `mantissas`
+    as in `decayed_update_`.
 
-    Shapes: entry i of the first four lists agree; steps[i] has one element, float32 or float64.
+    Shapes: entry i of the first four lists, and of mantissas, agree; steps[i] has one element,
+    float32 or float64.
     """
-    for w, g, m, v, step in zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True):
+    lists = zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True)
+    for i, (w, g, m, v, step) in enumerate(lists):
         step.copy_(kept(found_inf, step, step + 1))
         t = step.to(torch.float64)
         rate = lr.to(torch.float64)
         correct1, correct2 = 1 - beta1**t, (1 - beta2**t).sqrt()
-        dtype = accumulator(w, g, m, v)
+        whole = w if mantissas is None else joined(w, mantissas[i])
+        dtype = accumulator(whole, g, m, v)
         x = unscaled(g, grad_scale, dtype)
         new_m = beta1 * m.to(dtype) + (1 - beta1) * x
         new_v = beta2 * v.to(dtype) + (1 - beta2) * x * x
@@ -232,9 +237,13 @@ def adamw_step_(
         update = size * new_m / denominator
         update = torch.where(denominator == 0, 0.0, update)
         decay = (1 - rate * weight_decay).to(dtype)
-        old = w.to(dtype)
+        old = whole.to(dtype)
         new = decay * old - update if decay_first else decay * (old - update)
-        write(w, kept(found_inf, w, new), rounding)
+        new = kept(found_inf, whole, new)
+        if mantissas is None:
+            write(w, new, rounding)
+        else:
+            split_(w, mantissas[i], new.to(torch.float32))
         m.copy_(kept(found_inf, m, new_m))
         v.copy_(kept(found_inf, v, new_v))
 
@@ -256,6 +265,7 @@ def _(
     rounding: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    mantissas: list[Tensor] | None = None,
 ) -> None:
     name = "adamw_step_"
     lists = dict(params=params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
@@ -273,5 +283,7 @@ def _(
     check.number(name, "weight_decay", weight_decay, 0.0)
     check.seed(name, "rounding", rounding, params)
     check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
+    if mantissas is not None:
+        check_halves(name, params, mantissas, rounding)
     if found_inf is not None:  # which no host reads, so none could count
         check.same_device(name, params=params, steps=steps)

@@ -22,10 +22,11 @@ class AdamW(MatrixOptimizer):
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
         maximize: step along the gradient instead of against it.
-        telemetry, state_dtype, stochastic_rounding, foreach, fused, capturable,
+        telemetry, mantissa, state_dtype, stochastic_rounding, foreach, fused, capturable,
             differentiable: see settings.Common.
 
-    State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32.
+    State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32. With mantissa=True
+    `mantissa` of bfloat16 parameters, 2 bytes each.
 
     Source: arXiv:1711.05101.
     """
@@ -43,6 +44,7 @@ class AdamW(MatrixOptimizer):
         nonfinite: str = "propagate",
         maximize: bool = False,
         telemetry: int = 0,
+        mantissa: bool = False,
         state_dtype: str | None = None,
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
@@ -53,6 +55,7 @@ class AdamW(MatrixOptimizer):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         settings |= dict(nonfinite=nonfinite, maximize=maximize, telemetry=telemetry)
         settings |= dict(state_dtype=state_dtype, stochastic_rounding=stochastic_rounding)
+        settings |= dict(mantissa=mantissa)
         torchs = dict(
             foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
         )

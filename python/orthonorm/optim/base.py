@@ -16,18 +16,29 @@ from torch import Tensor
 
 from ..distributed import agreement, shards
 from ..distributed.plan import Bucket
-from ..ops import adamw_step_, magnitude
+from ..ops import magnitude
 from ..ops.steps import stacks_in_turn, work_parts
-from . import storage
+from . import companion, storage
 from .amp import Flags, flags_of, unless
-from .batches import adamw_batch, matrix_batch
+from .batches import matrix_batch
 from .constraints import constrain_
 from .decay import decayed_update
 from .groups import seeded
 from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
 from .sharding import Sharding
-from .state import ADAMW_STATE, MOMENTUM, Batch, Updates, fit, halved, held, unheld, without_state
+from .state import (
+    MOMENTUM,
+    Batch,
+    Updates,
+    fit,
+    gatherable,
+    halved,
+    held,
+    unheld,
+    widened,
+    without_state,
+)
 from .telemetry import Probe, read
 from .tensors import is_distributed, local, meets_owner
 
@@ -89,6 +100,10 @@ class MatrixOptimizer(Sharding):
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, but for the dtype of mantissas of sharded parameters (`gatherable`)."""
+        return gatherable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but for the dtypes of state: this optimizer's own, whatever was saved."""
@@ -171,10 +186,12 @@ class MatrixOptimizer(Sharding):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
-        if type(self).alike is MatrixOptimizer.alike and not group.get("mantissa"):
+        own = group.get("mantissa") or group["state_dtype"] == "float32"
+        if type(self).alike is MatrixOptimizer.alike and not own:
             self.update_alike(batch, group)  # most rules; to ask for each parameter takes 10 us
             return
-        kinds = [(self.alike(p, group), halved(p, group)) for p in batch.owners]
+        asked = (self.alike, halved, widened)
+        kinds = [tuple(ask(p, group) for ask in asked) for p in batch.owners]
         different = list(dict.fromkeys(kinds))
         for kind in different:
             rows = [i for i, k in enumerate(kinds) if k == kind]
@@ -185,7 +202,8 @@ class MatrixOptimizer(Sharding):
         if self.at_once(batch, group):
             return
         device = batch.params[0].device
-        flags, dtype = flags_of(self, device), torch.float32 if batch.mantissas else None
+        flags = flags_of(self, device)
+        dtype = torch.float32 if widened(batch.owners[0], group) else None
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
         probe = self.probe(group)
@@ -249,7 +267,7 @@ class MatrixOptimizer(Sharding):
             params = [group["params"][i] for i in finite]
             self._measure(group, params, len(indices))
             if params and group["rule"] == "adamw":
-                self._adamw_update(params, group)
+                companion.update(self, params, group)
             elif params:
                 self._matrix_update(*plan, group)
                 self.finish(params, group)
@@ -298,7 +316,7 @@ class MatrixOptimizer(Sharding):
                 rows = [p for p in params if not meets_owner(p, group)] if cut else params
                 if rows:
                     batch = matrix_batch(self, rows, group)
-                    if group["state_dtype"] and self.prepares:
+                    if group["state_dtype"] in storage.SMALLER and self.prepares:
                         batch = storage.opened(batch, self.elementwise_state(group), group)
                 with agreement.experts_succeed(self, cut, group):
                     if batch is not None:
@@ -352,23 +370,6 @@ class MatrixOptimizer(Sharding):
                 + (f" and {len(bad) - 1} more" * (len(bad) > 1))
             )
         return [i for i in indices if i not in set(bad)]
-
-    def _adamw_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        whole = adamw_batch(self, params, group)
-        storage.update(whole, ADAMW_STATE, group, self._adamw_update_some, True)
-
-    def _adamw_update_some(self, batch: Batch, group: dict[str, Any]) -> None:
-        params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
-        if group["state_dtype"] == "8bit":  # opened as rows of elements
-            first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
-        adamw_step_.overload(
-            params, batch.grads, first, second, batch.state["step"],
-            self.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
-            group["weight_decay"], group["decay_first"], group["correct_eps"], None,
-            *flags_of(self, params[0].device),
-        )  # fmt: skip
-        if probe := self.probe(group):
-            probe.add_momenta(first)
 
     def scalar(self, group: dict[str, Any], key: str, device: torch.device) -> Tensor:
         """group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.

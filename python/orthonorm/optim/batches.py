@@ -14,16 +14,14 @@ from torch import Tensor
 
 from .._checks import PLAIN
 from .state import (
-    ADAMW_STATE,
     MANTISSA,
     Batch,
     Shapes,
     halved,
-    kept_dtype,
     matrix_shapes,
     matrix_state_of,
-    scales_of,
-    zeros_for,
+    widened,
+    working_dtype,
 )
 from .storage import SCALES
 from .tensors import is_distributed, local, views_here
@@ -60,9 +58,11 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
 
     grads: list[Any] = [p.grad for p in params]
     rest: list[Any] = []
+    if not opt.self_contained and (group["state_dtype"] == "float32" or any(halves)):
+        # as the rule would read it beside a float32 weight
+        pairs = zip(grads, params, strict=True)
+        grads = [local(g).float() if widened(p, group) else g for g, p in pairs]
     if any(halves):
-        if not opt.self_contained:  # as the rule would read it beside a float32 weight
-            grads = [local(g).float() if h else g for g, h in zip(grads, halves, strict=True)]
         found = seen([s.get(MANTISSA, p) for s, p in zip(states, params, strict=True)])
         rest = [x if half else None for x, half in zip(found, each(halves), strict=True)]
     state = {key: seen([s[key] for s in states]) for key in opt.elementwise_state(group)}
@@ -119,7 +119,7 @@ def zeros_in_stacks(
         if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
             continue  # a graph's inputs should not share memory
         found[p] = {}
-        dtype = torch.float32 if halved(p, group) else p.dtype
+        dtype = working_dtype(p, group)
         for x, named in known[p.shape]:
             for name, key, shape in named:
                 own = torch.float32 if SCALES in key else dtype
@@ -129,37 +129,3 @@ def zeros_in_stacks(
         for (p, key), z in zip(places, zeros.unbind(), strict=True):
             found[p][key] = z
     return found
-
-
-def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Parameters, gradients and AdamW's state; 8-bit state as matrices of one row."""
-    states, own = adamw_state(opt, params, group), all(type(p) in PLAIN for p in params)
-
-    def here(tensors: list[Any]) -> list[Tensor]:
-        return tensors if own else [local(t) for t in tensors]
-
-    names, small = ["step", *ADAMW_STATE], group["state_dtype"] == "8bit"
-    if small:
-        names += scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)
-    state = {key: here([s[key] for s in states]) for key in names}
-    if small:
-        state |= {key: [t.view(1, -1) for t in state[key]] for key in ADAMW_STATE}
-    grads = here([p.grad for p in params])
-    if group["maximize"]:
-        grads = list(torch._foreach_neg(grads))
-    return Batch(here(params), grads, state, params, [0] * len(params))
-
-
-def adamw_state(
-    opt: MatrixOptimizer, params: list[Tensor], group: Mapping[str, Any]
-) -> list[dict[str, Tensor]]:
-    """The AdamW companion's state of each parameter, made where it is new."""
-    states = [opt.state[p] for p in params]
-    for p, state in zip(params, states, strict=True):
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for key in ADAMW_STATE:
-                state[key] = zeros_for(p, kept_dtype(group) or p.dtype, group)
-            for key, shape in scales_of(p.reshape(1, -1), ADAMW_STATE, group).items():
-                state[key] = torch.zeros(shape, device=p.device)
-    return states

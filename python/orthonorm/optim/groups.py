@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, TORCH, Rule, inherited
+from .storage import SMALLER
 from .tensors import check_placements, is_distributed, meets_owner
 from .views import VIEW_DEFAULTS, check_views
 
@@ -146,7 +147,7 @@ class Groups(torch.optim.Optimizer):
     def _reads_flags(self, group: Mapping[str, Any]) -> bool:
         if (
             self._host_decides(group)
-            or group["state_dtype"]
+            or group["state_dtype"] in SMALLER
             or any(map(is_distributed, group["params"]))
         ):
             return False
@@ -188,8 +189,11 @@ class Groups(torch.optim.Optimizer):
         if group["stochastic_rounding"]:
             params = group.get("params", ())
             check.seed(self.name, "rounding_seed", group.get("rounding_seed"), params)
-        if group["state_dtype"] and group.get("mantissa"):
-            raise ValueError(f"{self.name}: state_dtype must be None with mantissa=True")
+        if group["state_dtype"] in SMALLER and group.get("mantissa"):
+            raise ValueError(
+                f"{self.name}: state_dtype must be None or 'float32' with mantissa=True, "
+                f"got {group['state_dtype']!r}"
+            )
         if group["rule"] == "matrix":
             check.choice(self.name, "decay", group["decay"], self.decays)
             if group["mantissa"] and not self.mantissas:
@@ -222,8 +226,11 @@ class Groups(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if not is_distributed(p):
                 continue
-            for key, needed in (("state_dtype", None), ("mantissa", False)):
-                if group.get(key):
+            refused = [("state_dtype", "None or 'float32'", group["state_dtype"] in SMALLER)]
+            if group["rule"] == "matrix":
+                refused += [("mantissa", "False", group["mantissa"])]
+            for key, needed, holds in refused:
+                if holds:
                     raise ValueError(
                         f"{self.name}: {key} must be {needed} for sharded parameters, "
                         f"got {group[key]!r} for parameter {self.label(group, i)}"

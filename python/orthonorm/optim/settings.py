@@ -27,11 +27,13 @@ class Common(TypedDict, total=False):
         "fast_cap", "stiefel" or None.
     telemetry: measure every so many steps what `optimizer.telemetry()` tells (0: never).
     mantissa: True keeps beside every bfloat16 weight what it lacks of a float32 one, 2 bytes, and
-        state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). Not for
-        sharded parameters, nor with a constraint.
-    state_dtype: None keeps state of the parameter's shape in its dtype; "bfloat16" in 2 bytes,
-        "8bit" in 1.016 (storage.py), the AdamW companion's too. Loading keeps this optimizer's own.
-        Not for sharded parameters, nor with mantissa.
+        state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). The
+        AdamW companion's weights too. Not for matrices that are sharded, nor with a constraint.
+    state_dtype: None keeps state in the parameter's dtype. "float32" keeps state of bfloat16 and
+        float16 parameters in float32; a step computes what it does for float32 parameters and
+        rounds the weights at its end. "bfloat16" keeps state of the parameter's shape in 2 bytes,
+        "8bit" in 1.016 (storage.py); these two not for sharded parameters, nor with mantissa. The
+        AdamW companion's state too. Loading keeps this optimizer's own.
     stochastic_rounding: of bfloat16 state; group["rounding_seed"] counts, and is saved.
     bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
     adamw: settings of groups with rule="adamw": lr (3e-4), betas (0.9, 0.95), eps (1e-8),
@@ -85,6 +87,7 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "nonfinite": "propagate",
     "maximize": False,
     "telemetry": 0,
+    "mantissa": False,
     "state_dtype": None,
     "stochastic_rounding": False,
 }
@@ -185,5 +188,7 @@ TORCH: dict[str, Rule] = {  # keywords of torch's optimizers that groups do not 
 
 def inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the AdamW companion takes over from the matrix rule, if it is not told otherwise."""
-    keys = ("maximize", "nonfinite", "telemetry", "state_dtype", "stochastic_rounding")
+    keys = (
+        "maximize", "nonfinite", "telemetry", "mantissa", "state_dtype", "stochastic_rounding",
+    )  # fmt: skip
     return {key: settings[key] for key in keys if key in settings}

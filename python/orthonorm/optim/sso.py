@@ -47,6 +47,7 @@ class SSO(Orthogonalizing):
 
     state_names = ("momentum_buffer",)
     counts_steps = True
+    mantissas = False
     rules: ClassVar[dict[str, Rule]] = {"radius": positive, "power_steps": whole(1),
              "bisections": whole(1), "retract": FLAG}  # fmt: skip
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops import dequantize_blocks_, quantize_blocks_
 from ..ops.blocks import scales_shape
+from ..ops.mantissa import joined
 from .storage import SCALES, UNSIGNED
-from .tensors import state_zeros, whole
+from .tensors import bits_as, is_distributed, state_zeros, whole
 from .views import matrices
 
 if TYPE_CHECKING:
@@ -23,12 +24,25 @@ if TYPE_CHECKING:
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 MOMENTUM = "momentum_buffer"
 MANTISSA = "mantissa"
+BITS = torch.float16  # what state dicts have mantissas in where they are sharded
 
 
 def halved(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether `p` is half of a float32 weight, its state has the other half (ops/mantissa.py) and
     is of float32 too."""
     return p.dtype == torch.bfloat16 and bool(group.get("mantissa"))
+
+
+def widened(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether state and updates of `p`, of 16 bits, are float32, as beside a float32 weight."""
+    if group["state_dtype"] == "float32":
+        return p.dtype in (torch.bfloat16, torch.float16)
+    return halved(p, group)
+
+
+def working_dtype(p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the updates of `p`, and of its state where `state_dtype` keeps it no smaller."""
+    return torch.float32 if widened(p, group) else p.dtype
 
 
 class Batch(NamedTuple):
@@ -48,6 +62,13 @@ class Batch(NamedTuple):
     def mantissas(self) -> list[Tensor] | None:
         """The other halves of matrices that are alike, or None."""
         return list(self.halves) if self.halves and self.halves[0] is not None else None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The numbers that the matrices stand for: in float32 where they have mantissas."""
+        if self.mantissas is None:
+            return self.params
+        return [joined(w, m) for w, m in zip(self.params, self.mantissas, strict=True)]
 
     def written_by_rules(self, group: Mapping[str, Any]) -> list[Tensor]:
         """State that no op writes which knows when to leave it."""
@@ -97,11 +118,12 @@ class Updates(NamedTuple):
 def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state tensors of one parameter."""
     if group["rule"] == "adamw":
-        found = dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
-        return found | scales_of(whole(p).reshape(1, -1), ADAMW_STATE, group)
-    found = dict.fromkeys(opt.elementwise_state(group), check.shape(p))
-    for _, named in matrix_shapes(opt, p, group):
-        found |= {key: shape for _, key, shape in named}
+        found: dict[str, Any] = dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
+        found |= scales_of(whole(p).reshape(1, -1), ADAMW_STATE, group)
+    else:
+        found = dict.fromkeys(opt.elementwise_state(group), check.shape(p))
+        for _, named in matrix_shapes(opt, p, group):
+            found |= {key: shape for _, key, shape in named}
     return found | ({MANTISSA: check.shape(p)} if halved(p, group) else {})
 
 
@@ -113,7 +135,8 @@ def scales_of(x: Tensor, keys: Iterable[str], group: Mapping[str, Any]) -> dict[
 
 
 def kept_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
-    """What state of the parameter's shape is kept in, None where it is the parameter's dtype."""
+    """What state of the parameter's shape is kept in where that is smaller than it is computed
+    with, else None."""
     return {"8bit": torch.uint8, "bfloat16": torch.bfloat16}.get(group["state_dtype"])
 
 
@@ -130,34 +153,40 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     adamw = group["rule"] == "adamw"
     if not halved(p, group):
         state.pop(MANTISSA, None)
+    elif getattr(state.get(MANTISSA), "dtype", None) == BITS:
+        state[MANTISSA] = bits_as(state[MANTISSA], torch.int16)
     elif state and MANTISSA not in state:
         state[MANTISSA] = torch.zeros_like(p, dtype=torch.int16)
     like = torch.contiguous_format if adamw else torch.preserve_format
+    for named in () if adamw else (named for _, named in matrix_shapes(opt, p, group)):
+        for _, key, _ in named:
+            t = state.get(key)
+            if isinstance(t, Tensor) and t.is_floating_point() and SCALES not in key:
+                state[key] = t.to(working_dtype(p, group))
     for key in ADAMW_STATE if adamw else opt.elementwise_state(group):
         t, wanted = state.get(key), kept_dtype(group)
-        own = wanted or (torch.float32 if halved(p, group) else p.dtype)
+        own = wanted or working_dtype(p, group)
         if not isinstance(t, Tensor) or t.shape != p.shape or t.dtype == own:
             continue
         if t.layout != torch.strided:  # check_state refuses it
             continue
-        views = views_of(t, p, group)
-        named = numbered(key + SCALES, len(views))
-        if t.dtype != torch.uint8 and not state.keys().isdisjoint(named):
+        scaled = numbered(key + SCALES, len(views_of(whole(t), whole(p), group)))
+        if t.dtype != torch.uint8 and not state.keys().isdisjoint(scaled):
             raise ValueError(
                 f"{opt.name}: state {key!r} beside its scales must be uint8, got {t.dtype}"
             )
         if t.dtype == torch.uint8:
             read = torch.zeros_like(p, dtype=torch.float32, memory_format=like)
-            scales = [state.pop(k) for k in named]
-            dequantize_blocks_(views_of(read, p, group), views, scales, key not in UNSIGNED)
+            scales = [state.pop(k) for k in scaled]
+            codes = views_of(t, p, group)
+            dequantize_blocks_(views_of(read, p, group), codes, scales, key not in UNSIGNED)
             t = read
         if wanted == torch.uint8:
-            codes = zeros_for(p, torch.uint8, group)
-            given = views_of(t, p, group)
+            new, given = zeros_for(p, torch.uint8, group), views_of(t, p, group)
             scales = [torch.zeros(scales_shape(x.shape), device=x.device) for x in given]
-            quantize_blocks_(views_of(codes, p, group), scales, given, key not in UNSIGNED)
-            state |= zip(named, scales, strict=True)
-            t = codes
+            quantize_blocks_(views_of(new, p, group), scales, given, key not in UNSIGNED)
+            state |= zip(scaled, scales, strict=True)
+            t = new
         state[key] = t.to(own)
 
 
@@ -247,7 +276,7 @@ def matrix_state_of(
     zeros: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """The state of a parameter, made where it is new: that of its matrices by key in `zeros`."""
-    state, dtype = opt.state[p], torch.float32 if halved(p, group) else p.dtype
+    state, dtype = opt.state[p], working_dtype(p, group)
     dtypes = dict.fromkeys(opt.elementwise_state(group), kept_dtype(group) or dtype)
     if halved(p, group):
         dtypes[MANTISSA] = torch.int16
@@ -271,6 +300,17 @@ def named_state(
     return opt.matrix_state(x, group) | scales_of(x, opt.elementwise_state(group), group)
 
 
+def gatherable(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose sharded mantissas are float16 of the same bits: torch's collectives, by
+    which others make whole tensors of it, know no int16."""
+    state = {
+        p: {k: bits_as(t, BITS) if k == MANTISSA and is_distributed(t) else t
+            for k, t in named.items()}
+        for p, named in saved["state"].items()
+    }  # fmt: skip
+    return {**saved, "state": state}
+
+
 class Held:
     """A tensor that torch's `load_state_dict` does not take for one, and so does not cast."""
 
@@ -279,18 +319,11 @@ class Held:
 
 
 def held(opt: MatrixOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with tensors whose dtype is not their parameter's (8 bits and their scales,
-    halves and the float32 state beside them) in `Held`, and this optimizer's own settings of how
-    state is kept."""
-
-    def own(key: str, value: Any, halves: bool) -> bool:
-        dtype = value.dtype if isinstance(value, Tensor) else None
-        if SCALES in key or dtype in (torch.uint8, torch.int16):
-            return True
-        return halves and dtype == torch.float32
-
+    """A state dict with the tensors whose dtype may not be their parameter's (all but the step
+    counts) in `Held`, from which `refit` gets what was saved, and this optimizer's own settings of
+    how state is kept."""
     state = {
-        p: {k: Held(t) if own(k, t, MANTISSA in named) else t for k, t in named.items()}
+        p: {k: Held(t) if isinstance(t, Tensor) and k != "step" else t for k, t in named.items()}
         for p, named in saved["state"].items()
     }
     groups = saved["param_groups"]

@@ -1,9 +1,11 @@
-"""State kept smaller than it is computed with: bfloat16, or 8 bits by block-wise dynamic codes.
+"""State kept in another dtype than its parameter's: in float32 beside parameters of 16 bits, or
+smaller than it is computed with, in bfloat16 or in 8 bits by block-wise dynamic codes.
 
 What 8 bits mean is said in `ops/blocks.py`.
 
-A step reads state into float32 (one work buffer for as many matrices as fit one; where a rule has
-`prepare`, all of it), computes as it would with float32 state, and rounds once when it writes back.
+A step reads smaller state into float32 (one work buffer for as many matrices as fit one; where a
+rule has `prepare`, all of it), computes as it would with float32 state, and rounds once when it
+writes back.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 SCALES = "_scales"
 UNSIGNED = ("exp_avg_sq", "second_moment")
-STATE_DTYPES = (None, "bfloat16", "8bit")
+SMALLER = ("bfloat16", "8bit")
+STATE_DTYPES = (None, "float32", *SMALLER)
 # Elements that a rule of single passes is given at a time: fewer new pages, which cost AdamW's step
 # on one thread a quarter (3 million elements, beside other work; 2026-11).
 PASS = 2**20
@@ -62,7 +65,7 @@ def parts(
     batch: Batch, keys: Sequence[str], group: Mapping[str, Any], most: int | None
 ) -> Iterator[Batch]:
     """What is opened at a time: as much as fits one work buffer, unless `prepare` saw it all."""
-    if not keys or batch.kept is not None or not group["state_dtype"]:
+    if not keys or batch.kept is not None or group["state_dtype"] not in SMALLER:
         yield batch
         return
     rooms: Rooms = {}

@@ -31,6 +31,14 @@ def local(t: Any) -> Any:
     return t.to_local() if is_distributed(t) else t
 
 
+def bits_as(t: Any, dtype: torch.dtype) -> Any:
+    """The same memory as numbers of another dtype of the same size."""
+    if not is_distributed(t):
+        return t.view(dtype)
+    kept = dict(run_check=False, shape=t.shape, stride=t.stride())
+    return type(t).from_local(t.to_local().view(dtype), t.device_mesh, t.placements, **kept)
+
+
 def whole(t: Tensor) -> Tensor:
     """Shape, strides and dtype of all of `t`, without memory."""
     if not is_distributed(t):

@@ -74,7 +74,7 @@ class TrustRegion(Orthogonalizing):
         """P((B + wd W) / (wd lr)), in float64 since the ratio may be large."""
         rate = group["weight_decay"]
         radius = rate * self.scalar(group, "lr", batch.params[0].device).double().clamp(min=1e-12)
-        for u, w in zip(updates.matrices, batch.params, strict=True):
+        for u, w in zip(updates.matrices, batch.weights, strict=True):
             u.copy_(self.nearest((u.double() + rate * w.double()) / radius, group["norm"]))
         return updates
 

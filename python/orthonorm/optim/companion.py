@@ -1,0 +1,96 @@
+"""The update of groups with rule="adamw": AdamW's op on this rank's part of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._checks import PLAIN
+from ..ops import adamw_step_
+from . import storage
+from .amp import flags_of
+from .state import (
+    ADAMW_STATE,
+    MANTISSA,
+    Batch,
+    halved,
+    kept_dtype,
+    scales_of,
+    working_dtype,
+    zeros_for,
+)
+from .tensors import local, whole
+
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer
+
+
+def update(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> None:
+    """One step of parameters that have gradients."""
+
+    def some(batch: Batch, group: dict[str, Any]) -> None:
+        halves = [half is not None for half in batch.halves]
+        for kind in dict.fromkeys(halves):  # one call has mantissas of all, or of none
+            rows = [i for i, half in enumerate(halves) if half == kind]
+            update_some(opt, batch.part(rows), group)
+        if not halves:
+            update_some(opt, batch, group)
+
+    storage.update(adamw_batch(opt, params, group), ADAMW_STATE, group, some, True)
+
+
+def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> None:
+    """The step of a batch whose state can be read."""
+    params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
+    if group["state_dtype"] == "8bit":  # opened as rows of elements
+        first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
+    adamw_step_.overload(
+        params, batch.grads, first, second, batch.state["step"],
+        opt.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
+        group["weight_decay"], group["decay_first"], group["correct_eps"], None,
+        *flags_of(opt, params[0].device), batch.mantissas,
+    )  # fmt: skip
+    if probe := opt.probe(group):
+        probe.add_momenta(first)
+
+
+def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
+    """Parameters, gradients, mantissas and AdamW's state; 8-bit state as matrices of one row."""
+    states, own = adamw_state(opt, params, group), all(type(p) in PLAIN for p in params)
+
+    def here(tensors: list[Any]) -> list[Tensor]:
+        return tensors if own else [local(t) for t in tensors]
+
+    names, small = ["step", *ADAMW_STATE], group["state_dtype"] == "8bit"
+    if small:
+        names += scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)
+    state = {key: here([s[key] for s in states]) for key in names}
+    if small:
+        state |= {key: [t.view(1, -1) for t in state[key]] for key in ADAMW_STATE}
+    grads = here([p.grad for p in params])
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    halves: list[Any] = []
+    if group["mantissa"]:
+        halves = [local(s[MANTISSA]) if MANTISSA in s else None for s in states]
+    return Batch(here(params), grads, state, params, [0] * len(params), halves=halves)
+
+
+def adamw_state(
+    opt: MatrixOptimizer, params: list[Tensor], group: Mapping[str, Any]
+) -> list[dict[str, Tensor]]:
+    """The AdamW companion's state of each parameter, made where it is new."""
+    states = [opt.state[p] for p in params]
+    for p, state in zip(params, states, strict=True):
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for key in ADAMW_STATE:
+                state[key] = zeros_for(p, kept_dtype(group) or working_dtype(p, group), group)
+            for key, shape in scales_of(whole(p).reshape(1, -1), ADAMW_STATE, group).items():
+                state[key] = torch.zeros(shape, device=p.device)
+        if halved(p, group) and MANTISSA not in state:
+            state[MANTISSA] = torch.zeros_like(p, dtype=torch.int16)
+    return states
