@@ -6,18 +6,20 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..optim.tensors import Ranks, is_distributed, meets_owner, ranks_of, sharded_dims
+from .hosts import hosts_of, in_order
 from .meeting import describe, meet
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
+T = TypeVar("T")
 ANSWER = 5.0  # seconds for a rank to say that it lives, once an exchange has failed
 Work = list[tuple[dict[str, Any], list[int]]]  # groups, with the indices that have gradients
 
@@ -92,20 +94,34 @@ def all_succeed(name: str, ranks: Ranks, device: torch.device) -> Iterator[None]
         yield
     except Exception as error:
         failed = error
-    group = ranks.group
-    mine = torch.tensor([failed is not None], dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(ranks.size)]
-    with reporting(group):
-        dist.all_gather(everyone, mine, group=group)
-    if not any(map(int, everyone)):
+    numbers = gathered(ranks.group, device, int(failed is not None))
+    if not any(numbers):
         return
-    texts: list[str] = [""] * ranks.size
-    dist.all_gather_object(texts, f"{failed}", group=group)
-    place = [bool(x) for x in everyone].index(True)
+    texts = gathered_objects(ranks.group, device, f"{failed}")
+    place = numbers.index(1)
     raise ValueError(
-        f"{name}: rank {dist.get_process_group_ranks(group)[place]} could not compute its matrices "
-        f"(this is rank {dist.get_rank()}): {texts[place]}"
+        f"{name}: rank {dist.get_process_group_ranks(ranks.group)[place]} could not compute its "
+        f"matrices (this is rank {dist.get_rank()}): {texts[place]}"
     ) from failed
+
+
+def gathered(
+    group: dist.ProcessGroup, device: torch.device, number: int, what: str = ""
+) -> list[int]:
+    """A number of every rank, from host to host where that is possible."""
+    with reporting(group, what):
+        hosts = hosts_of(group, device)
+        mine = torch.tensor([number], device=hosts.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=hosts.group)
+    return [int(x) for x in everyone]
+
+
+def gathered_objects(group: dist.ProcessGroup, device: torch.device, mine: T) -> list[T]:
+    """An object of every rank, as `gathered`."""
+    everyone = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=hosts_of(group, device).group)
+    return everyone
 
 
 @contextlib.contextmanager
@@ -156,7 +172,7 @@ def refuse(opt: MatrixOptimizer, error: Exception) -> None:
 
 def compare(name: str, listed: dict[dist.ProcessGroup, Listed]) -> None:
     """Tell all scopes, then raise for the first in which ranks differ."""
-    found = [difference(who, mine) for who, mine in listed.items()]
+    found = [difference(who, listed[who]) for who in in_order([*listed])]
     if message := next(filter(None, found), ""):
         raise ValueError(f"{name}: {message} (this is rank {dist.get_rank()})")
 
@@ -165,15 +181,11 @@ def difference(who: dist.ProcessGroup, mine: Listed) -> str:
     """How the lists of ranks differ, the same sentence on all of them; or ""."""
     text = "\n".join([mine.refused, *mine.entries])
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-    sent = torch.tensor([digest], device=mine.device)
-    everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(who))]
-    with reporting(who, f"parameter {mine.entries[0]} " if mine.entries else ""):
-        dist.all_gather(everyone, sent, group=who)
-    if all(int(other) == digest for other in everyone):  # and so for every rank
-        return ""
+    what = f"parameter {mine.entries[0]} " if mine.entries else ""
+    if all(other == digest for other in gathered(who, mine.device, digest, what)):
+        return ""  # and so on every rank
     ranks = dist.get_process_group_ranks(who)
-    told: list[tuple[str, list[str]]] = [("", [])] * len(ranks)
-    dist.all_gather_object(told, (mine.refused, mine.entries), group=who)
+    told = gathered_objects(who, mine.device, (mine.refused, mine.entries))
     for rank, (refused, _) in zip(ranks, told, strict=True):
         if refused:
             return f"rank {rank} cannot make this step: {refused}"
@@ -197,8 +209,9 @@ def everywhere(params: list[Tensor], flags: Tensor) -> Tensor:
             for dim in sharded_dims(p):
                 shared.setdefault(p.device_mesh.get_group(dim), []).append(i)  # type: ignore[attr-defined]
     for group, rows in shared.items():
-        some = flags[rows].to(torch.int32)
+        places = torch.tensor(rows).to(flags.device, non_blocking=True)
+        some = flags[places].to(torch.int32)
         with reporting(group):
             dist.all_reduce(some, dist.ReduceOp.MIN, group=group)
-        flags = flags.index_put((torch.tensor(rows, device=flags.device),), some.bool())
+        flags = flags.index_put((places,), some.bool())
     return flags

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..optim.tensors import is_distributed
+from ..optim.tensors import is_distributed, mesh_ranks
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -46,12 +46,11 @@ Digests = dict[str, list[int]]  # of the entries of a mesh: its ranks
 
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
-    mesh = p.device_mesh
     keys = ("flatten", "split", "heads", "method", "decay", "constraint")  # what decides the way
     views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
     return (
         f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {tuple(p.placements)} on mesh "
-        f"{mesh.mesh.tolist()}, rule={group['rule']!r}" + (f", {views}" if views else "")
+        f"{mesh_ranks(p.device_mesh)}, rule={group['rule']!r}" + (f", {views}" if views else "")
     )
 
 

@@ -82,7 +82,7 @@ def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> 
     count(opt, states)
     blocks = [torch.empty_like(local(x.param)) for x in bucket.items]
     rows, factors = shard_rows(opt, bucket, states, blocks, group)
-    updates = Updates([u[None] for u in rows.owners])
+    updates = Updates([u.unsqueeze(0) for u in rows.owners])
     if rows.params:  # a rank may hold no row of a whole bucket
         mu = opt.momentum(group, device) if opt.momentum_key in rows.state else None
         updates_from(rows, updates.stacks, mu, group)
