@@ -23,7 +23,8 @@ each step that exchanges anything what they are to update (a gather of 8 bytes):
 all raise with the parameter's name, and nothing is written.
 """
 
+from .company import share_work
 from .report import Communication, comm_report
 from .scaler import GradScaler
 
-__all__ = ["Communication", "GradScaler", "comm_report"]
+__all__ = ["Communication", "GradScaler", "comm_report", "share_work"]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..optim.tensors import Ranks, is_distributed, meets_owner, ranks_of, sharded_dims
+from .company import owned, shared
 from .hosts import hosts_of, in_order
 from .meeting import describe, meet
 
@@ -35,7 +36,7 @@ class Listed(NamedTuple):
 def communicates(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
     """Whether a step of `p` needs other ranks: for its direction, or to judge its gradient."""
     if not is_distributed(p) or not sharded_dims(p):
-        return False
+        return shared(opt, p, group)
     return exchanged(opt, p, group) or group["nonfinite"] != "propagate"
 
 
@@ -43,11 +44,14 @@ def exchanged(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
     """Whether `p` has owners."""
     if group["rule"] != "matrix" or (opt.elementwise and opt.on_shards(group)):
         return False
-    return p.numel() > 0 and meets_owner(p, group)
+    return p.numel() > 0 and owned(opt, p, group)
 
 
-def scope(p: Any) -> dist.ProcessGroup:
-    """Who must agree on `p`: everyone, where its mesh has everyone; else its shards' holders."""
+def scope(opt: MatrixOptimizer, p: Any) -> dist.ProcessGroup:
+    """Who must agree on `p`: everyone, where its mesh has everyone; else its shards' holders. On
+    what is whole here, those who share its work."""
+    if not is_distributed(p) or not sharded_dims(p):
+        return opt.company.group
     if p.device_mesh.size() == dist.get_world_size():
         return dist.distributed_c10d._get_default_group()
     return p.device_mesh.get_group(sharded_dims(p)[0])
@@ -152,12 +156,12 @@ def check(opt: MatrixOptimizer, work: Work) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return  # to look at every parameter takes as long as other checks
     meet(opt)
-    listed: dict[dist.ProcessGroup, Listed] = {}
+    listed = listed_company(opt)
     for group, indices in work:
         present = set(indices)
         for i, p in enumerate(group["params"]):
             if communicates(opt, p, group):
-                some = listed.setdefault(scope(p), Listed(p.device, []))
+                some = listed.setdefault(scope(opt, p), Listed(p.device, []))
                 if i in present:
                     some.entries.append(describe(opt, p, group, i))
     compare(opt.name, listed)
@@ -167,7 +171,15 @@ def refuse(opt: MatrixOptimizer, error: Exception) -> None:
     """In place of `check`, on a rank whose settings, gradients or state are not as they must be."""
     meet(opt)  # for which the others wait
     found = [p for g in opt.param_groups for p in g["params"] if communicates(opt, p, g)]
-    compare(opt.name, {scope(p): Listed(p.device, [], str(error)) for p in found})
+    listed = {scope(opt, p): Listed(p.device, []) for p in found} | listed_company(opt)
+    refused = {who: some._replace(refused=str(error)) for who, some in listed.items()}
+    compare(opt.name, refused)
+
+
+def listed_company(opt: MatrixOptimizer) -> dict[dist.ProcessGroup, Listed]:
+    """Who share work agree at every step, on nothing at least: what they share may differ."""
+    params = [p for g in opt.param_groups for p in g["params"]]
+    return {opt.company.group: Listed(params[0].device, [])} if opt.company and params else {}
 
 
 def compare(name: str, listed: dict[dist.ProcessGroup, Listed]) -> None:
@@ -201,17 +213,25 @@ def difference(who: dist.ProcessGroup, mine: Listed) -> str:
     )
 
 
-def everywhere(params: list[Tensor], flags: Tensor) -> Tensor:
-    """`flags` of the parameters, and of their other shards."""
-    shared: dict[dist.ProcessGroup, list[int]] = {}
+def everywhere(
+    opt: MatrixOptimizer, group: dict[str, Any], params: list[Tensor], flags: Tensor
+) -> Tensor:
+    """`flags` of the parameters, and of their other shards and shared copies."""
+    held: dict[dist.ProcessGroup, list[int]] = {}
     for i, p in enumerate(params):
-        if is_distributed(p):
-            for dim in sharded_dims(p):
-                shared.setdefault(p.device_mesh.get_group(dim), []).append(i)  # type: ignore[attr-defined]
-    for group, rows in shared.items():
+        for who in holders(opt, p, group):
+            held.setdefault(who, []).append(i)
+    for who, rows in held.items():
         places = torch.tensor(rows).to(flags.device, non_blocking=True)
         some = flags[places].to(torch.int32)
-        with reporting(group):
-            dist.all_reduce(some, dist.ReduceOp.MIN, group=group)
+        with reporting(who):
+            dist.all_reduce(some, dist.ReduceOp.MIN, group=who)
         flags = flags.index_put((places,), some.bool())
     return flags
+
+
+def holders(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> list[dist.ProcessGroup]:
+    """The groups of ranks that must find the same of a gradient, as they update `p` together."""
+    if is_distributed(p) and sharded_dims(p):
+        return [p.device_mesh.get_group(dim) for dim in sharded_dims(p)]
+    return [opt.company.group] if shared(opt, p, group) else []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import agreement, shards
+from ..distributed.company import owned
 from ..distributed.plan import Bucket
 from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
 from ..ops import adamw_step_, magnitude
@@ -31,7 +32,7 @@ from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
 from .state import ADAMW_STATE, MOMENTUM, Batch, Updates, fit, halved, held, unheld, without_state
 from .telemetry import Probe, read
-from .tensors import is_distributed, local, meets_owner
+from .tensors import is_distributed, local
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
 
@@ -302,8 +303,8 @@ class MatrixOptimizer(Groups):
                     plans.append((None, []))
                     continue
                 batch = None
-                cut = [p for p in params if meets_owner(p, group)]
-                rows = [p for p in params if not meets_owner(p, group)] if cut else params
+                cut = [p for p in params if owned(self, p, group)]
+                rows = [p for p in params if not owned(self, p, group)] if cut else params
                 if rows:
                     batch = matrix_batch(self, rows, group)
                     if group["state_dtype"] and self.prepares:
@@ -351,7 +352,7 @@ class MatrixOptimizer(Groups):
             return indices
         params = [group["params"][i] for i in indices]
         norms = magnitude.overload([local(p.grad).reshape(1, 1, -1) for p in params])
-        finite = agreement.everywhere(params, norms.isfinite()).tolist()
+        finite = agreement.everywhere(self, group, params, norms.isfinite()).tolist()
         bad = [i for i, ok in zip(indices, finite, strict=True) if not ok]
         if bad and group["nonfinite"] == "error":
             raise ValueError(

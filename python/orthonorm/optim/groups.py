@@ -27,6 +27,7 @@ class Groups(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = False
     mantissas: ClassVar[bool] = True  # whether the rule writes weights as the base does
     _asked: frozenset[str] = frozenset()
+    company: Any = None  # the ranks that share its work (distributed.company)
     met: Any = False  # True once ranks have compared what they hold (distributed.meeting)
 
     def __init__(
@@ -73,6 +74,10 @@ class Groups(torch.optim.Optimizer):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError or TypeError for what `rules` cannot say of one key alone."""
+
+    def iterates(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the direction of `p` is iterated for, which takes longer than to send it."""
+        return False
 
     def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """What follows the update of a group's matrices."""
