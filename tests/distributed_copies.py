@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed_layouts import LAYOUTS, ddp, models, train
-from distributed_pairs import OPTIMIZERS, SHAPES, counted, parameters, same
+from distributed_pairs import GATHER, OPTIMIZERS, SHAPES, counted, parameters, same
 from distributed_registry import Context, case, device_mesh, put, raises
 from orthonorm import optim
 from orthonorm.distributed import comm_report, plan, shards, share_work
@@ -110,7 +110,7 @@ def predicted_bytes_of_shared_work_are_the_counted_ones(context: Context) -> Non
 def shared_buckets_travel_while_others_compute(context: Context) -> None:
     """As many buckets as there are matrices for each rank; one is under way at every direction but
     the first."""
-    log, kept, limit = list[str](), dist.all_gather_into_tensor, shards.buckets
+    log, kept, limit = list[str](), getattr(dist, GATHER), shards.buckets
 
     class Watched(optim.Muon, abstract=True):
         def direction(self, *args: Any) -> Any:
@@ -135,11 +135,12 @@ def shared_buckets_travel_while_others_compute(context: Context) -> None:
             for cls in (Watched, optim.Muon))  # fmt: skip
     share_work(a)
     shards.buckets = lambda *args: plan.buckets(*args, limit=1)
-    dist.all_gather_into_tensor = gather
+    setattr(dist, GATHER, gather)
     try:
         step_both(0, a, b)
     finally:
-        dist.all_gather_into_tensor, shards.buckets = kept, limit
+        setattr(dist, GATHER, kept)
+        shards.buckets = limit
     under_way = [log[:i].count("start") - log[:i].count("wait")
                  for i, event in enumerate(log) if event == "compute"]  # fmt: skip
     assert log.count("start") == log.count("wait") == 3

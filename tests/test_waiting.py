@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from orthonorm import optim
-from orthonorm.distributed import agreement, exchange
+from orthonorm.distributed import agreement, comm_report, copies, exchange, share_work
 from orthonorm.optim.tensors import mesh_places, mesh_ranks, numbers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -75,12 +75,19 @@ def mesh() -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
+SHARED = (
+    "Muon", "NorMuon", "AdaMuon", "Scion", "ScionLight", "MuonEq", "PolarGrad", "SWAN",
+    "HybridAuON", "SteepestDescent", "TrustRegion",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", [name for name in optim.REGISTRY if name != "SSO"])
 def test_distributed_step_waits_for_nothing(
-    name: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+    name: str, shared: bool, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps with owners, and of a plain parameter beside; what hosts tell each other is numbers,
-    of which fake tensors have none (test_distributed_hosts.py)."""
+    """Steps with owners, and of a plain parameter beside, whose work ranks may share; what hosts
+    tell each other is numbers, of which fake tensors have none (test_distributed_hosts.py)."""
     told: list[int] = []
 
     def gathered(group: Any, device: torch.device, number: int, what: str = "") -> list[int]:
@@ -89,7 +96,8 @@ def test_distributed_step_waits_for_nothing(
 
     monkeypatch.setattr(agreement, "gathered", gathered)
     # copies on the device, which ask for it even of tensors without numbers
-    monkeypatch.setattr(exchange, "read", lambda buffer, tensors: [*tensors])
+    for module in (copies, exchange):
+        monkeypatch.setattr(module, "read", lambda buffer, tensors: [*tensors])
     with FakeTensorMode(allow_non_fake_inputs=True):
         params: list[Any] = [torch.empty(32, 24, device=CUDA) for _ in range(3)]
         params = [DTensor.from_local(p, mesh, [Shard(0)], run_check=False) for p in params]
@@ -98,10 +106,14 @@ def test_distributed_step_waits_for_nothing(
         for p in params:
             p.grad = torch.empty_like(p)
         optimizer = optim.REGISTRY[name](params)
+        if shared:
+            share_work(optimizer)
         for _ in range(2):
             with Waits() as waits:
                 optimizer.step()
             assert not waits.found
+        gathers = comm_report(optimizer).gathers
+    assert gathers == (shared and name in SHARED)
     assert len(told) >= 2 or name in ("AdamW", "Signum")  # which exchange nothing
 
 

@@ -177,9 +177,11 @@ def refuse(opt: MatrixOptimizer, error: Exception) -> None:
 
 
 def listed_company(opt: MatrixOptimizer) -> dict[dist.ProcessGroup, Listed]:
-    """Who share work agree at every step, on nothing at least: what they share may differ."""
-    params = [p for g in opt.param_groups for p in g["params"]]
-    return {opt.company.group: Listed(params[0].device, [])} if opt.company and params else {}
+    """Those who share work agree at every step, even if one of them finds nothing to share."""
+    if opt.company is None:
+        return {}
+    device = next(p.device for g in opt.param_groups for p in g["params"])
+    return {opt.company.group: Listed(device, [])}
 
 
 def compare(name: str, listed: dict[dist.ProcessGroup, Listed]) -> None:

@@ -97,8 +97,10 @@ def all_gather(bucket: Bucket, tensors: Iterable[Tensor]) -> Travel[Tensor]:
     mine = F.pad(packed, (0, size - packed.numel()))
     everyone = torch.empty(bucket.ranks.size * size, dtype=torch.uint8, device=device)
     group = bucket.ranks.group
+    # torch 2.13's name for what is deprecated there
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with reporting(group):
-        work = dist.all_gather_into_tensor(everyone, mine, group=group, async_op=True)
+        work = gather(everyone, mine, group=group, async_op=True)
     yield
     with reporting(group):
         work.wait()
