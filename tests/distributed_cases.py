@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import distributed_compat  # noqa: F401  (its cases)
+import distributed_copies  # noqa: F401  (its cases)
 import distributed_gram  # noqa: F401  (its cases)
 import distributed_halves  # noqa: F401  (its cases)
+import distributed_hosts  # noqa: F401  (its cases)
 import distributed_refusals  # noqa: F401  (its cases)
 import distributed_training  # noqa: F401  (its cases)
 import torch

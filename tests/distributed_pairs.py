@@ -13,6 +13,7 @@ from orthonorm import optim
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 SHAPES = ((37, 24), (24, 37), (3, 64), (1, 16), (64, 64), (4, 8, 12), (3, 12, 8), (8, 3, 3, 2))
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "Muon": (optim.Muon, dict(lr=0.02)),
@@ -124,9 +125,11 @@ def set_gradients(step: int, a: Any, b: Any) -> None:
 
 
 def counted(f: Callable[[], None]) -> tuple[int, int, int, int]:
-    """Bytes to and from other ranks in all-to-alls, collectives, and bytes of float sums."""
+    """Bytes to and from other ranks in all-to-alls and gathers of tensors, collectives, and bytes
+    of float sums."""
     seen = [0, 0, 0, 0]
-    kept = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather", "all_reduce")}
+    names = ("all_to_all_single", GATHER, "all_gather", "all_reduce")
+    kept = {name: getattr(dist, name) for name in names}
 
     def all_to_all_single(
         out: Tensor, inp: Tensor, received: Any, sent: Any, group: Any, async_op: bool
@@ -137,6 +140,14 @@ def counted(f: Callable[[], None]) -> tuple[int, int, int, int]:
         seen[1] += (sum(received) - received[mine]) * out.element_size()
         seen[2] += 1
         return kept["all_to_all_single"](out, inp, received, sent, group=group, async_op=async_op)
+
+    def all_gather_single(out: Tensor, inp: Tensor, group: Any, async_op: bool) -> Any:
+        others = dist.get_world_size(group) - 1
+        assert out.nbytes == (others + 1) * inp.nbytes
+        seen[0] += others * inp.nbytes
+        seen[1] += others * inp.nbytes
+        seen[2] += 1
+        return kept[GATHER](out, inp, group=group, async_op=async_op)
 
     def other(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -149,6 +160,7 @@ def counted(f: Callable[[], None]) -> tuple[int, int, int, int]:
 
     try:
         dist.all_to_all_single = all_to_all_single
+        setattr(dist, GATHER, all_gather_single)
         dist.all_gather, dist.all_reduce = other("all_gather"), other("all_reduce")
         f()
     finally:

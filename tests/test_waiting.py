@@ -6,14 +6,20 @@ Decompositions (`eigh` at refreshes) wait inside torch; what the kernels do, tes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from orthonorm import optim
-from orthonorm.optim.tensors import numbers
+from orthonorm.distributed import agreement, comm_report, copies, exchange, share_work
+from orthonorm.optim.tensors import mesh_places, mesh_ranks, numbers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.device("cuda", 0)
@@ -55,6 +61,60 @@ def test_step_waits_for_nothing(name: str) -> None:
             with Waits() as waits:
                 optimizer.step()
             assert not waits.found
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Two ranks with GPUs, of which one is here, and whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        found = DeviceMesh("cuda", [0, 1])
+        mesh_places(found), mesh_ranks(found)  # kept: the mesh's own tensor has numbers
+        yield found
+    finally:
+        dist.destroy_process_group()
+
+
+SHARED = (
+    "Muon", "NorMuon", "AdaMuon", "Scion", "ScionLight", "MuonEq", "PolarGrad", "SWAN",
+    "HybridAuON", "SteepestDescent", "TrustRegion",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", [name for name in optim.REGISTRY if name != "SSO"])
+def test_distributed_step_waits_for_nothing(
+    name: str, shared: bool, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with owners, and of a plain parameter beside, whose work ranks may share; what hosts
+    tell each other is numbers, of which fake tensors have none (test_distributed_hosts.py)."""
+    told: list[int] = []
+
+    def gathered(group: Any, device: torch.device, number: int, what: str = "") -> list[int]:
+        told.append(number)
+        return [number] * 2
+
+    monkeypatch.setattr(agreement, "gathered", gathered)
+    # copies on the device, which ask for it even of tensors without numbers
+    for module in (copies, exchange):
+        monkeypatch.setattr(module, "read", lambda buffer, tensors: [*tensors])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params: list[Any] = [torch.empty(32, 24, device=CUDA) for _ in range(3)]
+        params = [DTensor.from_local(p, mesh, [Shard(0)], run_check=False) for p in params]
+        params.append(torch.empty(9, 40, device=CUDA))
+        params = [nn.Parameter(p, requires_grad=False) for p in params]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer = optim.REGISTRY[name](params)
+        if shared:
+            share_work(optimizer)
+        for _ in range(2):
+            with Waits() as waits:
+                optimizer.step()
+            assert not waits.found
+        gathers = comm_report(optimizer).gathers
+    assert gathers == (shared and name in SHARED)
+    assert len(told) >= 2 or name in ("AdamW", "Signum")  # which exchange nothing
 
 
 def test_waiting_is_seen() -> None:

@@ -6,18 +6,21 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..optim.tensors import Ranks, is_distributed, meets_owner, ranks_of, sharded_dims
+from .company import owned, shared
+from .hosts import hosts_of, in_order
 from .meeting import describe, meet
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
+T = TypeVar("T")
 ANSWER = 5.0  # seconds for a rank to say that it lives, once an exchange has failed
 Work = list[tuple[dict[str, Any], list[int]]]  # groups, with the indices that have gradients
 
@@ -33,7 +36,7 @@ class Listed(NamedTuple):
 def communicates(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
     """Whether a step of `p` needs other ranks: for its direction, or to judge its gradient."""
     if not is_distributed(p) or not sharded_dims(p):
-        return False
+        return shared(opt, p, group)
     return exchanged(opt, p, group) or group["nonfinite"] != "propagate"
 
 
@@ -41,11 +44,14 @@ def exchanged(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
     """Whether `p` has owners."""
     if group["rule"] != "matrix" or (opt.elementwise and opt.on_shards(group)):
         return False
-    return p.numel() > 0 and meets_owner(p, group)
+    return p.numel() > 0 and owned(opt, p, group)
 
 
-def scope(p: Any) -> dist.ProcessGroup:
-    """Who must agree on `p`: everyone, where its mesh has everyone; else its shards' holders."""
+def scope(opt: MatrixOptimizer, p: Any) -> dist.ProcessGroup:
+    """Who must agree on `p`: everyone, where its mesh has everyone; else its shards' holders. On
+    what is whole here, those who share its work."""
+    if not is_distributed(p) or not sharded_dims(p):
+        return opt.company.group
     if p.device_mesh.size() == dist.get_world_size():
         return dist.distributed_c10d._get_default_group()
     return p.device_mesh.get_group(sharded_dims(p)[0])
@@ -92,20 +98,34 @@ def all_succeed(name: str, ranks: Ranks, device: torch.device) -> Iterator[None]
         yield
     except Exception as error:
         failed = error
-    group = ranks.group
-    mine = torch.tensor([failed is not None], dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(ranks.size)]
-    with reporting(group):
-        dist.all_gather(everyone, mine, group=group)
-    if not any(map(int, everyone)):
+    numbers = gathered(ranks.group, device, int(failed is not None))
+    if not any(numbers):
         return
-    texts: list[str] = [""] * ranks.size
-    dist.all_gather_object(texts, f"{failed}", group=group)
-    place = [bool(x) for x in everyone].index(True)
+    texts = gathered_objects(ranks.group, device, f"{failed}")
+    place = numbers.index(1)
     raise ValueError(
-        f"{name}: rank {dist.get_process_group_ranks(group)[place]} could not compute its matrices "
-        f"(this is rank {dist.get_rank()}): {texts[place]}"
+        f"{name}: rank {dist.get_process_group_ranks(ranks.group)[place]} could not compute its "
+        f"matrices (this is rank {dist.get_rank()}): {texts[place]}"
     ) from failed
+
+
+def gathered(
+    group: dist.ProcessGroup, device: torch.device, number: int, what: str = ""
+) -> list[int]:
+    """A number of every rank, from host to host where that is possible."""
+    with reporting(group, what):
+        hosts = hosts_of(group, device)
+        mine = torch.tensor([number], device=hosts.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=hosts.group)
+    return [int(x) for x in everyone]
+
+
+def gathered_objects(group: dist.ProcessGroup, device: torch.device, mine: T) -> list[T]:
+    """An object of every rank, as `gathered`."""
+    everyone = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=hosts_of(group, device).group)
+    return everyone
 
 
 @contextlib.contextmanager
@@ -136,12 +156,12 @@ def check(opt: MatrixOptimizer, work: Work) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return  # to look at every parameter takes as long as other checks
     meet(opt)
-    listed: dict[dist.ProcessGroup, Listed] = {}
+    listed = listed_company(opt)
     for group, indices in work:
         present = set(indices)
         for i, p in enumerate(group["params"]):
             if communicates(opt, p, group):
-                some = listed.setdefault(scope(p), Listed(p.device, []))
+                some = listed.setdefault(scope(opt, p), Listed(p.device, []))
                 if i in present:
                     some.entries.append(describe(opt, p, group, i))
     compare(opt.name, listed)
@@ -151,12 +171,22 @@ def refuse(opt: MatrixOptimizer, error: Exception) -> None:
     """In place of `check`, on a rank whose settings, gradients or state are not as they must be."""
     meet(opt)  # for which the others wait
     found = [p for g in opt.param_groups for p in g["params"] if communicates(opt, p, g)]
-    compare(opt.name, {scope(p): Listed(p.device, [], str(error)) for p in found})
+    listed = {scope(opt, p): Listed(p.device, []) for p in found} | listed_company(opt)
+    refused = {who: some._replace(refused=str(error)) for who, some in listed.items()}
+    compare(opt.name, refused)
+
+
+def listed_company(opt: MatrixOptimizer) -> dict[dist.ProcessGroup, Listed]:
+    """Those who share work agree at every step, even if one of them finds nothing to share."""
+    if opt.company is None:
+        return {}
+    device = next(p.device for g in opt.param_groups for p in g["params"])
+    return {opt.company.group: Listed(device, [])}
 
 
 def compare(name: str, listed: dict[dist.ProcessGroup, Listed]) -> None:
     """Tell all scopes, then raise for the first in which ranks differ."""
-    found = [difference(who, mine) for who, mine in listed.items()]
+    found = [difference(who, listed[who]) for who in in_order([*listed])]
     if message := next(filter(None, found), ""):
         raise ValueError(f"{name}: {message} (this is rank {dist.get_rank()})")
 
@@ -165,15 +195,11 @@ def difference(who: dist.ProcessGroup, mine: Listed) -> str:
     """How the lists of ranks differ, the same sentence on all of them; or ""."""
     text = "\n".join([mine.refused, *mine.entries])
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-    sent = torch.tensor([digest], device=mine.device)
-    everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(who))]
-    with reporting(who, f"parameter {mine.entries[0]} " if mine.entries else ""):
-        dist.all_gather(everyone, sent, group=who)
-    if all(int(other) == digest for other in everyone):  # and so for every rank
-        return ""
+    what = f"parameter {mine.entries[0]} " if mine.entries else ""
+    if all(other == digest for other in gathered(who, mine.device, digest, what)):
+        return ""  # and so on every rank
     ranks = dist.get_process_group_ranks(who)
-    told: list[tuple[str, list[str]]] = [("", [])] * len(ranks)
-    dist.all_gather_object(told, (mine.refused, mine.entries), group=who)
+    told = gathered_objects(who, mine.device, (mine.refused, mine.entries))
     for rank, (refused, _) in zip(ranks, told, strict=True):
         if refused:
             return f"rank {rank} cannot make this step: {refused}"
@@ -189,16 +215,25 @@ def difference(who: dist.ProcessGroup, mine: Listed) -> str:
     )
 
 
-def everywhere(params: list[Tensor], flags: Tensor) -> Tensor:
-    """`flags` of the parameters, and of their other shards."""
-    shared: dict[dist.ProcessGroup, list[int]] = {}
+def everywhere(
+    opt: MatrixOptimizer, group: dict[str, Any], params: list[Tensor], flags: Tensor
+) -> Tensor:
+    """`flags` of the parameters, and of their other shards and shared copies."""
+    held: dict[dist.ProcessGroup, list[int]] = {}
     for i, p in enumerate(params):
-        if is_distributed(p):
-            for dim in sharded_dims(p):
-                shared.setdefault(p.device_mesh.get_group(dim), []).append(i)  # type: ignore[attr-defined]
-    for group, rows in shared.items():
-        some = flags[rows].to(torch.int32)
-        with reporting(group):
-            dist.all_reduce(some, dist.ReduceOp.MIN, group=group)
-        flags = flags.index_put((torch.tensor(rows, device=flags.device),), some.bool())
+        for who in holders(opt, p, group):
+            held.setdefault(who, []).append(i)
+    for who, rows in held.items():
+        places = torch.tensor(rows).to(flags.device, non_blocking=True)
+        some = flags[places].to(torch.int32)
+        with reporting(who):
+            dist.all_reduce(some, dist.ReduceOp.MIN, group=who)
+        flags = flags.index_put((places,), some.bool())
     return flags
+
+
+def holders(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> list[dist.ProcessGroup]:
+    """The groups of ranks that must find the same of a gradient, as they update `p` together."""
+    if is_distributed(p) and sharded_dims(p):
+        return [p.device_mesh.get_group(dim) for dim in sharded_dims(p)]
+    return [opt.company.group] if shared(opt, p, group) else []

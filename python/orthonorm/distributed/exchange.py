@@ -1,6 +1,6 @@
-"""The two all-to-alls of a bucket: blocks to owners, whole tensors back to blocks.
+"""The two all-to-alls of a bucket: blocks to owners, whole tensors back to blocks; or one gather.
 
-Everything travels as bytes, so that one collective carries any mix of dtypes. Both are generators
+Everything travels as bytes, so that one collective carries any mix of dtypes. All are generators
 that yield where their collective is on its way: whoever drives them has something else computed
 meanwhile.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .agreement import reporting
@@ -86,6 +87,24 @@ def all_to_all(
     with reporting(group):
         work.wait()
     return buffer
+
+
+def all_gather(bucket: Bucket, tensors: Iterable[Tensor]) -> Travel[Tensor]:
+    """What every rank sends, the bytes of a rank in a row: as many as of the one with the most."""
+    device, size = bucket.items[0].param.device, bucket.gathered
+    packed = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *map(as_bytes, tensors)])
+    assert packed.numel() == bucket.found(bucket.ranks.rank)  # `pad` would cut what is more
+    mine = F.pad(packed, (0, size - packed.numel()))
+    everyone = torch.empty(bucket.ranks.size * size, dtype=torch.uint8, device=device)
+    group = bucket.ranks.group
+    # torch 2.13's name for what is deprecated there
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    with reporting(group):
+        work = gather(everyone, mine, group=group, async_op=True)
+    yield
+    with reporting(group):
+        work.wait()
+    return everyone.view(bucket.ranks.size, size)
 
 
 def interleaved(travels: Iterable[Travel[None]]) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..optim.tensors import is_distributed
+from ..optim.tensors import is_distributed, mesh_places, mesh_ranks
+from .company import shared
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -46,13 +47,17 @@ Digests = dict[str, list[int]]  # of the entries of a mesh: its ranks
 
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
-    mesh = p.device_mesh
     # what decides the way, and what travels on it
     keys = ("flatten", "split", "heads", "method", "decay", "constraint", "state_dtype")
     views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
+    place = "a plain tensor"
+    if is_distributed(p):
+        place = f"{tuple(p.placements)} on mesh {mesh_ranks(p.device_mesh)}"
+    if shared(opt, p, group):
+        place += f" shared by ranks {dist.get_process_group_ranks(opt.company.group)}"
     return (
-        f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {tuple(p.placements)} on mesh "
-        f"{mesh.mesh.tolist()}, rule={group['rule']!r}" + (f", {views}" if views else "")
+        f"{opt.label(group, index)} {tuple(p.shape)} {p.dtype}, {place}, rule={group['rule']!r}"
+        + (f", {views}" if views else "")
     )
 
 
@@ -123,9 +128,12 @@ def entries(opt: MatrixOptimizer) -> list[Entry]:
 def entry(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> Entry:
     """A mesh of one rank is not shared."""
     label = opt.label(group, index)
-    if not is_distributed(p):
+    if shared(opt, p, group):
+        ranks = tuple(dist.get_process_group_ranks(opt.company.group))
+    elif is_distributed(p):
+        ranks = tuple(mesh_places(p.device_mesh))
+    else:
         return Entry(label, f"{label} {tuple(p.shape)} {p.dtype}, a plain tensor")
-    ranks = tuple(p.device_mesh.mesh.flatten().tolist())
     return Entry(label, describe(opt, p, group, index), ranks if len(ranks) > 1 else ())
 
 
@@ -152,8 +160,8 @@ def arrived(store: Any, places: list[str], peers: list[int]) -> dict[int, str]:
 
 def differs(mine: Digests, theirs: Digests, me: int, other: int) -> bool:
     """Whether a rank has something else on the meshes that we both are on."""
-    shared = {text for text, ranks in theirs.items() if me in ranks}
-    return shared != {text for text, ranks in mine.items() if other in ranks}
+    both = {text for text, ranks in theirs.items() if me in ranks}
+    return both != {text for text, ranks in mine.items() if other in ranks}
 
 
 def left(store: Any, place: str, rank: int) -> list[Entry]:
@@ -167,10 +175,10 @@ def sentence(store: Any, came: dict[int, str], good: list[int], bad: int, me: in
     a = me
     for a in (*good, me):  # some may share no mesh with the bad one
         held_by[a] = left(store, came[a], a)
-        if shared(held_by[a], bad) != shared(held_by[bad], a):
+        if common(held_by[a], bad) != common(held_by[bad], a):
             break
     a, b = sorted((a, bad))
-    first, other = shared(held_by[a], b), shared(held_by[b], a)
+    first, other = common(held_by[a], b), common(held_by[b], a)
     i = next(i for i in range(max(len(first), len(other))) if first[i : i + 1] != other[i : i + 1])
     labels = {x.label for some in (first, other) for x in some[i : i + 1]}
     has = [
@@ -183,5 +191,5 @@ def sentence(store: Any, came: dict[int, str], good: list[int], bad: int, me: in
     )
 
 
-def shared(some: list[Entry], rank: int) -> list[Entry]:
+def common(some: list[Entry], rank: int) -> list[Entry]:
     return [Entry(x.label, x.text) for x in some if rank in x.ranks]

@@ -47,6 +47,11 @@ class Item(NamedTuple):
     cost: float  # multiply-adds of one product with the short side, of all its matrices
     owner: int = 0
     spread: Spread | None = None  # in place of an owner: the ranks that sum its Gram matrix
+    company: Ranks | None = None  # where all hold it whole: what the owner finds, all gather
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.company or ranks_of(self.param)
 
     def sends(self, holder: int) -> bool:
         """Whether the owner has its block from this holder, not from one with a copy."""
@@ -65,6 +70,19 @@ class Bucket(NamedTuple):
 
     def owned(self, rank: int) -> list[Item]:
         return [x for x in self.items if x.owner == rank and self.spread is None]
+
+    @property
+    def copies(self) -> bool:
+        return self.items[0].company is not None
+
+    def found(self, owner: int) -> int:
+        """Bytes that an owner of what all hold sends to each of the others."""
+        return sum(t.whole_bytes for x in self.owned(owner) for t in x.travelers)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of each rank in the gather of what owners have found: as many as of the most."""
+        return max(map(self.found, range(self.ranks.size)))
 
     def outbound(self, holder: int, owner: int) -> int:
         """Bytes that a holder of blocks sends to an owner."""
@@ -105,11 +123,12 @@ def buckets(
     kinds: dict[Hashable, list[Item]] = {}
     for item in items:
         p, spread = item.param, item.spread
-        key = (ranks_of(p), alike(p), spread, p.dtype if spread else None)
+        dtype = p.dtype if spread or item.company else None
+        key = (item.ranks, alike(p), spread, dtype, item.company is not None)
         kinds.setdefault(key, []).append(item)
     found, loads = [], dict[Ranks, list[float]]()
     for kind in kinds.values():
-        ranks, filled = ranks_of(kind[0].param), 0
+        ranks, filled = kind[0].ranks, 0
         load = loads.setdefault(ranks, [0.0] * ranks.size)
         bucket: list[Item] = []
         for item in sorted(kind, key=lambda x: -x.cost):

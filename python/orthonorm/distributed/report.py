@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch.distributed as dist
-
-from ..optim.tensors import is_distributed, sharded_dims
-from .agreement import communicates, exchanged, has_experts, scope
+from .agreement import communicates, exchanged, has_experts, holders, listed_company, scope
 from .plan import Bucket
 from .shards import new_plan
 from .spread import Sums
@@ -29,7 +26,10 @@ class Communication(NamedTuple):
         experts beside), sums of Gram matrices and the gather of
         a norm before them, and, with nonfinite="skip" or "error", reductions of one flag a
         parameter.
-    work: this rank's share of the multiply-adds of Newton-Schulz; 1 / ranks is even.
+    work: this rank's share of the multiply-adds of Newton-Schulz that is shared out; 1 / ranks is
+        even.
+    gathers: buckets of what all ranks hold (`share_work`), with one all-gather each, whose bytes
+        are in `sent` and `received`: of each rank as many as of the one that sends most.
     """
 
     buckets: int
@@ -39,12 +39,14 @@ class Communication(NamedTuple):
     local: int
     launches: int
     work: float
+    gathers: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.sent} bytes sent and {self.received} received in {2 * self.buckets} "
-            f"all-to-alls, {self.summed} bytes summed, {self.launches} collectives, "
-            f"{self.local} parameters local, {self.work:.1%} of the work"
+            f"all-to-alls and {self.gathers} all-gathers, {self.summed} bytes summed, "
+            f"{self.launches} collectives, {self.local} parameters local, "
+            f"{self.work:.1%} of the work"
         )
 
 
@@ -55,12 +57,12 @@ def comm_report(optimizer: MatrixOptimizer) -> Communication:
         optimizer: one of `orthonorm.optim`; `print` shows the result as a sentence.
     """
     buckets, sent, received, summed, kept, launches = 0, 0, 0, 0, 0, 0
-    mine, all_work = 0.0, 0.0
-    scopes = set()
+    mine, all_work, gathers = 0.0, 0.0, 0
+    scopes = {*listed_company(optimizer)}
     for group in optimizer.param_groups:
         params = group["params"]
-        scopes |= {scope(p) for p in params if communicates(optimizer, p, group)}
-        launches += reductions(params, group)
+        scopes |= {scope(optimizer, p) for p in params if communicates(optimizer, p, group)}
+        launches += reductions(optimizer, group)
         cut = [p for p in params if exchanged(optimizer, p, group)]
         kept += len(params) - len(cut)
         launches += bool(cut) and has_experts(optimizer, group)
@@ -71,15 +73,22 @@ def comm_report(optimizer: MatrixOptimizer) -> Communication:
                 summed += sum(sum(x.bytes) for x in found)
                 launches += max(len(x.bytes) + x.norms for x in found)
                 continue
-            buckets += 1
+            mine += sum(x.cost for x in bucket.owned(rank))
+            all_work += sum(x.cost for x in bucket.items)
             others = [r for r in ranks if r != rank]
+            if bucket.copies:
+                gathers += 1
+                sent += len(others) * bucket.gathered
+                received += len(others) * bucket.gathered
+                launches += 1
+                continue
+            buckets += 1
             sent += sum(bucket.outbound(rank, r) + bucket.inbound(rank, r) for r in others)
             received += sum(bucket.outbound(r, rank) + bucket.inbound(r, rank) for r in others)
             launches += 2 if optimizer.on_shards(group) else 3
-            mine += sum(x.cost for x in bucket.owned(rank))
-            all_work += sum(x.cost for x in bucket.items)
     share = mine / all_work if all_work else 0.0
-    return Communication(buckets, sent, received, summed, kept, launches + len(scopes), share)
+    launches += len(scopes)
+    return Communication(buckets, sent, received, summed, kept, launches, share, gathers)
 
 
 def sums_of(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> list[Sums]:
@@ -93,11 +102,7 @@ def sums_of(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> list
     return found
 
 
-def reductions(params: list[Any], group: dict[str, Any]) -> int:
+def reductions(opt: MatrixOptimizer, group: dict[str, Any]) -> int:
     if group["nonfinite"] == "propagate":
         return 0
-    groups: set[dist.ProcessGroup] = set()
-    for p in params:
-        if is_distributed(p):
-            groups |= {p.device_mesh.get_group(dim) for dim in sharded_dims(p)}
-    return len(groups)
+    return len({who for p in group["params"] for who in holders(opt, p, group)})

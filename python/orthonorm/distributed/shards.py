@@ -22,8 +22,9 @@ from ..optim.state import (
 )
 from ..optim.tensors import local, ranks_of, state_placements, whole
 from ..optim.views import VIEW_DEFAULTS, matrices
-from . import gram
+from . import copies, gram
 from .agreement import all_succeed
+from .company import shared
 from .exchange import Tensors, from_owners, interleaved, to_owners
 from .plan import Bucket, Item, buckets, cost, state_traveler, traveler
 from .spread import Travel
@@ -37,13 +38,14 @@ FLAT = {"flatten": True}
 def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
     """Buckets of sharded parameters; the same on every rank that agrees on the parameters."""
     kinds = [opt.alike(p, group) for p in params]
-    settings = [group.get(k) for k in (*VIEW_DEFAULTS, "method", "state_dtype")]
+    settings = [group.get(k) for k in (*VIEW_DEFAULTS, "method", "mantissa", "state_dtype")]
     ways = (opt.on_shards(group), opt.on_lines(group), opt.polar_first(params[0], group))
     key = [*map(id, params), *kinds, *settings, *ways]
     if opt.plans.get(id(group), (None,))[0] != key:
         opt.plans[id(group)] = (key, new_plan(opt, params, group))
     for p in params:
-        matrix_state_of(opt, p, group, matrix_shapes(opt, p, group))
+        if not shared(opt, p, group):
+            matrix_state_of(opt, p, group, matrix_shapes(opt, p, group))
     return opt.plans[id(group)][1]
 
 
@@ -52,6 +54,8 @@ def new_plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) 
 
 
 def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
+    if shared(opt, p, group):
+        return copies.item_of(opt, p, group)
     shapes, ranks = matrix_shapes(opt, p, group), ranks_of(p)
     like, dtype = traveler(p, ranks), working_dtype(p, group)
     working = like._replace(dtype=dtype)  # updates, and state of the parameter's shape
@@ -76,6 +80,8 @@ def update(opt: MatrixOptimizer, plan: list[Bucket], group: dict[str, Any]) -> N
 
 
 def way(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Callable[..., Travel[None]]:
+    if bucket.copies:
+        return copies.update
     if opt.on_shards(group):
         return update_rows
     return update_whole if bucket.spread is None else gram.update_lines
@@ -92,7 +98,7 @@ def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> 
         torch.empty_like(local(x.param), dtype=working_dtype(x.param, group)) for x in bucket.items
     ]
     rows, factors = shard_rows(opt, bucket, states, blocks, group)
-    updates = Updates([u[None] for u in rows.owners])
+    updates = Updates([u.unsqueeze(0) for u in rows.owners])
     if rows.params:  # a rank may hold no row of a whole bucket
         mu = opt.momentum(group, device) if opt.momentum_key in rows.state else None
         updates_from(rows, updates.stacks, mu, group)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import agreement, shards
+from ..distributed.company import owned
 from ..distributed.plan import Bucket
 from ..ops import magnitude
 from ..ops.steps import stacks_in_turn, work_parts
@@ -40,7 +41,7 @@ from .state import (
     without_state,
 )
 from .telemetry import Probe, read
-from .tensors import is_distributed, local, meets_owner
+from .tensors import is_distributed, local
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
 # Methods that a direction is made by: a subclass with its own cannot use its parent's `at_once`.
@@ -312,8 +313,8 @@ class MatrixOptimizer(Sharding):
                     plans.append((None, []))
                     continue
                 batch = None
-                cut = [p for p in params if meets_owner(p, group)]
-                rows = [p for p in params if not meets_owner(p, group)] if cut else params
+                cut = [p for p in params if owned(self, p, group)]
+                rows = [p for p in params if not owned(self, p, group)] if cut else params
                 if rows:
                     batch = matrix_batch(self, rows, group)
                     if group["state_dtype"] in storage.SMALLER and self.prepares:
@@ -361,7 +362,7 @@ class MatrixOptimizer(Sharding):
             return indices
         params = [group["params"][i] for i in indices]
         norms = magnitude.overload([local(p.grad).reshape(1, 1, -1) for p in params])
-        finite = agreement.everywhere(params, norms.isfinite()).tolist()
+        finite = agreement.everywhere(self, group, params, norms.isfinite()).tolist()
         bad = [i for i, ok in zip(indices, finite, strict=True) if not ok]
         if bad and group["nonfinite"] == "error":
             raise ValueError(

@@ -29,6 +29,7 @@ class Groups(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = False
     mantissas: ClassVar[bool] = True  # whether the rule writes weights as the base does
     _asked: frozenset[str] = frozenset()
+    company: Any = None  # the ranks that share its work (distributed.company)
     met: Any = False  # True once ranks have compared what they hold (distributed.meeting)
 
     def __init__(

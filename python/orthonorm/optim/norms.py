@@ -55,6 +55,11 @@ def lengthened(updates: Updates, numbers: Tensor) -> Updates:
     return multiply_each_(Updates([x.to(accumulator(x)) for x in updates.stacks]), numbers)
 
 
+def sent_exactly(p: Tensor) -> bool:
+    """Whether what is `lengthened` for `p` is of its dtype, as which directions are sent."""
+    return accumulator(p) == p.dtype
+
+
 def counts(updates: Updates) -> list[int]:
     """Matrices in every stack."""
     return [math.prod(x.shape[:-2]) for x in updates.stacks]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..ops import newton_schulz, newton_schulz_
 from ..ops.newton_schulz import FORMS, PRECISIONS
 from ..polar import Polynomial, polynomial
@@ -47,6 +49,9 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         self.polynomial(group)
+
+    def iterates(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        return True
 
     def polynomial(self, group: Mapping[str, Any]) -> Polynomial:
         device = group["params"][0].device if group["params"] else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops import inner
-from .norms import lengthened
+from .norms import lengthened, sent_exactly
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule
 from .state import Batch, Updates
@@ -57,6 +59,9 @@ class PolarGrad(Orthogonalizing):
 
     def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("factor_buffer",) if group["polar_first"] else self.state_names
+
+    def iterates(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        return sent_exactly(p)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         factors = self.polar(updates, group, keep=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -113,8 +114,11 @@ class Scion(Orthogonalizing):
             return to_signs(updates)
         return Updates([lines(u, norm, group) for u in updates.stacks])
 
+    def iterates(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        return norm_of(p, group).startswith("spectral")
+
     def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
-        return self.polynomial(group) if norm_of(p, group).startswith("spectral") else None
+        return self.polynomial(group) if self.iterates(p, group) else None
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         norm, (m, n) = norm_of(owner, group), x.shape[-2:]
@@ -130,7 +134,7 @@ class Scion(Orthogonalizing):
         return group["scale"] * size
 
 
-def norm_of(owner: Tensor, group: dict[str, Any]) -> str:
+def norm_of(owner: Tensor, group: Mapping[str, Any]) -> str:
     if group["norm"] != "auto":
         return group["norm"]
     if owner.dim() < 2:

@@ -30,6 +30,11 @@ class Sharding(Groups):
     elementwise: ClassVar[bool] = False
     by_lines: ClassVar[bool] = False
 
+    def iterates(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        """True if the direction of `p` takes an iteration, and so longer than sending it: ranks
+        that hold copies of `p` then share the work (distributed.share_work)."""
+        return False
+
     def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
         """Return the polynomial of Newton-Schulz if `direction` is `after_polar` of its value."""
         return None

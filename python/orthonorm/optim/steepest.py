@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops import inner, row_normalize
-from .norms import lengthened, to_signs
+from .norms import lengthened, sent_exactly, to_signs
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, one_of
 from .state import Batch, Updates
@@ -71,6 +72,9 @@ class SteepestDescent(Orthogonalizing):
     def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         mu = group["momentum"]
         return () if not isinstance(mu, Tensor) and mu == 0 else self.state_names
+
+    def iterates(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        return group["norm"] == "linear" and sent_exactly(p)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         T = self.largest(updates, group)
