@@ -31,7 +31,7 @@ from .momentum import updates_from
 from .settings import ADAMW_DEFAULTS, ADJUST
 from .state import ADAMW_STATE, MOMENTUM, Batch, Updates, fit, halved, held, unheld, without_state
 from .telemetry import Probe, read
-from .tensors import is_distributed, local, meets_owner
+from .tensors import is_distributed, local, meets_owner, sent
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
 
@@ -386,7 +386,7 @@ class MatrixOptimizer(Groups):
         """
         value = group[key]
         if isinstance(value, Tensor):
-            return value.detach().to(device).reshape(())
+            return sent(value.detach(), device).reshape(())
         if device not in self._ones:
             self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
         return self._ones[device] * value
