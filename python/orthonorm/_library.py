@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -27,13 +28,23 @@ BACKENDS = ("auto", "triton", "reference")
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
+class _Mark(threading.local):
+    """Of every thread: whether it is within an op whose arguments have been checked. The ops that
+    this one calls then do not check theirs, which it has made."""
+
+    on = False
+
+
+_within = _Mark()
+
+
 class Op(Generic[P, R]):
     """An op: calling it checks its arguments, then dispatches to the kernel of their device.
 
     Attributes:
         name, schema: as torch knows them (`torch.ops.orthonorm.<name>`).
         part: in words, the inputs that a compiled library serves which claims only a part of them.
-        overload: the dispatched op without the Python-side argument checks (for inner loops).
+        overload: the torch op, whose kernels check their arguments; bodies of ops call it.
         composite: True if the body calls other ops; its speed is then theirs.
     """
 
@@ -46,6 +57,7 @@ class Op(Generic[P, R]):
         self._in_part: Callable[P, bool] | None = None
         self.__doc__, self.__wrapped__ = body.__doc__, body
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self._checked_body = self.checked(self.definition)
         _library.impl(self.name, self._checked_body, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         arguments = enumerate(self.overload._schema.arguments)
@@ -56,6 +68,8 @@ class Op(Generic[P, R]):
             torch.library.register_fake(self.overload, self._fake_update, lib=_library)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling() and _within.on:
+            return self.unchecked(*args, **kwargs)
         if self._check is not None:
             self._check(*args, **kwargs)
         for i, name in self._written:
@@ -64,8 +78,22 @@ class Op(Generic[P, R]):
                 _checks.not_expanded(f"{self.name}: {name}", value)
             for j, t in enumerate(value if isinstance(value, (list, tuple)) else ()):
                 _checks.not_expanded(f"{self.name}: {name}[{j}]", t)
-        result: R = self.overload(*args, **kwargs)
-        return result
+        return self.unchecked(*args, **kwargs)
+
+    def unchecked(self, *args: Any, **kwargs: Any) -> R:
+        """The dispatched op, for arguments that the caller has checked already.
+
+        Memory safety is then the caller's: kernels take shapes, dtypes and devices on trust.
+        Traced calls are checked all the same, once a trace.
+        """
+        call: Callable[..., R] = self.overload
+        if torch.compiler.is_compiling() or _within.on:
+            return call(*args, **kwargs)
+        _within.on = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _within.on = False
 
     def __repr__(self) -> str:
         return f"<orthonorm op {self.schema}>"
@@ -96,12 +124,19 @@ class Op(Generic[P, R]):
         return run
 
     def checked(self, kernel: Callable[P, R]) -> Callable[P, R]:
-        """`kernel` behind this op's checks: what a dispatch key is filled with."""
+        """`kernel` behind this op's checks, unless an op that was checked calls it: what a dispatch
+        key is filled with."""
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if _within.on:
+                return kernel(*args, **kwargs)
             if self._check is not None:
                 self._check(*args, **kwargs)
-            return kernel(*args, **kwargs)
+            _within.on = True
+            try:
+                return kernel(*args, **kwargs)
+            finally:
+                _within.on = False
 
         return run
 
@@ -109,13 +144,8 @@ class Op(Generic[P, R]):
         """The body alone, for kernels that leave some arguments to it; its ops dispatch."""
         return self._body(*args, **kwargs)
 
-    def _checked_body(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._check is not None:
-            self._check(*args, **kwargs)
-        return self._body(*args, **kwargs)
-
     def _fake_update(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self._check is not None:
+        if self._check is not None and not _within.on:
             self._check(*args, **kwargs)
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -7,7 +7,6 @@ embeddings, heads, gains, biases).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -79,7 +78,7 @@ class MatrixOptimizer(Groups):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ones: dict[torch.device, Tensor] = {}
-        self._seen: dict[Tensor, dict[str, weakref.ref[Tensor]]] = {}
+        self._seen: dict[Tensor, Any] = {}  # state.Seen
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
@@ -103,7 +102,7 @@ class MatrixOptimizer(Groups):
                 for key, value in self.group_defaults(group).items():
                     group.setdefault(key, value)
                 self._check_settings(group)
-                self._check_params(group)
+                self._check_group_params(group)
                 seeded(group)
                 fit(self, group)
         except Exception:
@@ -350,7 +349,7 @@ class MatrixOptimizer(Groups):
         if group["nonfinite"] == "propagate" or not indices:
             return indices
         params = [group["params"][i] for i in indices]
-        norms = magnitude.overload([local(p.grad).reshape(1, 1, -1) for p in params])
+        norms = magnitude.unchecked([local(p.grad).reshape(1, 1, -1) for p in params])
         finite = agreement.everywhere(params, norms.isfinite()).tolist()
         bad = [i for i, ok in zip(indices, finite, strict=True) if not ok]
         if bad and group["nonfinite"] == "error":
@@ -369,7 +368,7 @@ class MatrixOptimizer(Groups):
         params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
         if group["state_dtype"] == "8bit":  # opened as rows of elements
             first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
-        adamw_step_.overload(
+        adamw_step_.unchecked(
             params, batch.grads, first, second, batch.state["step"],
             self.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
             group["weight_decay"], group["decay_first"], group["correct_eps"], None,

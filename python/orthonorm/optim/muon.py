@@ -80,7 +80,7 @@ class Muon(Orthogonalizing):
         if self.in_parts(group):
             super().update_alike(batch, group)
             return
-        muon_step_.overload(
+        muon_step_.unchecked(
             batch.params, batch.grads, batch.state["momentum_buffer"],
             *self.scheduled(batch, group), *self.iteration(group), None,
             *flags_of(self, batch.params[0].device), batch.mantissas,

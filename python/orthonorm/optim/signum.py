@@ -61,7 +61,7 @@ class Signum(MatrixOptimizer):
             super().update_alike(batch, group)
             return
         device = batch.params[0].device
-        signum_step_.overload(
+        signum_step_.unchecked(
             batch.params, batch.grads, batch.state["momentum_buffer"],
             self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
             self.factors(batch, group), group["nesterov"], *flags_of(self, device),

@@ -214,22 +214,57 @@ def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None
         check.same_device(label, parameter=[p], state=[state[key]])
 
 
-def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
-    """Parameters that have none; that of the others is checked if a tensor was replaced.
+class Seen(NamedTuple):
+    """A parameter, its gradient and its state as they were when they were checked."""
 
-    `check_state` at every step would cost more than some steps (148 parameters: 1.0 ms, so 0.08 ms;
+    shape: torch.Size
+    device: torch.device
+    keys: int
+    state: list[tuple[str, weakref.ref[Tensor], torch.Size]]
+
+    def still(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+        """Whether they are the same tensors, as large and where they were: `data` can be set."""
+        shape, device, keys, tensors = self
+        g: Any = p.grad
+        if p.shape != shape or p.device != device or g.shape != shape or g.device != device:
+            return False
+        for key, ref, size in tensors:
+            t: Any = state.get(key)
+            same = t is ref()
+            if not same or t.shape != size or t.device != device:
+                return False
+        return len(state) == keys
+
+
+def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
+    """Parameters that have none. What was replaced, or set to other `data`, since it was checked is
+    checked: the ops of a step take it on trust.
+
+    `check_state` at every step would cost more than some steps (148 parameters: 1.0 ms, so 0.15 ms;
     2026-11). A traced step is checked by its ops, before any of them runs.
     """
     found: list[Tensor] = []
+    changed: list[int] = []
     for i in () if torch.compiler.is_compiling() else indices:
         p = group["params"][i]
-        state, seen = opt.state.get(p), opt._seen.get(p)
+        state, seen = opt.state.get(p, {}), opt._seen.get(p)
         if not state:
             found.append(p)
-        elif not seen or any(state.get(k) is not ref() for k, ref in seen.items()):
-            check_state(opt, group, i)
-            held = {k: t for k, t in state.items() if isinstance(t, Tensor)}
-            opt._seen[p] = {k: weakref.ref(t) for k, t in held.items()}
+        if seen is None or not seen.still(p, state):
+            changed.append(i)
+    if changed:
+        check.same_device(opt.name, params=[group["params"][i] for i in indices])
+        opt._check_params(group, changed)
+    for i in changed:
+        p = group["params"][i]
+        label = f"{opt.name}: parameter {opt.label(group, i)}"
+        check.equal_shape(label, "gradient", p.grad, p.shape)
+        check.same_device(label, parameter=[p], gradient=[p.grad])
+        check_state(opt, group, i)
+        state = opt.state.get(p, {})
+        held = {k: t for k, t in state.items() if isinstance(t, Tensor)}
+        kept = [(k, weakref.ref(t), t.shape) for k, t in held.items()]
+        opt._seen[p] = Seen(p.shape, p.device, len(state), kept)
     return found
 
 
