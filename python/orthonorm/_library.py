@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -46,11 +46,12 @@ class Op(Generic[P, R]):
         part: in words, the inputs that a compiled library serves which claims only a part of them.
         overload: the torch op, whose kernels check their arguments; bodies of ops call it.
         composite: True if the body calls other ops; its speed is then theirs.
+        has_gradient: whether `autograd` gave it one; of other ops backward raises.
     """
 
     def __init__(self, schema: str, body: Callable[P, R], composite: bool) -> None:
         self.name = schema[: schema.index("(")]
-        self.schema, self.composite = schema, composite
+        self.schema, self.composite, self.has_gradient = schema, composite, False
         self._body = body
         self._check: Callable[P, None] | None = None
         self.part = ""
@@ -78,7 +79,10 @@ class Op(Generic[P, R]):
                 _checks.not_expanded(f"{self.name}: {name}", value)
             for j, t in enumerate(value if isinstance(value, (list, tuple)) else ()):
                 _checks.not_expanded(f"{self.name}: {name}[{j}]", t)
-        return self.unchecked(*args, **kwargs)
+        if self.has_gradient or not torch.is_grad_enabled():
+            return self.unchecked(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        return without_gradient(self.name, lambda: self.unchecked(*args, **kwargs), given)
 
     def unchecked(self, *args: Any, **kwargs: Any) -> R:
         """The dispatched op, for arguments that the caller has checked already.
@@ -172,9 +176,55 @@ def op(schema: str, *, composite: bool = False) -> Callable[[Callable[P, R]], Op
 
 def autograd(op: Op[..., Any], backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
     """Give an op its gradient; arguments as torch.library.register_autograd has them."""
+    op.has_gradient = True
     torch.library.register_autograd(
         f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=_library
     )
+
+
+class _NoGradient(torch.autograd.Function):
+    """Results of a call that say at backward that they have no gradient."""
+
+    @staticmethod
+    def forward(name: str, call: Callable[[], Any], *inputs: torch.Tensor) -> Any:
+        return call()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{ctx.name}: has no gradient; detach() its input, or call it within torch.no_grad(). "
+            "Differentiable are spectral_norm, gram_iteration and the layers of orthonorm.nn, such "
+            "as IterNorm"
+        )
+
+
+def without_gradient(name: str, call: Callable[[], R], inputs: Iterable[Any]) -> R:
+    """call(); where an input wants a gradient, its results raise NotImplementedError at backward,
+    by this name. Traced calls have no gradient and say nothing.
+
+    Not by torch.library.register_autograd: that costs 10 us a call, also where nothing wants a
+    gradient (torch 2.13, 2026-11).
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return call()
+    tensors = [t for t in tensors_among(inputs) if t.requires_grad]
+    if not tensors:
+        return call()
+    made: list[Any] = []
+
+    def flat() -> Any:
+        made.append(call())
+        return tuple(made[0]) if isinstance(made[0], (list, tuple)) else made[0]
+
+    found: Any = _NoGradient.apply(name, flat, *tensors)
+    if isinstance(made[0], list):
+        found = list(found)
+    result: R = made[0]._make(found) if hasattr(made[0], "_make") else found
+    return result
 
 
 class reference(TorchDispatchMode):
@@ -282,14 +332,19 @@ def library_part(op: Op[P, R]) -> Callable[P, R]:
     return op.checked(part)
 
 
-def device_of(args: Iterable[Any]) -> torch.device | None:
-    """The device of the first tensor among arguments, or in the first list that has one."""
+def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, and in lists of them."""
     for value in args:
         if isinstance(value, torch.Tensor):
-            return value.device
-        if isinstance(value, (list, tuple)) and (found := device_of(value)) is not None:
-            return found
-    return None
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_among(value)
+
+
+def device_of(args: Iterable[Any]) -> torch.device | None:
+    """The device of the first tensor among arguments, or in the first list that has one."""
+    first = next(tensors_among(args), None)
+    return None if first is None else first.device
 
 
 def guarded(kernel: Callable[P, R]) -> Callable[P, R]:
