@@ -329,8 +329,7 @@ class MatrixOptimizer(Groups):
                 self.state[p]["step"] = t
         keys = self.elementwise_state(group)
         storage.update(batch, keys, group, self.update, self.elementwise)
-        if group["constraint"] is not None:
-            constrain_(batch.params, group["constraint"], group["bound"])
+        constrain_(batch.params, group, batch.state)
 
     def _checked(self, group: dict[str, Any], new: list[Tensor]) -> list[int]:
         """The parameters with gradients; settings, gradients and state are as they must be. Those

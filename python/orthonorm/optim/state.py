@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops import dequantize_blocks_, quantize_blocks_
 from ..ops.blocks import scales_shape
+from .constraints import VECTOR, constraint_state
 from .storage import SCALES, UNSIGNED
 from .tensors import state_zeros, whole
 from .views import matrices
@@ -195,12 +196,13 @@ def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Sha
 
 
 def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None:
-    """State, where there is one, is complete, dense and of the shapes it was made with."""
+    """State, where there is one, is complete, dense and of the shapes it was made with; but that of
+    a constraint, which may be new."""
     p = group["params"][index]
     state, wanted = opt.state.get(p, {}), shapes(opt, p, group)
     label = f"{opt.name}: parameter {opt.label(group, index)}"
-    missing = wanted.keys() - state.keys()
-    if 0 < len(missing) < len(wanted):
+    needed = {key for key in wanted if not key.startswith(VECTOR)}
+    if 0 < len(needed - state.keys()) < len(needed):
         raise ValueError(f"{label}: state must have {sorted(wanted)}, got {sorted(state)}")
     for key in wanted.keys() & state.keys():
         dtype = getattr(state[key], "dtype", type(state[key]).__name__)
@@ -297,7 +299,8 @@ def named_state(
     opt: MatrixOptimizer, x: Tensor, group: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """All state that belongs to one matrix."""
-    return opt.matrix_state(x, group) | scales_of(x, opt.elementwise_state(group), group)
+    scales = scales_of(x, opt.elementwise_state(group), group)
+    return opt.matrix_state(x, group) | scales | constraint_state(x, group)
 
 
 class Held:
