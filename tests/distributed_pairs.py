@@ -46,6 +46,7 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "StiefelAdam": (optim.StiefelAdam, dict()),
     "Muon, clipped": (optim.Muon, dict(decay="clipped", bound=0.5)),
     "Muon, capped": (optim.Muon, dict(constraint="cap", bound=0.5)),
+    "Muon, normalized": (optim.Muon, dict(constraint="normalize", bound=0.5)),
 }
 
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from orthonorm import orthogonalize
+from orthonorm import optim, orthogonalize
 from orthonorm._library import LOADED, OPS
 from orthonorm.bench.cases import CASES, Case
 from orthonorm.bench.inputs import Inputs
 from orthonorm.bench.triton_report import SHARED, measured
-from orthonorm.kernels import configs, elementwise, lines, probe
+from orthonorm.kernels import configs, elementwise, iterations, lines, probe, product, tables
 from test_ops import made
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -115,6 +115,24 @@ def test_launches(case: Case) -> None:
         if constants.get("ALIGNED") or constants.get("FLAT"):
             found = measured(launch.binary, ARCH)
             assert found["spills"] == 0, (launch.metadata.name, constants)
+
+
+def test_a_step_of_many_groups_fits_what_is_kept() -> None:
+    """Else all of it would be made anew, step by step. Muon calls most functions for each group."""
+    caches = [product.launches, elementwise.groups_of, iterations.applied, iterations.cut,
+              iterations.laid, iterations.sizes, iterations.paired, lines.groups_of]  # fmt: skip
+    params = [torch.nn.Parameter(torch.zeros(s)) for _ in range(12) for s in LIKE_GPT2]
+    groups = [{"params": params[i : i + 4]} for i in range(0, len(params), 4)]
+    opt = optim.Muon(groups)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for cache in (*caches, tables.view, tables.place):
+            cache.cache_clear()
+        opt.step()
+    most = max(cache.cache_info().currsize for cache in caches)
+    assert 12 < most < tables.LAUNCHES
+    assert tables.place.cache_info().currsize / len(params) * 500 < tables.VIEWS
 
 
 @pytest.mark.parametrize(("name", "few"), [("muon_step_", 30), ("conda_step_", 4)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from orthonorm import monitor
 from orthonorm.monitor import Monitor, MonitorWarning, Row
 from orthonorm.optim import Muon, split_params
 from torch import Tensor, nn
+from torch.optim import optimizer as torchs
 
 
 def model() -> nn.Sequential:
@@ -202,6 +205,33 @@ def test_budget_puts_measurements_off() -> None:
         for _ in range(5):
             watch.step()
     assert watch.series("sigma_1", "weights", "0.weight")[0] == [1] and watch.put_off == 5
+
+
+@pytest.mark.parametrize("every", [1, 3])  # with hooks on layers, and without
+def test_it_keeps_no_model_alive(every: int) -> None:
+    """Without close(): model and hooks go with the last reference to them."""
+    hooks = (torchs._global_optimizer_pre_hooks, torchs._global_optimizer_post_hooks)
+    before = [dict(h) for h in hooks]
+    net = model()
+    watch = Monitor(net, every=every, budget=None)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        step(net, sgd)
+    assert watch.steps == 3 and watch.rows and not watch.failures
+    alive = [weakref.ref(x) for x in (net, watch)]
+    del net, watch, sgd
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert [dict(h) for h in hooks] == before
+
+
+def test_one_that_nobody_keeps_says_so_and_leaves_the_model_alone() -> None:
+    net = model()
+    with pytest.warns(MonitorWarning, match="keep the object"):
+        Monitor(net, every=1, out=None)
+        gc.collect()
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    step(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
 
 def test_files(tmp_path: Path) -> None:

@@ -89,10 +89,52 @@ def test_after_the_step_of_any_optimizer() -> None:
     torch.testing.assert_close(fused.detach(), 0.5 * before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_an_overflowed_logit_clips_as_the_largest_float16(dtype: torch.dtype) -> None:
+    """The least that an overflow proves: never less than the formula leaves, never nothing."""
+    weights = [randn(HEADS * D, WIDTH, seed=seed).to(dtype) for seed in (0, 1)]
+    kept = [W.clone() for W in weights]
+    optim.qk_clip_(*weights, torch.tensor([torch.inf, 50.0, torch.inf, torch.inf]), rope=2)
+    rows = torch.tensor([1.0, 0.0, 1.0, 1.0]).repeat_interleave(D) > 0
+    gamma = 100.0 / torch.finfo(torch.float16).max
+    full = (torch.arange(HEADS * D) % D >= D - 2) & rows
+    for W, old, own in zip(weights, kept, (full, torch.zeros_like(rows)), strict=True):
+        factor = torch.where(own, gamma, torch.where(rows, gamma**0.5, 1.0)).double()
+        torch.testing.assert_close(W, (old.double() * factor[:, None]).to(dtype))
+        assert W.isfinite().all() and (W != 0).all()
+
+
+def test_an_overflow_is_clipped_until_it_is_gone() -> None:
+    """Logits of 1e39 in float32, which has no such number, end at tau after some steps."""
+    x = randn(2, LENGTH, WIDTH).float()
+    Q, K = (1e19 * randn(HEADS * D, WIDTH, seed=seed).float() for seed in (2, 3))
+    found = []
+    for _ in range(16):
+        seen = torch.zeros(HEADS)
+        optim.observe_logits_(seen, heads_of(x, Q, HEADS), heads_of(x, K, HEADS), scale=1.0)
+        found.append(seen)
+        optim.qk_clip_(Q, K, seen)
+    assert (found[0] == torch.inf).all()
+    torch.testing.assert_close(found[-1], torch.full((HEADS,), 100.0))
+
+
+def test_infinities_of_both_signs_are_an_overflow_and_nan_in_is_nan() -> None:
+    q = torch.tensor([3e38, 3e38]).expand(1, 2, 3, 2)
+    k = torch.tensor([10.0, -10.0]).expand(1, 2, 3, 2).clone()
+    assert (q @ k.mT).isnan().any()
+    seen = torch.zeros(2)
+    optim.observe_logits_(seen, q, k)
+    assert torch.equal(seen, torch.full((2,), torch.inf))
+    k[0, 1, 2, 0] = torch.nan
+    seen.zero_()
+    optim.observe_logits_(seen, q, k)
+    assert seen[0] == torch.inf and seen[1].isnan()
+
+
 def test_what_does_not_clip_and_what_is_refused() -> None:
     Q, K = randn(HEADS * D, WIDTH), randn(HEADS * D, WIDTH, seed=1)
     kept = Q.clone()
-    optim.qk_clip_(Q, K, torch.tensor([99.0, -500.0, torch.nan, torch.inf]))
+    optim.qk_clip_(Q, K, torch.tensor([99.0, -500.0, torch.nan, -torch.inf]))
     assert torch.equal(Q, kept)
     ok = dict(query=Q, key=K, logits=torch.full((HEADS,), 500.0))
     for bad in (

@@ -5,10 +5,15 @@ The interpreter must be chosen before Triton is imported, and replaces compiled 
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import pkgutil
 import struct
 import subprocess
 import sys
+import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -34,6 +39,41 @@ def passes(file: str, **settings: str) -> None:
 
 def test_kernels_in_the_interpreter() -> None:
     passes("interpreted.py", TRITON_INTERPRET="1")
+
+
+def test_what_is_kept_by_address_has_one_bound() -> None:
+    """New addresses every step, as of gradients, must not fill the memory."""
+    import orthonorm.kernels as package
+    from orthonorm.kernels import tables
+
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for name, f in vars(module).items():
+            if hasattr(f, "cache_info") and f.__module__ == module.__name__:
+                found[f"{info.name}.{name}"] = f.cache_info().maxsize
+    views = {"tables.view": tables.VIEWS, "tables.place": tables.VIEWS}
+    assert len(found) > 15 and {k: found.pop(k) for k in views} == views
+    few = {k for k, n in found.items() if k.startswith(("configs.", "probe."))}
+    assert {n for k, n in found.items() if k not in few} == {tables.LAUNCHES}
+    assert tables.LAUNCHES <= 128 and tables.VIEWS <= 2**14
+
+
+def test_a_table_that_is_dropped_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orthonorm.kernels import tables
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stream = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(tables, "copied", lambda values, device: torch.tensor(values))
+    entries = tables.Entries([(1, 4096, 3)])
+    table = entries.table((0.5,), torch.device("cuda"))
+    data = table.data
+    assert data is table.data and data.tolist() == [tables.bits(0.5), 0, 4096, 3]
+    kept = weakref.ref(data)
+    del data, table, entries
+    gc.collect()
+    assert kept() is None
 
 
 SHARED = {

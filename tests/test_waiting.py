@@ -63,6 +63,32 @@ def test_step_waits_for_nothing(name: str) -> None:
             assert not waits.found
 
 
+@pytest.mark.parametrize("rule", ["matrix", "adamw"])
+def test_a_rate_on_the_host_waits_for_nothing(rule: str) -> None:
+    """A scheduler's tensors on the CPU: copied as torch's own optimizers copy them."""
+    with FakeTensorMode():
+        p = nn.Parameter(torch.empty(64, 32, device=CUDA))
+        p.grad = torch.empty_like(p)
+        rates: dict[str, Any] = {"lr": torch.tensor(0.02)}
+        if rule == "matrix":
+            rates["momentum"] = torch.tensor([0.9])
+        optimizer = optim.Muon([{"params": [p], "rule": rule, **rates}])
+        for _ in range(2):
+            with Waits() as waits:
+                optimizer.step()
+            assert not waits.found
+
+
+def test_a_rate_on_the_device_is_waited_for_by_the_host() -> None:
+    """A late copy to the host would be read before it is there."""
+    with FakeTensorMode(), torch.no_grad():
+        optimizer = optim.Muon([nn.Parameter(torch.empty(4, 4))])
+        group = {"lr": torch.tensor(0.02, device=CUDA)}
+        with Waits() as waits:
+            assert optimizer.scalar(group, "lr", torch.device("cpu")).shape == ()
+        assert waits.found == ["_to_copy"]
+
+
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """Two ranks with GPUs, of which one is here, and whose collectives do nothing."""

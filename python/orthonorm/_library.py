@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -27,25 +28,37 @@ BACKENDS = ("auto", "triton", "reference")
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
+class _Mark(threading.local):
+    """Of every thread: whether it is within an op whose arguments have been checked. The ops that
+    this one calls then do not check theirs, which it has made."""
+
+    on = False
+
+
+_within = _Mark()
+
+
 class Op(Generic[P, R]):
     """An op: calling it checks its arguments, then dispatches to the kernel of their device.
 
     Attributes:
         name, schema: as torch knows them (`torch.ops.orthonorm.<name>`).
         part: in words, the inputs that a compiled library serves which claims only a part of them.
-        overload: the dispatched op without the Python-side argument checks (for inner loops).
+        overload: the torch op, whose kernels check their arguments; bodies of ops call it.
         composite: True if the body calls other ops; its speed is then theirs.
+        has_gradient: whether `autograd` gave it one; of other ops backward raises.
     """
 
     def __init__(self, schema: str, body: Callable[P, R], composite: bool) -> None:
         self.name = schema[: schema.index("(")]
-        self.schema, self.composite = schema, composite
+        self.schema, self.composite, self.has_gradient = schema, composite, False
         self._body = body
         self._check: Callable[P, None] | None = None
         self.part = ""
         self._in_part: Callable[P, bool] | None = None
         self.__doc__, self.__wrapped__ = body.__doc__, body
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self._checked_body = self.checked(self.definition)
         _library.impl(self.name, self._checked_body, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         arguments = enumerate(self.overload._schema.arguments)
@@ -56,6 +69,8 @@ class Op(Generic[P, R]):
             torch.library.register_fake(self.overload, self._fake_update, lib=_library)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling() and _within.on:
+            return self.unchecked(*args, **kwargs)
         if self._check is not None:
             self._check(*args, **kwargs)
         for i, name in self._written:
@@ -64,8 +79,25 @@ class Op(Generic[P, R]):
                 _checks.not_expanded(f"{self.name}: {name}", value)
             for j, t in enumerate(value if isinstance(value, (list, tuple)) else ()):
                 _checks.not_expanded(f"{self.name}: {name}[{j}]", t)
-        result: R = self.overload(*args, **kwargs)
-        return result
+        if self.has_gradient or not torch.is_grad_enabled():
+            return self.unchecked(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        return without_gradient(self.name, lambda: self.unchecked(*args, **kwargs), given)
+
+    def unchecked(self, *args: Any, **kwargs: Any) -> R:
+        """The dispatched op, for arguments that the caller has checked already.
+
+        Memory safety is then the caller's: kernels take shapes, dtypes and devices on trust.
+        Traced calls are checked all the same, once a trace.
+        """
+        call: Callable[..., R] = self.overload
+        if torch.compiler.is_compiling() or _within.on:
+            return call(*args, **kwargs)
+        _within.on = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _within.on = False
 
     def __repr__(self) -> str:
         return f"<orthonorm op {self.schema}>"
@@ -96,12 +128,19 @@ class Op(Generic[P, R]):
         return run
 
     def checked(self, kernel: Callable[P, R]) -> Callable[P, R]:
-        """`kernel` behind this op's checks: what a dispatch key is filled with."""
+        """`kernel` behind this op's checks, unless an op that was checked calls it: what a dispatch
+        key is filled with."""
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if _within.on:
+                return kernel(*args, **kwargs)
             if self._check is not None:
                 self._check(*args, **kwargs)
-            return kernel(*args, **kwargs)
+            _within.on = True
+            try:
+                return kernel(*args, **kwargs)
+            finally:
+                _within.on = False
 
         return run
 
@@ -109,13 +148,8 @@ class Op(Generic[P, R]):
         """The body alone, for kernels that leave some arguments to it; its ops dispatch."""
         return self._body(*args, **kwargs)
 
-    def _checked_body(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._check is not None:
-            self._check(*args, **kwargs)
-        return self._body(*args, **kwargs)
-
     def _fake_update(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self._check is not None:
+        if self._check is not None and not _within.on:
             self._check(*args, **kwargs)
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -142,9 +176,55 @@ def op(schema: str, *, composite: bool = False) -> Callable[[Callable[P, R]], Op
 
 def autograd(op: Op[..., Any], backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
     """Give an op its gradient; arguments as torch.library.register_autograd has them."""
+    op.has_gradient = True
     torch.library.register_autograd(
         f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=_library
     )
+
+
+class _NoGradient(torch.autograd.Function):
+    """Results of a call that say at backward that they have no gradient."""
+
+    @staticmethod
+    def forward(name: str, call: Callable[[], Any], *inputs: torch.Tensor) -> Any:
+        return call()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{ctx.name}: has no gradient; detach() its input, or call it within torch.no_grad(). "
+            "Differentiable are spectral_norm, gram_iteration and the layers of orthonorm.nn, such "
+            "as IterNorm"
+        )
+
+
+def without_gradient(name: str, call: Callable[[], R], inputs: Iterable[Any]) -> R:
+    """call(); where an input wants a gradient, its results raise NotImplementedError at backward,
+    by this name. Traced calls have no gradient and say nothing.
+
+    Not by torch.library.register_autograd: that costs 10 us a call, also where nothing wants a
+    gradient (torch 2.13, 2026-11).
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return call()
+    tensors = [t for t in tensors_among(inputs) if t.requires_grad]
+    if not tensors:
+        return call()
+    made: list[Any] = []
+
+    def flat() -> Any:
+        made.append(call())
+        return tuple(made[0]) if isinstance(made[0], (list, tuple)) else made[0]
+
+    found: Any = _NoGradient.apply(name, flat, *tensors)
+    if isinstance(made[0], list):
+        found = list(found)
+    result: R = made[0]._make(found) if hasattr(made[0], "_make") else found
+    return result
 
 
 class reference(TorchDispatchMode):
@@ -252,14 +332,19 @@ def library_part(op: Op[P, R]) -> Callable[P, R]:
     return op.checked(part)
 
 
-def device_of(args: Iterable[Any]) -> torch.device | None:
-    """The device of the first tensor among arguments, or in the first list that has one."""
+def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, and in lists of them."""
     for value in args:
         if isinstance(value, torch.Tensor):
-            return value.device
-        if isinstance(value, (list, tuple)) and (found := device_of(value)) is not None:
-            return found
-    return None
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_among(value)
+
+
+def device_of(args: Iterable[Any]) -> torch.device | None:
+    """The device of the first tensor among arguments, or in the first list that has one."""
+    first = next(tensors_among(args), None)
+    return None if first is None else first.device
 
 
 def guarded(kernel: Callable[P, R]) -> Callable[P, R]:

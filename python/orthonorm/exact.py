@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._library import without_gradient
 from .ops.normalize import accumulator
 from .ops.scaling import scaled
 from .ops.spectral import gram_iteration, start_vector
@@ -62,11 +63,16 @@ def polar_exact(X: Tensor) -> PolarExact:
             inaccurate in directions below eps sigma_1. 2: non-finite input. A matrix of lower rank
             may also give 0, if rounding supplied the missing directions.
 
+    None has a gradient: backward raises NotImplementedError (compiled calls warn only).
+
     Raises: TypeError if X is not a floating-point tensor, ValueError if it has fewer than two
     dimensions.
     """
-    name = "polar_exact"
-    check.tensor(name, "X", X, min_dim=2)
+    check.tensor("polar_exact", "X", X, min_dim=2)
+    return without_gradient("polar_exact", lambda: _polar_exact(X), [X])
+
+
+def _polar_exact(X: Tensor) -> PolarExact:
     batch, (m, n) = X.shape[:-2], X.shape[-2:]
     dtype = accumulator(X)
     if X.numel() == 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._library import without_gradient
 from .coefficients import ROUNDOFF, Coefficients, check_safe, default_restarts, resolve
 from .exact import polar_exact
 from .ops.newton_schulz import FORMS, PRECISIONS, SCALES, newton_schulz
@@ -142,7 +143,8 @@ def polar(
             for bit.
 
     Returns: the factor(s), contiguous, in the dtype of X. Zero gives zero. A non-finite entry
-    affects only its own matrix of the batch.
+    affects only its own matrix of the batch. There is no gradient: backward raises
+    NotImplementedError (compiled calls only warn).
 
     Raises: ValueError or TypeError for unknown names, and for combinations of coefficients, dtype
     and restarts that are known to blow up; the message names a safe one.
@@ -166,9 +168,8 @@ def polar(
     p = polynomial(
         coefficients, steps, method=method, restarts=restarts, precision=precision, device=device
     )
-    out = newton_schulz(
-        matrices, p.coefficients, p.restarts, method, p.precision, scale or p.scale, eps, p.safety
-    )
+    how = (p.coefficients, p.restarts, method, p.precision, scale or p.scale, eps, p.safety)
+    out = without_gradient("polar", lambda: newton_schulz(matrices, *how), matrices)
     return cast(Matrices, out[0] if single else out)
 
 
@@ -197,7 +198,8 @@ def odd_polynomial(
         coefficients: (a, b, c) per iteration.
         precision: dtype of the iterates, as `polar`; "full" keeps float32 and float64.
 
-    Returns: the mapped matrices, contiguous, in the dtype of X.
+    Returns: the mapped matrices, contiguous, in the dtype of X. They have no gradient: backward
+    raises NotImplementedError (compiled calls warn only).
     """
     name = "odd_polynomial"
     check.tensor(name, "X", X, min_dim=2)
@@ -211,4 +213,5 @@ def odd_polynomial(
         for x in triple:
             check.number(name, "coefficients", x)
             flat.append(float(x))
-    return newton_schulz([X], flat, [], "direct", precision, "none")[0]
+    how: tuple[Any, ...] = (flat, [], "direct", precision, "none")
+    return without_gradient(name, lambda: newton_schulz([X], *how), [X])[0]

@@ -71,8 +71,7 @@ def update(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Trave
         batch.params, updates, lr, opt.weight_decay(group), factors, group, flags.found_inf,
         batch.mantissas,
     )  # fmt: skip
-    if group["constraint"] is not None:
-        constrain_(batch.params, group["constraint"], group["bound"])
+    constrain_(batch.params, group, batch.state)
 
 
 def sent(

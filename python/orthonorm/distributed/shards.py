@@ -38,7 +38,9 @@ FLAT = {"flatten": True}
 def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
     """Buckets of sharded parameters; the same on every rank that agrees on the parameters."""
     kinds = [opt.alike(p, group) for p in params]
-    settings = [group.get(k) for k in (*VIEW_DEFAULTS, "method", "mantissa", "state_dtype")]
+    settings = [
+        group.get(k) for k in (*VIEW_DEFAULTS, "method", "mantissa", "state_dtype", "constraint")
+    ]
     ways = (opt.on_shards(group), opt.on_lines(group), opt.polar_first(params[0], group))
     key = [*map(id, params), *kinds, *settings, *ways]
     if opt.plans.get(id(group), (None,))[0] != key:
@@ -217,8 +219,7 @@ def update_whole(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) ->
     count(opt, states)
     if batch.params:
         opt.update(batch, group)
-        if group["constraint"] is not None:
-            constrain_(batch.params, group["constraint"], group["bound"])
+        constrain_(batch.params, group, batch.state)
     yield from from_owners(bucket, owned, carried)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from .metrics import METRICS, NORMS, Named, batches, check_rules, choose, known,
 from .parts import Parts
 from .records import Records, Row, plot, write_csv, write_json
 from .shards import gathered, on_any_rank
-from .watched import find
+from .watched import find, weakly
 
 KINDS = ("weights", "gradients", "updates", "activations")
 POWER_STEPS = 16  # from the vectors of the last measurement
@@ -51,6 +52,9 @@ class Monitor:
     most `tokens` of them; with them come "sign_diversity" and "mean_alignment" of
     `spectral_alignment` and its alarm. Metrics that need the whole spectrum serve matrices whose
     short side is at most 256.
+
+    It lives as long as something refers to it, and keeps no model alive: when the last reference
+    is gone its hooks are removed, as by close().
 
     It never stops training: what fails is reported once by a MonitorWarning and counted in
     `failures`. A measurement that would take `seconds` beyond `budget` of the time since the first
@@ -129,8 +133,8 @@ class Monitor:
         with self._guard("tensorboard"):
             self.records = Records(keep, out, tensorboard)
         self._hooks = [
-            register_optimizer_step_pre_hook(self._pre_step),
-            register_optimizer_step_post_hook(self._post_step),
+            register_optimizer_step_pre_hook(weakly(self._pre_step)),
+            register_optimizer_step_post_hook(weakly(self._post_step)),
         ]
         self._arm()
 
@@ -145,8 +149,6 @@ class Monitor:
             self._end()
 
     def _pre_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         with self._guard("step"):
             if self._leader() is None and self._held(optimizer):
                 self._leader = weakref.ref(optimizer)
@@ -159,8 +161,6 @@ class Monitor:
                     self._before.update({n: p.detach().clone() for n, p in held.items()})
 
     def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         with self._guard("step"):
             if self._measuring:
                 held = [n for n in self._held(optimizer) if n in self._before]
@@ -211,17 +211,16 @@ class Monitor:
         self._layer_hooks.clear()
         self._inputs.clear()
 
-    def _capture(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _capture(self, name: str) -> Callable[..., None]:
         """A hook that keeps a sample of the layer's first input of the step."""
+        return weakly(self._sample, name)
 
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in self._inputs or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return
-            with self._guard(f"activations of {name}"):
-                x = args[0].detach().reshape(-1, args[0].shape[-1])
-                self._inputs[name] = x[:: -(-len(x) // self.tokens)].clone()
-
-        return hook
+    def _sample(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if name in self._inputs or not torch.is_grad_enabled():
+            return
+        with self._guard(f"activations of {name}"):
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            self._inputs[name] = x[:: -(-len(x) // self.tokens)].clone()
 
     # Measurements -------------------------------------------------------------------------------
 
@@ -364,6 +363,12 @@ class Monitor:
             self._disarm()
         while self._hooks:
             self._hooks.pop().remove()
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_hooks"):  # none where a constructor raised, or close() was called
+            if not self.steps and not sys.is_finalizing():
+                self._guard.report("close", "ended before its first step: keep the object")
+            self.close()
 
     def __enter__(self) -> Monitor:
         return self

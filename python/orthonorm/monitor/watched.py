@@ -1,11 +1,13 @@
-"""Selection of the parameters and layers of a model that a Monitor watches."""
+"""The parameters and layers of a model that a Monitor watches; hooks that keep no monitor alive."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -53,3 +55,19 @@ def find(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> Wa
             f"monitor: include must match a parameter of two or more dimensions, got {include}"
         )
     return Watched(parameters, layers, flat)
+
+
+def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
+    """A hook that calls the method, on `first` and what it is given, as long as its object lives.
+
+    Traced calls, which know nothing of weak references, do nothing.
+    """
+    found = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if (alive := found()) is not None:
+            alive(*first, *args)
+
+    return hook

@@ -2,6 +2,9 @@
 
 Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.reference(X)`), or use
 the bare torch op (`torch.ops.orthonorm.gram`).
+
+`spectral_norm` and `gram_iteration` have gradients. Backward through the results of others raises
+NotImplementedError in eager mode; compiled calls, and bare torch ops, only warn there.
 """
 
 from .blocks import dequantize_blocks_, quantize_blocks_

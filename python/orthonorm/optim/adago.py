@@ -63,7 +63,7 @@ class AdaGO(Orthogonalizing):
         return {"norm_sum": (*x.shape[:-2], 1, 2)}
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        clipped = magnitude.overload(batch.grads).clamp(max=group["gamma"])
+        clipped = magnitude.unchecked(batch.grads).clamp(max=group["gamma"])
         total = add_(batch.state["norm_sum"], clipped.square())
         ratio = clipped / (total + group["v0"] ** 2).sqrt()
         lr = self.scalar(group, "lr", ratio.device).double()

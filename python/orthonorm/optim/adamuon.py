@@ -90,7 +90,7 @@ class AdaMuon(Orthogonalizing):
         beta2, eps = group["beta2"], group["norm_eps"]
         moments = batch.state["second_moment"]
         corrections = [(1 - beta2**t) ** -0.5 for t in batch.steps]
-        norms = elementwise_moment_.overload(
+        norms = elementwise_moment_.unchecked(
             moments, factors.matrices, beta2, eps, numbers(corrections, moments[0].device)
         )
         factors = Updates(factors.stacks, norms)

@@ -109,7 +109,7 @@ class HybridAuON(Orthogonalizing, AuON):
 
 def braked(updates: Updates, gamma: float, norm_eps: float, unit: bool = False) -> Updates:
     """U / (rho + AFTER), or U / |U|_F for U."""
-    norms = magnitude.overload(updates.stacks) if updates.norms is None else updates.norms
+    norms = magnitude.unchecked(updates.stacks) if updates.norms is None else updates.norms
     size = norms + norm_eps
     rho = mean_cosh_square(updates, size / gamma if gamma else size * math.inf).sqrt() + AFTER
     return divided(updates, size * rho if unit else rho)
@@ -117,10 +117,10 @@ def braked(updates: Updates, gamma: float, norm_eps: float, unit: bool = False) 
 
 def mean_cosh_square(updates: Updates, divisors: Tensor) -> Tensor:
     """mean_ij cosh(U_ij / d)^2 of every matrix, float64, 1-D."""
-    return 1 + mean_sinh_square.overload(updates.stacks, divisors)
+    return 1 + mean_sinh_square.unchecked(updates.stacks, divisors)
 
 
 def divided(updates: Updates, numbers: Tensor) -> Updates:
     """U / number, a number per matrix, 1-D, in new stacks."""
     pairs = zip(updates.stacks, numbers.split(counts(updates)), strict=True)
-    return Updates([divide_each.overload(x, d, x.dtype) for x, d in pairs])
+    return Updates([divide_each.unchecked(x, d, x.dtype) for x, d in pairs])

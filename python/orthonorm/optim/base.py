@@ -7,7 +7,6 @@ embeddings, heads, gains, biases).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -41,7 +40,7 @@ from .state import (
     without_state,
 )
 from .telemetry import Probe, read
-from .tensors import is_distributed, local
+from .tensors import is_distributed, local, sent
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
 # Methods that a direction is made by: a subclass with its own cannot use its parent's `at_once`.
@@ -97,7 +96,7 @@ class MatrixOptimizer(Sharding):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ones: dict[torch.device, Tensor] = {}
-        self._seen: dict[int, list[tuple[str, weakref.ref[Tensor]]]] = {}
+        self._seen: dict[int, Any] = {}  # state.Seen by the id of the parameter
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
@@ -125,7 +124,7 @@ class MatrixOptimizer(Sharding):
                 for key, value in self.group_defaults(group).items():
                     group.setdefault(key, value)
                 self._check_settings(group)
-                self._check_params(group)
+                self._check_group_params(group)
                 seeded(group)
                 fit(self, group)
         except Exception:
@@ -341,8 +340,7 @@ class MatrixOptimizer(Sharding):
                 self.state[p]["step"] = t
         keys = self.elementwise_state(group)
         storage.update(batch, keys, group, self.update, self.elementwise)
-        if group["constraint"] is not None:
-            constrain_(batch.params, group["constraint"], group["bound"])
+        constrain_(batch.params, group, batch.state)
 
     def _checked(self, group: dict[str, Any], new: list[Tensor]) -> list[int]:
         """The parameters with gradients; settings, gradients and state are as they must be. Those
@@ -361,7 +359,7 @@ class MatrixOptimizer(Sharding):
         if group["nonfinite"] == "propagate" or not indices:
             return indices
         params = [group["params"][i] for i in indices]
-        norms = magnitude.overload([local(p.grad).reshape(1, 1, -1) for p in params])
+        norms = magnitude.unchecked([local(p.grad).reshape(1, 1, -1) for p in params])
         finite = agreement.everywhere(self, group, params, norms.isfinite()).tolist()
         bad = [i for i, ok in zip(indices, finite, strict=True) if not ok]
         if bad and group["nonfinite"] == "error":
@@ -380,7 +378,7 @@ class MatrixOptimizer(Sharding):
         """
         value = group[key]
         if isinstance(value, Tensor):
-            return value.detach().to(device).reshape(())
+            return sent(value.detach(), device).reshape(())
         if device not in self._ones:
             self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
         return self._ones[device] * value

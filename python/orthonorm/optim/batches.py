@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import PLAIN
+from .constraints import NORMALIZE
 from .state import (
     MANTISSA,
     Batch,
@@ -87,7 +88,8 @@ def made_states(
     whole = not torch.compiler.is_compiling() and all(  # dynamo knows less of sets (torch 2.13)
         have.keys() >= keys and (not half or MANTISSA in have) for have, half in pairs
     )
-    if whole and not opt.has_matrix_state and group["state_dtype"] != "8bit":
+    plain = group["state_dtype"] != "8bit" and group["constraint"] != NORMALIZE
+    if whole and not opt.has_matrix_state and plain:
         return {}
     known: dict[Any, Shapes] = {}  # for each parameter: a tenth of Signum's step (2026-11)
     for p in params:

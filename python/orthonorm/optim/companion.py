@@ -47,7 +47,7 @@ def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> No
     params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
     if group["state_dtype"] == "8bit":  # opened as rows of elements
         first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
-    adamw_step_.overload(
+    adamw_step_.unchecked(
         params, batch.grads, first, second, batch.state["step"],
         opt.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
         group["weight_decay"], group["decay_first"], group["correct_eps"], None,

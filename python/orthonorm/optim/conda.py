@@ -112,7 +112,7 @@ class Conda(MatrixOptimizer):
         ]
         scales = lr * numbers(corrections, lr.device)
         bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # if state was opened
-        conda_step_.overload(
+        conda_step_.unchecked(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
             beta1, beta2, group["eps"], group["weight_decay"],
         )  # fmt: skip

@@ -33,7 +33,7 @@ def decayed_update(
     """Write the step; the updates may be written too."""
     kind, rest = group["decay"], (None, found_inf, mantissas)
     if weight_decay == 0 or kind == "decoupled":
-        decayed_update_.overload(params, updates, lr, weight_decay, list(factors), *rest)
+        decayed_update_.unchecked(params, updates, lr, weight_decay, list(factors), *rest)
         return
     for i, (w, u, factor) in enumerate(zip(params, updates, factors, strict=True)):
         w = w if mantissas is None else joined(w, mantissas[i])
@@ -43,4 +43,4 @@ def decayed_update(
             kept = w - hard_cap(w, size(w, group["bound"]))
         # not add_: torch.compile rounds its product apart (torch 2.11)
         u.mul_(factor).sub_(kept, alpha=-weight_decay)
-    decayed_update_.overload(params, updates, lr, 0.0, [1.0] * len(updates), *rest)
+    decayed_update_.unchecked(params, updates, lr, 0.0, [1.0] * len(updates), *rest)

@@ -70,13 +70,13 @@ class Dion(MatrixOptimizer):
         Q = [start(q) if t == 1 else q for q, t in zip(bases, batch.steps, strict=True)]
         wide = Updates([u.to(accumulator(u)) for u in updates.stacks])
         torch._foreach_add_(wide.matrices, residuals)
-        lengths = magnitude.overload(wide.stacks).split(counts(wide))
+        lengths = magnitude.unchecked(wide.stacks).split(counts(wide))
         turned, out = [], []
         for B, q, length in zip(wide.stacks, beside(updates, Q), lengths, strict=True):
             q = q.to(B.dtype)
             P = torch.linalg.qr(B @ q).Q  # of zeros anything: R and what it brings are zero then
             R = B.mT @ P
-            new = column_normalize.overload(R)
+            new = column_normalize.unchecked(R)
             out.append(P @ new.mT)
             subtract_(B, P * (1 - mu.to(B.dtype)), R)
             live = (length != 0).view(*B.shape[:-2], 1, 1)

@@ -90,7 +90,7 @@ class Dion2(Orthogonalizing):
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         residuals = batch.state["residual_buffer"]
         one = torch.ones((), dtype=torch.float64, device=residuals[0].device)
-        decayed_update_.overload(residuals, batch.grads, one, 0.0, [-1.0] * len(residuals))
+        decayed_update_.unchecked(residuals, batch.grads, one, 0.0, [-1.0] * len(residuals))
         torch._foreach_copy_(updates.matrices, residuals)
         places = [largest(B, group) for B in updates.stacks]
         pairs = list(zip(updates.stacks, places, strict=True))
@@ -159,7 +159,7 @@ def normalize_(factors: Updates, places: list[Tensor], batch: Batch, group: dict
     rows = [K.unsqueeze(-1) for K in places]
     stacks = beside(factors, batch.state["row_moment"])
     moments = [v.gather(-2, K) for v, K in zip(stacks, rows, strict=True)]
-    row_moment_.overload(
+    row_moment_.unchecked(
         moments, factors.stacks, group["beta2"], group["norm_eps"], "outside", True
     )
     new = [v.scatter(-2, *pair) for v, *pair in zip(stacks, rows, moments, strict=True)]

@@ -25,6 +25,6 @@ def adapt_(updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
     for t, rows in by_step(batch.steps):
         r, c, X = ([values[i] for i in rows] for values in lists)
         root = math.sqrt(1 - beta2**t)  # X root / (sqrt(V) + eps root)
-        factored_moment_.overload(r, c, X, beta2, eps * root, "outside", False)
+        factored_moment_.unchecked(r, c, X, beta2, eps * root, "outside", False)
         torch._foreach_mul_(X, numbers(root, X[0].device))
     return updates

@@ -102,7 +102,7 @@ class Groups(torch.optim.Optimizer):
             for key in set(self.defaults) - set(known):
                 added.pop(key, None)
             self._check_settings(added)
-            self._check_params(added)
+            self._check_group_params(added)
             seeded(added)
             if "fused" in asked - self._asked:
                 raise ValueError(
@@ -205,22 +205,25 @@ class Groups(torch.optim.Optimizer):
             if any(group[key] is not None for key in VIEW_DEFAULTS):
                 self._check_views(group)
 
-    def _check_params(self, group: Mapping[str, Any]) -> None:
+    def _check_group_params(self, group: Mapping[str, Any]) -> None:
         params = group["params"]
         check.same_device(self.name, params=params)
         if len({id(p) for p in params}) < len(params):
             raise ValueError(f"{self.name}: a group must have each parameter once, got one twice")
-        for i, p in enumerate(params):
-            label = f"{self.name}: parameter {self.label(group, i)}"
+        self._check_params(group, range(len(params)))
+        self.check_shardings(group)
+
+    def _check_params(self, group: Mapping[str, Any], indices: Iterable[int]) -> None:
+        for i in indices:
+            p, label = group["params"][i], f"{self.name}: parameter {self.label(group, i)}"
             if p.dtype not in check.FLOATS or p.layout != torch.strided:
                 raise ValueError(
                     f"{label} must be dense float32, float64, bfloat16 or float16, "
                     f"got {p.dtype}, {p.layout}"
                 )
             check.not_expanded(label, p)
-        if group["rule"] == "matrix":
-            self._check_views(group)
-        self.check_shardings(group)
+            if group["rule"] == "matrix":
+                check_views(label, p.shape, group, self.min_dim)
 
     def check_shardings(self, group: Mapping[str, Any]) -> None:
         """Of DTensors; anew before they get state, as accelerate replaces parameters by theirs."""

@@ -35,7 +35,7 @@ def updates_from(
         return updates
     momenta, nesterov = batch.state[MOMENTUM], group.get("nesterov", False)
     if not group["heavy_ball"]:
-        norms = muon_prologue_.overload(
+        norms = muon_prologue_.unchecked(
             batch.grads, momenta, updates.matrices, mu, nesterov, *flags
         )
         return Updates(stacks, norms)

@@ -78,7 +78,7 @@ class Muon(Orthogonalizing):
     def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
         if self.in_parts(group):
             return False
-        muon_step_.overload(
+        muon_step_.unchecked(
             batch.params, batch.grads, batch.state["momentum_buffer"],
             *self.scheduled(batch, group), *self.iteration(group), None,
             *flags_of(self, batch.params[0].device), batch.mantissas,

@@ -17,7 +17,7 @@ def to_rms(updates: Updates, rms: float, eps: float = 0.0) -> Updates:
 
     X is written.
     """
-    norms = magnitude.overload(updates.stacks) if updates.norms is None else updates.norms
+    norms = magnitude.unchecked(updates.stacks) if updates.norms is None else updates.norms
     numbers = []
     for x, norm in zip(updates.stacks, norms.split(counts(updates)), strict=True):
         wanted = rms * math.sqrt(math.prod(x.shape[-2:]))
@@ -27,13 +27,13 @@ def to_rms(updates: Updates, rms: float, eps: float = 0.0) -> Updates:
 
 def to_unit(updates: Updates) -> Updates:
     """X <- X / |X|_F; zero stays zero."""
-    out = [divide_each.overload(x, magnitude.overload([x]), x.dtype) for x in updates.stacks]
+    out = [divide_each.unchecked(x, magnitude.unchecked([x]), x.dtype) for x in updates.stacks]
     return Updates(out)
 
 
 def to_signs(updates: Updates) -> Updates:
     """X <- sign(X), NaN where X is not finite; X is written."""
-    sign_.overload(updates.stacks)
+    sign_.unchecked(updates.stacks)
     return Updates(updates.stacks)  # their norms are others now
 
 

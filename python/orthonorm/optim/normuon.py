@@ -86,7 +86,7 @@ class NorMuon(Orthogonalizing):
         for op, pairs in zip((row_moment_, column_moment_), sides, strict=True):
             if pairs:
                 moments, matrices = map(list, zip(*pairs, strict=True))
-                op.overload(moments, matrices, group["beta2"], group["norm_eps"], "outside", keep)
+                op.unchecked(moments, matrices, group["beta2"], group["norm_eps"], "outside", keep)
         return factors if keep else to_rms(factors, 0.2)
 
     def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
@@ -94,7 +94,7 @@ class NorMuon(Orthogonalizing):
         other = group["axis"] != "row" or group["rescale"] != "norm" or self.in_parts(group)
         if other or batch.mantissas or any(flag is not None for flag in flags):
             return False
-        normuon_step_.overload(
+        normuon_step_.unchecked(
             batch.params, batch.grads, batch.state["momentum_buffer"], batch.state["row_moment"],
             *self.scheduled(batch, group), group["beta2"], group["norm_eps"],
             *self.iteration(group),

@@ -78,8 +78,8 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
         how = (p.coefficients, p.restarts, group["method"], p.precision, p.scale, group["eps"])
         arguments = (updates.stacks, *how, p.safety, updates.norms)
         if keep or updates.stacks[0].device.type != "cpu":
-            return Updates(newton_schulz.overload(*arguments))
-        newton_schulz_.overload(*arguments)
+            return Updates(newton_schulz.unchecked(*arguments))
+        newton_schulz_.unchecked(*arguments)
         return Updates(updates.stacks)
 
     # ---- arguments of ops that are whole steps ------------------------------------------------

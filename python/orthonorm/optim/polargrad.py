@@ -65,7 +65,7 @@ class PolarGrad(Orthogonalizing):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         factors = self.polar(updates, group, keep=True)
-        size = inner.overload(updates.stacks, factors.stacks)
+        size = inner.unchecked(updates.stacks, factors.stacks)
         if group["polar_first"]:
             mu = self.momentum(group, size.device)
             matrices = factors.matrices

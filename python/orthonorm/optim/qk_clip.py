@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _checks as check
 
 ROWS = 1024  # queries whose logits are in memory at a time
+OVERFLOWED = 65504.0  # the largest float16: what an infinite logit is at least
 
 
 @torch.no_grad()
@@ -29,6 +30,9 @@ def observe_logits_(
             serves as many consecutive heads of q.
         scale: 1 / sqrt(d) if None.
         causal: only j <= i + T' - T.
+
+    A head whose logits overflow, though q and k are finite, is seen as +inf, also where sums of
+    infinities of both signs are NaN. Where q or k are not finite, NaN is seen.
 
     Under data or context parallelism reduce `seen` by its maximum before the step.
 
@@ -51,6 +55,7 @@ def observe_logits_(
     check.equal_shape(op, "k", k, (*q.shape[:-3], kv_heads, length, d))
     _divides(op, "kv_heads", kv_heads, "heads", heads)
     k = k.repeat_interleave(heads // kv_heads, -3).transpose(-1, -2)
+    finite = _finite(q) & _finite(k)
     for first in range(0, T, ROWS):
         logits = (q[..., first : first + ROWS, :] @ k) * (d**-0.5 if scale is None else scale)
         if causal:
@@ -58,6 +63,7 @@ def observe_logits_(
             later = torch.arange(length, device=q.device) > i[:, None]
             logits = logits.masked_fill(later, -torch.inf)
         largest = logits.amax((-1, -2)).reshape(-1, heads).amax(0)
+        largest = torch.where(largest.isnan() & finite, torch.inf, largest)
         seen.copy_(torch.maximum(seen, largest))
     return seen
 
@@ -79,7 +85,10 @@ def qk_clip_(
     Args:
         query, key: weights (or biases), rows by heads: (heads d, ...), (kv_heads d', ...); slices
             of a fused weight do.
-        logits: S, (heads,); what is not above tau, or not finite, clips nothing.
+        logits: S, (heads,); what is not above tau, or NaN, clips nothing. +inf is a logit that
+            overflowed: it counts as 65504, the largest float16 and so the least that it can have
+            been. That never clips more than tau / S would; what is then still above tau is clipped
+            after the next steps.
         tau, alpha: the largest logit, and the share of the queries in its reduction.
         kv_heads: heads of `key` (None: as many as of `query`). A key that serves several queries
             takes the least of their gammas.
@@ -124,7 +133,8 @@ def _parts(
         check.integer(op, name, value, 0)
         check.number(op, name, value, 0, rows)
     S = logits.detach().double().reshape(-1)
-    gamma = torch.where(S.isfinite() & (tau < S), tau / S, 1.0)
+    S = torch.where(S.isposinf(), OVERFLOWED, S)
+    gamma = torch.where(tau < S, tau / S, 1.0)
     least = gamma.view(kv_heads, -1).amin(1)
     content = Q.shape[1] - rope
     return [
@@ -157,6 +167,11 @@ def qk_clip_after_step(
             layer["logits"].zero_()
 
     return optimizer.register_step_post_hook(clip)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Which heads of (..., heads, a, b) are finite throughout."""
+    return x.isfinite().all(-1).all(-1).reshape(-1, x.shape[-3]).all(0)
 
 
 def _divides(op: str, name: str, value: int, label: str, whole: int) -> None:

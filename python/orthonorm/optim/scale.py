@@ -55,7 +55,7 @@ class SCALE(MatrixOptimizer):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         eps = group["norm_eps"]
-        return Updates([column_normalize.overload(u, 1.0, eps) for u in updates.stacks])
+        return Updates([column_normalize.unchecked(u, 1.0, eps) for u in updates.stacks])
 
     def directed(
         self,
@@ -71,5 +71,5 @@ class SCALE(MatrixOptimizer):
         alike = all(u.dtype == g.dtype for u, g in pairs)
         if mu is not None or flags.grad_scale is not None or not alike or self.probe(group):
             return super().directed(batch, stacks, mu, group, flags)
-        normalize_columns_.overload(*map(list, zip(*pairs, strict=True)), group["norm_eps"])
+        normalize_columns_.unchecked(*map(list, zip(*pairs, strict=True)), group["norm_eps"])
         return updates

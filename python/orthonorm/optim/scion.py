@@ -153,10 +153,10 @@ def lines(D: Tensor, norm: str, group: dict[str, Any]) -> Tensor:
     eps = group["norm_eps"]
     if norm == "row" or norm in ROWS:
         full = norm == "row" and normalized(norm, group)
-        Y = row_normalize.overload(X, math.sqrt(n) if full else 1.0, eps)
+        Y = row_normalize.unchecked(X, math.sqrt(n) if full else 1.0, eps)
     else:
         full = norm == "column" and normalized(norm, group)
-        Y = column_normalize.overload(X, (n if full else 1.0) / math.sqrt(m), eps)
+        Y = column_normalize.unchecked(X, (n if full else 1.0) / math.sqrt(m), eps)
     return Y.mT if group["transpose"] else Y
 
 

@@ -30,7 +30,7 @@ def side_shapes(x: Tensor, group: dict[str, Any], *kinds: str) -> dict[str, tupl
 
 def side_grams(grams: Sequence[Tensor], G: Tensor) -> list[Tensor]:
     """G G^T, G^T G; empty for a side that is not there."""
-    return [gram.overload(X) if A.numel() else A for A, X in zip(grams, (G, G.mT), strict=True)]
+    return [gram.unchecked(X) if A.numel() else A for A, X in zip(grams, (G, G.mT), strict=True)]
 
 
 def averaged(
@@ -49,13 +49,13 @@ def average_(batch: Batch, rows: list[int], beta: float, weight: float) -> None:
     for side, X in zip(SIDES, (G, G.mT), strict=True):
         with in_place([batch.state[f"{side}_gram"][i] for i in rows]) as A:
             if A.numel():
-                gram_update_.overload(A, X.to(A.dtype), weight, beta)
+                gram_update_.unchecked(A, X.to(A.dtype), weight, beta)
 
 
 def between(left: Tensor, X: Tensor, right: Tensor) -> Tensor:
     """left X right, by the sides there are; the right one first, so that rows stay rows."""
-    X = apply.overload(X.mT, right.mT, 0.0).mT if right.numel() else X
-    return apply.overload(X, left, 0.0) if left.numel() else X
+    X = apply.unchecked(X.mT, right.mT, 0.0).mT if right.numel() else X
+    return apply.unchecked(X, left, 0.0) if left.numel() else X
 
 
 def eigenvectors(A: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Signum(MatrixOptimizer):
         if other or batch.mantissas or any(p.dtype in HALF for p in batch.params):
             return False
         device = batch.params[0].device
-        signum_step_.overload(
+        signum_step_.unchecked(
             batch.params, batch.grads, batch.state["momentum_buffer"],
             self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
             self.factors(batch, group), group["nesterov"], *flags_of(self, device),

@@ -184,7 +184,7 @@ class SOAP(MatrixOptimizer):
             corrections = [math.sqrt(1 - beta2**s), 1 / (1 - beta1**s)]
             root, size = numbers(corrections, X[0].device)
             sizes = (root * size).expand(len(rows))
-            rotated_adam_.overload(M, V, X, beta1, beta2, group["eps"], sizes)
+            rotated_adam_.unchecked(M, V, X, beta1, beta2, group["eps"], sizes)
             if study:
                 corrected_(X, M, V, root, size, group["eps"])
         pairs = zip(turned.stacks, triples, strict=True)

@@ -81,7 +81,7 @@ class SSO(Orthogonalizing):
         for w, v, t in zip(batch.params, right, batch.steps, strict=True):
             if t == 1:
                 v.copy_(start_vector(w))
-        sigma = power_iteration_.overload(
+        sigma = power_iteration_.unchecked(
             batch.params, left, right, group["power_steps"], "u_first", 0.0
         )
         if group["retract"]:
@@ -91,7 +91,7 @@ class SSO(Orthogonalizing):
             updates.stacks, beside(updates, left), beside(updates, right), strict=True
         ):
             dtype = accumulator(u)
-            X.append(divide_each.overload(u, magnitude.overload([u]), dtype))
+            X.append(divide_each.unchecked(u, magnitude.unchecked([u]), dtype))
             tops.append(a.to(dtype).unsqueeze(-1) * b.to(dtype).unsqueeze(-2))
         return self.tangent(Updates(X), Updates(tops), group)
 
@@ -120,11 +120,11 @@ class SSO(Orthogonalizing):
                          for x, top, s in triples]), group
             )  # fmt: skip
 
-        high = 2 * inner.overload(X.stacks, self.polar(X, group, keep=True).stacks)
+        high = 2 * inner.unchecked(X.stacks, self.polar(X, group, keep=True).stacks)
         low = -high
         for _ in range(group["bisections"]):
             middle = 0.5 * (low + high)
-            below = inner.overload(tops.stacks, shifted(middle).stacks) < 0
+            below = inner.unchecked(tops.stacks, shifted(middle).stacks) < 0
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return shifted(0.5 * (low + high))
 

@@ -13,6 +13,7 @@ from .. import _checks as check
 from ..ops import dequantize_blocks_, quantize_blocks_
 from ..ops.blocks import scales_shape
 from ..ops.mantissa import joined
+from .constraints import VECTOR, constraint_state
 from .storage import SCALES, UNSIGNED
 from .tensors import bits_as, is_distributed, state_zeros, whole
 from .views import matrices
@@ -224,12 +225,13 @@ def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Sha
 
 
 def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None:
-    """State, where there is one, is complete, dense and of the shapes it was made with."""
+    """State, where there is one, is complete, dense and of the shapes it was made with; but that of
+    a constraint, which may be new."""
     p = group["params"][index]
     state, wanted = opt.state.get(p, {}), shapes(opt, p, group)
     label = f"{opt.name}: parameter {opt.label(group, index)}"
-    missing = wanted.keys() - state.keys()
-    if 0 < len(missing) < len(wanted):
+    needed = {key for key in wanted if not key.startswith(VECTOR)}
+    if 0 < len(needed - state.keys()) < len(needed):
         raise ValueError(f"{label}: state must have {sorted(wanted)}, got {sorted(state)}")
     for key in wanted.keys() & state.keys():
         dtype = getattr(state[key], "dtype", type(state[key]).__name__)
@@ -243,28 +245,54 @@ def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None
         check.same_device(label, parameter=[p], state=[state[key]])
 
 
-def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
-    """Parameters that have none; that of the others is checked if a tensor was replaced.
+class Seen(NamedTuple):
+    """A parameter, its gradient and its state as they were when they were checked."""
 
-    `check_state` at every step would cost more than some steps (148 parameters: 1.0 ms, so 0.08 ms;
+    shape: torch.Size
+    device: torch.device
+    keys: int
+    state: list[tuple[str, weakref.ref[Tensor]]]
+
+    def still(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+        """True if state is the same tensors, and `data` of other shape or device was not set."""
+        shape, device, keys, tensors = self
+        g: Any = p.grad
+        if p.shape != shape or p.device != device or g.shape != shape or g.device != device:
+            return False
+        for key, ref in tensors:
+            if state.get(key) is not ref():
+                return False
+        return len(state) == keys
+
+
+def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
+    """Parameters that have none. What was replaced, or set to other `data`, since it was checked is
+    checked: the ops of a step take it on trust.
+
+    `check_state` at every step would cost more than some steps (148 parameters: 1.0 ms, so 0.15 ms;
     2026-11). A traced step is checked by its ops, before any of them runs.
     """
     found: list[Tensor] = []
+    changed: list[int] = []
     for i in () if torch.compiler.is_compiling() else indices:
         p = group["params"][i]
-        state, seen = opt.state.get(p), opt._seen.get(id(p), ())
+        state, seen = opt.state.get(p, {}), opt._seen.get(id(p))
         if not state:
             found.append(p)
-            continue
-        for key, ref in seen:
-            if state.get(key) is not ref():
-                break
-        else:
-            if seen:
-                continue
+        if seen is None or not seen.still(p, state):
+            changed.append(i)
+    if changed:
+        check.same_device(opt.name, params=[group["params"][i] for i in indices])
+        opt._check_params(group, changed)
+    for i in changed:
+        p = group["params"][i]
+        label = f"{opt.name}: parameter {opt.label(group, i)}"
+        check.equal_shape(label, "gradient", p.grad, p.shape)
+        check.same_device(label, parameter=[p], gradient=[p.grad])
         check_state(opt, group, i)
-        held = [(k, t) for k, t in state.items() if isinstance(t, Tensor)]
-        opt._seen[id(p)] = [(k, weakref.ref(t)) for k, t in held]
+        state = opt.state.get(p, {})
+        kept = [(k, weakref.ref(t)) for k, t in state.items() if isinstance(t, Tensor)]
+        opt._seen[id(p)] = Seen(p.shape, p.device, len(state), kept)
     return found
 
 
@@ -297,7 +325,8 @@ def named_state(
     opt: MatrixOptimizer, x: Tensor, group: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """All state that belongs to one matrix."""
-    return opt.matrix_state(x, group) | scales_of(x, opt.elementwise_state(group), group)
+    scales = scales_of(x, opt.elementwise_state(group), group)
+    return opt.matrix_state(x, group) | scales | constraint_state(x, group)
 
 
 def gatherable(saved: dict[str, Any]) -> dict[str, Any]:

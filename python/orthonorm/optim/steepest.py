@@ -78,7 +78,7 @@ class SteepestDescent(Orthogonalizing):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         T = self.largest(updates, group)
-        return lengthened(T, inner.overload(updates.stacks, T.stacks)) if group["dual"] else T
+        return lengthened(T, inner.unchecked(updates.stacks, T.stacks)) if group["dual"] else T
 
     def largest(self, updates: Updates, group: dict[str, Any]) -> Updates:
         """T over its SIZES, in new stacks if the updates are needed again (`dual`)."""
@@ -86,7 +86,7 @@ class SteepestDescent(Orthogonalizing):
             return self.polar(updates, group, keep=group["dual"])
         if group["norm"] == "max":
             return to_signs(Updates([u.clone() for u in updates.stacks]))
-        return Updates([row_normalize.overload(u) for u in updates.stacks])
+        return Updates([row_normalize.unchecked(u) for u in updates.stacks])
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
         size = SIZES[group["norm"]](*x.shape[-2:])

@@ -121,7 +121,7 @@ def retracted(X: Tensor) -> Tensor:
     """Over X."""
     p = polynomial("polar_express", STEPS, precision="full")
     how = (p.coefficients, p.restarts, "auto", p.precision, p.scale, 0.0, p.safety)
-    newton_schulz_.overload([X], *how)
+    newton_schulz_.unchecked([X], *how)
     return X
 
 
@@ -145,4 +145,4 @@ def direction(mean: Tensor, square: Tensor, correction: Tensor, eps: float) -> T
 
 def nonzero(x: Tensor) -> Tensor:
     """Whether each matrix has an entry that is not 0."""
-    return (magnitude.overload([x]) != 0).view(*x.shape[:-2], 1, 1)
+    return (magnitude.unchecked([x]) != 0).view(*x.shape[:-2], 1, 1)

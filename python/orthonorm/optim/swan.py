@@ -62,7 +62,7 @@ class SWAN(Orthogonalizing):
         factors = self.polar(Z, group, keep=group["rescale"])
         if not group["rescale"]:
             return factors
-        wanted, has = magnitude.overload(Z.stacks), magnitude.overload(factors.stacks)
+        wanted, has = magnitude.unchecked(Z.stacks), magnitude.unchecked(factors.stacks)
         return multiply_each_(factors, torch.where(has == 0, 0.0, wanted / has))
 
 
@@ -70,4 +70,4 @@ def standardized(G: Tensor, eps: float) -> Tensor:
     """Z of a stack, in the dtype of G."""
     X = G.to(accumulator(G))
     X = X - X.mean(-1, keepdim=True)
-    return row_normalize.overload(X, X.shape[-1] ** -0.5, eps).to(G.dtype)
+    return row_normalize.unchecked(X, X.shape[-1] ** -0.5, eps).to(G.dtype)

@@ -77,21 +77,21 @@ class Probe:
     def add_updates(self, updates: Updates) -> None:
         """What a rule is given, before it may write it."""
         stacks, part = updates.stacks, len(self.momenta)
-        self.momenta.append(magnitude.overload(stacks) if updates.norms is None else updates.norms)
+        self.momenta.append(magnitude.unchecked(stacks) if updates.norms is None else updates.norms)
         v = self.vectors.get(part, [])
         if [x.shape for x in v] != [(*x.shape[:-2], x.shape[-1]) for x in stacks]:
             v = self.vectors[part] = [start_vector(x) for x in stacks]
         u = [x.new_empty(x.shape[:-1], dtype=y.dtype) for x, y in zip(stacks, v, strict=True)]
-        self.tops.append(power_iteration_.overload(stacks, u, v, POWER_STEPS).double())
+        self.tops.append(power_iteration_.unchecked(stacks, u, v, POWER_STEPS).double())
 
     def add_polar(self, updates: Updates, factors: Updates) -> None:
-        self.nuclear.append(inner.overload(updates.stacks, factors.stacks))
+        self.nuclear.append(inner.unchecked(updates.stacks, factors.stacks))
 
     def add_directions(self, directions: Updates, factors: Sequence[float], lr: Tensor) -> None:
         matrices = directions.matrices
         each = [s for s, x in zip(factors, matrices, strict=True) for _ in range(count(x))]
         entries = sum(x.numel() for x in matrices)
-        found = magnitude.overload(directions.stacks)
+        found = magnitude.unchecked(directions.stacks)
         self.directions.append(Steps(found, each, entries, lr.clone()))  # schedules write lr
 
     def values(self) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def count(x: Tensor) -> int:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """|X|_F of tensors of any shape."""
-    return magnitude.overload([x.reshape(1, 1, -1) for x in tensors])
+    return magnitude.unchecked([x.reshape(1, 1, -1) for x in tensors])
 
 
 def read(probes: Sequence[Probe | None]) -> list[dict[str, float]]:

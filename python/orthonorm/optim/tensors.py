@@ -49,9 +49,19 @@ def whole(t: Tensor) -> Tensor:
 
 
 def numbers(values: Sequence[float] | float, device: torch.device) -> Tensor:
-    """Numbers of the host as float64 on a device. A copy that may be late: any other waits until
-    the device has done all that was asked of it before."""
-    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+    """Numbers of the host as float64 on a device."""
+    return sent(torch.tensor(values, dtype=torch.float64), device)
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """`t` on a device, where it may arrive late: any other copy would wait until the device has
+    done all that was asked of it before.
+
+    CUDA reads memory that is not pinned before the call returns, so `t` may change afterwards. What
+    is pinned it reads when the copy runs, as for torch's own optimizers, which copy rates this way.
+    A copy to the host waits: the host would read a late one too early.
+    """
+    return t.to(device, non_blocking=device.type != "cpu")
 
 
 @functools.lru_cache(maxsize=64)
