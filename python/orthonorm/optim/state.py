@@ -332,11 +332,10 @@ def named_state(
 def gatherable(saved: dict[str, Any]) -> dict[str, Any]:
     """A state dict whose sharded mantissas are float16 of the same bits: torch's collectives, by
     which others make whole tensors of it, know no int16."""
-    state = {
-        p: {k: bits_as(t, BITS) if k == MANTISSA and is_distributed(t) else t
-            for k, t in named.items()}
-        for p, named in saved["state"].items()
-    }  # fmt: skip
+    state = dict(saved["state"])
+    for p, named in state.items():
+        if is_distributed(named.get(MANTISSA)):
+            state[p] = {**named, MANTISSA: bits_as(named[MANTISSA], BITS)}
     return {**saved, "state": state}
 
 

@@ -20,7 +20,7 @@ from .._checks import PLAIN
 from .views import flattens, heads_of
 
 
-def is_distributed(t: Tensor) -> bool:
+def is_distributed(t: Any) -> bool:
     """Whether `t` is a DTensor; compiled steps hold none."""
     if type(t) in PLAIN or torch.compiler.is_compiling():
         return False
