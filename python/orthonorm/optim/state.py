@@ -250,19 +250,30 @@ class Seen(NamedTuple):
 
     shape: torch.Size
     device: torch.device
+    on_cpu: bool
     keys: int
-    state: list[tuple[str, weakref.ref[Tensor]]]
+    state: list[tuple[str, weakref.ref[Tensor], torch.Size]]
 
     def still(self, p: Tensor, state: Mapping[str, Any]) -> bool:
-        """True if state is the same tensors, and `data` of other shape or device was not set."""
-        shape, device, keys, tensors = self
-        g: Any = p.grad
-        if p.shape != shape or p.device != device or g.shape != shape or g.device != device:
+        """True if state is the same tensors, and no `data` of other shape or device was set.
+
+        Kernels for CPUs look themselves, so there the parameter's shape is enough.
+        """
+        shape, device, on_cpu, keys, tensors = self
+        if p.shape != shape:
             return False
-        for key, ref in tensors:
+        for key, ref, _ in tensors:
             if state.get(key) is not ref():
                 return False
-        return len(state) == keys
+        if len(state) != keys:
+            return False
+        if on_cpu:
+            return True
+        g: Any = p.grad
+        if g.shape != shape or g.device != device or p.device != device:
+            return False
+        same = ((state[key], size) for key, _, size in tensors)
+        return all(t.shape == size and t.device == device for t, size in same)
 
 
 def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
@@ -291,8 +302,9 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
         check.same_device(label, parameter=[p], gradient=[p.grad])
         check_state(opt, group, i)
         state = opt.state.get(p, {})
-        kept = [(k, weakref.ref(t)) for k, t in state.items() if isinstance(t, Tensor)]
-        opt._seen[id(p)] = Seen(p.shape, p.device, len(state), kept)
+        kept = [(k, weakref.ref(t), t.shape) for k, t in state.items() if isinstance(t, Tensor)]
+        on_cpu = p.device.type == "cpu"
+        opt._seen[id(p)] = Seen(p.shape, p.device, on_cpu, len(state), kept)
     return found
 
 
