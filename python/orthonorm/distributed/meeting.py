@@ -65,9 +65,10 @@ def meet(opt: MatrixOptimizer) -> None:
     """Raise ValueError if a rank on one of this rank's meshes describes parameters differently.
 
     Each rank writes digests and compressed descriptions into the store; there is no collective. An
-    optimizer that has passed is not compared again. Ranks find each other's optimizer by the names of its shared
-    parameters, or else of all its parameters. A rank that is late, or has other names, is not
-    compared here: the collectives then report that it is missing, or what it has more.
+    optimizer that has passed is not compared again. Ranks find each other's optimizer by the names
+    of its shared parameters, or else of all its parameters. A rank that is late, or has other
+    names, is not compared here: the collectives then report that it is missing, or what it has
+    more.
     """
     if opt.met is True or torch.compiler.is_compiling() or not in_company():
         return
