@@ -72,8 +72,8 @@ class View:
 Fields = tuple[int, int, int, int]
 Places = tuple[View, ...]
 # Sizes of caches keyed by addresses. A step that meets the same addresses again makes nothing anew;
-# a step whose gradients lie elsewhere each time leaves old entries behind. Each call in a step is an
-# entry: 9 for Muon's one group, 82 for its twelve, 84 for SOAP's four. An entry of a hundred
+# a step whose gradients lie elsewhere each time leaves old entries behind. Each call in a step is
+# an entry: 9 for Muon's one group, 82 for its twelve, 84 for SOAP's four. An entry of a hundred
 # matrices takes some 100 KB on the host and 30 KB on the device. A step makes some 11 views of each
 # matrix, 1 KB each. (144 matrices, 2026-11)
 LAUNCHES = 128
@@ -179,7 +179,7 @@ class Entries:
     def table(
         self, numbers: Sequence[float], device: torch.device, behind: Sequence[float] = ()
     ) -> Table:
-        """Return the table with these numbers; those of `behind` follow the entries, in any number."""
+        """Return the table with these numbers; any number of further ones, `behind`, follow entries."""
         key = (tuple(numbers), device, tuple(behind))
         found = self._tables.get(key)
         if found is None:
