@@ -360,7 +360,7 @@ def moment(
     moments: Sequence[Tensor], X: Sequence[Tensor], columns: bool, numbers: tuple[float, ...],
     eps_at: str, keep_norm: bool,
 ) -> None:  # fmt: skip
-    """Compute `row_moment_`, or `column_moment_` of `columns`: two launches, two passes over X."""
+    """Compute `row_moment_`, or `column_moment_` if `columns`: two launches, two passes over X."""
     if not X:
         return
     device = X[0].device
@@ -379,7 +379,7 @@ def moment(
 
 
 def normalize(X: Tensor, columns: bool, scale: float, eps: float, eps_at: str) -> Tensor:
-    """Return `row_normalize`, or `column_normalize` of `columns`: one launch."""
+    """Return `row_normalize`, or `column_normalize` if `columns`: one launch."""
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     normalize_list([X], [out], columns, scale, eps, eps_at)
     return out

@@ -18,7 +18,10 @@ def prologue_kernel(
     G_TYPE: tl.constexpr, B_TYPE: tl.constexpr, U_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
-    """Write b <- g + mu (b - g), u = b or by Nesterov g + mu (b - g), and sums of u^2 by tile."""
+    """Write b <- g + mu (b - g), the update u, and sums of u^2 by tile.
+
+    u = b, or with NESTEROV u = g + mu (b - g) of the new b.
+    """
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     g_at = each.elements(table, count, entry, batch, start, local, 0, G_TYPE, FLAT)
     b_at = each.elements(table, count, entry, batch, start, local, 1, B_TYPE, FLAT)

@@ -179,7 +179,7 @@ class Entries:
     def table(
         self, numbers: Sequence[float], device: torch.device, behind: Sequence[float] = ()
     ) -> Table:
-        """Return the table with these numbers; any number of further ones, `behind`, follow entries."""
+        """Return the table with these numbers; `behind`, of any length, follow the entries."""
         key = (tuple(numbers), device, tuple(behind))
         found = self._tables.get(key)
         if found is None:

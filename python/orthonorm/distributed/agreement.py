@@ -62,7 +62,7 @@ def scope(opt: MatrixOptimizer, p: Any) -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def reporting(group: dist.ProcessGroup, what: str = "") -> Iterator[None]:
-    """Turn a backend's error into one sentence: lost ranks, and `what` was to be exchanged."""
+    """Turn a backend's error into one that names lost ranks, and `what` was to be exchanged."""
     try:
         yield
     except RuntimeError as error:

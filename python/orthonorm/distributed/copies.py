@@ -46,7 +46,7 @@ def written(opt: MatrixOptimizer, group: dict[str, Any]) -> list[str]:
 
 
 def update(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Travel[None]:
-    """Step a bucket's parameters; while directions travel, update momentum of the other owners'."""
+    """Step a bucket's parameters; other owners' momentum is updated while directions travel."""
     batch = matrix_batch(opt, [x.param for x in bucket.items], group)
     if opt.counts_steps:
         for p, t in zip(batch.owners, batch.steps, strict=True):
