@@ -21,7 +21,7 @@ from . import tables, tiles
 from .rounding import rounded
 
 NUMBERS = tl.constexpr(5)
-GRAIN = tl.constexpr(32)  # places of a line in which one tile of a launch begins at most
+GRAIN = tl.constexpr(32)  # no two tiles of a launch begin in the same GRAIN places of a line
 
 
 @triton.jit
