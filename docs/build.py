@@ -1,6 +1,6 @@
 """API reference (by pdoc, from docstrings) and guides as HTML: `python docs/build.py FOLDER`.
 
-Warnings are errors, and so are public names without a docstring and links that lead nowhere.
+Warnings are errors, and so are public names without a docstring and broken links to files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODULES = [
 ]  # fmt: skip
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md",
          ROOT / "CHANGELOG.md"]  # fmt: skip
-SAYING = (type, FunctionType, Op)  # what must have a docstring
+SAYING = (type, FunctionType, Op)  # kinds of public names that must have a docstring
 EXTRAS = ["fenced-code-blocks", "tables", "header-ids", "cuddled-lists"]
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -44,9 +44,9 @@ td, th {{ border: 1px solid #ccc; padding: .2rem .5rem; text-align: left }}
 
 
 def reference(folder: Path) -> int:
-    """Pages of the modules, all of whose public names say what they are; how many."""
+    """Write pages of the modules and return how many; exit if a public name has no docstring."""
     modules = list(MODULES)
-    if find_spec("torchtitan"):  # that module imports it
+    if find_spec("torchtitan"):  # this module of ours imports torchtitan
         modules.append("orthonorm.compat.torchtitan")
     for name in modules:
         module = importlib.import_module(name)
@@ -54,16 +54,17 @@ def reference(folder: Path) -> int:
         silent = [x for x in public if isinstance(x, SAYING) and not x.__doc__]
         if not module.__doc__ or silent:
             raise SystemExit(f"{name}: no docstring of {silent or 'the module'}")
-    for name, op in OPS.items():  # pdoc shows functions
+    for name, op in OPS.items():  # pdoc shows functions, not ops
         setattr(ops, name, op.__wrapped__)
     pdoc.render.configure(docformat="google", show_source=False)
-    # pdoc 16 looks for the types of a NamedTuple's fields where it is exported, not where made
+    # pdoc 16 looks for types of a NamedTuple's fields in the module that exports, not defines, it
     warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")
     pdoc.pdoc(*modules, output_directory=folder)
     return len(modules)
 
 
 def guide(page: Path, folder: Path) -> None:
+    """Write a Markdown page as HTML, with the files it links to."""
     text = re.sub(r"<!--.*?-->\n?", "", page.read_text(), flags=re.S)
     html = str(markdown2.markdown(text, extras=EXTRAS))
     html = re.sub(
@@ -78,7 +79,7 @@ def guide(page: Path, folder: Path) -> None:
 
 
 def target(page: Path, link: str, folder: Path) -> str:
-    """A link of a page: to another page, or to a copy of a file or folder."""
+    """Return a link's target in the folder: another page, or a copy of a file or folder."""
     path = (page.parent / link).resolve()
     if not path.exists():
         raise SystemExit(f"{page.name}: {link} is not there")
@@ -94,6 +95,7 @@ def target(page: Path, link: str, folder: Path) -> str:
 
 
 def main(folder: Path) -> None:
+    """Write all guides and the API reference to a folder."""
     warnings.simplefilter("error")
     (folder / "api").mkdir(parents=True, exist_ok=True)
     for page in PAGES:

@@ -22,8 +22,11 @@ def adamw_kernel(
     R_TYPE: tl.constexpr, T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr,
     BLOCK: tl.constexpr, DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
 ):  # fmt: skip
-    """Numbers: beta1, 1 - beta1, log beta1, the same of beta2, eps, weight decay; extras: address
-    of the step count, where the weight begins. R_TYPE is None where there are no mantissas."""
+    """Write weights, averages and mantissas of one AdamW step; R_TYPE is None without mantissas.
+
+    Numbers: beta1, 1 - beta1, log beta1; the same of beta2; eps; weight decay. Extras: address of
+    the step count, address of the weight's first element.
+    """
     extras: tl.constexpr = each.HEAD + (16 if R_TYPE is None else 20)
     entries = table + 8
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
@@ -93,7 +96,7 @@ def adamw_step_(
         torch._foreach_add_(steps, 1)
     else:
         torch._foreach_add_(steps, (found_inf.reshape(()) == 0).to(steps[0].dtype))
-    steps = [s.to(device) for s in steps]  # they may live on the CPU, as torch's do
+    steps = [s.to(device) for s in steps]  # torch's optimizers keep step counts on the CPU
     lr = lr.to(device)
     flags = (rounding, grad_scale, found_inf)
     seed, grad_scale, found_inf = (t if t is None else t.to(device) for t in flags)
@@ -101,9 +104,9 @@ def adamw_step_(
     given += [] if mantissas is None else [mantissas]
     numbers = [n for b in (beta1, beta2) for n in (b, 1 - b, math.log(b) if b else -math.inf)]
     for dtype in {s.dtype for s in steps}:
-        rows = [i for i, s in enumerate(steps) if s.dtype == dtype]
-        lists = [[values[i] for i in rows] for values in given]
-        extras = [(steps[i].data_ptr(), params[i].data_ptr()) for i in rows]
+        indices = [i for i, s in enumerate(steps) if s.dtype == dtype]
+        lists = [[values[i] for i in indices] for values in given]
+        extras = [(steps[i].data_ptr(), params[i].data_ptr()) for i in indices]
         for group in each.groups(lists, extras):
             table = group.table((*numbers, eps, weight_decay), device)
             *types, wide, flat, block = group.constants

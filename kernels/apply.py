@@ -1,4 +1,4 @@
-"""a X + b B X, X read once by the product and once by what is added to it."""
+"""a X + b B X in one launch: X is read once for the product, and once to be added to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The moment of every column, and matrices divided by its root: two passes over the whole list."""
+"""Second moments of columns, and columns divided by their roots: two passes over the whole list."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Conda's step on a list in two launches: G' = Q^T G, at whose end the moments are updated and N is
-written, and Q N, at whose end the weights are."""
+"""Conda's step on a list in two launches.
+
+The first forms G' = Q^T G; its end updates the moments and writes N. The second forms Q N; its end
+updates the weights.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def conda_step_(
             N = torch.empty_like(M, memory_format=torch.contiguous_format)
             there += [(Q.dtype, p) for p in rotation(N, G, Q, M, V)]
             back += [(Q.dtype, p) for p in rotation_back(W, N, Q, (ends.PLAIN[0], i))]
-            work.append(N)  # a table knows only where it is
+            work.append(N)  # keep it alive: a table holds only its address
         for products, end in ((there, first), (back, last)):
             for dtype, group in tables.grouped(products).items():
                 product("product", group, W.device, dtype, end=end)

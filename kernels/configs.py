@@ -1,20 +1,21 @@
 """Launch configurations: frozen records from `configs/<op>.json`, picked by data at each launch.
 
-A file maps an architecture ("80", "90", "100", "120", "gfx942"; "cpu" is the interpreter; a name
-stands for another's row) and a dtype to a list of records, large tiles first. `pick` takes the one
-that keeps the busiest multiprocessor for the shortest time; an architecture without an entry uses
-the nearest older one, a dtype without one is left to torch. So are matrices whose
-shorter side is `torch_from` or more, where torch's products are the better choice: float32 without
-tensor cores, which Triton multiplies less well than cuBLAS (an estimate; half the work makes up for
-that in symmetric products). All records of a dtype share `block_k`, so the choice of tiles changes
-no sum's order and results do not depend on company. None of the records has been measured on a GPU.
+A file maps an architecture and a dtype to a list of records, large tiles first. Architectures are
+"80", "90", "100", "120", "gfx942", and "cpu" for the interpreter; a row that is a name refers to
+that architecture's row. `pick` takes the record that keeps the busiest multiprocessor for the
+shortest time. An architecture without a row uses the nearest older one. A dtype without records is
+left to torch. So are matrices whose shorter side is `torch_from` or more, where torch's products
+are the better choice. That is float32 without tensor cores, which Triton multiplies less well than
+cuBLAS (an estimate; in symmetric products, half the work makes up for that). All records of a dtype
+share `block_k`. So the choice of tiles changes no sum's order, and results do not depend on
+company. None of the records has been measured on a GPU.
 
-By arithmetic of tiles per multiprocessor (H100, float16; 2026-11) this halves the time of a last
-wave: a symmetric product of 2048 x 2048 has 136 tiles of 128 for 132 multiprocessors, so two for
-the busiest one, 17.9 us; its 528 of 64 take 9.0. Sums split along K would leave less to gain than
-they cost: their parts are float32, written and read again, and a launch more adds them in order, 2
-us and the traffic for 2.2 us of 1024 x 1024 or 6.7 of 12 x 768 x 768. `gram.pieces` splits where K
-is long.
+By arithmetic of tiles per multiprocessor (H100, float16; 2026-11) this choice halves the time of a
+last wave. A symmetric product of 2048 x 2048 has 136 tiles of 128 for 132 multiprocessors, so two
+for the busiest one: 17.9 us. Its 528 tiles of 64 take 9.0 us. Splitting sums along K would cost
+more than it gains: their float32 parts are written and read again, and one more launch adds them in
+order. That is 2 us and the traffic, to save 2.2 us of 1024 x 1024 or 6.7 us of 12 x 768 x 768.
+`gram.pieces` splits where K is long.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As Triton's launcher takes them."""
+        """Keyword arguments of Triton's launcher."""
         return dict(num_warps=self.warps, num_stages=self.stages, **FUSION)
 
     @property
@@ -52,12 +53,12 @@ class Config:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
-SMALLER = 0.8  # an estimate: a tile of 64 x 64 loads twice what one of 128 x 128 does per product
+SMALLER = 0.8  # an estimate: tiles of 64 x 64 load twice as much per product as tiles of 128 x 128
 FUSION = {"enable_fp_fusion": True}  # Triton's default changes in 3.10
 
 
 class Row(NamedTuple):
-    """A table's entry for an architecture."""
+    """Records and `torch_from` of one architecture, by name of dtype (`label`)."""
 
     records: dict[str, tuple[Config, ...]]
     torch_from: dict[str, int]
@@ -65,7 +66,7 @@ class Row(NamedTuple):
 
 @lru_cache
 def load(op: str) -> dict[str, Row]:
-    """The table of an op: architecture, dtype, records."""
+    """Return the table of an op by architecture."""
     stored = json.loads((FOLDER / f"{op}.json").read_text())
     table = {}
     for arch, row in stored.items():
@@ -77,7 +78,7 @@ def load(op: str) -> dict[str, Row]:
 
 @lru_cache
 def device_of(device: torch.device) -> tuple[str, int]:
-    """Architecture and number of multiprocessors."""
+    """Return the architecture, and the number of multiprocessors (2 for a CPU)."""
     if device.type == "cpu":
         return "cpu", 2
     properties = torch.cuda.get_device_properties(device)
@@ -85,26 +86,28 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 
 def lanes(arch: str) -> int:
-    """Threads of a warp."""
+    """Return the number of threads of a warp."""
     return 64 if arch.startswith("gfx") else 32
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of this dtype multiply: float32 as torch does, which is to say by tensor cores
-    only where `torch.backends.cuda.matmul.fp32_precision` says so, which
-    `torch.set_float32_matmul_precision` sets."""
+    """Return how products of this dtype multiply: "tf32" or "ieee".
+
+    float32 follows torch: it uses tensor cores only if `torch.backends.cuda.matmul.fp32_precision`
+    is "tf32", which `torch.set_float32_matmul_precision` sets.
+    """
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
 def label(dtype: torch.dtype) -> str:
-    """A dtype's name in the tables."""
+    """Return a dtype's name in the tables."""
     return "tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch.")
 
 
 def row(op: str, arch: str) -> Row:
-    """What a table has for an architecture, its own or the nearest older one's; or nothing."""
+    """Return the row of an architecture, or of the nearest older one, or else an empty row."""
     rows = load(op)
     if arch in rows:
         return rows[arch]
@@ -113,15 +116,20 @@ def row(op: str, arch: str) -> Row:
 
 
 def records(op: str, dtype: torch.dtype, arch: str, side: int = 0) -> tuple[Config, ...]:
-    """The records for a dtype on an architecture, () where the op is left to torch: `side` is the
-    least of the sides of its products."""
+    """Return the records of a dtype on an architecture; () if torch is to compute the op.
+
+    `side` is the shorter side of its matrices.
+    """
     name, (known, torch_from) = label(dtype), row(op, arch)
     return known.get(name, ()) if side < torch_from.get(name, math.inf) else ()
 
 
 def pick(choices: Sequence[Config], device: torch.device, tiles: Callable[[Config], int]) -> Config:
-    """The record with the least work for the busiest multiprocessor, in elements of tiles: a
-    smaller tile, which loads more for each, only if that is below 4/5 of a larger one's."""
+    """Return the record with the least work for the busiest multiprocessor, in elements of tiles.
+
+    A smaller tile loads more per element. So it is taken only if its work is below 4/5 of that of
+    the best larger tile.
+    """
     _, processors = device_of(device)
 
     def busiest(c: Config) -> int:
@@ -135,5 +143,5 @@ def pick(choices: Sequence[Config], device: torch.device, tiles: Callable[[Confi
 
 
 def programs(device: torch.device, tiles: int) -> int:
-    """Programs of a persistent launch."""
+    """Return the number of programs of a persistent launch, two per multiprocessor at most."""
     return min(tiles, 2 * device_of(device)[1])

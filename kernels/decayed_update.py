@@ -18,7 +18,10 @@ def decayed_update_kernel(
     W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers: weight decay; extras: the factor of each item, where its weight begins."""
+    """Write w <- (1 - lr weight_decay) w - lr factor u, unless an infinity was found.
+
+    Number: weight decay. Extras: factor as bits, address of the weight's first element.
+    """
     entries = table + 1
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)

@@ -1,4 +1,4 @@
-"""A list of matrices from their codes of 8 bits and scales in one pass."""
+"""Matrices from their 8-bit codes and scales, a list in one pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def dequantize_kernel(
     table, count, values, STEPS: tl.constexpr, X_TYPE: tl.constexpr, CODES_TYPE: tl.constexpr,
     SCALES_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x <- the value of its code times its block's scale, in float32."""
+    """Write x <- value of its code times scale of its block, in float32."""
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     codes_at = each.elements(table, count, entry, batch, start, local, 1, CODES_TYPE, FLAT)
     code = tl.load(codes_at, mask=mask, other=0).to(tl.int32)

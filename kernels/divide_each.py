@@ -1,4 +1,4 @@
-"""Matrices scaled each by its divisor and rounded once, in one pass."""
+"""Matrices divided each by its own divisor and rounded once, in one pass."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ def divide_kernel(
     table, count, divisors, STEPS: tl.constexpr, X_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
     WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """By the inverse in double: a power of two in both cancels exactly."""
+    """Write out <- x times the inverse of its divisor, in double; 0 if the divisor is 0.
+
+    A power of two in both cancels exactly.
+    """
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     x_at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
     out_at = each.elements(table, count, entry, batch, start, local, 1, OUT_TYPE, FLAT)
     divisor = tl.load(divisors + tiles.field(table, count, entry, 4) + batch)
     x = tl.load(x_at, mask=mask, other=0.0).to(tl.float64)
     inverse = tl.where(divisor == 0, 0.0, 1.0 / divisor)
-    inverse = tl.where(inverse > LARGEST, LARGEST, inverse)  # of a denormal: finite, as 0 x is 0
+    inverse = tl.where(inverse > LARGEST, LARGEST, inverse)  # a denormal's: finite, so 0 x is 0
     inverse = tl.where(inverse < -LARGEST, -LARGEST, inverse)
     tl.store(out_at, (x * inverse).to(tl.float32).to(OUT_TYPE), mask=mask)
 
@@ -40,7 +43,7 @@ def divide_each(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def divide_items(items: tuple[tables.Item, ...], divisors: Tensor) -> None:
-    """From the first place of each item to the second, in one launch; only divisors are float64."""
+    """Write the first place of each item, divided, to the second; only divisors are float64."""
     divisors = divisors.contiguous()
     for group in each.groups_of(items, (), each.block_of(divisors.device)):
         table = group.table((), divisors.device)

@@ -1,8 +1,8 @@
-"""Passes over lists of tensors, one launch per set of dtypes: where a program's elements lie.
+"""Elementwise passes over lists of tensors: one launch per set of dtypes, and shared arithmetic.
 
 An entry's fields: first tile, tiles of a matrix, elements of a matrix, columns, number of its first
-matrix in the list, number of its item in the list, matrices; then 4 per tensor (`tables.View`);
-then extras.
+matrix in the list, number of its item in the list, number of its matrices. Then follow 4 fields per
+tensor (`tables.View`), then extras.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ OPTIONS = dict(num_warps=8, **FUSION)
 
 
 def block_of(device: torch.device) -> int:
-    """Elements of a program; few in the interpreter, for several tiles of small matrices."""
+    """Return elements per program; few in the interpreter, to cut small matrices into tiles too."""
     return 1024 if device.type == "cpu" else 4096
 
 
 @triton.jit
 def place(entries, count, STEPS: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's entry, matrix of it, first element, the others from there, and their mask."""
+    """Return this program's entry, matrix, first element, offsets from there, and their mask."""
     tile = tl.program_id(0).to(tl.int64)
     entry = tiles.locate(entries, count, tile, STEPS)
     size = tiles.field(entries, count, entry, 1)
@@ -49,10 +49,10 @@ def elements(
     entries, count, entry, batch, start, local, k: tl.constexpr, TYPE: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of these elements in tensor k."""
+    """Return addresses of these elements in tensor k."""
     address = tiles.field(entries, count, entry, HEAD + 4 * k).to(tl.pointer_type(TYPE))
     skip = tiles.field(entries, count, entry, HEAD + 4 * k + 1)
-    if FLAT:  # said of the sum: Triton 3.6 forgets what it is told of a cast
+    if FLAT:  # stated of the sum: Triton 3.6 forgets what it is told of a cast
         address = tl.multiple_of(address + (batch * skip + start), 16)
         return address + local
     else:
@@ -65,7 +65,7 @@ def elements(
 
 @triton.jit
 def divide(x, y):
-    """x / y rounded to nearest, in float32 or float64."""
+    """Return x / y rounded to nearest, in float32 or float64."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -74,7 +74,7 @@ def divide(x, y):
 
 @triton.jit
 def root(x):
-    """sqrt(x) rounded to nearest, in float32 or float64."""
+    """Return sqrt(x) rounded to nearest, in float32 or float64."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -83,7 +83,7 @@ def root(x):
 
 @triton.jit
 def adam(out_at, m_at, v_at, x, mask, numbers, WIDE: tl.constexpr, scale=None):
-    """out <- scale m / (sqrt(v) + eps), m and v the averages of x and x^2, updated.
+    """Update the averages m of x and v of x^2, and write out <- scale m / (sqrt(v) + eps).
 
     Numbers: beta1, 1 - beta1, beta2, 1 - beta2, eps.
     """
@@ -102,7 +102,7 @@ def adam(out_at, m_at, v_at, x, mask, numbers, WIDE: tl.constexpr, scale=None):
 
 @triton.jit
 def kept(found_inf, old, new):
-    """`new`, or `old` where an infinity was found."""
+    """Return `new`, or `old` if `found_inf` is not 0."""
     if found_inf is None:
         return new
     else:
@@ -111,7 +111,7 @@ def kept(found_inf, old, new):
 
 @triton.jit
 def unscaled(g, grad_scale):
-    """g / grad_scale, as ops/passes.py has it."""
+    """Return g / grad_scale, computed as in ops/passes.py."""
     if grad_scale is None:
         return g
     else:
@@ -119,7 +119,7 @@ def unscaled(g, grad_scale):
 
 
 class Group(NamedTuple):
-    """Entries of one launch."""
+    """Entries of one launch, and what they have in common."""
 
     types: tuple[Any, ...]  # of the tensors
     wide: Any  # the dtype of arithmetic
@@ -132,17 +132,19 @@ class Group(NamedTuple):
 
     @property
     def most_matrices(self) -> int:
-        """Of one entry."""
+        """The number of matrices of the largest entry."""
         return max(entry[6] for entry in self.entries.entries)
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What every kernel takes after the steps of the search."""
+        """The constants that every kernel takes after STEPS."""
         return (*self.types, self.wide, self.flat, self.block)
 
 
 def groups(lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = ()) -> list[Group]:
-    """Items (one tensor of each list) by dtypes, dense and aligned ones apart from others.
+    """Return launches of the items (one tensor of each list), by dtypes and by `flat`.
+
+    `flat` items have matrices of a multiple of 8 elements, dense, aligned and of the same order.
 
     `extras` are further int64 fields of each item.
     """
@@ -155,26 +157,26 @@ def groups(lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = (
 def groups_of(
     items: tuple[tables.Item, ...], extras: tuple[tables.Entry, ...], block: int
 ) -> list[Group]:
-    rows = []
+    keyed = []
     first = 0
-    for item, found in enumerate(items):
-        if isinstance(found, int):
-            first += found
+    for number, item in enumerate(items):
+        if isinstance(item, int):
+            first += item
             continue
-        for views in found:
+        for views in item:
             x = views[0]
             numel = x.rows * x.columns
             flat = numel % 8 == 0 and len({v.order for v in views}) == 1
             flat = flat and all(v.dense and v.regular for v in views)
             size = tables.cdiv(numel, block)
-            extra = extras[item] if extras else ()
+            extra = extras[number] if extras else ()
             fields = (f for v in views for f in v.fields)
-            head = (x.batch * size, size, numel, x.columns, first, item, x.batch)
+            head = (x.batch * size, size, numel, x.columns, first, number, x.batch)
             entry = (*head, *fields, *extra)
-            rows.append(((tuple(v.dtype for v in views), flat), entry))
+            keyed.append(((tuple(v.dtype for v in views), flat), entry))
             first += x.batch
     made = []
-    for (dtypes, flat), entries in tables.grouped(rows).items():
+    for (dtypes, flat), entries in tables.grouped(keyed).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
         types = tuple(tables.TYPES[d] for d in dtypes)
         made.append(Group(types, wide, flat, block, tables.Entries(entries)))

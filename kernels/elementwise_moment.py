@@ -1,4 +1,4 @@
-"""Second moments of every element, what they divide and its norms, in one pass over the list."""
+"""Second moments of elements, matrices divided by their roots, and norms of these, in one pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def elementwise_moment_kernel(
     V_TYPE: tl.constexpr, X_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """v <- beta2 v + (1-beta2) x^2, x <- x / (c sqrt(v) + eps). Numbers: beta2, 1 - beta2, eps."""
+    """Write v <- beta2 v + (1 - beta2) x^2, then x <- x / (c sqrt(v) + eps), and sums of x^2.
+
+    Numbers: beta2, 1 - beta2, eps. c is the item's correction, or 1.
+    """
     entries = table + 3
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     v_at = each.elements(entries, count, entry, batch, start, local, 0, V_TYPE, FLAT)
@@ -57,5 +60,5 @@ def elementwise_moment_(
             table.data, table.count, corrections, sums, table.steps, *group.constants,
             **each.OPTIONS,
         )  # fmt: skip
-        norms_of(group.table((), device), group, sums, norms)  # entries alone
+        norms_of(group.table((), device), group, sums, norms)  # a table without numbers
     return norms

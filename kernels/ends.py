@@ -1,8 +1,10 @@
-"""What becomes of a product's tile: it is stored, or it ends an optimizer's step where it is.
+"""Ends of products: what a kernel does with each tile of a product, while it has it in registers.
 
-An end is a Triton function that kernels take as a constant, with its numbers (behind a kernel's
-own, `NUMBERS` of them) and two tensors of its choice; (i, j) is the tile's corner. A kernel's
-entries have the sides of the result just before EXTRA but one. Arithmetic is float32, rounded once.
+An end stores the tile, or makes an optimizer's step of it. It is a Triton function that kernels
+take as a constant. It has NUMBERS numbers, which follow the kernel's own, and two tensors of its
+choice, `first` and `second`. (i, j) is the tile's corner. Fields EXTRA - 3 and EXTRA - 2 of an
+entry are rows and columns of the result; EXTRA and EXTRA + 1 are the end's. Arithmetic is float32,
+rounded once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from . import tables, tiles
 from .rounding import rounded
 
 NUMBERS = tl.constexpr(5)
-GRAIN = tl.constexpr(32)  # no two tiles of a launch begin within one of these
+GRAIN = tl.constexpr(32)  # no two tiles of a launch begin in the same GRAIN places of a line
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def store(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
     batch, i, j,
 ):  # fmt: skip
-    """out <- value."""
+    """Write out <- value."""
     tl.store(at, value.to(at.dtype.element_ty), mask=mask)
 
 
@@ -36,11 +38,12 @@ def update(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
     batch, i, j,
 ):  # fmt: skip
-    """out <- kept out - step value, kept = base + slope first[0], where no infinity was found.
+    """Write out <- kept out - step value, unless an infinity was found.
 
-    The step is the entry's factor times (base + slope first[0]) of its own, and second[the entry's
-    item], unless second is a seed (int64) by which bfloat16 is rounded: then the item is the
-    address where the weight begins. Numbers: both pairs, and the address of found_inf or 0.
+    With numbers n: kept = n0 + n1 first[0], step = (n2 + n3 first[0]) factor second[item], n4 the
+    address of found_inf or 0. Without `first` or `second`, first[0] is 0, second[item] 1. factor
+    and item are the entry's extras. If `second` is a seed (int64), bfloat16 is rounded by it
+    instead; item is then the address of the weight's first element.
     """
     rate = 0.0
     if first is not None:
@@ -52,7 +55,7 @@ def update(
     SEEDED: tl.constexpr = second is not None and second.dtype.element_ty == tl.int64
     if second is not None and not SEEDED:
         step *= tl.load(second + item).to(tl.float64)
-    # volatile, so read here: before all tiles it would take registers through them (sm_100 spilled)
+    # volatile, so that it is read here: read before all tiles, it cost registers (sm_100 spilled)
     flag = tl.load(numbers + 4, volatile=True)
     found = tl.load(flag.to(tl.pointer_type(tl.float32)), mask=flag != 0, other=0.0)
     new = kept * tl.load(at, mask=mask, other=0.0).to(tl.float32) - step.to(tl.float32) * value
@@ -67,10 +70,10 @@ def store_squares(
     at, value, mask, entries, count, entry, EXTRA: tl.constexpr, sums, batch, i, j,
     AXIS: tl.constexpr,
 ):  # fmt: skip
-    """out <- value; the squares of the tile, added along AXIS, to the slot of its place there.
+    """Write out <- value, and sums of the tile's squares along AXIS to `sums`.
 
-    A matrix has lines x slots of them from the entry's item on, one slot for GRAIN places; of those
-    that a tile covers it fills the first.
+    The sums of a matrix are (slots, lines), from the entry's item on. A slot stands for GRAIN
+    places of a line. A tile writes the first of the slots that it covers, and no other.
     """
     tl.store(at, value.to(at.dtype.element_ty), mask=mask)
     rows = tiles.field(entries, count, entry, EXTRA - 3)
@@ -91,7 +94,7 @@ def row_squares(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
     batch, i, j,
 ):  # fmt: skip
-    """out <- value; and the sums of its squares along rows, to first."""
+    """Write out <- value, and sums of its squares along rows to `first`."""
     store_squares(at, value, mask, entries, count, entry, EXTRA, first, batch, i, j, 1)
 
 
@@ -100,11 +103,11 @@ def column_squares(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
     batch, i, j,
 ):  # fmt: skip
-    """`row_squares` of the transpose."""
+    """Write out <- value, and sums of its squares along columns to `first`."""
     store_squares(at, value, mask, entries, count, entry, EXTRA, first, batch, i, j, 0)
 
 
-OF_TILES = (row_squares, column_squares)  # results depend on the tile: it must not on company
+OF_TILES = (row_squares, column_squares)  # sums depend on the tile: it must not on company
 
 
 @triton.jit
@@ -112,28 +115,31 @@ def adam(
     at, value, mask, c_at, d_at, numbers, entries, count, entry, EXTRA: tl.constexpr, first, second,
     batch, i, j,
 ):  # fmt: skip
-    """out <- C / (sqrt(D) + eps), C and D the averages of the value and of its square."""
+    """Update the averages C of value and D of value^2, and write out <- C / (sqrt(D) + eps)."""
     each.adam(at, c_at, d_at, value, mask, numbers, tl.float32)
 
 
 class End(NamedTuple):
-    """An end and what it reads."""
+    """An end, with its numbers and tensors."""
 
     function: Any
     numbers: tuple[float, ...] = ()
     first: Tensor | None = None
     second: Tensor | None = None
-    turned: Any = None  # the function where matrices are iterated as their transposes, if another
+    turned: Any = None  # another function for matrices that are iterated as transposes, if any
 
     def facing(self, turned: bool) -> End:
+        """Return the end for matrices that are iterated as transposes, if `turned`."""
         return self._replace(function=self.turned) if turned and self.turned else self
 
     @property
     def rounds(self) -> bool:
+        """True if `second` is a seed of stochastic rounding."""
         return self.second is not None and self.second.dtype == torch.int64
 
     @property
     def padded(self) -> tuple[float, ...]:
+        """The numbers, with zeros up to NUMBERS."""
         return (*self.numbers, *(0.0,) * (NUMBERS.value - len(self.numbers)))
 
 
@@ -145,34 +151,35 @@ PLAIN: Extra = (tables.bits(1.0), 0)
 def muon(
     lr: Tensor, weight_decay: float, seed: Tensor | None = None, found_inf: Tensor | None = None
 ) -> End:
-    """W <- (1 - lr weight_decay) W - lr factor value, unless `found_inf` (float32) is not 0.
+    """Return the end W <- (1 - lr weight_decay) W - lr factor value.
 
-    With a seed, bfloat16 weights are rounded stochastically; items are where weights begin.
+    It writes nothing if `found_inf` (float32) is not 0. With a seed, bfloat16 weights are rounded
+    stochastically; items are then addresses of the weights' first elements.
     """
     flag = 0 if found_inf is None else found_inf.data_ptr()
     return End(update, (1.0, -weight_decay, 0.0, 1.0, tables.number(flag)), lr, seed)
 
 
 def squares(sums: Tensor) -> End:
-    """The value, and sums of its squares along rows: float32, lines x slots of each matrix."""
+    """Return the end that stores values, and sums of squares of rows: (slots, lines), float32."""
     return End(row_squares, first=sums, turned=column_squares)
 
 
 def slots(length: int) -> int:
-    """Sums of a line."""
+    """Return how many sums a line of this length has."""
     return tables.cdiv(length, GRAIN.value)
 
 
 def conda(lr: Tensor, weight_decay: float, scales: Tensor) -> End:
-    """W <- (1 - lr weight_decay) (W - scales[item] value)."""
+    """Return the end W <- (1 - lr weight_decay) (W - scales[item] value)."""
     return End(update, (1.0, -weight_decay, 1.0, -weight_decay), lr, scales)
 
 
 def decayed(decay: Tensor | None) -> End:
-    """W <- decay W - value."""
+    """Return the end W <- decay W - value; without decay, W <- W - value."""
     return End(update, (1.0, 0.0, 1.0) if decay is None else (0.0, 1.0, 1.0), decay)
 
 
 def moments(beta1: float, beta2: float, eps: float) -> End:
-    """`rotated_adam_` without scales, C and D being the moments."""
+    """Return the end `rotated_adam_` without scales; C and D are its averages."""
     return End(adam, (beta1, 1 - beta1, beta2, 1 - beta2, eps))

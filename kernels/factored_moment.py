@@ -1,6 +1,8 @@
-"""Adafactor's rank-one moment: sums of rows and columns in one pass, then matrices divided by its
-root in another; one more between them for the norm of the result, if that is kept: eps keeps the
-factors of rows and columns from separating, so no sums of theirs give it.
+"""Adafactor's rank-one moment, and matrices divided by its root, in two passes or three.
+
+The first pass sums rows and columns, the last one divides. If the norm is kept, a pass between them
+measures the norm of the result. Sums of rows and columns cannot give it, because eps keeps their
+factors from separating.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 def columns_kernel(
     table, count, blocks, parts, moments, V_TYPE: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """c <- beta2 c + (1 - beta2) mean of every column, from the sums of all programs."""
+    """Write c <- beta2 c + (1 - beta2) mean for every column, from the sums of all programs."""
     entries = table + 3
     entry = tl.program_id(1)
     batch, block, real = lines.lane_block(entries, count, entry, blocks)
@@ -45,7 +47,10 @@ def factored_kernel(
     ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
     KEEP_NORM: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """x <- x / (sqrt(r c / mean r) + eps), or the squares of that. Numbers: two of beta2, eps."""
+    """Write x <- x / (sqrt(r c / mean r) + eps) if WRITE, else sums of the squares of that.
+
+    Numbers: beta2, 1 - beta2, eps.
+    """
     entries = table + 3
     entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
     line = tl.arange(0, LINES)
@@ -71,7 +76,7 @@ def factored_kernel(
     for start in tl.range(0, length, ALONG):
         mask = (line < left)[:, None] & (step < length - start)[None, :]
         column = tl.load(column_moments + start + step, mask=step < length - start, other=0.0)
-        if tl.float32 == WIDE:  # 0 times it is 0
+        if tl.float32 == WIDE:  # a finite column, so that 0 times it is 0
             column = tl.where(column > LARGEST, LARGEST, column)
         column = column.to(WIDE)
         below = lines.denominator(ratio[:, None] * column[None, :], eps, EPS_AT)

@@ -1,4 +1,4 @@
-"""X X^T: half of the tiles computed, both halves written; long rows in pieces of their own."""
+"""X X^T: half of the tiles are computed, both halves written; long rows are cut into pieces."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from . import elementwise as each
 from .product import Launch, launches, plain, served, start
 from .tables import Places, View, place
 
-STEP = 512  # pieces begin at multiples of it, whatever block_k is
+STEP = 512  # pieces begin at multiples of STEP, whatever block_k is
 
 
 def pieces(n: int, length: int) -> int:
-    """Into how many pieces rows are cut where there are too few tiles to fill a GPU.
+    """Return how many pieces the rows are cut into, for matrices with too few tiles to fill a GPU.
 
-    By the shape of one matrix alone, so that its sums do not depend on company. Below 8192 the
-    launch that adds the pieces costs what it saves; shorter pieces than 8 n would write and read
-    more than half of what X is.
+    The number depends on the shape of one matrix alone, so its sums do not depend on company. Below
+    a length of 8192 the launch that adds the pieces costs what it saves. Pieces shorter than 8 n
+    would write and read more than half as many bytes as X has (in 16 bits).
     """
     return min(16, length // max(2048, 8 * n)) if n <= 512 and length >= 8192 else 1
 
@@ -34,7 +34,7 @@ def fold_kernel(
     table, count, STEPS: tl.constexpr, OUT_TYPE: tl.constexpr, X_TYPE: tl.constexpr,
     WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out <- the sum of the pieces, in order."""
+    """Write out <- the sum of the pieces, added in order."""
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     out_at = each.elements(table, count, entry, batch, start, local, 0, OUT_TYPE, FLAT)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -54,7 +54,7 @@ def gram(X: Tensor) -> Tensor:
 
 
 def grams(X: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """out <- X X^T for a list of one dtype: one launch, and one more if rows are cut."""
+    """Write out <- X X^T for a list of one dtype: one launch, and one more if rows are cut."""
     found = [pair for x, o in zip(X, out, strict=True) for pair in tables.views(x, o)]
     if found:
         places, results = zip(*found, strict=True)
@@ -63,19 +63,19 @@ def grams(X: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 
 def stride_of(x: View) -> int:
-    """Elements from one piece's sum to the next: a multiple of 8."""
+    """Return elements from one piece's sum to the next, a multiple of 8."""
     return tables.cdiv(x.batch * x.rows * x.rows, 8) * 8
 
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def parts_size(X: Places) -> int:
-    """Elements of all pieces' sums."""
+    """Return the number of elements of all pieces' sums."""
     cut = [(x, pieces(x.rows, x.columns)) for x in X]
     return sum(count * stride_of(x) for x, count in cut if count > 1)
 
 
 def sweep(X: Places, out: Places, parts: int, device: torch.device) -> None:
-    """`grams` between places; pieces' sums to address `parts`."""
+    """Write `grams` of places to places; the sums of pieces lie at address `parts`."""
     found, folds = planned(X, out, parts, device, configs.precision(X[0].dtype))
     start(found, device, symmetric=True)
     for group in folds:
@@ -89,7 +89,7 @@ def sweep(X: Places, out: Places, parts: int, device: torch.device) -> None:
 def planned(
     X: Places, out: Places, parts: int, device: torch.device, precision: str
 ) -> tuple[list[Launch], list[each.Group]]:
-    """Launches of the products, and of the sums of pieces."""
+    """Return the launches of products, and those that add pieces."""
     products, items, extras = [], [], []
     for x, o in zip(X, out, strict=True):
         count = pieces(x.rows, x.columns)

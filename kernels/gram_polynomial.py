@@ -1,17 +1,18 @@
 """Polynomials of small Gram matrices in one launch, one program per matrix.
 
-Whatever the long side was, iterations on a short side that a table serves then take three launches:
-X X^T, this, and Q X. Up to SIDE all of it stays in registers. Q, R, Z and W of 128 x 128 do not
-fit: compiled for sm_90 they spill (168 to 1612 instructions with 8 and 16 warps; in blocks of
-64 x 64, 227; ptxas of Triton 3.9, 2026-11). Larger ones lie in the second-level cache, 5 n^2 of
-them, of which a program takes tiles of 128 through shared memory, one product after the other.
+Iterations on a short side that the table serves then take three launches, whatever the long side:
+X X^T, this polynomial, and Q X. Up to SIDE all matrices stay in registers. Q, R, Z and W of
+128 x 128 do not fit: compiled for sm_90 they spill. (168 to 1612 instructions with 8 and 16 warps;
+in blocks of 64 x 64, 227; ptxas of Triton 3.9, 2026-11.) Larger ones lie in the second-level cache,
+5 n^2 numbers. A program takes tiles of 128 of them through shared memory, one product after the
+other.
 
-Up to which side is the table's `torch_from`, by the shape of one matrix alone, so that results do
-not depend on company. By arithmetic (H100, five iterations, 17 products; 2026-11) a tile takes 0.8
-us of latency and 6.6 ns for each of its n terms, a launch in a graph 3 us: one program takes 28 us
-at n = 128 where launches take 79, at 256 it takes 127 where they take 93 for one matrix and 178
-for 132. Outside of graphs the host decides: each launch took 34 us of it, this one 51, before
-`iterations.py` planned them (measured; 2026-11).
+The table's `torch_from` limits the side served. It looks at the shape of one matrix alone, so that
+results do not depend on company. By arithmetic (H100, five iterations, 17 products; 2026-11) a tile
+takes 0.8 us of latency and 6.6 ns for each of its n terms, and a launch in a graph takes 3 us. At
+n = 128 one program takes 28 us, launches take 79. At n = 256 one program takes 127 us, launches
+take 93 for one matrix and 178 for 132. Outside of graphs the host's time decides. Each launch took
+34 us of it, and this one 51, before `iterations.py` planned them (measured; 2026-11).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SIDE = 64
 
 @triton.jit
 def symmetric_sum(x, y, z, alpha, beta, lower):
-    """beta x + alpha y z rounded to their type, its lower triangle on both sides."""
+    """Return beta x + alpha y z, rounded to their type, with its lower triangle on both sides."""
     value = (beta * x.to(tl.float32) + alpha * tl.dot(y, z)).to(x.dtype)
     return tl.where(lower, value, tl.trans(value))
 
@@ -49,7 +50,10 @@ def polynomial_kernel(
     R, out, coefficients, n, iterations, TYPE: tl.constexpr, BLOCK: tl.constexpr,
     SQUARE: tl.constexpr,
 ):  # fmt: skip
-    """Z = b R + c R^2;  Q <- a Q + Q Z;  W = a R + R Z;  R <- a W + W Z."""
+    """Write out <- Q, which starts as I.
+
+    An iteration: Z = b R + c R^2;  Q <- a Q + Q Z;  W = a R + R Z;  R <- a W + W Z.
+    """
     first = tl.program_id(0).to(tl.int64) * n * n
     i = tl.arange(0, BLOCK)
     at = tiles.square(i, i, n, 1)
@@ -74,7 +78,7 @@ def polynomial_kernel(
 
 @triton.jit
 def tile_of(A, B, i, j, rows, columns, inner, n, depth, gamma):
-    """The tile of gamma I + A B at (i, j), float32, of the first `depth` terms of its sums."""
+    """Return the tile of gamma I + A B at (i, j) in float32, with `depth` terms of every sum."""
     a = tl.multiple_of(A + i * n, 16) + tiles.square(rows, inner, n, 1)
     b = tl.multiple_of(B + j, 16) + tiles.square(inner, columns, n, 1)
     acc = tl.where((rows + i)[:, None] == (columns + j)[None, :], gamma, 0.0)
@@ -91,7 +95,7 @@ def tile_of(A, B, i, j, rows, columns, inner, n, depth, gamma):
 
 @triton.jit
 def matrix_of(entries, steps, step, which, skip, TYPE: tl.constexpr):
-    """This program's matrix of a batch whose address is a field."""
+    """Return the address of this program's matrix in the batch whose address is field `which`."""
     address = tiles.field(entries, steps, step, which).to(tl.pointer_type(TYPE))
     return tl.multiple_of(address + skip, 16)
 
@@ -100,8 +104,11 @@ def matrix_of(entries, steps, step, which, skip, TYPE: tl.constexpr):
 def chain_kernel(
     entries, steps, n, TYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """The steps in order, each out <- alpha (A B + gamma I) + beta C on its lower triangle of tiles
-    and its mirror. Nothing of out is read in its step; n, also a field, is a multiple of 8."""
+    """Write the steps in order, each out <- alpha (A B + gamma I) + beta C.
+
+    A step computes the lower triangle of tiles and mirrors it. It reads nothing of its out. n is a
+    multiple of 8, and a field too.
+    """
     skip = tl.program_id(0).to(tl.int64) * n * n
     down = tl.cdiv(n, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
@@ -117,7 +124,7 @@ def chain_kernel(
         A = matrix_of(entries, steps, step, 7, skip, TYPE)
         B = matrix_of(entries, steps, step, 8, skip, TYPE)
         for tile in tl.range(0, down * (down + 1) // 2):
-            # anew for every tile, or offsets would take registers through all steps (112 spills)
+            # n is read anew per tile: else offsets take registers through all steps (112 spills)
             n = tl.load(entries + 9 * steps + step, volatile=True).to(tl.int32) // 8 * 8
             row, column = tiles.triangle(tl.cast(tile, tl.int64))
             i = row.to(tl.int32) * BLOCK_M
@@ -134,13 +141,16 @@ def chain_kernel(
                 opposite = (columns < n - j)[:, None] & (rows < n - i)[None, :]
                 tl.store(out + across, mirror.to(TYPE), mask=opposite)
             tl.store(out + at, acc.to(TYPE), mask=mask)
-        tl.debug_barrier()  # what this step wrote, the next reads
+        tl.debug_barrier()  # the next step reads what this one wrote
 
 
 def schedule(
     R: int, out: int, buffers: Sequence[int], n: int, triples: Iterable[tuple[float, ...]]
 ) -> list[Entry]:
-    """`ops.gram_polynomial` of R as steps of `chain_kernel`, between addresses: four buffers."""
+    """Return steps of `chain_kernel` that write `ops.gram_polynomial` of R to out.
+
+    R, out and the four buffers are addresses.
+    """
     steps: list[Entry] = []
 
     def fresh(*live: int) -> int:
@@ -172,7 +182,7 @@ def scheduled(
 
 
 def chain(R: Tensor, triples: Triples, record: Config) -> Tensor:
-    """`gram_polynomial` by `chain_kernel`, of matrices with zeros to the next multiple of 8."""
+    """Return `gram_polynomial` of R by `chain_kernel`, with n padded to the next multiple of 8."""
     n = R.shape[-1]
     side = tables.cdiv(n, 8) * 8
     if n < side or R.data_ptr() % 16 or not R.is_contiguous():
@@ -193,7 +203,7 @@ def chain(R: Tensor, triples: Triples, record: Config) -> Tensor:
 
 
 class Step(NamedTuple):
-    """A symmetric product: alpha A B + beta C, or that + more[0] B + more[1] I."""
+    """A symmetric product: alpha A B + beta C, plus more[0] B + more[1] I if there are `more`."""
 
     launches: list[Launch]
     alpha: float
@@ -202,7 +212,7 @@ class Step(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """alpha Q + delta I, of a stack Q that lies at an address."""
+    """The factors alpha Q + delta I; Q is the address of a stack."""
 
     Q: int
     alpha: float = 1.0
@@ -213,7 +223,7 @@ class Factor(NamedTuple):
 def symmetric(
     A: View, B: View, C: View, out: View, device: torch.device, precision: str
 ) -> list[Launch]:
-    """Launches of a symmetric product that adds C, or C and B."""
+    """Return launches of a symmetric product A B that adds C, or C and B."""
     products = (Factors(A, B, C, B, out),)
     return launches("symmetric", products, device, A.dtype, precision, symmetric=True)
 
@@ -223,11 +233,11 @@ def chained(
     R: int, buffers: tuple[int, ...], count: int, n: int, dtype: torch.dtype,
     triples: tuple[Triple, ...], device: torch.device, precision: str,
 ) -> tuple[list[Step], Factor]:  # fmt: skip
-    """`ops.gram_polynomial` of the stack at R by way of four buffers, of which R may be one.
+    """Return steps that compute `ops.gram_polynomial` of the stack at R, and their result.
 
-    The first Q = z Z + a I is not formed: a second iteration's is one product with three addends,
-    z z' Z Z' + a' z Z + z' a Z' + a a' I, rounded once; the first alone is for the product with X
-    to add.
+    They use four buffers, of which R may be one. The first Q = z Z + a I is not formed. The second
+    iteration makes its Q by one product with three addends, rounded once:
+    z z' Z Z' + a' z Z + z' a Z' + a a' I. If there is no second one, the product with X adds a I.
     """
     steps: list[Step] = []
 
@@ -257,19 +267,20 @@ def chained(
 
 
 def run(steps: Iterable[Step], device: torch.device) -> None:
+    """Launch the steps in order."""
     for some, alpha, beta, more in steps:
         start(some, device, alpha, beta, ends.STORE, True, more)
 
 
 def alone(dtype: torch.dtype, n: int, device: torch.device) -> bool:
-    """Whether a kernel of its own serves such Gram matrices, or may: a library's on clusters."""
+    """True if one launch serves such Gram matrices, or may: the CUDA library's, on clusters."""
     arch, _ = configs.device_of(device)
-    parts = ("gram_polynomial", "CUDA") in LOADED.parts and n <= CLUSTER
-    return dtype in HALF and (n <= SIDE or parts or bool(configs.records("chain", dtype, arch, n)))
+    cuda = ("gram_polynomial", "CUDA") in LOADED.parts and n <= CLUSTER
+    return dtype in HALF and (n <= SIDE or cuda or bool(configs.records("chain", dtype, arch, n)))
 
 
 def by_products(R: Tensor, triples: Triples) -> Tensor:
-    """A launch for each product."""
+    """Return `gram_polynomial` of R by a launch for each product."""
     R = R.contiguous()
     n, count = R.shape[-1], R.shape[:-2].numel()
     stride = tables.cdiv(R.numel(), 128) * 128
@@ -302,5 +313,5 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
 
 
 def warps(side: int) -> int:
-    """Warps of one program: those that leave its matrices in registers."""
+    """Return the warps of one program, enough that its matrices stay in registers."""
     return max(1, side**2 // 512)

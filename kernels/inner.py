@@ -1,4 +1,4 @@
-"""Inner products of pairs of matrices in double: by tile, then one program per pair."""
+"""Inner products of pairs of matrices, in double: sums by tile, then one program per pair."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def products_kernel(
     table, count, sums, STEPS: tl.constexpr, X_TYPE: tl.constexpr, Y_TYPE: tl.constexpr,
     WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the sum of x y over every tile."""
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     x_at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
     y_at = each.elements(table, count, entry, batch, start, local, 1, Y_TYPE, FLAT)

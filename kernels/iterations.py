@@ -1,8 +1,8 @@
 """Newton-Schulz iterations between places in memory: planned once, then only launched.
 
 A step meets the same matrices every time, and a caching allocator gives it the same workspace. So
-what the host has to think of, views, tiles and tables, is kept by where everything lies, and a step
-is its launches. All matrices of a call have one short side n; their Gram matrices are one stack.
+views, tiles and tables, which take the host time, are kept by addresses. A later step only
+launches. All matrices of a call have one short side n; their Gram matrices are one stack.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .gram_polynomial import Factor, alone, chained, run, symmetric
 from .product import Launch, launches, plain, start
 from .tables import Places, dense
 
-GRAIN = 256  # bytes between the beginnings of what is kept apart
+GRAIN = 256  # bytes: every matrix batch, stack and sum begins at a multiple in the workspace
 
 
 class Goal(NamedTuple):
-    """Where results go, by what end, with the extras of each."""
+    """Destination of results: places, the end that writes them, and the end's extras of each."""
 
     out: Places
     end: End
@@ -39,12 +39,13 @@ class Goal(NamedTuple):
 
 
 def whole(size: int) -> int:
+    """Return `size` rounded up to a multiple of GRAIN."""
     return tables.cdiv(size, GRAIN) * GRAIN
 
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def laid(X: Places, dtype: torch.dtype, address: int) -> Places:
-    """Dense matrices shaped like these, one after the other."""
+    """Return dense matrices shaped like these, one after the other from an address on."""
     found = []
     for x in X:
         found.append(dense(dtype, x.batch, x.rows, x.columns, address))
@@ -54,7 +55,7 @@ def laid(X: Places, dtype: torch.dtype, address: int) -> Places:
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def cut(X: Places, dtype: torch.dtype, address: int) -> Places:
-    """The stack of Gram matrices at an address, in the parts of the wide X."""
+    """Return the stack of Gram matrices at an address, cut into the batches of the wide X."""
     found = []
     for x in X:
         found.append(dense(dtype, x.batch, x.rows, x.rows, address))
@@ -64,7 +65,7 @@ def cut(X: Places, dtype: torch.dtype, address: int) -> Places:
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def sizes(X: Places, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Matrices; bytes of all, of a stack, of what `sweep` adds up."""
+    """Return the number of matrices, and bytes of: a copy of all, a stack, the sums of `sweep`."""
     count = sum(x.batch for x in X)
     copies = sum(whole(x.batch * x.rows * x.columns * dtype.itemsize) for x in X)
     stack = whole(count * min(X[0].rows, X[0].columns) ** 2 * dtype.itemsize)
@@ -72,7 +73,7 @@ def sizes(X: Places, dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 
 class Workspace:
-    """One allocation: copies of the matrices, stacks, sums of long rows."""
+    """One allocation for copies of the matrices, stacks, and sums of pieces of long rows."""
 
     def __init__(
         self, X: Places, dtype: torch.dtype, device: torch.device, copies: int, stacks: int
@@ -88,7 +89,7 @@ class Workspace:
         self.sums = address + stacks * stack
 
     def tensor(self, address: int) -> Tensor:
-        """The stack there."""
+        """Return the stack at an address."""
         n = self.side
         begin, size = address - self.base, self.count * n * n * self.dtype.itemsize
         return self.memory[begin : begin + size].view(self.dtype).view(self.count, n, n)
@@ -102,21 +103,21 @@ def applied(
     X: Places, Q: Places, out: Places, extras: tuple[Extra, ...], device: torch.device,
     precision: str, function: object, rounds: bool,
 ) -> list[Launch]:  # fmt: skip
-    """Launches of a X + b Q X."""
-    rows = zip(X, Q, out, extras, strict=True)
-    products = tuple(plain(q, x, x, o.wide, extra) for x, q, o, extra in rows)
+    """Return launches of a X + b Q X."""
+    zipped = zip(X, Q, out, extras, strict=True)
+    products = tuple(plain(q, x, x, o.wide, extra) for x, q, o, extra in zipped)
     return launches("product", products, device, X[0].dtype, precision, function, rounds)
 
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def facing(out: Places) -> list[tuple[bool, tuple[int, ...]]]:
-    """Which results are tall, and which are not."""
+    """Return (True, indices of tall results) and (False, indices of others), if there are any."""
     groups = tables.grouped((o.rows > o.columns, i) for i, o in enumerate(out))
-    return [(turned, tuple(rows)) for turned, rows in groups.items()]
+    return [(turned, tuple(indices)) for turned, indices in groups.items()]
 
 
 class Words(NamedTuple):
-    """The words on wide matrices X, their copies in a workspace, until the goal is reached."""
+    """The words `gram` and `apply`, and both forms, on wide matrices, until the goal is written."""
 
     work: Workspace
     goal: Goal
@@ -127,10 +128,11 @@ class Words(NamedTuple):
         return configs.precision(self.work.dtype)
 
     def gram(self, X: Places, to: int) -> None:
+        """Write the Gram matrices of X to the stack at an address."""
         sweep(X, cut(X, self.work.dtype, to), self.work.sums, self.device)
 
     def apply(self, X: Places, factor: Factor, to: int | None) -> Places:
-        """(alpha Q + delta I) X to a copy, or to the goal."""
+        """Write (alpha Q + delta I) X to the copy at an address, or to the goal if `to` is None."""
         Q = cut(X, self.work.dtype, factor.Q)
         how, numbers = (self.device, self.precision), (factor.alpha, factor.delta)
         if to is not None:
@@ -139,15 +141,15 @@ class Words(NamedTuple):
             start(found, self.device, *numbers)
             return out
         out, end, extras = self.goal
-        for turned, rows in facing(out):
-            some = [tuple(values[i] for i in rows) for values in (X, Q, out, extras)]
+        for turned, indices in facing(out):
+            some = [tuple(values[i] for i in indices) for values in (X, Q, out, extras)]
             own = end.facing(turned)
             found = applied(*some, *how, own.function, own.rounds)
             start(found, self.device, *numbers, own)
         return out
 
     def direct(self, X: Places, triples: Triples) -> None:
-        """The iterations of `ops.direct_polynomial`."""
+        """Make the iterations of `ops.direct_polynomial`."""
         A, Z = self.work.stacks
         sizes = (self.work.dtype, self.work.count, self.work.side, self.work.side)
         square = symmetric(*(dense(*sizes, at) for at in (A, A, A, Z)), self.device, self.precision)
@@ -159,7 +161,7 @@ class Words(NamedTuple):
             X = self.apply(X, Factor(Z, 1.0, a) if c else Factor(A, b, a), to)
 
     def gram_form(self, X: Places, parts: Sequence[Triples]) -> None:
-        """The iterations of `ops.gram_form`, in the dtype of X."""
+        """Make the iterations of `ops.gram_form`, in the dtype of X."""
         R = self.work.stacks[0]
         for i, segment in enumerate(parts):
             self.gram(X, R)
@@ -167,7 +169,8 @@ class Words(NamedTuple):
             X = self.chain(X, R, segment, to)
 
     def chain(self, X: Places, R: int, triples: Triples, to: int | None) -> Places:
-        if len(self.work.stacks) == 1:  # a kernel of its own
+        """Multiply X by the polynomial of its Gram matrices, the stack at R; see `apply`."""
+        if len(self.work.stacks) == 1:  # the polynomial is one launch
             polynomial = ops.gram_polynomial(self.work.tensor(R), [c for t in triples for c in t])
             return self.apply(X, Factor(polynomial.data_ptr()), to)
         sizes = (self.work.count, self.work.side, self.work.dtype)
@@ -181,7 +184,10 @@ def iterate(
     X: Places, goal: Goal, norms: Tensor, dtype: torch.dtype, triples: Triples,
     parts: Sequence[Triples] | None, device: torch.device,
 ) -> None:  # fmt: skip
-    """Results of X over its norms to the goal: in Gram form by `parts`, else in direct form."""
+    """Divide X by `norms`, iterate, and write the goal.
+
+    In Gram form `parts` are the iterations between restarts; None means the direct form.
+    """
     if parts is None:
         copies, stacks = min(2, len(triples)), 2
     else:
@@ -200,9 +206,11 @@ def iterate(
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def paired(X: Places, Y: Places) -> tuple[tables.Item, ...]:
+    """Return items of one place of each list."""
     return tuple((pair,) for pair in zip(X, Y, strict=True))
 
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def turned(X: Places) -> Places:
+    """Return every place with its short side first."""
     return tuple(x.wide for x in X)

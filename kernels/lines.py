@@ -1,9 +1,9 @@
-"""Reductions along lines: rows, or columns as rows of the transposed view; in double, in order.
+"""Reductions along lines, in double and in order: rows, or columns as rows of the transposed view.
 
-A program owns some lines of one matrix and walks along them, so sums need no atomics and do not
-depend on company. An entry's fields: first program, programs of a matrix, lines, their length,
-first line and first place across in the list, first part (a program may leave a sum for every place
-across), matrices; then X and the moments (`tables.View`).
+A program owns some lines of one matrix and walks along them. So sums need no atomics and do not
+depend on company. A program may also leave a sum for every place across its lines, its parts. An
+entry's fields: first program, programs of a matrix, lines, their length, first line, place across
+and part in the list, number of matrices. Then follow X and the moments (`tables.View`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PARTS, MATRICES = tl.constexpr(6), tl.constexpr(7)
 LANES = tl.constexpr(128)
 SUMS = tl.constexpr(3)  # per program: squares before, squares after, moments
 INSIDE, CLAMP = tl.constexpr(1), tl.constexpr(2)
-RAW = tl.constexpr(3)  # the moment itself instead of a factor
+RAW = tl.constexpr(3)  # the moment itself, in place of a factor
 EPS_AT = {"outside": 0, "inside": 1, "clamp": 2}
 OPTIONS = dict(num_warps=4, **FUSION)
 
 
 @triton.jit
 def place(entries, count, STEPS: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.constexpr):
-    """This program's entry, matrix, first line, and how many lines and elements there are."""
+    """Return this program's entry, matrix, first line, lines left from there, and their length."""
     program = tl.program_id(0).to(tl.int64)
     entry = tiles.locate(entries, count, program, STEPS)
     size = tiles.field(entries, count, entry, 1)
@@ -45,14 +45,14 @@ def place(entries, count, STEPS: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.
 
 @triton.jit
 def part(entries, count, entry, length, parts):
-    """This program's place among the sums across."""
+    """Return the address of this program's parts."""
     program = tl.program_id(0) - tiles.field(entries, count, entry, 0)
     return parts + tiles.field(entries, count, entry, PARTS) + program * length
 
 
 @triton.jit
 def lane_block(entries, count, entry, blocks):
-    """Matrix and first lane of a program of a grid of (matrices x blocks, entries)."""
+    """Return matrix, block of lanes and if the matrix exists; grid (matrices x blocks, entries)."""
     program = tl.program_id(0).to(tl.int64)
     batch = program // blocks
     return batch, program % blocks, batch < tiles.field(entries, count, entry, MATRICES)
@@ -60,7 +60,7 @@ def lane_block(entries, count, entry, blocks):
 
 @triton.jit
 def sum_of_parts(entries, count, entry, batch, length, parts, lane):
-    """Sums across of a matrix at these lanes, double, program by program."""
+    """Return a matrix's sums across at these lanes: the parts of its programs, added in order."""
     size = tiles.field(entries, count, entry, 1)
     at = parts + tiles.field(entries, count, entry, PARTS) + batch * size * length + lane
     total = tl.zeros((LANES,), dtype=tl.float64)
@@ -72,7 +72,7 @@ def sum_of_parts(entries, count, entry, batch, length, parts, lane):
 
 @triton.jit
 def squares(x, across, along, lines, length, parts, LINES: tl.constexpr, ALONG: tl.constexpr):
-    """Sums of squares of the lines from address x on, double; those across to `parts`, if any."""
+    """Return sums of squares of lines from address x on; store sums across to `parts`, if any."""
     line = tl.arange(0, LINES)
     step = tl.arange(0, ALONG)
     at = tiles.square(line, step, across, along)
@@ -90,7 +90,7 @@ def squares(x, across, along, lines, length, parts, LINES: tl.constexpr, ALONG: 
 
 @triton.jit
 def denominator(moment, eps, EPS_AT: tl.constexpr):
-    """sqrt(moment), with eps where EPS_AT says."""
+    """Return sqrt(moment) with eps added inside or outside, or as a lower bound, by EPS_AT."""
     if EPS_AT == INSIDE:
         return each.root(moment + eps)
     else:
@@ -103,7 +103,7 @@ def denominator(moment, eps, EPS_AT: tl.constexpr):
 
 @triton.jit
 def inverse(moment, eps, EPS_AT: tl.constexpr):
-    """1 / denominator, 0 where it is 0."""
+    """Return 1 / denominator, or 0 where that is 0."""
     below = denominator(moment, eps, EPS_AT)
     return tl.where(below == 0, 0.0, 1.0 / below)
 
@@ -113,7 +113,7 @@ def scale(
     x, across, along, out, out_across, out_along, lines, length, factor,
     LINES: tl.constexpr, ALONG: tl.constexpr, OUT_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """out <- x times the factor of its line, in double, from these addresses on."""
+    """Write out <- x times the factor of its line, in double, from these addresses on."""
     line = tl.arange(0, LINES)
     step = tl.arange(0, ALONG)
     at = tiles.square(line, step, across, along)
@@ -130,8 +130,11 @@ def scale(
 
 @triton.jit
 def settle():
-    """Between reading few elements and writing them: several threads hold each of them, one writes
-    it, and Triton lets it do so before the others have read (its issue 1615)."""
+    """Separate reads of few elements from writes of the same elements.
+
+    Several threads hold each such element, and one writes it. Triton lets it write before the
+    others have read (its issue 1615).
+    """
     tl.debug_barrier()
 
 
@@ -141,8 +144,11 @@ def average(
     V: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
     EPS_AT: tl.constexpr,
 ):  # fmt: skip
-    """v <- beta2 v + (1 - beta2) total / length of every line, its factor, and sums for norms and
-    means; v's fields begin at V. Numbers: beta2, 1 - beta2, eps."""
+    """Write v <- beta2 v + (1 - beta2) total / length of every line, and what follows from it.
+
+    That is the line's factor, and this program's SUMS for norms and means. v's fields begin at V.
+    Numbers: beta2, 1 - beta2, eps.
+    """
     v, step, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
     line = tl.arange(0, LINES)
     v_at = v + (first + line) * step
@@ -169,7 +175,7 @@ def moments_kernel(
     X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
 ):  # fmt: skip
-    """`average` of the squares of X."""
+    """Write `average` of the squares of X."""
     entries = table + 3
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
@@ -185,7 +191,7 @@ def moments_kernel(
 
 @triton.jit
 def matrix_sum(entries, count, entry, batch, sums, which, LANES: tl.constexpr):
-    """Sum `which` of all programs of a matrix, in order."""
+    """Return sum `which` over all programs of a matrix, added in order."""
     size = tiles.field(entries, count, entry, 1)
     at = sums + (tiles.field(entries, count, entry, 0) + batch * size) * SUMS + which
     lane = tl.arange(0, LANES)
@@ -200,7 +206,7 @@ def factor_of(
     entries, count, entry, batch, first, lines, factors, sums,
     LINES: tl.constexpr, KEEP_NORM: tl.constexpr,
 ):  # fmt: skip
-    """The factors of this program's lines, such that the matrix keeps its norm if KEEP_NORM."""
+    """Return the factors of this program's lines; with KEEP_NORM the matrix keeps its norm."""
     line = tl.arange(0, LINES)
     slot = tiles.field(entries, count, entry, 4)
     slot += batch * tiles.field(entries, count, entry, 2) + first
@@ -218,7 +224,7 @@ def rescale_kernel(
     X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, KEEP_NORM: tl.constexpr,
 ):  # fmt: skip
-    """x <- x times the factor of its line, to the norm it had if KEEP_NORM."""
+    """Write x <- x times the factor of its line; with KEEP_NORM the matrix keeps its norm."""
     entries = table + 3
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     factor = factor_of(
@@ -237,7 +243,7 @@ def normalize_kernel(
     X_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
 ):  # fmt: skip
-    """out <- x / (scale |line| + eps). Numbers: scale, eps."""
+    """Write out <- x / (scale |line| + eps), eps placed by EPS_AT. Numbers: scale, eps."""
     entries = table + 2
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
@@ -255,7 +261,7 @@ def normalize_kernel(
 
 
 class Group(NamedTuple):
-    """Entries of one launch."""
+    """Entries of one launch, and what they have in common."""
 
     types: tuple[Any, ...]
     wide: Any
@@ -265,15 +271,15 @@ class Group(NamedTuple):
     entries: tables.Entries
 
     def constants(self, *which: int) -> tuple[Any, ...]:
-        """What every kernel takes after the steps of the search; `which` types of them."""
+        """Return constants that every kernel takes after STEPS, with types of tensors `which`."""
         types = (self.types[i] for i in which)
         return (*types, self.wide, self.order, self.aligned, *self.blocks)
 
 
 def blocks_of(device: torch.device, order: int, parts: bool = False) -> tuple[int, int]:
-    """Lines of a program and elements at a time: the contiguous direction is the wider one.
+    """Return lines per program, and elements of a line at a time, wider if contiguous.
 
-    With `parts` more lines, for fewer sums across, but such that stay in the second-level cache.
+    With `parts` lines are more, for fewer sums across, yet few enough for the second-level cache.
     """
     if device.type == "cpu":
         return (16, 32) if parts or order else (32, 16)
@@ -283,18 +289,19 @@ def blocks_of(device: torch.device, order: int, parts: bool = False) -> tuple[in
 
 
 def options(lines: int, along: int) -> dict[str, Any]:
-    """Of a launch by how many elements its programs take at a time."""
+    """Return a launch's options, by the elements that a program takes at a time."""
     return OPTIONS | dict(num_warps=8 if lines * along > 2048 else 4)
 
 
 class Sizes(NamedTuple):
-    """How much of everything the entries of a list have."""
+    """Totals of a list: lines, places across, and parts."""
 
     lines: int = 0
     across: int = 0
     parts: int = 0
 
     def and_of(self, batch: int, rows: int, columns: int, parts: int) -> Sizes:
+        """Return the totals with `batch` more matrices of these sizes."""
         more = (rows, columns, parts)
         return Sizes(*(size + batch * n for size, n in zip(self, more, strict=True)))
 
@@ -308,11 +315,12 @@ def groups(
     slots: Callable[[int], int] | None = None,
     extras: Sequence[tables.Entry] = (),
 ) -> tuple[list[Group], Sizes]:
-    """Tuples of tensors as lines, by dtypes, order and alignment; and the sizes of all.
+    """Return launches of tuples of tensors by dtypes, order and alignment, and totals of the list.
 
-    `columns` makes columns the lines. `whole`: the first others are of the shape of X, not one
-    number per line. A matrix's parts are a sum for every place across of every program, or, by
-    `slots`, so many of every line. `extras` are further int64 fields of each item.
+    With `columns`, columns are the lines. With `whole`, the first of `others` has the shape of X,
+    not one number per line. `parts` says that kernels leave sums across (`blocks_of`). A matrix's
+    parts are a sum per program and place across, or `slots(length)` sums of every line. `extras`
+    are further int64 fields of each item.
     """
     extras = tuple(extras) or ((),) * len(X)
     how = (columns, whole, parts, slots, X[0].device)
@@ -324,24 +332,24 @@ def groups_of(
     items: tuple[tables.Item, ...], extras: tuple[tables.Entry, ...], columns: bool, whole: bool,
     parts: bool, slots: Callable[[int], int] | None, device: torch.device,
 ) -> tuple[list[Group], Sizes]:  # fmt: skip
-    rows: list[tuple[Any, tables.Entry]] = []
+    keyed: list[tuple[Any, tables.Entry]] = []
     sizes = Sizes()
     for item, extra in zip(items, extras, strict=True):
-        for found in () if isinstance(item, int) else item:
+        for views in () if isinstance(item, int) else item:
             if columns:
-                found = tuple(v.mT for v in found)
-            x, other, *_ = found
+                views = tuple(v.mT for v in views)
+            x, other, *_ = views
             order = x.order if not whole or x.order == other.order else 2
             aligned = x.aligned and order < 2 and (not whole or other.aligned)
             blocks = blocks_of(device, order, parts)
             size = tables.cdiv(x.rows, blocks[0])
             head = (x.batch * size, size, x.rows, x.columns, *sizes, x.batch)
-            entry = (*head, *(f for v in found for f in v.fields), *extra)
-            rows.append(((tuple(v.dtype for v in found), order, aligned, blocks), entry))
+            entry = (*head, *(f for v in views for f in v.fields), *extra)
+            keyed.append(((tuple(v.dtype for v in views), order, aligned, blocks), entry))
             sums = x.rows * slots(x.columns) if slots else size * x.columns
             sizes = sizes.and_of(x.batch, x.rows, x.columns, sums)
     launches = []
-    for (dtypes, order, aligned, blocks), entries in tables.grouped(rows).items():
+    for (dtypes, order, aligned, blocks), entries in tables.grouped(keyed).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
         types = tuple(tables.TYPES[d] for d in dtypes)
         launches.append(Group(types, wide, order, aligned, blocks, tables.Entries(entries)))
@@ -352,7 +360,7 @@ def moment(
     moments: Sequence[Tensor], X: Sequence[Tensor], columns: bool, numbers: tuple[float, ...],
     eps_at: str, keep_norm: bool,
 ) -> None:  # fmt: skip
-    """`row_moment_`, or `column_moment_`: two launches, two passes over X."""
+    """Compute `row_moment_`, or `column_moment_` if `columns`: two launches, two passes over X."""
     if not X:
         return
     device = X[0].device
@@ -371,7 +379,7 @@ def moment(
 
 
 def normalize(X: Tensor, columns: bool, scale: float, eps: float, eps_at: str) -> Tensor:
-    """`row_normalize`, or `column_normalize`: one launch."""
+    """Return `row_normalize`, or `column_normalize` if `columns`: one launch."""
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     normalize_list([X], [out], columns, scale, eps, eps_at)
     return out
@@ -381,7 +389,7 @@ def normalize_list(
     X: Sequence[Tensor], out: Sequence[Tensor], columns: bool, scale: float, eps: float,
     eps_at: str = "outside",
 ) -> None:  # fmt: skip
-    """`normalize` of a list, to memory that is there."""
+    """Write `normalize` of a list to given memory."""
     if not X:
         return
     for group in groups(X, out, columns=columns, whole=True)[0]:

@@ -1,6 +1,7 @@
 """Frobenius norms of a list, in double: sums of squares by tile, then one program per matrix.
 
-Tiles are cut from each matrix alone and added in order: results do not depend on company.
+Each matrix is cut into tiles alone, and these are added in order. So results do not depend on
+company.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def squares_kernel(
     table, count, sums, STEPS: tl.constexpr, X_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the sum of squares of every tile."""
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     x_at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
     x = tl.load(x_at, mask=mask, other=0.0).to(tl.float64)
@@ -33,7 +35,7 @@ def squares_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr, ROOT: tl.constexpr):
-    """norms[first matrix + batch]: the sum of each matrix's tiles, or its root."""
+    """Write norms[first matrix + batch]: the sum over a matrix's tiles, or its root."""
     batch = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1)
     first = tiles.field(entries, count, entry, 0)
@@ -54,13 +56,13 @@ def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr, ROOT: tl.cons
 def norms_of(
     table: tables.Table, group: each.Group, sums: Tensor, norms: Tensor, root: bool = True
 ) -> None:
-    """Norms from sums of squares by tile (sums, without the root), by matrix of the list."""
+    """Write every matrix's norm from sums of squares by tile; without `root`, its sum."""
     grid = (group.most_matrices, table.count)
     norms_kernel[grid](table.data, table.count, sums, norms, CHUNK, root, num_warps=4, **FUSION)
 
 
 def empty_norms(X: Iterable[Tensor], device: torch.device) -> Tensor:
-    """A place for the norm of every matrix; those of empty ones are 0."""
+    """Return memory for the norm of every matrix, filled with 0, the norm of an empty one."""
     counts = (x.shape[:-2].numel() for x in X)
     return torch.zeros(sum(counts), dtype=torch.float64, device=device)
 

@@ -1,4 +1,4 @@
-"""Momentum, Nesterov and norms of a list in one pass."""
+"""Momentum, updates (Nesterov or not) and their norms, of a list in one pass."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def prologue_kernel(
     G_TYPE: tl.constexpr, B_TYPE: tl.constexpr, U_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
+    """Write b <- g + mu (b - g), the update u, and sums of u^2 by tile.
+
+    u = b, or with NESTEROV u = g + mu (b - g) of the new b.
+    """
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     g_at = each.elements(table, count, entry, batch, start, local, 0, G_TYPE, FLAT)
     b_at = each.elements(table, count, entry, batch, start, local, 1, B_TYPE, FLAT)

@@ -1,5 +1,7 @@
-"""Muon's step on a list: momentum in one pass, then iterations whose last product writes the
-weights, so that no orthogonalized matrix is stored."""
+"""Muon's step on a list: momentum in one pass, then iterations.
+
+The last product of the iterations writes the weights, so no orthogonalized matrix is stored.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def muon_step_(
     lr = lr.to(device)
     grad_scale, rounding = (t if t is None else t.to(device) for t in (grad_scale, rounding))
     if found_inf is not None:
-        found_inf = (found_inf.to(device) != 0).float()  # a table knows only where it is
+        found_inf = (found_inf.to(device) != 0).float()  # kept alive here: `end` holds its address
     seed = rounding if any(w.dtype == torch.bfloat16 for w in params) else None
     end = ends.muon(lr, weight_decay, seed, found_inf)
     items = [0 if seed is None else w.data_ptr() for w in params]
@@ -58,9 +60,9 @@ def muon_step_(
         updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in states]
         flags = (grad_scale, found_inf)
         norms = muon_prologue_(grads[part], states, updates, momentum, nesterov, *flags)
-        rows = iteration.run(updates, Target(weights, end, extras[part]), norms)
-        if rows:
-            polars = iteration.rest(updates, rows, norms)
-            some = [weights[i] for i in rows]
-            scales = [factors[part][i] for i in rows]
+        left = iteration.run(updates, Target(weights, end, extras[part]), norms)
+        if left:
+            polars = iteration.rest(updates, left, norms)
+            some = [weights[i] for i in left]
+            scales = [factors[part][i] for i in left]
             decayed_update_(some, polars, lr, weight_decay, scales, seed, found_inf)

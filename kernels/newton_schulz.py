@@ -1,7 +1,7 @@
-"""Whole polynomials on lists: one launch of each word for all matrices with one short side.
+"""Newton-Schulz polynomials on lists: matrices of one short side share the launch of each word.
 
-In Gram form what iterates has only the short side, in direct form the long sides differ inside one
-launch; either way a launch is shared by every matrix that has its short side, dtype and form.
+In Gram form the iterated matrices have only the short side. In direct form long sides may differ
+inside one launch. Either way, matrices of the same short side, dtype and form share a launch.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .small_newton_schulz import HALF, on_chip, small_iterations
 
 
 class Target(NamedTuple):
-    """Where results go: tensors, and how the last product ends there, by the extras of each."""
+    """Destination of results: tensors, the end that writes them, and the end's extras of each."""
 
     out: list[Tensor]
     end: End
     extras: list[Extra]
 
-    def part(self, rows: list[int]) -> Target:
-        """Of these matrices of the list."""
-        return Target([self.out[i] for i in rows], self.end, [self.extras[i] for i in rows])
+    def part(self, indices: list[int]) -> Target:
+        """Return the target of some matrices of the list."""
+        return Target([self.out[i] for i in indices], self.end, [self.extras[i] for i in indices])
 
 
 class Iteration(NamedTuple):
-    """What `newton_schulz` is asked for; its arguments in their order."""
+    """Arguments of `newton_schulz`, in their order."""
 
     coefficients: list[float]
     restarts: list[int]
@@ -48,35 +48,35 @@ class Iteration(NamedTuple):
     safety: float = 1.0
 
     def key(self, x: Tensor) -> tuple[Any, ...] | None:
-        """What the matrices of one launch have in common; None leaves x to the definition."""
+        """Return what matrices of one launch share with x; None leaves x to the definition."""
         how = k1.choose(x, triples_of(self.coefficients), self.restarts, self.form, self.precision)
         if self.scale != "frobenius" or x.numel() == 0 or x.dtype == torch.float64:
             return None
-        if how.small and max(x.shape[-2:]) <= SMALL:  # longer ones are for a core's cache
+        if how.small and max(x.shape[-2:]) <= SMALL:  # longer ones are small for CPUs only
             return (0, how.dtype, "small") if how.dtype in HALF and on_chip(x) else None
-        if how.form == "gram" and how.dtype == torch.bfloat16:  # its chain is in float32
+        if how.form == "gram" and how.dtype == torch.bfloat16:  # its Gram matrices must be float32
             return None
         if not served("product", how.dtype, x):
             return None
         return (min(x.shape[-2:]), how.dtype, how.form)
 
     def keys(self, X: list[Tensor]) -> list[tuple[Any, ...] | None]:
-        """Of every matrix; asked once for each shape."""
+        """Return the key of every matrix, computed once for each shape and dtype."""
         kinds = [(x.shape, x.dtype) for x in X]
         found = {kind: self.key(x) for kind, x in dict(zip(kinds, X, strict=True)).items()}
         return [found[kind] for kind in kinds]
 
     def run(self, X: list[Tensor], target: Target, norms: Tensor | None) -> list[int]:
-        """Results to the target, a launch of each word for every key; returns whom that left."""
+        """Write results to the target, a launch of each word per key; return indices left out."""
         rest: list[int] = []
-        for key, rows in tables.grouped(zip(self.keys(X), itertools.count())).items():
+        for key, indices in tables.grouped(zip(self.keys(X), itertools.count())).items():
             if key is None:
-                rest = rows
+                rest = indices
                 continue
             some, goal, sizes = X, target, norms
-            if len(rows) < len(X):
-                some, goal = [X[i] for i in rows], target.part(rows)
-                sizes = norms_of(X, norms, rows)
+            if len(indices) < len(X):
+                some, goal = [X[i] for i in indices], target.part(indices)
+                sizes = norms_of(X, norms, indices)
             _, dtype, form = key
             if form == "small":
                 scaling = (True, self.eps, self.safety, sizes)
@@ -88,28 +88,29 @@ class Iteration(NamedTuple):
     def words(
         self, X: list[Tensor], target: Target, dtype: torch.dtype, form: str, norms: Tensor | None
     ) -> None:
+        """Write results of matrices of one key, word by word."""
         norms = magnitude(X) if norms is None else norms.to(torch.float64)
-        rows = [
+        placed = [
             (x, out, extra)
             for *tensors, extra in zip(X, target.out, target.extras, strict=True)
             for x, out in tables.views(*tensors)
         ]
-        places, out, extras = zip(*rows, strict=True)
+        places, out, extras = zip(*placed, strict=True)
         triples = triples_of(self.coefficients)
         parts = segments(triples, self.restarts) if form == "gram" else None
         goal, divisors = Goal(out, target.end, extras), self.safety * norms.clamp(min=self.eps)
         iterate(places, goal, divisors, dtype, triples, parts, X[0].device)
 
-    def rest(self, X: list[Tensor], rows: list[int], norms: Tensor | None) -> list[Tensor]:
-        """The definition, for some matrices of the list."""
-        sizes = norms_of(X, norms, rows)
-        return ops.newton_schulz.definition([X[i] for i in rows], *self, sizes)
+    def rest(self, X: list[Tensor], indices: list[int], norms: Tensor | None) -> list[Tensor]:
+        """Return results of the definition, for some matrices of the list."""
+        sizes = norms_of(X, norms, indices)
+        return ops.newton_schulz.definition([X[i] for i in indices], *self, sizes)
 
 
-def norms_of(X: list[Tensor], norms: Tensor | None, rows: list[int]) -> Tensor | None:
-    """The norms of some matrices of a list."""
+def norms_of(X: list[Tensor], norms: Tensor | None, indices: list[int]) -> Tensor | None:
+    """Return the norms of some matrices of a list, or None without norms."""
     parts = split_norms(X, norms)
-    return None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])
+    return None if norms is None else torch.cat([parts[i].reshape(-1) for i in indices])
 
 
 def newton_schulz(
@@ -123,12 +124,12 @@ def newton_schulz(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> list[Tensor]:
-    """Matrices the words serve together, all others by the definition."""
+    """Compute matrices that the words serve together, and all others by the definition."""
     iteration = Iteration(coefficients, restarts, form, precision, scale, eps, safety)
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]
-    rows = iteration.run(X, Target(out, ends.STORE, [ends.PLAIN] * len(X)), norms)
-    if rows:
-        for i, y in zip(rows, iteration.rest(X, rows, norms), strict=True):
+    left = iteration.run(X, Target(out, ends.STORE, [ends.PLAIN] * len(X)), norms)
+    if left:
+        for i, y in zip(left, iteration.rest(X, left, norms), strict=True):
             out[i] = y
     return out
 

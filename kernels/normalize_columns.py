@@ -1,4 +1,4 @@
-"""Columns of a list of matrices divided by their norms, in one launch."""
+"""Columns divided by their norms, for a list of matrices in one launch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""NorMuon's step on a list: the iterations' last product also adds the squares of every row, so one
-pass over its result is left, which normalizes and writes the weights."""
+"""NorMuon's step on a list: momentum, iterations, and one pass over their result.
+
+The last product of the iterations also adds the squares of every row. So the pass that remains can
+normalize and write the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from .newton_schulz import Iteration, Target
 
 SLOTS = tl.constexpr(16)  # sums of a line that a program has in flight
 NUMBERS = tl.constexpr(4)  # beta2, 1 - beta2, eps, weight decay
-W, X, V, FACTOR = (tl.constexpr(lines.HEAD.value + k) for k in (0, 4, 8, 12))  # fields of these
+W, X, V, FACTOR = (tl.constexpr(lines.HEAD.value + k) for k in (0, 4, 8, 12))  # first fields
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -27,7 +30,7 @@ def row_moments_kernel(
     table, count, parts, factors, sums, STEPS: tl.constexpr,
     V_TYPE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """`lines.average` of the squares that products have added, slot by slot."""
+    """Write `lines.average` of the squares that products have summed; slots are added in order."""
     entries = table + NUMBERS
     entry, batch, first, left, length = lines.place(entries, count, STEPS, False, LINES)
     rows = tiles.field(entries, count, entry, 2)
@@ -54,7 +57,7 @@ def normalized_update_kernel(
     X_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """W <- (1 - lr weight_decay) W - lr factor O, every row of O times its own factor as well."""
+    """Write W <- (1 - lr weight_decay) W - lr factor O, with each row of O times its own factor."""
     entries = table + NUMBERS
     entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
     factor = lines.factor_of(entries, count, entry, batch, first, left, factors, sums, LINES, True)
@@ -124,9 +127,9 @@ def normuon_step_(
 
 
 def polars_(iteration: Iteration, X: list[Tensor], norms: Tensor) -> Tensor:
-    """X <- its polynomials; the sums of their squares along rows, by `ends.store_squares`."""
+    """Write X <- its polynomials; return sums of squares along rows, laid out by `ends`."""
     counts = [math.prod(x.shape[:-1]) * ends.slots(x.shape[-1]) for x in X]
-    # a slot that no tile of a launch begins in stays 0
+    # slots that no tile begins in stay 0
     sums = torch.zeros(sum(counts), dtype=torch.float32, device=X[0].device)
     firsts = itertools.accumulate([0, *counts[:-1]])
     extras = [(ends.PLAIN[0], first) for first in firsts]
@@ -138,7 +141,7 @@ def update_(
     params: list[Tensor], polars: list[Tensor], moments: list[Tensor], squares: Tensor, lr: Tensor,
     numbers: tuple[float, ...], factors: list[float],
 ) -> None:  # fmt: skip
-    """Moments from sums of squares, and weights from them: two launches, one pass."""
+    """Write moments from sums of squares, then weights: two launches, one pass over matrices."""
     device = params[0].device
     launches, sizes = lines.groups(
         params, polars, moments, columns=False, whole=True, slots=ends.slots,

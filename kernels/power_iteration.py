@@ -1,7 +1,7 @@
-"""Power iteration on lists of matrices, each step in a single pass over W from memory.
+"""Power iteration on lists of matrices: each step reads W from memory once.
 
-A program owns some lines of one matrix, forms y = A x for them, and while they are in the cache
-their part of A^T y; parts are added in order, so nothing is atomic. "v_first" is "u_first" on W^T.
+A program owns some lines of one matrix. It forms y = A x for them and, while they are in the cache,
+their part of A^T y. Parts are added in order, so nothing is atomic. "v_first" is "u_first" on W^T.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import lines, tables, tiles
 from .magnitude import magnitude
 
-# fields behind those of `lines`: W, then u and v as columns, then the number of the first matrix
+# fields after the head of `lines`: W, u and v as columns, number of the first matrix
 U, V = tl.constexpr(lines.HEAD.value + 4), tl.constexpr(lines.HEAD.value + 8)
 FIRST = tl.constexpr(lines.HEAD.value + 12)
 LANES = lines.LANES
@@ -27,20 +27,20 @@ LANES = lines.LANES
 
 @triton.jit
 def unit(entries, count, entry, batch, sizes):
-    """1 / |W|_F, 0 for a zero matrix."""
+    """Return 1 / |W|_F, or 0 for a zero matrix."""
     size = tl.load(sizes + tiles.field(entries, count, entry, FIRST) + batch)
     return tl.where(size == 0, 0.0, 1.0 / size)
 
 
 @triton.jit
 def clamped(norm, eps, inverse):
-    """max(norm, eps / |W|_F); NaN stays."""
+    """Return max(norm, eps / |W|_F); NaN stays."""
     return tl.where(norm < eps * inverse, eps * inverse, norm)
 
 
 @triton.jit
 def ordered_sum(address, size):
-    """Sum of `size` doubles, in an order that depends on nothing else."""
+    """Return the sum of `size` doubles, in an order that depends on `size` alone."""
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES,), dtype=tl.float64)
     for start in tl.range(0, size, LANES):
@@ -50,6 +50,7 @@ def ordered_sum(address, size):
 
 @triton.jit
 def y_norm(entries, count, entry, batch, y_squares):
+    """Return |y| of a matrix from the sums of squares of its programs."""
     size = tiles.field(entries, count, entry, 1)
     first = tiles.field(entries, count, entry, 0) + batch * size
     return tl.sqrt(ordered_sum(y_squares + first, size))
@@ -61,7 +62,7 @@ def step_kernel(
     W_TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     LINES: tl.constexpr, ALONG: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """y = A v and, by program, its squares and A^T y, A = W / |W|_F."""
+    """Write y = A v, A = W / |W|_F, and by program sums of y^2 and, if SECOND, parts of A^T y."""
     entries = table + 1
     entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
     inverse = unit(entries, count, entry, batch, sizes)
@@ -103,7 +104,7 @@ def back_kernel(
     table, count, blocks, sizes, left, z, parts, y_squares, z_squares,
     W_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """z = A^T u and its squares: the parts by |y|, or where y is zero a product with the old u."""
+    """Write z = A^T u and sums of z^2: from parts over |y|, or from the old u where y is zero."""
     entries = table + 1
     entry = tl.program_id(1)
     batch, block, real = lines.lane_block(entries, count, entry, blocks)
@@ -136,7 +137,7 @@ def back_kernel(
 
 @triton.jit
 def replace(old_at, new_at, norm, divisor, mask):
-    """old <- new / divisor, unless the norm is zero."""
+    """Write old <- new / divisor, unless the norm is zero."""
     old = tl.load(old_at, mask=mask, other=0.0)
     new = tl.load(new_at, mask=mask, other=0.0).to(tl.float64) / divisor
     lines.settle()
@@ -147,7 +148,10 @@ def replace(old_at, new_at, norm, divisor, mask):
 def vectors_kernel(
     table, count, blocks, sizes, left, right, y, z, y_squares, z_squares, replaced,
 ):  # fmt: skip
-    """u <- y / max(|y|, eps), v <- z / max(|z|, eps), in scratch; what is zero is kept."""
+    """Write u <- y / max(|y|, eps) and v <- z / max(|z|, eps) in scratch, and mark them replaced.
+
+    Where y or z is zero, the old vector stays.
+    """
     entries = table + 1
     entry = tl.program_id(1)
     batch, block, real = lines.lane_block(entries, count, entry, blocks)
@@ -177,7 +181,7 @@ def vectors_kernel(
 def start_kernel(
     table, count, blocks, left, right, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """u and v into scratch."""
+    """Copy u and v into scratch."""
     entries = table + 1
     entry = tl.program_id(1)
     batch, block, real = lines.lane_block(entries, count, entry, blocks)
@@ -200,7 +204,7 @@ def end_kernel(
     table, count, blocks, sizes, left, right, y, z_squares, replaced, sigmas,
     U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
-    """sigma, and u and v from scratch where a step replaced them and sigma is finite."""
+    """Write sigma; write u and v from scratch where steps replaced them and sigma is finite."""
     entries = table + 1
     entry = tl.program_id(1)
     batch, block, real = lines.lane_block(entries, count, entry, blocks)
@@ -241,16 +245,16 @@ def end_kernel(
             tl.store(v + lane * step, x.to(V_TYPE), mask=lane < some)
 
 
-def rows(
+def keyed(
     items: tuple[tables.Item, ...], transposed: bool
 ) -> Iterator[tuple[tuple[Any, ...], tables.Entry]]:
-    """What each launch has in common, and its entries."""
+    """Yield (what entries of one launch have in common, entry without what depends on blocks)."""
     matrices = 0
-    for found in items:
-        if isinstance(found, int):
-            matrices += found
+    for item in items:
+        if isinstance(item, int):
+            matrices += item
             continue
-        for w, left, right in found:
+        for w, left, right in item:
             if transposed:
                 w, left, right = w.mT, right, left
             types = (tables.TYPES[x.dtype] for x in (w, left, right))
@@ -266,14 +270,15 @@ class Plan(NamedTuple):
     constants: tuple[Any, ...]
     entries: tables.Entries
     scratch: lines.Sizes
-    blocks: int  # of lanes of a matrix
-    lanes: tuple[int, int]  # grid of programs that own lanes
+    blocks: int  # number of blocks of LANES lanes per matrix
+    lanes: tuple[int, int]  # grid of programs that own blocks of lanes
 
 
 @lru_cache(maxsize=tables.LAUNCHES)
 def plans(items: tuple[tables.Item, ...], transposed: bool, device: torch.device) -> list[Plan]:
+    """Return a plan for every launch."""
     made = []
-    for (*types, order, aligned), plain in tables.grouped(rows(items, transposed)).items():
+    for (*types, order, aligned), plain in tables.grouped(keyed(items, transposed)).items():
         blocks = lines.blocks_of(device, order, True)
         before = lines.Sizes()
         entries = []
@@ -291,7 +296,7 @@ def plans(items: tuple[tables.Item, ...], transposed: bool, device: torch.device
 
 
 class Group:
-    """A plan, what its kernels hand to one another, and the kernels."""
+    """A plan with the scratch memory of its kernels; `run` launches them."""
 
     def __init__(self, plan: Plan, eps: float, sizes: Tensor):
         self.types, self.constants, entries, before, self.blocks, self.lanes = plan

@@ -1,4 +1,4 @@
-"""Whether Triton can compile and run anything on this machine: asked once, at the first kernel."""
+"""A test, made once at the first kernel, that Triton can compile and run on this machine."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import triton.language as tl
 
 @triton.jit
 def probe_kernel(x):
+    """Write x <- x + 1."""
     tl.store(x, tl.load(x) + 1.0)
 
 
 @lru_cache
 def failure() -> str:
-    """Why not, in one line, with a warning; empty if it can."""
+    """Warn and return the reason in one line if Triton cannot run here; return "" if it can."""
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     try:
         probe_kernel[(1,)](torch.zeros(1, device=device))
-    except Exception as error:  # a compiler, a driver, a linker: whatever is missing raises its own
+    except Exception as error:  # a missing compiler, driver or linker each raises its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
             f"orthonorm: Triton cannot compile here, torch serves: {reason}", stacklevel=2

@@ -1,14 +1,15 @@
 """Products of matrices in lists, beta C + alpha A B in one launch: the kernel of all K1 words.
 
-What becomes of a tile is its end's to say (`ends.py`): stored, or a step of an optimizer.
-Persistent: each program walks tiles of the whole list. A symmetric product computes the lower
-triangle of tiles and stores each twice, so that the result is symmetric bit for bit. Sums run in
-float32 along K in one order whatever the tile shape, so results are the same alone or in company.
+An end (`ends.py`) stores each tile, or makes an optimizer's step of it. The kernel is persistent:
+each program walks tiles of the whole list. A symmetric product computes the lower triangle of tiles
+and stores each twice, so that the result is symmetric bit for bit. Sums run in float32 along K in
+one order whatever the tile shape. So results are the same alone or in company.
 
-Loads are by pointers, on sm_90 too. Descriptors made on the device of addresses from a table
-compile to the same warpgroup products in fewer registers (93 of 184 at 128 x 128), but every tile
-then writes three of them (33 tensormap.replace, three fences) into scratch of 768 bytes a program,
-which takes a process-wide allocator, and they serve one layout, aligned (Triton 3.9, 2026-11).
+Loads use pointers, on sm_90 too. Descriptors could be made on the device, of addresses in a table.
+They compile to the same warpgroup products in fewer registers (93 of 184 at 128 x 128). But every
+tile then writes three of them (33 tensormap.replace, three fences) into 768 bytes of scratch per
+program, which takes a process-wide allocator. And they serve one layout only, aligned (Triton 3.9,
+2026-11).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from .configs import Config
 from .ends import End, Extra
 from .tables import View
 
-EXTRA = tl.constexpr(5)  # fields: first tile, tiles of a matrix, M, N, K; two of the end
-SIZES = tl.constexpr(7)  # then A, B, C, D and out
-VIEW = tl.constexpr(4)  # fields of a tensor
+EXTRA = tl.constexpr(5)  # after fields first tile, tiles of a matrix, M, N, K: two of the end
+SIZES = tl.constexpr(7)  # after these: A, B, C, D and out
+VIEW = tl.constexpr(4)  # number of fields of a tensor
 
 
 @triton.jit
@@ -39,9 +40,9 @@ def multiply(
     ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The tile of A B whose corner is (i, j), float32, of factors rounded to DOT_TYPE.
+    """Return the tile of A B at corner (i, j), in float32, of factors rounded to DOT_TYPE.
 
-    M, N and K are what is left of the matrices from there on.
+    M and N are the rows and columns left from the corner on; K is the length of the sums.
     """
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -71,7 +72,7 @@ def elements(
     entries, count, entry, batch, which: tl.constexpr, i, j, rows, columns,
     TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of the tile at (i, j) of tensor `which`."""
+    """Return addresses of the tile at (i, j) of tensor `which`."""
     address, down, across = tiles.matrix(
         entries, count, entry, batch, SIZES + which * VIEW, TYPE, ORDER, ALIGNED
     )
@@ -84,8 +85,10 @@ def place(
     entries, count, tile, STEPS: tl.constexpr, ALIGNED: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile's entry, matrix, row and column among tiles, corner, and what of M, N and K is left
-    from there on."""
+    """Return a tile's entry, matrix, row and column among tiles, and corner, then M, N and K.
+
+    M and N are the rows and columns left from the corner on.
+    """
     entry = tiles.locate(entries, count, tile, STEPS)
     size = tiles.field(entries, count, entry, 1)
     M = tiles.side(entries, count, entry, 2, ALIGNED)
@@ -108,8 +111,10 @@ def mirrored(
     acc, diagonal, entries, count, entry, batch, i, j, M, N, rows, columns,
     TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a symmetric result: its transpose stored where that belongs, or its upper half
-    replaced by that of the transpose on the diagonal."""
+    """Store the transpose of a tile of a symmetric result, and return the tile.
+
+    A tile on the diagonal is returned with its lower half on both sides, and nothing is stored.
+    """
     mirror = tl.trans(acc)
     if diagonal:
         acc = tl.where(rows[:, None] >= columns[None, :], acc, mirror)
@@ -129,8 +134,11 @@ def product_kernel(
     PRECISION: tl.constexpr, ADDED: tl.constexpr, SYMMETRIC: tl.constexpr, END: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """END of alpha A B + beta C, where ADDED > 0, + gamma D + delta I, where it is 2: for symmetric
-    products, whose end has no numbers. Numbers: alpha, beta, those of the end or gamma, delta."""
+    """Apply END to alpha A B; plus beta C if ADDED > 0; plus gamma D + delta I if ADDED is 2.
+
+    ADDED is 2 only for symmetric products whose end has no numbers. Numbers: alpha, beta, then
+    those of the end, or gamma and delta.
+    """
     alpha = tiles.number(table, 0).to(tl.float32)
     beta = tiles.number(table, 1).to(tl.float32)
     numbers = table + 2
@@ -176,7 +184,7 @@ def product_kernel(
 
 
 def served(op: str, dtype: torch.dtype, *tensors: Tensor) -> bool:
-    """Whether this kernel takes products in `dtype` of matrices shaped like the first tensor."""
+    """True if this kernel takes products in `dtype` of matrices shaped like the first tensor."""
     arch, _ = configs.device_of(tensors[0].device)
     wide = any(t.dtype == torch.float64 for t in tensors)
     return not wide and bool(configs.records(op, dtype, arch, min(tensors[0].shape[-2:])))
@@ -191,9 +199,13 @@ def fitting(
     function: Any = ends.store,
     rounds: bool = False,
 ) -> list[Config]:
-    """Records whose tiles fit the registers: C read across and out written along takes twice, an
-    end that reads as well, one of three tensors more, and so do 64-bit offsets of every element.
-    One record, the largest, for an end whose results depend on the tile."""
+    """Return the records whose tiles fit the registers.
+
+    Reading C or D in another order than out is written takes twice the registers; so does an end
+    that reads. An end of three tensors, or one that rounds by a seed, takes four times as many.
+    64-bit offsets of every element, for what is not aligned, take more still. If the end's results
+    depend on the tile, return one record, the largest.
+    """
     limit = 128 * 256
     if c_order != out_order or d_order != out_order or function is not ends.store:
         limit = 128 * 128
@@ -206,9 +218,9 @@ def fitting(
 
 
 class Factors(NamedTuple):
-    """One product: the end of beta C + alpha A B (beta = 0 leaves C out) goes to out.
+    """One product: an end writes beta C + alpha A B to out; beta = 0 leaves C out.
 
-    C may be out, or A, or B; C and D may be of an end that wants more than out.
+    C may be out, A or B. An end that needs more tensors than out has them as C and D.
     """
 
     A: View
@@ -224,13 +236,13 @@ class Factors(NamedTuple):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What one launch has in common."""
+        """What products of one launch have in common."""
         aligned = all(v.aligned for v in self.views)
         types = (tables.TYPES[v.dtype] for v in self.views)
         return (*types, *(v.order for v in self.views), aligned)
 
     def tiles(self, config: Config, symmetric: bool) -> int:
-        """Tiles of one matrix."""
+        """Return the number of tiles of one matrix."""
         down = tables.cdiv(self.out.rows, config.block_m)
         across = tables.cdiv(self.out.columns, config.block_n)
         return down * (down + 1) // 2 if symmetric else down * across
@@ -242,12 +254,12 @@ class Factors(NamedTuple):
 
 
 def plain(A: View, B: View, C: View, out: View, extra: Extra = ends.PLAIN) -> Factors:
-    """A product whose end wants nothing more than out."""
+    """Return a product whose end needs no tensor but out."""
     return Factors(A, B, C, out, out, extra)
 
 
 class Launch(NamedTuple):
-    """A launch of the kernel, but for what its end reads and its numbers."""
+    """A launch of the kernel, without its numbers and without its end's tensors."""
 
     entries: tables.Entries
     programs: int
@@ -261,7 +273,10 @@ def launches(
     precision: str, function: Any = ends.store, rounds: bool = False, symmetric: bool = False,
     records: tuple[Config, ...] = (),
 ) -> list[Launch]:  # fmt: skip
-    """A launch per dtypes and orders; kept, as the host would take longer than the device."""
+    """Return a launch per set of dtypes and orders.
+
+    They are kept: to make them takes the host longer than they take the device.
+    """
     arch, _ = configs.device_of(device)
     found = []
     for key, group in tables.grouped((p.key, p) for p in products if p.out.batch).items():
@@ -289,9 +304,9 @@ def product(
     symmetric: bool = False,
     records: Sequence[Config] = (),
 ) -> None:
-    """Every product of the list, of factors rounded to `dtype`: a launch per dtypes and orders.
+    """Compute every product of the list, with a launch per set of dtypes and orders.
 
-    `records` to choose from instead of the table's, for tuning.
+    Factors are rounded to `dtype`. `records` replace the table's, for tuning.
     """
     how = (configs.precision(dtype), end.function, end.rounds, symmetric, tuple(records))
     found = launches(op, tuple(products), device, dtype, *how)
@@ -302,8 +317,10 @@ def start(
     found: Sequence[Launch], device: torch.device, alpha: float = 1.0, beta: float = 0.0,
     end: End = ends.STORE, symmetric: bool = False, more: tuple[float, ...] = (),
 ) -> None:  # fmt: skip
-    """Launches of one call of `launches`. `more` are gamma and delta of gamma D + delta I, which is
-    added as well."""
+    """Start the launches of one call of `launches`.
+
+    `more` are gamma and delta; with them, gamma D + delta I is added.
+    """
     numbers = (alpha, beta, *(more or end.padded))
     if more:
         numbers += (0.0,) * (2 + ends.NUMBERS.value - len(numbers))

@@ -1,4 +1,4 @@
-"""Codes of 8 bits and scales of a list of matrices in one pass: a program has several blocks."""
+"""8-bit codes and scales of a list of matrices, in one pass; a program has several blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAIN = tl.constexpr(SIZE)
 
 @triton.jit
 def scales_at(entries, count, entry, batch, start, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Addresses of the scales of this program's blocks, third of the tensors, and their mask."""
+    """Return addresses of the scales (third tensor) of this program's blocks, and their mask."""
     address = tiles.field(entries, count, entry, each.HEAD + 8).to(tl.pointer_type(TYPE))
     skip = tiles.field(entries, count, entry, each.HEAD + 9)
     column = tiles.field(entries, count, entry, each.HEAD + 11)
@@ -35,12 +35,15 @@ def quantize_kernel(
     SCALES_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
     SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The number of edges below x / scale, 255 for NaN, found by halves."""
+    """Write scales, and codes: the number of edges below x / scale, or 255 for NaN.
+
+    Bisection finds the number of edges.
+    """
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     x_at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
     x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     x = tl.reshape(x, (BLOCK // GRAIN, GRAIN))
-    magnitudes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # their order, with NaN above all
+    magnitudes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as |x|, with NaN above all
     scale = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
     y = tl.where((scale == 0)[:, None], 0.0, tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)))
     code = tl.zeros(y.shape, dtype=tl.int32)
@@ -59,8 +62,11 @@ def quantize_kernel(
 def coded(
     X: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
 ) -> list[each.Group]:
-    """Launches over matrices beside their codes and scales. Blocks are cut row by row, so elements
-    are taken in memory's order only where that is the rows' in every matrix."""
+    """Return launches over matrices, their codes and their scales.
+
+    Blocks are cut row by row. So a launch may take elements in the order of memory only if every
+    matrix of the list lies row by row.
+    """
     lists = (X, codes, [s.unsqueeze(-2) for s in scales])
     items = [item for item in tables.items(*lists) if not isinstance(item, int)]
     by_rows = all(v.order == 1 for item in items for views in item for v in views)

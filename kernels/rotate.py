@@ -10,7 +10,7 @@ from .product import Factors, product, served
 
 
 def rotation(out: Tensor, X: Tensor, Q: Tensor, *moments: Tensor) -> list[Factors]:
-    """X Q, or Q^T X if X is wide, for an end that writes out, and the moments if there are any."""
+    """Return products X Q, or Q^T X if X is wide; their end writes out, and moments if given."""
     products = []
     for o, x, q, *others in tables.views(out, X, Q, *moments):
         A, B = (x, q) if X.shape[-2] >= X.shape[-1] else (q.mT, x)

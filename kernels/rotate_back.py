@@ -1,4 +1,4 @@
-"""A step out of the basis Q, weights written by the product's epilogue."""
+"""A step rotated back from the basis Q; the end of the product writes the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .product import Factors, plain, product, served
 
 
 def rotation_back(W: Tensor, N: Tensor, Q: Tensor, extra: ends.Extra = ends.PLAIN) -> list[Factors]:
-    """N Q^T, or Q N if N is wide, for an end that updates W."""
+    """Return products N Q^T, or Q N if N is wide, for an end that updates W."""
     views = tables.views(W, N, Q)
     if W.shape[-2] >= W.shape[-1]:
         return [plain(n, q.mT, w, w, extra) for w, n, q in views]

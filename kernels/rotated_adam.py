@@ -1,4 +1,4 @@
-"""Elementwise moments in the rotated basis, one pass over the whole list."""
+"""Adam's moments and update in the rotated basis, in one pass over the whole list."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rotated_adam_kernel(
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, X_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`elementwise.adam` on every element."""
+    """Write `elementwise.adam` of every element."""
     entries = table + 5
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     m_at = each.elements(entries, count, entry, batch, start, local, 0, M_TYPE, FLAT)

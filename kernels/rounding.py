@@ -8,7 +8,7 @@ GOLDEN = tl.constexpr(0x9E3779B9)
 
 @triton.jit
 def hashed(x):
-    """A permutation of 32 bits that looks random (lowbias32)."""
+    """Return a permutation of 32-bit numbers that looks random (lowbias32)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -16,14 +16,17 @@ def hashed(x):
 
 @triton.jit
 def low(x):
-    """The low 32 bits of an int64."""
+    """Return the low 32 bits of an int64."""
     return (x & 0xFFFFFFFF).to(tl.uint32)
 
 
 @triton.jit
 def rounded(x, at, base, seed, TYPE: tl.constexpr):
-    """x on its way to `at`, in a tensor that begins at the address `base`; a number of bfloat16
-    beside x if there is a seed."""
+    """Return x; with a seed and TYPE bfloat16, return it rounded stochastically to bfloat16.
+
+    `at` are the addresses that x goes to, and `base` is that of the tensor's first element. Their
+    distance picks the random bits.
+    """
     if seed is None or tl.bfloat16 != TYPE:
         result = x
     else:

@@ -1,4 +1,4 @@
-"""The moment of every row, and matrices divided by its root: two passes over the whole list."""
+"""Second moments of rows, and rows divided by their roots: two passes over the whole list."""
 
 from __future__ import annotations
 

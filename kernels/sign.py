@@ -14,7 +14,7 @@ def sign_kernel(
     table, count, STEPS: tl.constexpr, X_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x <- sign(x), NaN where x is not finite."""
+    """Write x <- sign(x), or NaN where x is not finite."""
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
     x = tl.load(at, mask=mask, other=0.0).to(WIDE)

@@ -1,4 +1,4 @@
-"""Whole iterations of small matrices in one launch: one program per matrix, all of it on chip."""
+"""All iterations of small matrices in one launch: one program per matrix keeps it on chip."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from . import configs, ends, tables, tiles
 from .configs import FUSION
 from .ends import End, Extra
 
-EXTRA = tl.constexpr(4)  # fields: first program, short side, long side, first matrix; of the end
-HEAD = tl.constexpr(6)  # then X and out
-# eps, safety, those of the end; the coefficients stand behind the entries
+EXTRA = tl.constexpr(4)  # after fields first program, short and long side, first matrix: the end's
+HEAD = tl.constexpr(6)  # after these: X and out
+# eps and safety; then follow the end's numbers, the entries, the coefficients
 NUMBERS = tl.constexpr(2)
 HALF = (torch.float16, torch.bfloat16)
 
 
 @triton.jit
 def inside(entries, count, entry, rows, columns, ALIGNED: tl.constexpr):
-    """Mask of these rows and columns; of sides read anew every time (volatile), or masks would take
-    registers through all iterations (sm_80 spills them at 128 x 128; 2026-11)."""
+    """Return the mask of these rows and columns.
+
+    The sides are read anew every time (volatile). Else masks would take registers through all
+    iterations (sm_80 spills them at 128 x 128; 2026-11).
+    """
     n = tl.load(entries + count + entry, volatile=True).to(tl.int32)
     m = tl.load(entries + 2 * count + entry, volatile=True).to(tl.int32)
-    if ALIGNED:  # as `tiles.side`
+    if ALIGNED:  # multiples of 8, stated as in `tiles.side`
         n = n // 8 * 8
         m = m // 8 * 8
     return (rows < n)[:, None] & (columns < m)[None, :]
@@ -40,7 +43,7 @@ def inside(entries, count, entry, rows, columns, ALIGNED: tl.constexpr):
 def norm_of(
     x, down, across, entries, count, entry, columns, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """|X|_F in double, a few rows at a time: doubles of all of X would not fit the registers."""
+    """Return |X|_F in double, 16 rows at a time: all of X in double would not fit the registers."""
     squares = tl.zeros((16, columns.shape[0]), dtype=tl.float64)
     rows = tl.arange(0, 16)
     for start in tl.range(0, BLOCK_N, 16):
@@ -58,7 +61,10 @@ def iterate_kernel(
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     DOT_TYPE: tl.constexpr, SCALE: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
-    """X / (safety max(|X|_F, eps)), then X <- a X + (b A + c A^2) X with A = X X^T; X is wide."""
+    """Write the end of X after its iterations X <- a X + (b A + c A^2) X, A = X X^T; X is wide.
+
+    X starts as X / (safety max(|X|_F, eps)), or without SCALE as X / safety.
+    """
     numbers = table + NUMBERS
     entries = numbers + ends.NUMBERS
     program = tl.program_id(0).to(tl.int64)
@@ -104,14 +110,17 @@ def iterate_kernel(
 
 
 def block(side: int) -> int:
+    """Return the power of two, 16 or more, that holds a side."""
     return max(16, 1 << (side - 1).bit_length())
 
 
-def rows(
+def keyed(
     items: tuple[tables.Item, ...], facing: tuple[Any, Any], extras: tuple[Extra, ...]
 ) -> Iterator[tuple[Any, tables.Entry]]:
-    """What each launch has in common, and the entries: wide, whatever the tensor is. `facing`: the
-    ends of wide matrices and of tall ones."""
+    """Yield (what entries of one launch have in common, entry); tall matrices are transposed.
+
+    `facing` are the ends of wide matrices and of tall ones.
+    """
     first = 0
     for item, extra in zip(items, extras, strict=True):
         if isinstance(item, int):
@@ -130,8 +139,8 @@ def rows(
 def launches(
     items: tuple[tables.Item, ...], facing: tuple[Any, Any], extras: tuple[Extra, ...]
 ) -> list[tuple[Any, tuple[Any, ...], tables.Entries]]:
-    """The end, what else each launch has in common, and its entries."""
-    groups = tables.grouped(rows(items, facing, extras))
+    """Return every launch: its end, what else its entries have in common, and these."""
+    groups = tables.grouped(keyed(items, facing, extras))
     return [(*key, tables.Entries(entries)) for key, entries in groups.items()]
 
 
@@ -142,12 +151,16 @@ def key(x: tables.View, y: tables.View) -> tuple[object, ...]:
 
 
 def warps(arch: str, short: int, long: int) -> int:
-    """Warps of one program: those that leave its accumulators in registers (on gfx942 256 threads
-    have 512 each, and use 372; 512 have 256 and spill; Triton 3.9, 2026-11)."""
+    """Return the warps of one program, so that its accumulators stay in registers.
+
+    On gfx942, 256 threads have 512 registers each and use 372; 512 threads have 256 each and spill
+    (Triton 3.9, 2026-11).
+    """
     return max(1, min(256, short * long // 32) // configs.lanes(arch))
 
 
 def on_chip(x: Tensor) -> bool:
+    """True if both sides are small enough for this kernel."""
     return max(x.shape[-2:]) <= SMALL
 
 
@@ -182,7 +195,7 @@ def small_iterations(
     safety: float,
     norms: Tensor | None,
 ) -> None:
-    """`small_newton_schulz` with an end of its products."""
+    """Compute `small_newton_schulz` with an end that writes the results."""
     norms = None if norms is None else norms.to(torch.float64).contiguous()
     arch, _ = configs.device_of(X[0].device)
     facing = (end.function, end.facing(True).function)

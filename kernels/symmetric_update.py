@@ -1,4 +1,4 @@
-"""beta C + alpha A B, symmetric: half of the tiles computed, both halves written."""
+"""beta C + alpha A B, symmetric: half of the tiles are computed, both halves written."""
 
 from __future__ import annotations
 

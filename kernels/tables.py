@@ -1,8 +1,8 @@
-"""Tables: what a launch works on, a list of matrices as int64 numbers on the device.
+"""Tables: the list of matrices that a launch works on, as int64 numbers on the device.
 
-A table holds, in this order, numbers (float64 as bits) and then fields, each with one value per
-entry: field 0 is the entry's first tile, fields 1.. what the kernel wants to know, then for every
-tensor its address and its strides over batch, rows and columns. An entry is a batch of matrices.
+A table holds numbers (float64 as bits), then fields. A field has one value per entry; an entry is a
+batch of matrices. Field 0 is the entry's first tile. Fields 1 and up are what the kernel needs.
+Then follow, for every tensor, its address and its strides over batch, rows and columns.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ TYPES = {
 
 
 class View:
-    """A batch of matrices where it lies in memory. `place` makes one object for each, so equal ones
-    are identical, and as keys of what is kept between steps they cost nothing.
+    """Place of a batch of matrices in memory.
+
+    `place` makes one object for each, so equal ones are identical. As keys of what is kept between
+    steps they cost nothing.
 
     Attributes:
         fields: address, strides of batch, rows, columns.
-        order: the unit stride: 1 along columns, 0 along rows, 2 neither.
-        regular: whether every matrix begins where an access of 16 bytes may.
-        aligned: whether accesses along the unit stride may be 16 bytes wide and stay inside the
-            matrix, and offsets within a tile of at most 512 rows inside 32 bits.
-        dense: whether the elements of one matrix fill one stretch of memory.
+        order: the stride that is 1: 1 of columns, 0 of rows, 2 neither.
+        regular: True if accesses of 16 bytes may begin where every matrix does.
+        aligned: True if accesses along the unit stride may be 16 bytes wide and stay inside the
+            matrix. Offsets within a tile of at most 512 rows then fit 32 bits.
+        dense: True if the elements of one matrix fill one stretch of memory.
     """
 
     __slots__ = ("aligned", "batch", "columns", "dense", "dtype", "fields", "order", "regular",
@@ -58,7 +60,7 @@ class View:
 
     @property
     def wide(self) -> View:
-        """With the short side first."""
+        """The view with the short side first."""
         return self if self.rows <= self.columns else self.mT
 
     @property
@@ -69,36 +71,36 @@ class View:
 
 Fields = tuple[int, int, int, int]
 Places = tuple[View, ...]
-# How much each function keeps of what it made for addresses: a step that finds it again does not
-# make it again, and one whose gradients lie elsewhere every time leaves it behind. Each call of a
-# step is an entry: 9 for Muon's one group, 82 for its twelve, 84 for SOAP's four; an entry of a
-# hundred matrices takes some 100 KB on the host and 30 KB on the device. A step makes some 11 views
-# of each matrix, of 1 KB. (144 matrices, 2026-11)
+# Sizes of caches keyed by addresses. A step that meets the same addresses again makes nothing anew;
+# a step whose gradients lie elsewhere each time leaves old entries behind. Each call in a step is
+# an entry: 9 for Muon's one group, 82 for its twelve, 84 for SOAP's four. An entry of a hundred
+# matrices takes some 100 KB on the host and 30 KB on the device. A step makes some 11 views of each
+# matrix, 1 KB each. (144 matrices, 2026-11)
 LAUNCHES = 128
 VIEWS = 128 * LAUNCHES
 place = lru_cache(maxsize=VIEWS)(View)
 
 
 def dense(dtype: torch.dtype, batch: int, rows: int, columns: int, address: int) -> View:
-    """Matrices without gaps, row by row."""
-    column = rows if columns == 1 else 1  # as `view` has it
+    """Return the place of matrices that lie without gaps, row by row."""
+    column = rows if columns == 1 else 1  # as in `view`
     return place(dtype, batch, rows, columns, (address, rows * columns, columns, column))
 
 
 def views(*tensors: Tensor) -> list[tuple[View, ...]]:
-    """Tensors over the same batch as views: one tuple, or several where batches do not fold."""
-    found = [view(t.dtype, t.shape, t.stride(), t.data_ptr()) for t in tensors]
-    if None in found:
+    """Return tensors of one batch as views: one tuple, or several where batches do not fold."""
+    folded = [view(t.dtype, t.shape, t.stride(), t.data_ptr()) for t in tensors]
+    if None in folded:
         parts = zip(*(t.unbind(0) for t in tensors), strict=True)
         return [some for part in parts for some in views(*part)]
-    return [tuple(v for v in found if v is not None)]
+    return [tuple(v for v in folded if v is not None)]
 
 
-Item = tuple[tuple[View, ...], ...] | int
+Item = tuple[tuple[View, ...], ...] | int  # int: number of matrices without elements
 
 
 def items(*lists: Sequence[Tensor]) -> tuple[Item, ...]:
-    """Views of each item of the lists; of an item without elements the number of its matrices."""
+    """Return views of each item of the lists, or its number of matrices if it has no elements."""
     return tuple(
         tuple(views(*tensors)) if tensors[0].numel() else tensors[0].shape[:-2].numel()
         for tensors in zip(*lists, strict=True)
@@ -109,7 +111,7 @@ def items(*lists: Sequence[Tensor]) -> tuple[Item, ...]:
 def view(
     dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], address: int
 ) -> View | None:
-    """Where a tensor lies, None if its leading dimensions have no common stride."""
+    """Return the place of a tensor, or None if its leading dimensions have no common stride."""
     batch_stride = 0
     dims = [(n, s) for n, s in zip(shape[:-2], strides[:-2], strict=True) if n != 1]
     for (_, outer), (n, inner) in itertools.pairwise(dims):
@@ -120,7 +122,7 @@ def view(
     rows, columns = (1, 1, *shape)[-2:]
     batch = math.prod(shape[:-2]) if math.prod(shape) else 0
     row, column = (0, 0, *strides)[-2:]
-    # a stride no step uses is free: the one that makes a single row or column dense
+    # a stride that is never used can be set: to the one that makes a single row or column dense
     if columns == 1 and rows != 1:
         column = rows if row == 1 else 1
     if rows == 1:
@@ -129,21 +131,24 @@ def view(
 
 
 def bits(number: float) -> int:
-    """A float64 as the int64 of the same bits."""
+    """Return the int64 of the same bits as a float64."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 def number(bits: int) -> float:
-    """The float64 of these bits: an address on its way into a table's numbers."""
+    """Return the float64 of these bits, to put an address among a table's numbers."""
     return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
-Entry = tuple[int, ...]  # tiles, then fields
+Entry = tuple[int, ...]  # number of tiles, then fields
 
 
 class Table:
-    """A table and what a launch needs to know of it: entries, tiles of all of them, and steps of a
-    binary search among them."""
+    """A table, and what a launch needs to know of it.
+
+    That is `count`, the number of entries; `tiles`, the number of all tiles; and `steps` of a
+    binary search among entries.
+    """
 
     def __init__(self, values: tuple[int, ...], device: torch.device, sizes: tuple[int, int, int]):
         self.count, self.tiles, self.steps = sizes
@@ -152,14 +157,15 @@ class Table:
 
     @property
     def data(self) -> Tensor:
-        """On the device, for the current stream."""
+        """The table on the device, for use on the current stream."""
         return upload(self._values, self._device, self._on)
 
 
 class Entries:
-    """What one launch works on; the first value of each entry is the number of its tiles.
+    """Entries of one launch, and tables made of them.
 
-    Tables made of it are kept, as steps meet the same tensors again and again.
+    The first value of an entry is its number of tiles. Tables are kept, because steps meet the same
+    tensors again and again.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -173,11 +179,11 @@ class Entries:
     def table(
         self, numbers: Sequence[float], device: torch.device, behind: Sequence[float] = ()
     ) -> Table:
-        """`behind` are further numbers, as many as there may be, after the entries."""
+        """Return the table with these numbers; `behind`, of any length, follow the entries."""
         key = (tuple(numbers), device, tuple(behind))
         found = self._tables.get(key)
         if found is None:
-            if len(self._tables) == 8:  # of numbers that change with the steps
+            if len(self._tables) == 8:  # numbers that change every step would fill it
                 self._tables.clear()
             values = (*map(bits, numbers), *self._values, *map(bits, behind))
             found = self._tables[key] = Table(values, device, self._sizes)
@@ -187,7 +193,7 @@ class Entries:
 def upload(
     values: tuple[int, ...], device: torch.device, kept: dict[int, Tensor] | None = None
 ) -> Tensor:
-    """int64 on the device, without waiting for it; `kept` by stream from an earlier call."""
+    """Return int64 on the device without waiting for it; `kept` has earlier results by stream."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.int64)
     if torch.cuda.is_current_stream_capturing():
@@ -201,8 +207,10 @@ def upload(
 
 
 def written(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 as arguments of kernels: a graph keeps these, and copies from memory that may be gone
-    it does not."""
+    """Return int64 on a GPU, passed as arguments of kernels.
+
+    A CUDA graph keeps arguments. A copy in it would read host memory that may be gone by then.
+    """
     data = torch.zeros(len(values), dtype=torch.int64, device=device)
     torch._foreach_add_(data.unbind(), list(values))
     return data
@@ -214,18 +222,18 @@ def _uploaded(values: tuple[int, ...], device: torch.device, stream: int) -> Ten
 
 
 def copied(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 on a GPU, in the order of its current stream, which the host does not wait for."""
+    """Return int64 on a GPU, copied in the order of its current stream without a wait."""
     pinned = torch.tensor(values, dtype=torch.int64).pin_memory()
     return pinned.to(device, non_blocking=True)
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; Triton's own takes 5 us on the host."""
+    """Return a / b rounded up; Triton's own takes 5 us on the host."""
     return -(-a // b)
 
 
 def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list[Any]]:
-    """Values by key, in order."""
+    """Return lists of values by key, in order."""
     groups: dict[Any, list[Any]] = {}
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
@@ -233,11 +241,11 @@ def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list[Any]]:
 
 
 def stretches(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Neighbours whose sizes add up to at most `limit`, one at least."""
-    found, begin, total = [], 0, 0
+    """Return slices of neighbours whose sizes add up to at most `limit`, but of one at least."""
+    slices, begin, total = [], 0, 0
     for i, size in enumerate(sizes):
         if i > begin and total + size > limit:
-            found.append(slice(begin, i))
+            slices.append(slice(begin, i))
             begin, total = i, 0
         total += size
-    return [*found, slice(begin, len(sizes))]
+    return [*slices, slice(begin, len(sizes))]

@@ -1,7 +1,7 @@
-"""What Triton kernels share: reading tables, triangular tiles, addresses.
+"""Shared parts of Triton kernels: reading tables, order of tiles, addresses.
 
-Addresses of tiles are int64. Within a tile offsets are int64 too, or int32 where the launcher found
-strides that cannot overflow (`tables.View.aligned`).
+Addresses of tiles are int64. Offsets within a tile are int64 too, or int32 if the launcher found
+that they cannot overflow (`tables.View.aligned`).
 """
 
 import triton
@@ -10,19 +10,19 @@ import triton.language as tl
 
 @triton.jit
 def field(entries, count, entry, which):
-    """Field `which` of an entry, int64."""
+    """Return field `which` of an entry, int64."""
     return tl.load(entries + which * count + entry)
 
 
 @triton.jit
 def number(table, which):
-    """A number of the table, float64."""
+    """Return number `which` of the table, float64."""
     return tl.load(table + which).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def locate(entries, count, tile, STEPS: tl.constexpr):
-    """The last entry whose first tile is not after `tile`, by binary search."""
+    """Return the last entry whose first tile is not after `tile`, by binary search."""
     low = count * 0
     high = count
     for _ in range(STEPS):
@@ -35,7 +35,7 @@ def locate(entries, count, tile, STEPS: tl.constexpr):
 
 @triton.jit
 def side(entries, count, entry, which, ALIGNED: tl.constexpr):
-    """A side of the matrices of an entry, int32."""
+    """Return a side of an entry's matrices, int32."""
     value = field(entries, count, entry, which).to(tl.int32)
     if ALIGNED:  # a multiple of 8 by arithmetic: Triton 3.6 forgets what it is told of a cast
         value = value // 8 * 8
@@ -44,7 +44,7 @@ def side(entries, count, entry, which, ALIGNED: tl.constexpr):
 
 @triton.jit
 def stride(entries, count, entry, which, ALIGNED: tl.constexpr):
-    """A stride of a tensor; aligned ones fit 32 bits within a tile (`View.aligned`)."""
+    """Return a stride of a tensor: int32 if aligned, as tiles then fit 32 bits, else int64."""
     value = field(entries, count, entry, which)
     if ALIGNED:
         value = value.to(tl.int32) // 8 * 8
@@ -56,7 +56,7 @@ def matrix(
     entries, count, entry, batch, which,
     TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Address and strides of matrix `batch` of the tensor whose fields begin at `which`."""
+    """Return address and strides of matrix `batch` of the tensor whose fields begin at `which`."""
     address = field(entries, count, entry, which).to(tl.pointer_type(TYPE))
     skip = field(entries, count, entry, which + 1)
     row = 1
@@ -73,22 +73,22 @@ def matrix(
 
 @triton.jit
 def corner(address, row, column, i, j, ALIGNED: tl.constexpr):
-    """The address of element (i, j), both int64, where a tile begins."""
+    """Return the address of element (i, j), both int64, where a tile begins."""
     address += i * row + j * column
-    if ALIGNED:  # said of every sum: Triton 3.6 forgets what it is told of casts and parts
+    if ALIGNED:  # stated of every sum: Triton 3.6 forgets what it is told of casts and parts
         address = tl.multiple_of(address, 16)
     return address
 
 
 @triton.jit
 def square(rows, columns, row, column):
-    """Offsets of a tile from its corner."""
+    """Return offsets of a tile's elements from its corner."""
     return rows[:, None] * row + columns[None, :] * column
 
 
 @triton.jit
 def triangle(tile):
-    """Row and column of tile `tile` of a lower triangle, numbered row by row."""
+    """Return row and column of tile `tile` of a lower triangle, numbered row by row."""
     row = ((tl.sqrt(8.0 * tile.to(tl.float64) + 1.0) - 1.0) * 0.5).to(tl.int64)
     row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
@@ -97,7 +97,7 @@ def triangle(tile):
 
 @triton.jit
 def striped(tile, down, across):
-    """Row and column of a tile, in stripes of 8 rows that share columns while these are in L2."""
+    """Return row and column of a tile, in stripes of 8 rows that share columns while in L2."""
     stripe = 8 * across
     first = tile // stripe * 8
     height = tl.minimum(down - first, 8)

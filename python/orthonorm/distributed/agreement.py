@@ -1,4 +1,4 @@
-"""Ranks that are about to exchange updates agree on what they exchange, or all raise."""
+"""Agreement of ranks before they exchange updates: all exchange the same, or all raise."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
 T = TypeVar("T")
-ANSWER = 5.0  # seconds for a rank to say that it lives, once an exchange has failed
+ANSWER = 5.0  # seconds that ranks have to write their alive keys after an exchange failed
 Work = list[tuple[dict[str, Any], list[int]]]  # groups, with the indices that have gradients
 
 
 class Listed(NamedTuple):
-    """What a rank is to update together with others, or why it cannot."""
+    """Parameters that a rank is to update together with others; `refused` says why it cannot."""
 
     device: torch.device
     entries: list[str]
@@ -34,22 +34,25 @@ class Listed(NamedTuple):
 
 
 def communicates(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a step of `p` needs other ranks: for its direction, or to judge its gradient."""
+    """True if a step of `p` needs other ranks, for its direction or to judge its gradient."""
     if not is_distributed(p) or not sharded_dims(p):
         return shared(opt, p, group)
     return exchanged(opt, p, group) or group["nonfinite"] != "propagate"
 
 
 def exchanged(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether `p` has owners."""
+    """True if a bucket steps `p`: by owners, by sums of Gram matrices, or as shared work."""
     if group["rule"] != "matrix" or (opt.elementwise and opt.on_shards(group)):
         return False
     return p.numel() > 0 and owned(opt, p, group)
 
 
 def scope(opt: MatrixOptimizer, p: Any) -> dist.ProcessGroup:
-    """Who must agree on `p`: everyone, where its mesh has everyone; else its shards' holders. On
-    what is whole here, those who share its work."""
+    """Return the group of ranks that must agree on `p`.
+
+    These are all ranks if its mesh has all of them, else the ranks that hold its shards. For a
+    parameter that is whole here, these are the ranks that share its work.
+    """
     if not is_distributed(p) or not sharded_dims(p):
         return opt.company.group
     if p.device_mesh.size() == dist.get_world_size():
@@ -59,7 +62,7 @@ def scope(opt: MatrixOptimizer, p: Any) -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def reporting(group: dist.ProcessGroup, what: str = "") -> Iterator[None]:
-    """What a backend raises when a peer is gone, as one sentence that names it, and `what` for."""
+    """Turn a backend's error into one that names lost ranks, and `what` was to be exchanged."""
     try:
         yield
     except RuntimeError as error:
@@ -72,9 +75,10 @@ def reporting(group: dist.ProcessGroup, what: str = "") -> Iterator[None]:
 
 
 def without_answer(ranks: list[int]) -> list[int]:
-    """Those that do not say in the store, as every rank does whose exchange fails, that they live.
+    """Return the ranks that have not written their alive key to the store.
 
-    Empty where the store itself is gone.
+    Every rank whose exchange fails writes its key. Wait up to ANSWER seconds for the others. If the
+    store itself is gone, return [].
     """
     store = dist.distributed_c10d._get_default_store()
     until, gone = time.monotonic() + ANSWER, list[int]()
@@ -92,7 +96,7 @@ def without_answer(ranks: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def all_succeed(name: str, ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """What one rank raises, all raise, before anything is written: a gather of 8 bytes."""
+    """Raise ValueError on all ranks if the body raises on one, by a gather of 8 bytes."""
     failed: Exception | None = None
     try:
         yield
@@ -112,7 +116,7 @@ def all_succeed(name: str, ranks: Ranks, device: torch.device) -> Iterator[None]
 def gathered(
     group: dist.ProcessGroup, device: torch.device, number: int, what: str = ""
 ) -> list[int]:
-    """A number of every rank, from host to host where that is possible."""
+    """Return every rank's number, exchanged between hosts where that is possible."""
     with reporting(group, what):
         hosts = hosts_of(group, device)
         mine = torch.tensor([number], device=hosts.device)
@@ -122,7 +126,7 @@ def gathered(
 
 
 def gathered_objects(group: dist.ProcessGroup, device: torch.device, mine: T) -> list[T]:
-    """An object of every rank, as `gathered`."""
+    """Return every rank's object, exchanged as in `gathered`."""
     everyone = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=hosts_of(group, device).group)
     return everyone
@@ -132,7 +136,10 @@ def gathered_objects(group: dist.ProcessGroup, device: torch.device, mine: T) ->
 def experts_succeed(
     opt: MatrixOptimizer, cut: list[Tensor], group: dict[str, Any]
 ) -> Iterator[None]:
-    """What a rank raises over its own experts, all raise that exchange other matrices with it."""
+    """Raise on all ranks if one fails to prepare its own experts, before other matrices travel.
+
+    `cut` are the matrices that travel. The ranks that exchange them are the ones that raise.
+    """
     if not cut or not has_experts(opt, group):
         yield
         return
@@ -141,7 +148,7 @@ def experts_succeed(
 
 
 def has_experts(opt: MatrixOptimizer, group: dict[str, Any]) -> bool:
-    """Whether ranks prepare matrices of their own, and so may fail alone."""
+    """True if ranks prepare matrices that only they hold, so that one may fail alone."""
     if group["rule"] != "matrix" or not opt.prepares:
         return False
     params = [p for p in group["params"] if is_distributed(p)]
@@ -151,10 +158,11 @@ def has_experts(opt: MatrixOptimizer, group: dict[str, Any]) -> bool:
 def check(opt: MatrixOptimizer, work: Work) -> None:
     """Raise on every rank unless all are to update the same parameters in the same order.
 
-    One gather of eight bytes a rank and step; what differs is gathered where something does.
+    A step gathers 8 bytes per rank in every group of `scope`. Whole lists are gathered only if
+    these bytes differ.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return  # to look at every parameter takes as long as other checks
+        return  # the loop below would take as long as all other checks
     meet(opt)
     listed = listed_company(opt)
     for group, indices in work:
@@ -168,8 +176,8 @@ def check(opt: MatrixOptimizer, work: Work) -> None:
 
 
 def refuse(opt: MatrixOptimizer, error: Exception) -> None:
-    """In place of `check`, on a rank whose settings, gradients or state are not as they must be."""
-    meet(opt)  # for which the others wait
+    """Tell the other ranks why this one cannot step; called instead of `check` after an error."""
+    meet(opt)  # the other ranks wait for it
     found = [p for g in opt.param_groups for p in g["params"] if communicates(opt, p, g)]
     listed = {scope(opt, p): Listed(p.device, []) for p in found} | listed_company(opt)
     refused = {who: some._replace(refused=str(error)) for who, some in listed.items()}
@@ -177,7 +185,10 @@ def refuse(opt: MatrixOptimizer, error: Exception) -> None:
 
 
 def listed_company(opt: MatrixOptimizer) -> dict[dist.ProcessGroup, Listed]:
-    """Those who share work agree at every step, even if one of them finds nothing to share."""
+    """Return an empty list for the group of `share_work`, or {} without one.
+
+    Its ranks compare at every step, even if one of them finds nothing to share.
+    """
     if opt.company is None:
         return {}
     device = next(p.device for g in opt.param_groups for p in g["params"])
@@ -185,19 +196,19 @@ def listed_company(opt: MatrixOptimizer) -> dict[dist.ProcessGroup, Listed]:
 
 
 def compare(name: str, listed: dict[dist.ProcessGroup, Listed]) -> None:
-    """Tell all scopes, then raise for the first in which ranks differ."""
+    """Compare with the ranks of every group, then raise for the first group that differs."""
     found = [difference(who, listed[who]) for who in in_order([*listed])]
     if message := next(filter(None, found), ""):
         raise ValueError(f"{name}: {message} (this is rank {dist.get_rank()})")
 
 
 def difference(who: dist.ProcessGroup, mine: Listed) -> str:
-    """How the lists of ranks differ, the same sentence on all of them; or ""."""
+    """Return the sentence, equal on all ranks, that tells how their lists differ; or ""."""
     text = "\n".join([mine.refused, *mine.entries])
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     what = f"parameter {mine.entries[0]} " if mine.entries else ""
     if all(other == digest for other in gathered(who, mine.device, digest, what)):
-        return ""  # and so on every rank
+        return ""  # every rank sees the same digests, so all return here
     ranks = dist.get_process_group_ranks(who)
     told = gathered_objects(who, mine.device, (mine.refused, mine.entries))
     for rank, (refused, _) in zip(ranks, told, strict=True):
@@ -218,13 +229,13 @@ def difference(who: dist.ProcessGroup, mine: Listed) -> str:
 def everywhere(
     opt: MatrixOptimizer, group: dict[str, Any], params: list[Tensor], flags: Tensor
 ) -> Tensor:
-    """`flags` of the parameters, and of their other shards and shared copies."""
+    """Return `flags`, each True only if it is on all ranks that update the parameter together."""
     held: dict[dist.ProcessGroup, list[int]] = {}
     for i, p in enumerate(params):
         for who in holders(opt, p, group):
             held.setdefault(who, []).append(i)
-    for who, rows in held.items():
-        places = torch.tensor(rows).to(flags.device, non_blocking=True)
+    for who, indices in held.items():
+        places = torch.tensor(indices).to(flags.device, non_blocking=True)
         some = flags[places].to(torch.int32)
         with reporting(who):
             dist.all_reduce(some, dist.ReduceOp.MIN, group=who)
@@ -233,7 +244,7 @@ def everywhere(
 
 
 def holders(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> list[dist.ProcessGroup]:
-    """The groups of ranks that must find the same of a gradient, as they update `p` together."""
+    """Return the groups of ranks that update `p` together, so must judge its gradient alike."""
     if is_distributed(p) and sharded_dims(p):
         return [p.device_mesh.get_group(dim) for dim in sharded_dims(p)]
     return [opt.company.group] if shared(opt, p, group) else []

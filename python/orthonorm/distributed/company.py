@@ -1,4 +1,4 @@
-"""Ranks that hold the same whole parameters, as under DDP, and share the work of their steps."""
+"""Shared work: ranks that hold the same whole parameters, as under DDP, divide their steps."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ if TYPE_CHECKING:
 
 
 def share_work(optimizer: MatrixOptimizer, group: dist.ProcessGroup | None = None) -> None:
-    """Have ranks that hold copies of the parameters compute each direction once, at one of them.
+    """Compute each direction once, at one of the ranks that hold copies of the parameters.
 
-    A call and no constructor key, as a process group is no setting that a state dict could hold.
+    This is a call and no constructor argument, because a state dict cannot hold a process group.
 
     Under DDP every rank has all parameters and averaged gradients, and would run Newton-Schulz for
-    all of them. Here each rank updates its momentum, the owner of a matrix computes its direction,
-    an all-gather a bucket brings the directions to all, and every rank applies them with its decay.
-    Ranks keep whole parameters and whole state, the same bits as without: checkpoints are those of
-    one process, by any rank. (On GPUs whose kernels apply a direction before it is rounded, to the
-    rounding of a direction.) Owners are balanced by the cost of Newton-Schulz.
+    all of them. With shared work each rank still updates its momentum, but only the owner of a
+    matrix computes its direction. One all-gather a bucket brings the directions to all ranks. Every
+    rank then applies them with its decay. Owners are balanced by the cost of Newton-Schulz.
 
-    Shared are matrices of rules that state their direction from updates and state alone and iterate
-    for it (Muon, NorMuon, AdaMuon, Scion's spectral norms, MuonEq, SWAN, HybridAuON, TrustRegion;
-    PolarGrad and SteepestDescent of parameters that are no half type); what else a direction
-    writes, as NorMuon's row moments, is gathered with it. All others are computed on every rank, as
-    without: AdamW and the rules of single passes, Conda, SOAP, Shampoo and their like, whose
-    parameters and state would have to travel, groups with `state_dtype` or `telemetry`, compiled
-    steps.
+    Ranks keep whole parameters and whole state, with the same bits as without this call. So any
+    rank can write the checkpoint, and it is that of one process. Some GPU kernels apply a direction
+    before it is rounded; with these, results differ by the rounding of a direction.
+
+    Shared are matrices of rules that iterate for a direction and make it from updates and state
+    alone. These are Muon, NorMuon, AdaMuon, Scion's spectral norms, MuonEq, SWAN, HybridAuON and
+    TrustRegion. PolarGrad and SteepestDescent (norm="linear") share parameters that are no half
+    type. What else a direction writes, such as NorMuon's row moments, is gathered with it.
+
+    Everything else is computed on every rank, as without this call. That is AdamW and the rules of
+    single passes; Conda, SOAP, Shampoo and their like, whose parameters and state would have to
+    travel; groups with `state_dtype` or `telemetry`; and compiled steps.
 
     Parameters are plain tensors, or DTensors that are replicated over just these ranks. Gradients
-    must be equal on all of them, as DDP makes them; before each step ranks compare what they are to
-    update, as sharded ones do. With nonfinite="skip" or "error" what one finds, all do.
+    must be equal on all of them, as DDP makes them. Before each step ranks compare what they are to
+    update, as with sharded parameters. With nonfinite="skip" or "error", a gradient that is not
+    finite on one rank counts as such on all.
 
     Args:
-        optimizer: one of `orthonorm.optim`, on every rank of the group. Copies of it and unpickled
-            ones do not share until they are told to.
-        group: the process group (None: all ranks). Of one rank: nothing is shared.
+        optimizer: one of `orthonorm.optim`, on every rank of the group. Copies and unpickled
+            optimizers share only after a call of their own.
+        group: the process group (None: all ranks). A group of one rank shares nothing.
 
     Raises:
         TypeError: for other optimizers. ValueError: for a group without this rank.
@@ -61,7 +65,7 @@ def share_work(optimizer: MatrixOptimizer, group: dist.ProcessGroup | None = Non
 
 
 def shared(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> bool:
-    """Whether the ranks of the optimizer's company, which all hold `p`, share its work."""
+    """True if the ranks of `share_work` all hold `p` and share its work."""
     if opt.company is None or group["rule"] != "matrix" or torch.compiler.is_compiling():
         return False
     if group["state_dtype"] or group["telemetry"] or opt.prepares:
@@ -70,6 +74,7 @@ def shared(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> bool:
 
 
 def held_by_all(company: Ranks, p: Any) -> bool:
+    """True if `p` is whole on just the ranks of the company; plain tensors are taken to be."""
     if not is_distributed(p):
         return True
     ranks = dist.get_process_group_ranks(company.group)
@@ -77,5 +82,5 @@ def held_by_all(company: Ranks, p: Any) -> bool:
 
 
 def owned(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> bool:
-    """Whether a rank computes the direction of `p` for others."""
+    """True if one rank computes the direction of `p` for others."""
     return meets_owner(p, group) or (opt.company is not None and shared(opt, p, group))

@@ -1,8 +1,7 @@
-"""The two all-to-alls of a bucket: blocks to owners, whole tensors back to blocks; or one gather.
+"""Exchanges of a bucket: all-to-alls of blocks to owners and back, or one all-gather of copies.
 
-Everything travels as bytes, so that one collective carries any mix of dtypes. All are generators
-that yield where their collective is on its way: whoever drives them has something else computed
-meanwhile.
+Everything travels as bytes, so that one collective carries any mix of dtypes. Each exchange is a
+generator that yields once its collective has started. Its caller computes something else meanwhile.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from .agreement import reporting
 from .plan import Bucket
 from .spread import Travel
 
-Tensors = list[list[Tensor]]  # of every item, of every traveler
+Tensors = list[list[Tensor]]  # a list per item, with a tensor per traveler
 
 
 def to_owners(bucket: Bucket, blocks: Tensors) -> Travel[Tensors]:
-    """Whole tensors of the items this rank owns, from the blocks of all."""
+    """Send blocks to the owners, and return whole tensors of the items that this rank owns."""
     me, ranks = bucket.ranks.rank, range(bucket.ranks.size)
     send = [
         b for owner in ranks for x, some in zip(bucket.items, blocks, strict=True)
@@ -42,7 +41,7 @@ def to_owners(bucket: Bucket, blocks: Tensors) -> Travel[Tensors]:
 
 
 def from_owners(bucket: Bucket, whole: Tensors, blocks: Tensors) -> Travel[None]:
-    """Write the blocks of every item from the whole tensors at its owner."""
+    """Send whole tensors back from their owners, and write them into this rank's blocks."""
     me, ranks = bucket.ranks.rank, range(bucket.ranks.size)
     mine = [
         (t, w) for x, some in zip(bucket.owned(me), whole, strict=True)
@@ -62,7 +61,7 @@ def as_bytes(t: Tensor) -> Tensor:
 
 
 def read(buffer: Tensor, tensors: Iterable[Tensor]) -> None:
-    """Fill tensors one after the other; bytes are copied, so no offset need be aligned."""
+    """Fill tensors one after the other. Bytes are copied, so offsets need no alignment."""
     start = 0
     for t in tensors:
         dense = t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=t.device)
@@ -76,6 +75,7 @@ def read(buffer: Tensor, tensors: Iterable[Tensor]) -> None:
 def all_to_all(
     bucket: Bucket, tensors: Sequence[Tensor], sent: list[int], received: list[int]
 ) -> Travel[Tensor]:
+    """Return the bytes that this rank receives; `sent` and `received` count them by rank."""
     device = bucket.items[0].param.device
     empty = torch.empty(0, dtype=torch.uint8, device=device)
     packed = torch.cat([empty, *map(as_bytes, tensors)])
@@ -90,14 +90,14 @@ def all_to_all(
 
 
 def all_gather(bucket: Bucket, tensors: Iterable[Tensor]) -> Travel[Tensor]:
-    """What every rank sends, the bytes of a rank in a row: as many as of the one with the most."""
+    """Return (ranks, bytes): what every rank sends, padded to the most that any of them sends."""
     device, size = bucket.items[0].param.device, bucket.gathered
     packed = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *map(as_bytes, tensors)])
-    assert packed.numel() == bucket.found(bucket.ranks.rank)  # `pad` would cut what is more
+    assert packed.numel() == bucket.found(bucket.ranks.rank)  # `pad` would cut off the rest
     mine = F.pad(packed, (0, size - packed.numel()))
     everyone = torch.empty(bucket.ranks.size * size, dtype=torch.uint8, device=device)
     group = bucket.ranks.group
-    # torch 2.13's name for what is deprecated there
+    # torch 2.13 has the new name and deprecates the old one
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with reporting(group):
         work = gather(everyone, mine, group=group, async_op=True)
@@ -108,10 +108,10 @@ def all_gather(bucket: Bucket, tensors: Iterable[Tensor]) -> Travel[Tensor]:
 
 
 def interleaved(travels: Iterable[Travel[None]]) -> None:
-    """Run them all, one beginning while those before it are under way.
+    """Run all exchanges, each starting while earlier ones are under way.
 
-    Where one waits for its collective, that of the next has been started. All ranks do so in the
-    same order.
+    When one waits for its collective, the next one's has been started. All ranks keep the same
+    order.
     """
     waiting, active = list(travels), list[Travel[None]]()
     while waiting or active:

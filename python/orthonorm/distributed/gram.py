@@ -1,9 +1,9 @@
 """Updates of matrices that are cut along their long side, by sums of their Gram matrices.
 
-Every rank makes the Gram matrix of its part (n x n, n the short side), all compute the same from
-their sum and apply it to their parts: updates travel nowhere. A rule has its part in one of two
-ways: its direction is a polar factor and what `after_polar` makes of it (Muon, Scion, NorMuon), or
-its `prepare` takes Gram matrices from `batch.spread` and its `update` acts on the lines of the long
+Every rank makes the Gram matrix of its part (n x n, n the short side). From the sum all ranks
+compute the same factor and apply it to their parts: updates travel nowhere. A rule can take part in
+two ways. Its direction is a polar factor, followed by `after_polar` (Muon, Scion, NorMuon). Or its
+`prepare` sums Gram matrices over `batch.spread`, and its `update` acts on each line of the long
 side alone (Conda, one-sided SOAP).
 """
 
@@ -31,10 +31,10 @@ States = list[dict[str, Any]]
 
 
 def spread_of(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
-    """The item, told over which ranks to sum its Gram matrix where that is the way.
+    """Return the item, with `spread` set if its ranks are to sum Gram matrices.
 
-    Only with method="gram", and where less is sent so: every rank then computes for every matrix
-    what owners share out, and the bits are no longer those of one process.
+    This needs method="gram", and that less is sent than with owners. Every rank then computes for
+    every matrix, work that owners would divide. Results are no longer one process's bit for bit.
     """
     p: Any = item.param
     if group.get("method") != "gram" or not (opt.on_shards(group) or opt.on_lines(group)):
@@ -44,11 +44,11 @@ def spread_of(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
         return item
     if p.shape[p.placements[dims[0]].dim] == min(p.shape):
         return item
-    sums = opt.sums(p, group, 2)  # an ordinary step: a refresh, if it is rare, is at the first
+    sums = opt.sums(p, group, 2)  # step 2 is an ordinary one: rare refreshes begin with step 1
     if sums is None:
         return item
     among, ranks = p.device_mesh.size(dims[0]), range(len(item.replicas))
-    both_ways = 2 * sum(sums.bytes) * (among - 1) / among  # a rank's, in a ring
+    both_ways = 2 * sum(sums.bytes) * (among - 1) / among  # bytes that a rank sends in a ring
     to = sum(t.bytes(r) for r in ranks[1:] if item.sends(r) for t in item.travelers)
     back = sum(t.bytes(r) for r in ranks[1:] for t in item.travelers if t.returns)
     if both_ways >= (to + back) / len(ranks):
@@ -57,7 +57,7 @@ def spread_of(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
 
 
 def iterated_dtype(p: Any, dtype: torch.dtype, polynomial: Polynomial) -> torch.dtype:
-    """That in which one process would iterate the update, of `dtype`, of a parameter."""
+    """Return the dtype in which one process would iterate an update of `p` that has `dtype`."""
     like = torch.empty(1, dtype=dtype, device=p.device).expand(p.shape)
     triples = triples_of(polynomial.coefficients)
     return choose(like, triples, polynomial.restarts, "gram", polynomial.precision).dtype
@@ -70,7 +70,7 @@ def directions(
     blocks: list[Tensor],
     group: dict[str, Any],
 ) -> Travel[None]:
-    """Replace the updates in `blocks`, this rank's parts, by the directions."""
+    """Replace the updates in `blocks` (this rank's parts of the matrices) by their directions."""
     p, spread = opt.polar_first(bucket.items[0].param, group), bucket.spread
     assert p is not None and spread is not None
     norms = yield from spread.norms(blocks)
@@ -95,21 +95,21 @@ def directions(
 
 
 def rows_cut(p: Any) -> bool:
-    """Whether rows are shared out, so that columns are the short side."""
+    """True if the ranks divide the rows, so that columns are the short side."""
     return bool(p.placements[sharded_dims(p)[0]].dim % 2 == 0)
 
 
-# ---- small state: every matrix's, zero but for the block that this rank keeps --------------------
+# ---- small state: whole tensors of each matrix, zero outside the block that this rank keeps ------
 
 Small = list[
     dict[str, tuple[Tensor, Tensor, Traveler]]
-]  # name: whole tensor, kept block, its place
+]  # of every item, by name: whole tensor, this rank's state, its traveler
 
 
 def small_state(
     opt: MatrixOptimizer, bucket: Bucket, states: States, group: dict[str, Any]
 ) -> Small:
-    """Tensors whose sums over the ranks are the state of `matrix_state`."""
+    """Return tensors whose sums over the ranks are the whole tensors of `matrix_state`."""
     found: Small = []
     for item, state in zip(bucket.items, states, strict=True):
         ((_, named),) = matrix_shapes(opt, item.param, group)
@@ -126,7 +126,7 @@ def small_state(
 
 
 def keep(small: Small, rank: int) -> None:
-    """Write this rank's blocks of the whole tensors."""
+    """Copy this rank's blocks of the whole tensors into its state."""
     for some in small:
         for t, kept, place in some.values():
             kept.copy_(place.block(t, rank))
@@ -136,7 +136,7 @@ def keep(small: Small, rank: int) -> None:
 
 
 def update_lines(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Travel[None]:
-    """The whole update on this rank's part of every matrix, with the short sides' state whole."""
+    """Make the whole update of this rank's parts; state of the short sides is summed first."""
     states: States = [opt.state[x.param] for x in bucket.items]
     small, spread = small_state(opt, bucket, states, group), bucket.spread
     assert spread is not None
@@ -164,7 +164,7 @@ def update_lines(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) ->
     if opt.counts_steps:
         for state in states:
             state["step"] = state.get("step", 0) + 1
-    opt.update(batch, {**group, "telemetry": 0})  # which measures matrices, not parts of them
+    opt.update(batch, {**group, "telemetry": 0})  # off: it measures whole matrices, not parts
     keep(small, bucket.ranks.rank)
     for t, longer in originals:
         if longer is not t:
@@ -172,7 +172,7 @@ def update_lines(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) ->
 
 
 def lengthened(t: Tensor, p: Any) -> Tensor:
-    """A part whose long side is the matrix's: of few lines, with zeros after them."""
+    """Return the part with zero lines appended, so that its long side is that of the matrix."""
     rows, columns = t.shape
     if rows_cut(p):
         return t if rows >= columns else F.pad(t, (0, 0, 0, columns - rows))

@@ -1,8 +1,8 @@
-"""Before its first collective an optimizer meets its peers in the store of the process group.
+"""A comparison of ranks in the process group's store, before an optimizer's first collective.
 
-Ranks that place a parameter on different meshes, or some of which need no exchange for it, would
-wait in different collectives. In the store none waits for what another does not do: a rank leaves
-what it holds there, and compares it with what the others of its meshes have left.
+Ranks would wait in different collectives if they place a parameter on different meshes, or if only
+some of them exchange it. The store needs no matching calls. Each rank writes what it holds there,
+and compares it with what the other ranks of its meshes have written.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .company import shared
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
-FIRST = 10.0  # seconds for all ranks to come to the first step; who is later is not compared with
-HEEDS = 60.0  # seconds for which a rank that shares nothing asks whether others thought it would
+FIRST = 10.0  # seconds for ranks to come to the first step; later ones are not compared
+HEEDS = 60.0  # seconds in which a rank that shares nothing still looks for objections of others
 NONE = "none that both are to hold"
 
 
 class Entry(NamedTuple):
-    """A parameter, and the ranks of its mesh, if it is shared."""
+    """A parameter's label and description, and the ranks of its mesh if there are several."""
 
     label: str
     text: str
@@ -37,17 +37,17 @@ class Entry(NamedTuple):
 
 
 class Unshared(NamedTuple):
-    """A rank that shares nothing waits for no one; it raises what others say of it meanwhile."""
+    """State of a rank that shares nothing: it does not wait, but raises if others object."""
 
-    objection: str  # where in the store
-    until: float
+    objection: str  # key in the store
+    until: float  # time.monotonic()
 
 
-Digests = dict[str, list[int]]  # of the entries of a mesh: its ranks
+Digests = dict[str, list[int]]  # by the digest of a mesh's entries: its ranks
 
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
-    # what decides the way, and what travels on it
+    # settings that decide whether and how the parameter travels
     keys = ("flatten", "split", "heads", "method", "decay", "constraint", "state_dtype")
     views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
     place = "a plain tensor"
@@ -62,11 +62,13 @@ def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) ->
 
 
 def meet(opt: MatrixOptimizer) -> None:
-    """Raise on every rank of whose meshes one has the same parameters otherwise; once.
+    """Raise ValueError if a rank on one of this rank's meshes describes parameters differently.
 
-    A few small values a rank in the store, and no collective. Ranks know each other's optimizer by
-    the names of its shared parameters, or else of all. One that does not come in time, or that has
-    others, is left to the collectives, which tell what is gone or more.
+    Each rank writes digests and compressed descriptions into the store; there is no collective. An
+    optimizer that has passed is not compared again. Ranks find each other's optimizer by the names
+    of its shared parameters, or else of all its parameters. A rank that is late, or has other
+    names, is not compared here: the collectives then report that it is missing, or what it has
+    more.
     """
     if opt.met is True or torch.compiler.is_compiling() or not in_company():
         return
@@ -96,13 +98,16 @@ def meet(opt: MatrixOptimizer) -> None:
 
 
 def in_company() -> bool:
-    """Whether there is a store that other ranks see; that of the backend "fake" keeps nothing."""
+    """True if there is a store that other ranks see; that of the backend "fake" keeps nothing."""
     there = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return there and dist.get_backend() != "fake"
 
 
 def heed(opt: MatrixOptimizer, store: Any, me: int) -> Unshared | bool:
-    """Whether a rank that shares nothing is past its time to hear what others say of that."""
+    """Return True once the time for objections is over, else the unchanged `Unshared`.
+
+    Raise ValueError if other ranks have found a difference.
+    """
     assert isinstance(opt.met, Unshared)
     if store.check([opt.met.objection]):
         text = store.get(opt.met.objection).decode()
@@ -112,7 +117,7 @@ def heed(opt: MatrixOptimizer, store: Any, me: int) -> Unshared | bool:
 
 
 def places_of(store: Any, me: int, lists: list[list[Entry]]) -> list[str]:
-    """Where those meet who have parameters of these names, each list's, for the nth time."""
+    """Return store key prefixes for this optimizer's n-th meeting, one per parameter list."""
     labels = [sorted(entry.label for entry in some) for some in lists]
     names = dict.fromkeys(f"orthonorm/first/{digest(some)}" for some in labels)
     return [f"{name}/{store.add(f'{name}/times/{me}', 1)}/" for name in names]
@@ -126,7 +131,7 @@ def entries(opt: MatrixOptimizer) -> list[Entry]:
 
 
 def entry(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> Entry:
-    """A mesh of one rank is not shared."""
+    """Return the entry of `p`, without ranks if no other rank shares it."""
     label = opt.label(group, index)
     if shared(opt, p, group):
         ranks = tuple(dist.get_process_group_ranks(opt.company.group))
@@ -138,6 +143,7 @@ def entry(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> En
 
 
 def digests(some: list[Entry]) -> Digests:
+    """Return the ranks of every mesh by the digest of the entries on it."""
     texts: dict[tuple[int, ...], list[str]] = {}
     for entry in some:
         texts.setdefault(entry.ranks, []).append(entry.text)
@@ -149,7 +155,7 @@ def digest(lines: list[str]) -> str:
 
 
 def arrived(store: Any, places: list[str], peers: list[int]) -> dict[int, str]:
-    """Those that have left what they hold, as soon as all have, and where."""
+    """Return prefixes by rank, for ranks that have written; wait up to FIRST seconds for all."""
     try:
         store.wait([f"{places[0]}{r}" for r in peers], timedelta(seconds=FIRST))
     except RuntimeError:
@@ -159,21 +165,22 @@ def arrived(store: Any, places: list[str], peers: list[int]) -> dict[int, str]:
 
 
 def differs(mine: Digests, theirs: Digests, me: int, other: int) -> bool:
-    """Whether a rank has something else on the meshes that we both are on."""
+    """True if another rank has other entries on the meshes that hold both it and this rank."""
     both = {text for text, ranks in theirs.items() if me in ranks}
     return both != {text for text, ranks in mine.items() if other in ranks}
 
 
 def left(store: Any, place: str, rank: int) -> list[Entry]:
+    """Return the entries that a rank has written to the store."""
     data = zlib.decompress(bytes.fromhex(store.get(f"{place}{rank}/entries").decode()))
     return [Entry(label, text, tuple(ranks)) for label, text, ranks in json.loads(data)]
 
 
 def sentence(store: Any, came: dict[int, str], good: list[int], bad: int, me: int) -> str:
-    """How the first rank that has what I have, and the first that has not, differ."""
+    """Return how rank `bad` differs from the first rank of `good` with which it shares meshes."""
     held_by = {bad: left(store, came[bad], bad)}
     a = me
-    for a in (*good, me):  # some may share no mesh with the bad one
+    for a in (*good, me):  # some may share no mesh with `bad`
         held_by[a] = left(store, came[a], a)
         if common(held_by[a], bad) != common(held_by[bad], a):
             break
@@ -192,4 +199,5 @@ def sentence(store: Any, came: dict[int, str], good: list[int], bad: int, me: in
 
 
 def common(some: list[Entry], rank: int) -> list[Entry]:
+    """Return the entries on meshes that hold `rank`, without their ranks."""
     return [Entry(x.label, x.text) for x in some if rank in x.ranks]

@@ -1,4 +1,4 @@
-"""Which rank computes which matrix: buckets of sharded parameters and their owners."""
+"""Plan of a step: buckets of parameters that travel together, and the owner of each."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from ..optim.tensors import Box, Ranks, ranks_of
 from .spread import Spread
 
-BUCKET = 2**27  # bytes of whole matrices a rank holds at a time; one parameter may be more
+BUCKET = 2**27  # bytes of whole matrices a rank holds at a time; one parameter may exceed it
 
 
 class Traveler(NamedTuple):
-    """A tensor that is whole at its owner while it computes, and what each rank holds of it."""
+    """A tensor that is whole at its owner while that computes, and the block of each rank."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     boxes: tuple[Box, ...]
-    returns: bool = True  # whether the owner changes it
+    returns: bool = True  # True if the owner changes it, and sends it back
 
     def block(self, t: Tensor, rank: int) -> Tensor:
-        """A rank's block of the whole tensor."""
+        """Return a rank's block of the whole tensor, as a view."""
         for dim, (start, length) in enumerate(self.boxes[rank]):
             t = t.narrow(dim, start, length)
         return t
@@ -39,22 +39,22 @@ class Traveler(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A sharded parameter, and what of it travels."""
+    """A parameter that is sharded or shared, and its tensors that travel."""
 
     param: Tensor
     travelers: tuple[Traveler, ...]
     replicas: tuple[Hashable, ...]  # ranks of equal entries hold a whole parameter together
     cost: float  # multiply-adds of one product with the short side, of all its matrices
     owner: int = 0
-    spread: Spread | None = None  # in place of an owner: the ranks that sum its Gram matrix
-    company: Ranks | None = None  # where all hold it whole: what the owner finds, all gather
+    spread: Spread | None = None  # if set: ranks sum its Gram matrix, it has no owner
+    company: Ranks | None = None  # if set: all hold it whole, and gather directions
 
     @property
     def ranks(self) -> Ranks:
         return self.company or ranks_of(self.param)
 
     def sends(self, holder: int) -> bool:
-        """Whether the owner has its block from this holder, not from one with a copy."""
+        """True if this holder sends its block to the owner, not another with a copy of it."""
         return self.replicas[holder] == self.replicas[self.owner]
 
 
@@ -73,29 +73,30 @@ class Bucket(NamedTuple):
 
     @property
     def copies(self) -> bool:
+        """True if all ranks hold the parameters whole (`share_work`)."""
         return self.items[0].company is not None
 
     def found(self, owner: int) -> int:
-        """Bytes that an owner of what all hold sends to each of the others."""
+        """Return the bytes that an owner in a bucket of copies sends to each other rank."""
         return sum(t.whole_bytes for x in self.owned(owner) for t in x.travelers)
 
     @property
     def gathered(self) -> int:
-        """Bytes of each rank in the gather of what owners have found: as many as of the most."""
+        """Bytes of each rank in the gather of a bucket of copies: the most that any owner sends."""
         return max(map(self.found, range(self.ranks.size)))
 
     def outbound(self, holder: int, owner: int) -> int:
-        """Bytes that a holder of blocks sends to an owner."""
+        """Return the bytes that a holder of blocks sends to an owner."""
         sent = [x for x in self.owned(owner) if x.sends(holder)]
         return sum(t.bytes(holder) for x in sent for t in x.travelers)
 
     def inbound(self, owner: int, holder: int) -> int:
-        """Bytes that an owner sends back to a holder."""
+        """Return the bytes that an owner sends back to a holder."""
         return sum(t.bytes(holder) for x in self.owned(owner) for t in x.travelers if t.returns)
 
 
 def traveler(p: Any, ranks: Ranks, returns: bool = True) -> Traveler:
-    """A tensor of the parameter's shape and placement."""
+    """Return a traveler of the parameter's shape, strides, dtype and placement."""
     boxes = ranks.boxes(p.shape, p.placements)
     return Traveler(tuple(p.shape), tuple(p.stride()), p.dtype, boxes, returns)
 
@@ -103,22 +104,24 @@ def traveler(p: Any, ranks: Ranks, returns: bool = True) -> Traveler:
 def state_traveler(
     dtype: torch.dtype, ranks: Ranks, shape: Sequence[int], placements: Sequence[Any]
 ) -> Traveler:
-    """State of a matrix, placed as tensors.state_placements says."""
+    """Return a traveler for state of a matrix, placed by tensors.state_placements."""
     strides = torch.empty(tuple(shape), device="meta").stride()
     return Traveler(tuple(shape), tuple(strides), dtype, ranks.boxes(shape, placements))
 
 
 def cost(pieces: list[Tensor]) -> float:
-    """Newton-Schulz grows with short^2 x long."""
+    """Return the sum of short^2 x long, to which Newton-Schulz's time is proportional."""
     return float(sum(x.numel() * min(x.shape[-2:]) for x in pieces))
 
 
 def buckets(
     items: Iterable[Item], alike: Callable[[Tensor], Hashable], limit: int = BUCKET
 ) -> list[Bucket]:
-    """Costly parameters first, so that those of a bucket are of a size and their owners balance.
+    """Divide items into buckets of one kind each, with owners.
 
-    However large they are, a bucket has one for every rank: with fewer, some would wait for others.
+    Costly items come first, so that a bucket's items are of similar size and owners balance. A
+    bucket is full at `limit` bytes per rank, but not before it has an item for every rank: with
+    fewer, some ranks would wait for others. The last bucket of a kind may be smaller.
     """
     kinds: dict[Hashable, list[Item]] = {}
     for item in items:
@@ -126,7 +129,7 @@ def buckets(
         dtype = p.dtype if spread or item.company else None
         key = (item.ranks, alike(p), spread, dtype, item.company is not None)
         kinds.setdefault(key, []).append(item)
-    found, loads = [], dict[Ranks, list[float]]()
+    made, loads = [], dict[Ranks, list[float]]()
     for kind in kinds.values():
         ranks, filled = kind[0].ranks, 0
         load = loads.setdefault(ranks, [0.0] * ranks.size)
@@ -134,19 +137,19 @@ def buckets(
         for item in sorted(kind, key=lambda x: -x.cost):
             size = sum(t.whole_bytes for t in item.travelers)
             if len(bucket) >= ranks.size and filled + size > limit * ranks.size:
-                found.append(Bucket(ranks, balanced(bucket, load)))
+                made.append(Bucket(ranks, balanced(bucket, load)))
                 bucket, filled = [], 0
             bucket.append(item)
             filled += size
-        found.append(Bucket(ranks, balanced(bucket, load)))
-    return found
+        made.append(Bucket(ranks, balanced(bucket, load)))
+    return made
 
 
 def balanced(items: list[Item], loads: list[float]) -> tuple[Item, ...]:
-    """Owners by longest processing time first: each to the rank with the least work so far.
+    """Give each item, costly ones first, to the rank with the least work so far.
 
-    `loads` is the ranks' work in all buckets: it is added to, or what is over in each would always
-    be the first rank's.
+    `loads` is the work of each rank in all buckets so far; it is updated. Balancing each bucket on
+    its own would always give the surplus to the first rank.
     """
     placed = []
     for item in items:

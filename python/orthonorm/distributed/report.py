@@ -1,4 +1,4 @@
-"""What a step sends: predicted from the plan, before any step."""
+"""Bytes and collectives of a step, predicted from the plan before any step."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 
 
 class Communication(NamedTuple):
-    """Of one rank and one step in which every parameter has a gradient.
+    """Communication of one rank in one step in which every parameter has a gradient.
 
-    buckets: how many buckets of sharded matrices have owners, with two all-to-alls each.
-    sent, received: bytes that this rank exchanges with others in them.
-    summed: bytes of Gram matrices and what belongs to them in all-reduces, which a ring sends up to
-        twice; of the next step, as rules may sum more at a refresh.
-    local: parameters updated without communication.
-    launches: collectives in all: all-to-alls, gathers of 8 bytes by which ranks agree (one a step,
-        one a bucket whose whole update is at owners, and one where ranks decompose matrices of
-        experts beside), sums of Gram matrices and the gather of
-        a norm before them, and, with nonfinite="skip" or "error", reductions of one flag a
-        parameter.
-    work: this rank's share of the multiply-adds of Newton-Schulz that is shared out; 1 / ranks is
-        even.
-    gathers: buckets of what all ranks hold (`share_work`), with one all-gather each, whose bytes
-        are in `sent` and `received`: of each rank as many as of the one that sends most.
+    buckets: number of buckets of sharded matrices with owners; each takes two all-to-alls.
+    sent, received: bytes that this rank exchanges with other ranks in these and in `gathers`.
+    summed: bytes of all-reduces of Gram matrices and of state that is summed with them. A ring
+        sends them up to twice. They are those of the next step: a refresh may sum more.
+    local: number of parameters that no bucket of either kind steps.
+    launches: number of all collectives. These are the all-to-alls and all-gathers of buckets, and
+        sums of Gram matrices with the gather of a norm before them. Gathers of 8 bytes let ranks
+        agree: one a step for every process group that must agree, one for every bucket whose whole
+        update is at owners, and one per param group in which ranks also decompose matrices of their
+        own experts. With nonfinite="skip" or "error", flags of parameters are reduced, once for
+        every process group.
+    work: this rank's share of the multiply-adds of Newton-Schulz that owners divide; 1 / ranks is
+        an even share.
+    gathers: number of buckets of parameters that all ranks hold (`share_work`). Each takes one
+        all-gather, in which every rank sends as many bytes as the one that sends most.
     """
 
     buckets: int
@@ -51,7 +52,7 @@ class Communication(NamedTuple):
 
 
 def comm_report(optimizer: MatrixOptimizer) -> Communication:
-    """Predicted bytes and collectives of a step on this rank; communicates nothing.
+    """Predict bytes and collectives of a step on this rank, without communication.
 
     Args:
         optimizer: one of `orthonorm.optim`; `print` shows the result as a sentence.
@@ -92,7 +93,7 @@ def comm_report(optimizer: MatrixOptimizer) -> Communication:
 
 
 def sums_of(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> list[Sums]:
-    """What the next step sums of a bucket."""
+    """Return what the next step sums of every item of a bucket."""
     found = []
     for x in bucket.items:
         step = opt.state.get(x.param, {}).get("step", 0) + 1 if opt.counts_steps else 1
@@ -103,6 +104,7 @@ def sums_of(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> list
 
 
 def reductions(opt: MatrixOptimizer, group: dict[str, Any]) -> int:
+    """Return the number of all-reduces by which ranks judge gradients in a param group."""
     if group["nonfinite"] == "propagate":
         return 0
     return len({who for p in group["params"] for who in holders(opt, p, group)})

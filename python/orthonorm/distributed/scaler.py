@@ -1,4 +1,4 @@
-"""torch.amp.GradScaler where parameters are DTensors of several kinds, or beside plain ones."""
+"""torch.amp.GradScaler for DTensors on several meshes, or beside plain parameters."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.amp import grad_scaler  # whose name torch.amp itself does not export in torch 2.11
+from torch.amp import grad_scaler  # torch.amp does not export this name in torch 2.11
 
 from ..optim.tensors import local
 
 
 class GradScaler(grad_scaler.GradScaler):
-    """torch's, with a step that all ranks make or none does.
+    """torch.amp.GradScaler with a step that all ranks make or all skip.
 
-    torch's own (2.13) refuses DTensors beside plain parameters (tensor parallelism, experts), and
-    asks only the ranks of the first parameter's mesh for infinities: under FSDP2 over tensor
-    parallelism others may then step where these skip. Here every rank looks at what it holds, and
-    one number is reduced over all.
+    torch's own class (2.13) refuses DTensors beside plain parameters (tensor parallelism, experts).
+    It also asks only the ranks of the first parameter's mesh for infinities. Under FSDP2 over
+    tensor parallelism, other ranks may then step where these skip. Here every rank looks at what it
+    holds, and one number is reduced over all.
 
     Args:
-        device, **settings: torch.amp.GradScaler's.
+        device, **settings: arguments of torch.amp.GradScaler.
         group: the process group whose ranks step together; None: all.
     """
 
@@ -43,13 +43,14 @@ class GradScaler(grad_scaler.GradScaler):
 
 
 class Local:
-    """An optimizer of this rank's blocks, as far as a scaler looks at one."""
+    """Stand-in for an optimizer of this rank's blocks, with the one attribute a scaler reads."""
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self.param_groups = [{"params": [*map(block, group["params"])]} for group in groups]
 
 
 def block(p: Tensor) -> Tensor:
+    """Return this rank's block of `p`, with this rank's block of its gradient."""
     mine: Tensor = local(p.detach())
     mine.grad = None if p.grad is None else local(p.grad.detach())
     return mine

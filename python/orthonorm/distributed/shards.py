@@ -1,4 +1,4 @@
-"""The update of sharded parameters: rows of this rank, whole matrices at their owners."""
+"""The update of sharded parameters: this rank's rows here, whole matrices at their owners."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ FLAT = {"flatten": True}
 
 
 def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
-    """Buckets of sharded parameters; the same on every rank that agrees on the parameters."""
+    """Return the buckets of sharded parameters, and make state that is missing.
+
+    Buckets are kept until parameters or settings change. They are the same on every rank that
+    agrees on the parameters.
+    """
     kinds = [opt.alike(p, group) for p in params]
     settings = [
         group.get(k) for k in (*VIEW_DEFAULTS, "method", "mantissa", "state_dtype", "constraint")
@@ -60,7 +64,7 @@ def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
         return copies.item_of(opt, p, group)
     shapes, ranks = matrix_shapes(opt, p, group), ranks_of(p)
     like, dtype = traveler(p, ranks), working_dtype(p, group)
-    working = like._replace(dtype=dtype)  # updates, and state of the parameter's shape
+    working = like._replace(dtype=dtype)  # for updates, and state of the parameter's shape
     first = [working] if opt.on_shards(group) else [like, traveler(p, ranks, returns=False)]
     states = [
         state_traveler(dtype, ranks, shape, state_placements(p, x.dim() - 2))
@@ -72,7 +76,7 @@ def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
 
 
 def traveling(opt: MatrixOptimizer, group: dict[str, Any]) -> list[str]:
-    """Elementwise state that owners need: not the momentum, where it works on rows."""
+    """Return keys of elementwise state that owners need; not the momentum if shards update it."""
     skipped = opt.momentum_key if opt.on_shards(group) else None
     return [key for key in opt.elementwise_state(group) if key != skipped]
 
@@ -82,6 +86,7 @@ def update(opt: MatrixOptimizer, plan: list[Bucket], group: dict[str, Any]) -> N
 
 
 def way(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Callable[..., Travel[None]]:
+    """Return the function that updates a bucket."""
     if bucket.copies:
         return copies.update
     if opt.on_shards(group):
@@ -93,6 +98,7 @@ def way(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Callable
 
 
 def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Travel[None]:
+    """Update this rank's rows; owners, or sums of Gram matrices, give their directions."""
     device = bucket.items[0].param.device
     states: list[dict[str, Any]] = [opt.state[x.param] for x in bucket.items]
     count(opt, states)
@@ -123,6 +129,7 @@ def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> 
 
 
 def count(opt: MatrixOptimizer, states: list[dict[str, Any]]) -> None:
+    """Add 1 to the step count of every state, if the rule counts steps."""
     if opt.counts_steps:
         for state in states:
             state["step"] = state.get("step", 0) + 1
@@ -131,7 +138,7 @@ def count(opt: MatrixOptimizer, states: list[dict[str, Any]]) -> None:
 def state_of(
     opt: MatrixOptimizer, item: Item, state: dict[str, Any], keys: list[str], group: dict[str, Any]
 ) -> list[Tensor]:
-    """The state that travels, in the order of the item's travelers."""
+    """Return the state that travels, in the order of the item's travelers."""
     named = [key for _, names in matrix_shapes(opt, item.param, group) for _, key, _ in names]
     return [state[key] for key in (*keys, *named)]
 
@@ -143,7 +150,10 @@ def shard_rows(
     blocks: list[Tensor],
     group: dict[str, Any],
 ) -> tuple[Batch, list[float]]:
-    """This rank's rows of every matrix, with the matrix's factor; `owners` are rows of `blocks`."""
+    """Return this rank's rows of every matrix, and the factor of each such matrix.
+
+    In this batch `owners` holds the rows of `blocks`, to which the updates are written.
+    """
     rows, factors = Batch([], [], {}, [], []), []
     for item, state, block in zip(bucket.items, states, blocks, strict=True):
         p, data = item.param, local(item.param)
@@ -169,19 +179,22 @@ def shard_rows(
 
 
 def cuts(bucket: Bucket, item: Item, group: dict[str, Any]) -> list[tuple[Tensor, int, int]]:
-    """(matrix, first row, rows) of this rank's shard: its part of every matrix of a parameter."""
+    """Return (matrix, first row, number of rows) of this rank's part of every matrix.
+
+    Rows are counted in the shard. A matrix of which this rank has no row has 0 of them.
+    """
     p = item.param
     pieces = matrices(whole(p), whole(p), group)
     first, count = item.travelers[0].boxes[bucket.ranks.rank][0]
     if len(pieces) == 1:
         return [(pieces[0], 0, count)]
-    found, begin = [], 0
+    parts, begin = [], 0
     for x in pieces:
         end = begin + x.shape[:-1].numel()
         low, high = max(begin, first), min(end, first + count)
-        found.append((x, low - first, max(0, high - low)))
+        parts.append((x, low - first, max(0, high - low)))
         begin = end
-    return found
+    return parts
 
 
 def directions(
@@ -195,17 +208,17 @@ def directions(
     batch = whole_matrices(opt, bucket, states, owned, group)
     batch = batch._replace(grads=batch.params)
     for part in work_parts(batch.params):
-        some = batch.part([i for rows in part for i in rows])
-        stacks = [torch.stack([batch.params[i] for i in rows]) for rows in part]
-        found = opt.direction(Updates(stacks), some, group)
-        torch._foreach_copy_(some.params, found.matrices)
+        some = batch.part([i for indices in part for i in indices])
+        stacks = [torch.stack([batch.params[i] for i in indices]) for indices in part]
+        results = opt.direction(Updates(stacks), some, group)
+        torch._foreach_copy_(some.params, results.matrices)
 
 
 # ---- everything at owners ------------------------------------------------------------------------
 
 
 def update_whole(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Travel[None]:
-    """The whole update at owners: parameters, gradients and all state travel to them."""
+    """Make the whole update at owners: parameters, gradients and all state travel to them."""
     states: list[dict[str, Any]] = [opt.state[x.param] for x in bucket.items]
     keys, carried = traveling(opt, group), []
     for x, state in zip(bucket.items, states, strict=True):
@@ -230,25 +243,25 @@ def whole_matrices(
     owned: Tensors,
     group: dict[str, Any],
 ) -> Batch:
-    """What a rule sees of the owned parameters; `params` are the updates where only they travel."""
+    """Return the batch of owned matrices; its `params` are the updates if only those travel."""
     batch, rank = Batch([], [], {}, [], []), bucket.ranks.rank
-    keys, rows = traveling(opt, group), opt.on_shards(group)
+    keys, only_updates = traveling(opt, group), opt.on_shards(group)
     mine = [s for x, s in zip(bucket.items, states, strict=True) if x.owner == rank]
     for item, state, tensors in zip(bucket.owned(rank), mine, owned, strict=True):
         named = [name for _, named in matrix_shapes(opt, item.param, group) for name, *_ in named]
-        first, rest = tensors[0], tensors[1 if rows else 2 :]
+        first, rest = tensors[0], tensors[1 if only_updates else 2 :]
         pieces = matrices(first, first, group)
         batch.params.extend(pieces)
-        if not rows:
+        if not only_updates:
             grad = tensors[1].float() if widened(item.param, group) else tensors[1]
             batch.grads.extend(matrices(grad, first, group))
         batch.owners.extend([item.param] * len(pieces))
-        step = state.get("step", 0) + (not rows) if opt.counts_steps else 0
+        step = state.get("step", 0) + (not only_updates) if opt.counts_steps else 0
         batch.steps.extend([step] * len(pieces))
         for key, t in zip(keys, rest, strict=False):
             batch.state.setdefault(key, []).extend(matrices(t, first, group))
         for name, t in zip(named, rest[len(keys) :], strict=True):
             batch.state.setdefault(name, []).append(t)
-    if group["maximize"] and not rows:
+    if group["maximize"] and not only_updates:
         batch = batch._replace(grads=[-g for g in batch.grads])
     return batch

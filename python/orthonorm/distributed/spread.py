@@ -1,8 +1,8 @@
-"""Matrices cut along their long side: what their ranks sum in place of sending them.
+"""Matrices cut along their long side: ranks sum small matrices instead of sending these.
 
 Every rank has a part of each matrix's long side. Norms, Gram matrices of the short side and small
-state are summed over the ranks, half of every symmetric matrix; all else is local. Generators yield
-where a collective is on its way, `finished` waits for them.
+state are summed over the ranks; of a symmetric matrix, half is sent. All else is local. Generators
+yield once a collective has started; `finished` waits for their end.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from ..ops.words import Triples, segments
 from .agreement import reporting
 
 T = TypeVar("T")
-Travel = Generator[None, None, T]  # yields where a collective is on its way
+Travel = Generator[None, None, T]  # yields once a collective has started
 
 
 class Sums(NamedTuple):
-    """What a step sums of one matrix: the bytes of every all-reduce; gathers of its norm."""
+    """Bytes of every all-reduce that a step needs for one matrix, and number of norm gathers."""
 
     bytes: tuple[int, ...]
     norms: int = 0
 
 
 def sum_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype in which ranks sum tensors of the dtype of `p`."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 class Spread(NamedTuple):
-    """The ranks among which the long sides of matrices are cut."""
+    """The ranks that divide the long sides of matrices."""
 
     group: dist.ProcessGroup
 
     def sums(self, tensors: Sequence[Tensor]) -> Travel[list[Tensor]]:
-        """The sums of equal tensors of all ranks: one all-reduce, in the dtype of the first."""
+        """Return the sums of tensors over the ranks: one all-reduce, in their common dtype."""
         packed = torch.cat([t.flatten() for t in tensors])
         with reporting(self.group):
             work = dist.all_reduce(packed, group=self.group, async_op=True)
@@ -53,17 +54,17 @@ class Spread(NamedTuple):
         return [x.view(t.shape) for x, t in zip(found, tensors, strict=True)]
 
     def symmetric(self, tensors: Sequence[Tensor]) -> Travel[list[Tensor]]:
-        """Sums that are symmetric matrices, of which half is sent."""
+        """Return the sums of symmetric matrices, of which half is sent."""
         halves = yield from self.sums([folded(A) for A in tensors])
         return [unfolded(h, A.shape[-1]) for h, A in zip(halves, tensors, strict=True)]
 
     def total(self, grams: Sequence[Tensor]) -> list[Tensor]:
-        """Sums of symmetric matrices, waited for, each in its dtype."""
+        """Return the sums of symmetric matrices, each in its dtype, after waiting for them."""
         summed = finished(self.symmetric([A.to(sum_dtype(A)) for A in grams])) if grams else []
         return [T.to(A.dtype) for T, A in zip(summed, grams, strict=True)]
 
     def norms(self, parts: Sequence[Tensor]) -> Travel[Tensor]:
-        """|X|_F of every whole matrix, the same bits on every rank, without overflow."""
+        """Return |X|_F of every whole matrix: the same bits on every rank, without overflow."""
         mine = torch.cat([magnitude([x]) if x.numel() else
                           x.new_zeros(x.shape[:-2].numel(), dtype=torch.float64)
                           for x in parts])  # fmt: skip
@@ -78,9 +79,10 @@ class Spread(NamedTuple):
     def polynomial(
         self, parts: list[Tensor], triples: Triples, restarts: list[int], dtype: torch.dtype
     ) -> Travel[list[Tensor]]:
-        """f(X) of matrices whose columns are cut: Newton-Schulz's Gram form, one sum a restart.
+        """Return this rank's columns of f(X), by the Gram form of Newton-Schulz.
 
-        Sums are in `dtype`; products of bfloat16 in float32, as `gram_form` has them.
+        `parts` are this rank's columns of every X. Every segment between restarts takes one sum,
+        in `dtype`. Gram matrices of bfloat16 are made and iterated in float32, as in `gram_form`.
         """
         for segment in segments(triples, restarts):
             flat = [number for triple in segment for number in triple]
@@ -97,16 +99,16 @@ class Spread(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a rank has of one matrix."""
+    """A rank's part of one matrix."""
 
-    shape: tuple[int, ...]  # of the whole
+    shape: tuple[int, ...]  # of the whole matrix
     box: tuple[tuple[int, int], ...]  # offset and length of the part in rows and columns
     block: Tensor
-    state: dict[str, Tensor]  # `matrix_state`: whole tensors, zero but for what this rank keeps
+    state: dict[str, Tensor]  # `matrix_state`: whole tensors, zero outside this rank's block
 
 
 def finished(travel: Travel[T]) -> T:
-    """The result of a generator that nothing else is computed beside."""
+    """Run a generator to its end, waiting for its collectives, and return its result."""
     while True:
         try:
             next(travel)
@@ -115,18 +117,22 @@ def finished(travel: Travel[T]) -> T:
 
 
 def part_gram(Y: Tensor) -> Tensor:
-    """Y Y^T; zeros where a rank has no column."""
+    """Return Y Y^T, or zeros if this rank has no column."""
     return gram_of(Y) if Y.numel() else Y.new_zeros((*Y.shape[:-1], Y.shape[-2]))
 
 
 def folded_size(n: int) -> int:
-    """Numbers that `folded` makes of an n x n matrix."""
+    """Return how many numbers `folded` makes of an n x n matrix."""
     h = -(-n // 2)
     return 2 * h * h + h
 
 
 def folded(A: Tensor) -> Tensor:
-    """Half of symmetric matrices: with h = n/2, triangles of two blocks as one, and the third."""
+    """Return half of symmetric matrices (..., n, n), flattened to (..., folded_size(n)).
+
+    With h = n/2 rounded up, the two diagonal blocks of h x h are symmetric. The lower triangle of
+    one and the upper triangle of the other fill (h + 1) x h; the block below the diagonal follows.
+    """
     n = A.shape[-1]
     h = -(-n // 2)
     A = F.pad(A, (0, n % 2, 0, n % 2))
@@ -136,7 +142,7 @@ def folded(A: Tensor) -> Tensor:
 
 
 def unfolded(half: Tensor, n: int) -> Tensor:
-    """The reverse of `folded`, symmetric bit for bit."""
+    """Undo `folded`; the result is symmetric bit for bit."""
     h = -(-n // 2)
     both = half[..., : h * (h + 1)].unflatten(-1, (h + 1, h))
     rest = half[..., h * (h + 1) :].unflatten(-1, (h, h))
