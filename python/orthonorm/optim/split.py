@@ -1,4 +1,4 @@
-"""Which parameters are matrices: param groups for every optimizer here, from a model."""
+"""Split a model's parameters into param groups: hidden matrices, and all else for AdamW."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def split_params(
 
 
 class Assigned(NamedTuple):
-    """A parameter, its module, the keys of its matrix group, or the reason why AdamW takes it."""
+    """A parameter, its module, and the keys of its matrix group or the reason for AdamW."""
 
     name: str
     p: nn.Parameter
@@ -66,7 +66,7 @@ def assign(
     heads: Mapping[str, int | Sequence[int]] | None,
     split: Mapping[str, Sequence[int]] | None,
 ) -> list[Assigned]:
-    """What `split_params` says of every parameter, in the order of the model."""
+    """Return the assignment of every trained parameter, in the order of the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_params: model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(adamw, (list, tuple)) or not all(isinstance(x, str) for x in adamw):
@@ -98,7 +98,7 @@ def unembedding(model: nn.Module) -> nn.Module | None:
 
 
 def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
-    """Param groups, those of matrices first."""
+    """Return param groups, one per combination of rule and keys, matrix groups first."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for a in found:
         keys = {"rule": "adamw" if a.reason else "matrix", **a.keys}
@@ -110,12 +110,15 @@ def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
 def is_hidden(
     name: str, p: Tensor, owner: nn.Module | None = None, adamw: Sequence[str] = NOT_HIDDEN
 ) -> bool:
-    """Whether `split_params` gives a parameter of module `owner` to the matrix rule."""
+    """True if a parameter of module `owner` looks like a hidden matrix by name, shape and module.
+
+    `split_params` also gives tied weights and the last Linear to AdamW, which depend on the model.
+    """
     return not _not_hidden(name, p, owner, adamw)
 
 
 def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[str]) -> str:
-    """Why a parameter is not a hidden matrix; "" if it is."""
+    """Return the reason why a parameter is not a hidden matrix, or "" if it is one."""
     if p.dim() < 2:
         return "vector" if p.dim() else "scalar"
     if isinstance(owner, TRANSPOSED):

@@ -1,7 +1,6 @@
 """DTensors in an optimizer: local blocks, whole shapes, and state placed like its parameter.
 
-This module never imports torch.distributed.tensor, which takes time. It looks the module up: it is
-there if DTensors are.
+torch.distributed.tensor is never imported here, but looked up: it is loaded if there are DTensors.
 """
 
 from __future__ import annotations
@@ -100,7 +99,10 @@ def state_zeros(p: Any, shape: Sequence[int], batch_dims: int) -> Tensor:
 
 
 def state_placements(p: Any, batch_dims: int) -> list[Any]:
-    """Return placements of state: sharded along the same batch dimension as p, else along dim 0."""
+    """Return placements of state: sharded along the batch dimension that p is, else along dim 0.
+
+    Strided shards stay strided, so that the order of blocks is that of p.
+    """
     shard = sys.modules["torch.distributed.tensor"].Shard
     places = []
     for x in p.placements:
@@ -169,7 +171,7 @@ def ranks_of(p: Any) -> Ranks:
 
 
 def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
-    """True if matrices of `p` are cut, so that no rank has them whole and an owner gathers them."""
+    """True if matrices of `p` are cut across ranks, so that no rank has them whole."""
     if not is_distributed(p) or has_whole_heads(p, group):
         return False
     stacks = 0 if p.dim() < 3 or flattens(p.shape, group) else p.dim() - 2
