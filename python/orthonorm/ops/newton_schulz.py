@@ -43,11 +43,11 @@ def small_newton_schulz(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> list[Tensor]:
-    """`newton_schulz` in direct form for matrices of at most 128 x 128 entries, or a single row or
-    column of any length, one core each.
+    """`newton_schulz` in direct form for small matrices, one core each.
 
-    A kernel keeps a whole matrix in cache through all iterations and may accumulate more precisely
-    than `dtype`, which bounds the products' operands (float32, bfloat16, float16 or float64).
+    Small are matrices of at most 128 x 128 entries, and a single row or column of any length. A
+    kernel keeps a whole matrix in cache through all iterations. Operands of products are rounded to
+    `dtype` (float32, bfloat16, float16 or float64); a kernel may accumulate more precisely.
 
     Shapes: each X[i] is (..., m, n), the results too, contiguous, in the dtype of X[i].
     """
@@ -97,10 +97,10 @@ def scaled_polynomial_(
 ) -> None:
     """X <- the polynomial of X / divisor, of each matrix of a batch in place.
 
-    `divide_each`, then `gram_form` or `direct_polynomial` in `dtype`. A kernel keeps what lies
-    between in memory of its own: new memory costs a CPU more than the passes over it.
+    It is `divide_each`, then `gram_form` or `direct_polynomial`, in `dtype`. A kernel keeps the
+    intermediate results in memory of its own: new memory costs a CPU more than the passes over it.
 
-    Shapes: X (..., m, n); divisors (batch,), float64, 0 where the matrix is.
+    Shapes: X is (..., m, n); divisors (batch,), float64, 0 for matrices of zeros.
     """
     y = divide_each(X, divisors, dtype)
     y = gram_form(y, coefficients, restarts) if gram else direct_polynomial(y, coefficients)
@@ -148,11 +148,11 @@ def newton_schulz(
     Args:
         X: (batches of) matrices of any shapes; tall ones iterate on X^T X.
         coefficients: a, b, c of every iteration, flattened.
-        restarts: iterations before which the Gram form multiplies X out again.
+        restarts: iterations before which the Gram form computes X again, and starts from it.
         form, precision: see `orthogonalize.choose`; results come in the dtype of X.
         scale: "frobenius", "schatten4", "aol" (rows; a different factor) or "none".
         eps: lower clamp of that norm; 0 keeps the result independent of the scale of X.
-        safety: divides the scaled input once more (coefficient sets that need sigma_1 < 1).
+        safety: the scaled input is divided by it, for coefficients that need sigma_1 < 1.
         norms: |X|_F of every matrix if the caller has it (float64, one per matrix).
 
     Zero in, zero out. A non-finite entry stays inside its own matrix of the batch.
@@ -177,7 +177,7 @@ def newton_schulz_(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> None:
-    """`newton_schulz` in place: on a CPU new memory for results costs more than passes over them.
+    """X <- `newton_schulz` of X: on a CPU new memory for results costs more than passes over them.
 
     Arguments and results are those of `newton_schulz`.
     """
@@ -199,7 +199,7 @@ def _iterated(
     norms: Tensor | None,
     over: bool,
 ) -> list[Tensor]:
-    """The results of `newton_schulz`: new, or where that saves memory and `over` allows, X."""
+    """Return the results of `newton_schulz`; with `over`, some are X itself, overwritten."""
     triples = triples_of(coefficients)
     out: list[Tensor] = list(X)
     small: dict[torch.dtype, list[int]] = {}

@@ -20,12 +20,14 @@ from .tensors import numbers
 NORMALIZE = "normalize"  # W / max(1, sigma_1 / s)
 VECTOR = "constraint_vector"  # state of a normalized matrix: the vector its power steps ended at
 # Power steps per optimizer step. They were tried on Gaussian matrices, five each of side 128 and
-# 512, with sigma_1 above s at first. sigma_1 was at most 1.06 s after one step, 1.04 s after two,
-# 1.01 s after five and 1.002 s after ten. If each step also moved W by a norm of 0.02 s, it was
-# 1.01 s from the fifth on. 16 steps from a fixed vector, at twice the cost, left up to 1.04 s for
-# good (2026-11).
+# 512, with sigma_1 above s at first. After one optimizer step sigma_1 was at most 1.06 s, after two
+# 1.04 s, after five 1.01 s and after ten 1.002 s. If each step also moved W by a norm of 0.02 s, it
+# was 1.01 s from the fifth on. 16 power steps from a fixed vector, at twice the cost, left up to
+# 1.04 s for good (2026-11).
 POWER_STEPS = 8
-FRESH = 2.0**-10  # weight of the fixed vector that is added to each start, in case of a lost part
+# Weight of the fixed vector that is added to each start. The first start is zero, so it is all of
+# that one; later it brings back directions that were lost.
+FRESH = 2.0**-10
 
 # A group names its map, so that its state dict holds no code. Add a map of your own here.
 CONSTRAINTS: dict[str, Callable[[Tensor, float], Tensor] | None] = {

@@ -46,8 +46,8 @@ def convert_state_dict(
     The caller must set views (`flatten`, `split`) that agree with how the other library made
     matrices of its weights, 4-D ones for example.
 
-    Raises: ValueError or TypeError where states or settings do not fit, with the parameter's name.
-    Neither the optimizer nor its parameters are written.
+    Raises: ValueError or TypeError where states or settings do not fit; it names the parameter if
+    one is at fault. Neither the optimizer nor its parameters are written.
 
     Source: github.com/KellerJordan/Muon at 00ba60d3, MoonshotAI/Moonlight at abaa96ec,
     microsoft/dion at 0c205499 and 2e9df450, jie040109/Conda at df83c107.

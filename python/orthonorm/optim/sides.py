@@ -53,7 +53,10 @@ def average_(batch: Batch, rows: list[int], beta: float, weight: float) -> None:
 
 
 def between(left: Tensor, X: Tensor, right: Tensor) -> Tensor:
-    """Return left X right, without empty sides. X right is computed first."""
+    """Return left X right, without empty sides.
+
+    X right comes first: each of its rows depends on one row of X.
+    """
     X = apply.unchecked(X.mT, right.mT, 0.0).mT if right.numel() else X
     return apply.unchecked(X, left, 0.0) if left.numel() else X
 

@@ -112,7 +112,8 @@ def is_hidden(
 ) -> bool:
     """True if a parameter of module `owner` looks like a hidden matrix by name, shape and module.
 
-    `split_params` also gives tied weights and the last Linear to AdamW, which depend on the model.
+    `split_params` knows the model too: it also gives AdamW embeddings under other names, weights
+    tied to them, and a last Linear of the same shape.
     """
     return not _not_hidden(name, p, owner, adamw)
 
