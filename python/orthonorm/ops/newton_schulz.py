@@ -199,7 +199,7 @@ def _iterated(
     norms: Tensor | None,
     over: bool,
 ) -> list[Tensor]:
-    """Return the results of `newton_schulz`; with `over`, some are X itself, overwritten."""
+    """Return the results of `newton_schulz`; with `over`, some may be X itself, overwritten."""
     triples = triples_of(coefficients)
     out: list[Tensor] = list(X)
     small: dict[torch.dtype, list[int]] = {}

@@ -255,9 +255,9 @@ def factored_moment_(
 
 
 def check_moments(name: str, X: list[Tensor], **moments: list[Tensor]) -> None:
-    """Check moments of X: one number per row for "row_moments" (and for `row_moment_`), else column.
+    """Check lists of moments of X: one number per row for "row_moments" and in `row_moment_`.
 
-    They must have the length, device and shapes that X asks for.
+    Other moments have one number per column.
     """
     check.tensors(name, "X", X, min_dim=2)
     for label, values in moments.items():

@@ -26,8 +26,8 @@ def rotated_back(N: Tensor, Q: Tensor) -> Tensor:
 def rotate_(out: Tensor, X: Tensor, Q: Tensor) -> None:
     """out <- X Q (rows >= columns) or Q^T X: X in the basis Q of its short side.
 
-    X is rounded to the dtype of Q. The product accumulates in float32 or better and is rounded once
-    to the dtype of `out`. `out` must not overlap X or Q.
+    X is rounded to the dtype of Q, in which the product is taken. It accumulates in float32 or
+    better and is rounded once to the dtype of `out`, which must not overlap X or Q.
 
     Shapes: out and X are (..., m, n), Q is (..., k, k) with k = min(m, n).
     """
@@ -38,8 +38,8 @@ def rotate_(out: Tensor, X: Tensor, Q: Tensor) -> None:
 def rotate_back_(W: Tensor, N: Tensor, Q: Tensor, decay: Tensor | None = None) -> None:
     """W <- decay W - N Q^T (rows >= columns) or decay W - Q N: a step out of the basis Q.
 
-    The product accumulates in float32 or better; W is rounded once. `decay` has one element,
-    float32 or float64; None is 1. W must not overlap N or Q.
+    The product is in the dtype of Q and accumulates in float32 or better; W is rounded once.
+    `decay` has one element, float32 or float64; None is 1. W must not overlap N or Q.
 
     Shapes: W and N are (..., m, n), Q is (..., k, k) with k = min(m, n).
     """

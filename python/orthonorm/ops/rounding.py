@@ -51,7 +51,7 @@ def stochastic(x: Tensor, seed: Tensor, where: Tensor) -> Tensor:
 
 
 def write(weight: Tensor, new: Tensor, seed: Tensor | None) -> None:
-    """weight <- new, rounded stochastically if `weight` is bfloat16 and has a seed, else nearest."""
+    """weight <- new, rounded to nearest; stochastically if it is bfloat16 and a seed is given."""
     if seed is not None and weight.dtype == torch.bfloat16:
         new = stochastic(new, seed, places(weight))
     weight.copy_(new)
