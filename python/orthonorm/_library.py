@@ -373,7 +373,7 @@ def guarded(kernel: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Lazy:
-    """An op's Triton kernel, imported at its first call; the definition if Triton cannot compile."""
+    """Kernel of an op by Triton, imported when called; the definition if Triton cannot compile."""
 
     def __init__(self, op: Op[..., Any], module: str) -> None:
         self.op, self.module = op, module

@@ -43,12 +43,12 @@ def signum_step_(
 
     Shapes: entry i of the first three lists agree, (..., m, n).
     """
-    found = work_parts(params)
-    for part, stacks in zip(found, stacks_in_turn(params, found), strict=True):
-        rows = [i for batch in part for i in batch]
+    by_part = work_parts(params)
+    for part, stacks in zip(by_part, stacks_in_turn(params, by_part), strict=True):
+        indices = [i for batch in part for i in batch]
         updates = [u for stack in stacks for u in stack.unbind()]
-        weights, some = [params[i] for i in rows], [factors[i] for i in rows]
-        states, given = [momentum_buffers[i] for i in rows], [grads[i] for i in rows]
+        weights, some = [params[i] for i in indices], [factors[i] for i in indices]
+        states, given = [momentum_buffers[i] for i in indices], [grads[i] for i in indices]
         muon_prologue_(given, states, updates, momentum, nesterov, grad_scale, found_inf)
         sign_(stacks)
         decayed_update_(weights, updates, lr, weight_decay, some, None, found_inf)
@@ -86,9 +86,9 @@ def normalize_columns_(out: list[Tensor], X: list[Tensor], eps: float = 0.0) -> 
     Shapes: X[i] and out[i] agree in shape and dtype, (..., m, n).
     """
     for part in parts(X, max((x.numel() for x in X), default=0)):
-        for rows in part:
-            normalized = column_normalize(torch.stack([X[i] for i in rows]), 1.0, eps)
-            torch._foreach_copy_([out[i] for i in rows], list(normalized.unbind()))
+        for indices in part:
+            normalized = column_normalize(torch.stack([X[i] for i in indices]), 1.0, eps)
+            torch._foreach_copy_([out[i] for i in indices], list(normalized.unbind()))
 
 
 @normalize_columns_.check

@@ -203,7 +203,7 @@ def _iterated(
     triples = triples_of(coefficients)
     out: list[Tensor] = list(X)
     small: dict[torch.dtype, list[int]] = {}
-    parts = split_norms(X, norms)
+    each_norm = split_norms(X, norms)
     for i, x in enumerate(X):
         choice = k1.choose(x, triples, restarts, form, precision)
         if x.numel() == 0:
@@ -211,7 +211,7 @@ def _iterated(
         elif choice.small and scale in ("frobenius", "none"):
             small.setdefault(choice.dtype, []).append(i)
         elif scale == "frobenius" and x.dtype != torch.float64:
-            norm = parts[i]
+            norm = each_norm[i]
             norm = magnitude([x]) if norm is None else norm.reshape(-1)
             out[i] = x if over else x.clone(memory_format=torch.contiguous_format)
             divisors = safety * norm.clamp(min=eps)
@@ -219,19 +219,19 @@ def _iterated(
             how = (coefficients, restarts, gram_too, choice.dtype)
             scaled_polynomial_.overload(out[i], divisors, *how)
         else:
-            y = scaled(x, scale, eps, safety, choice.dtype, parts[i])
+            y = scaled(x, scale, eps, safety, choice.dtype, each_norm[i])
             if choice.form == "gram":
                 y = gram_form(y, coefficients, restarts)
             else:
                 y = direct_polynomial(y, coefficients)
             out[i] = y.to(x.dtype)
-    for dtype, rows in small.items():
-        some = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])  # type: ignore[union-attr]
-        matrices = [X[i] for i in rows]
+    for dtype, indices in small.items():
+        some = None if norms is None else torch.cat([each_norm[i].reshape(-1) for i in indices])  # type: ignore[union-attr]
+        matrices = [X[i] for i in indices]
         done = small_newton_schulz.overload(
             matrices, coefficients, dtype, scale != "none", eps, safety, some
         )
-        for i, y in zip(rows, done, strict=True):
+        for i, y in zip(indices, done, strict=True):
             out[i] = y
     return out
 

@@ -55,7 +55,7 @@ def scaled(
     if norm is not None:
         norm = norm.to(torch.float64)
         least = torch.full_like(norm, eps)
-    elif X.dtype == torch.float64 and X.numel() > 0:  # its norm may be denormal, or too large
+    elif X.dtype == torch.float64 and X.numel() > 0:  # |X|_F may be denormal or overflow
         unit = power_of_two(X)
         X, least = X / unit, torch.full_like(unit, eps) / unit
         norm = frobenius(X)

@@ -56,9 +56,9 @@ def muon_step_(
     """
     how = (coefficients, restarts, form, precision, scale, eps, safety)
     flags = (grad_scale, found_inf)
-    for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how, flags):
-        weights, some = [params[i] for i in rows], [factors[i] for i in rows]
-        halves = None if mantissas is None else [mantissas[i] for i in rows]
+    for indices, polars in _polars(grads, momentum_buffers, momentum, nesterov, how, flags):
+        weights, some = [params[i] for i in indices], [factors[i] for i in indices]
+        halves = None if mantissas is None else [mantissas[i] for i in indices]
         rest = (rounding, found_inf, halves)
         decayed_update_.overload(weights, polars, lr, weight_decay, some, *rest)
 
@@ -75,16 +75,16 @@ def _polars(
 
     The factors lie in the part's work buffer, so they are valid until the next part.
     """
-    found = work_parts(momentum_buffers)
-    for part, batches in zip(found, stacks_in_turn(momentum_buffers, found), strict=True):
-        rows = [i for batch in part for i in batch]
-        states = [momentum_buffers[i] for i in rows]
+    by_part = work_parts(momentum_buffers)
+    for part, batches in zip(by_part, stacks_in_turn(momentum_buffers, by_part), strict=True):
+        indices = [i for batch in part for i in batch]
+        states = [momentum_buffers[i] for i in indices]
         updates = [u for batch in batches for u in batch.unbind()]
         norms = muon_prologue_.overload(
-            [grads[i] for i in rows], states, updates, momentum, nesterov, *flags
+            [grads[i] for i in indices], states, updates, momentum, nesterov, *flags
         )
         newton_schulz_.overload(batches, *how, norms)
-        yield rows, updates
+        yield indices, updates
 
 
 @op(
@@ -124,10 +124,10 @@ def normuon_step_(
     Shapes: W, G and B of entry i are (..., m, n), v (..., m, 1).
     """
     how = (coefficients, restarts, form, precision, scale, eps, safety)
-    for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how):
-        row_moment_.overload([row_moments[i] for i in rows], polars, beta2, norm_eps)
-        some = [factors[i] for i in rows]
-        decayed_update_.overload([params[i] for i in rows], polars, lr, weight_decay, some)
+    for indices, polars in _polars(grads, momentum_buffers, momentum, nesterov, how):
+        row_moment_.overload([row_moments[i] for i in indices], polars, beta2, norm_eps)
+        some = [factors[i] for i in indices]
+        decayed_update_.overload([params[i] for i in indices], polars, lr, weight_decay, some)
 
 
 WORK = 5 * 2**20  # elements of a CPU's buffer: enough small matrices to keep every thread busy
@@ -144,7 +144,7 @@ def work_parts(tensors: list[Tensor], most: int | None = None) -> list[list[list
 
 
 def stacks_in_turn(
-    tensors: list[Tensor], found: list[list[list[int]]], dtype: torch.dtype | None = None
+    tensors: list[Tensor], by_part: list[list[list[int]]], dtype: torch.dtype | None = None
 ) -> Iterator[list[Tensor]]:
     """Yield for each part its work buffers (k, *shape), of dtype `dtype` or the tensors' own.
 
@@ -152,21 +152,21 @@ def stacks_in_turn(
     """
 
     def batches(part: list[list[int]]) -> Iterator[tuple[torch.dtype, int]]:
-        for rows in part:
-            yield dtype or tensors[rows[0]].dtype, len(rows) * tensors[rows[0]].numel()
+        for indices in part:
+            yield dtype or tensors[indices[0]].dtype, len(indices) * tensors[indices[0]].numel()
 
     needed: dict[torch.dtype, int] = {}
-    for part in found:
+    for part in by_part:
         together: dict[torch.dtype, int] = {}
         for kind, size in batches(part):
             together[kind] = together.get(kind, 0) + size
         needed.update({k: max(n, needed.get(k, 0)) for k, n in together.items()})
     rooms = {kind: _room(tensors[0], kind, size) for kind, size in needed.items()}
-    for part in found:
+    for part in by_part:
         stacks, used = [], dict.fromkeys(needed, 0)
-        for rows, (kind, size) in zip(part, batches(part), strict=True):
+        for indices, (kind, size) in zip(part, batches(part), strict=True):
             room = rooms[kind].narrow(0, used[kind], size)
-            stacks.append(room.view(len(rows), *tensors[rows[0]].shape))
+            stacks.append(room.view(len(indices), *tensors[indices[0]].shape))
             used[kind] += size
         yield stacks
     for kind, room in rooms.items():
@@ -201,15 +201,15 @@ def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:
         kinds.setdefault((t.shape, t.dtype), []).append(i)
     found: list[list[list[int]]] = []
     room = 0
-    for (shape, _), rows in kinds.items():
+    for (shape, _), indices in kinds.items():
         size = max(1, math.prod(shape))
-        while rows:
+        while indices:
             if room < size:
                 found.append([])
                 room = limit
-            count = max(1, min(len(rows), room // size))
-            found[-1].append(rows[:count])
-            rows = rows[count:]
+            count = max(1, min(len(indices), room // size))
+            found[-1].append(indices[:count])
+            indices = indices[count:]
             room -= count * size
     return found
 

@@ -92,7 +92,7 @@ class MatrixOptimizer(Sharding):
         if "at_once" not in vars(cls) and vars(cls).keys() & DIRECTED_BY:
             cls.at_once = MatrixOptimizer.at_once  # type: ignore[method-assign]
         if not abstract and issubclass(cls.__bases__[0], MatrixOptimizer):
-            REGISTRY[cls.__name__] = cls  # a wrapper (Lightning's) puts its own class first
+            REGISTRY[cls.__name__] = cls  # but no wrapper (Lightning's): its first base is another
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ones: dict[torch.device, Tensor] = {}
@@ -187,16 +187,16 @@ class MatrixOptimizer(Sharding):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Apply momentum, direction and decay, to as many matrices at a time as fit a buffer."""
-        own = group.get("mantissa") or group["state_dtype"] == "float32"
-        if type(self).alike is MatrixOptimizer.alike and not own:
+        widens = group.get("mantissa") or group["state_dtype"] == "float32"
+        if type(self).alike is MatrixOptimizer.alike and not widens:
             self.update_alike(batch, group)  # the usual case; asking each parameter takes 10 us
             return
         asked = (self.alike, halved, widened)
         kinds = [tuple(ask(p, group) for ask in asked) for p in batch.owners]
         different = list(dict.fromkeys(kinds))
         for kind in different:
-            rows = [i for i, k in enumerate(kinds) if k == kind]
-            self.update_alike(batch.part(rows) if len(different) > 1 else batch, group)
+            indices = [i for i, k in enumerate(kinds) if k == kind]
+            self.update_alike(batch.part(indices) if len(different) > 1 else batch, group)
 
     def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
         """Update matrices that one call of `direction` may get together."""
@@ -208,9 +208,9 @@ class MatrixOptimizer(Sharding):
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
         probe = self.probe(group)
-        found = work_parts(batch.params)
-        for part, stacks in zip(found, stacks_in_turn(batch.params, found, dtype), strict=True):
-            some = batch.part([i for rows in part for i in rows])
+        by_part = work_parts(batch.params)
+        for part, stacks in zip(by_part, stacks_in_turn(batch.params, by_part, dtype), strict=True):
+            some = batch.part([i for indices in part for i in indices])
             with unless(flags.found_inf, some.written_by_rules(group)):
                 updates = self.directed(some, stacks, mu, group, flags)
             factors = self.factors(some, group)
@@ -259,10 +259,10 @@ class MatrixOptimizer(Sharding):
             agreement.refuse(self, error)
             raise
         agreement.check(self, work)
-        kept = [self._finite(group, indices) for group, indices in work]
-        plans = self._plans(kept, new)
+        finite_indices = [self._finite(group, indices) for group, indices in work]
+        plans = self._plans(finite_indices, new)
         updated: list[Tensor] = []
-        for (group, indices), finite, plan in zip(work, kept, plans, strict=True):
+        for (group, indices), finite, plan in zip(work, finite_indices, plans, strict=True):
             if len(finite) < len(indices):
                 group["skipped"] = group.get("skipped", 0) + len(indices) - len(finite)
             params = [group["params"][i] for i in finite]
@@ -300,7 +300,7 @@ class MatrixOptimizer(Sharding):
                 probe.add_gradients([local(p.grad) for p in params])
 
     def _plans(
-        self, kept: list[list[int]], new: list[Tensor]
+        self, finite_indices: list[list[int]], new: list[Tensor]
     ) -> list[tuple[Batch | None, list[Bucket]]]:
         """Plan each group's update: a batch of whole matrices, and buckets of sharded ones.
 
@@ -308,16 +308,16 @@ class MatrixOptimizer(Sharding):
         """
         plans: list[tuple[Batch | None, list[Bucket]]] = []
         try:
-            for group, indices in zip(self.param_groups, kept, strict=True):
+            for group, indices in zip(self.param_groups, finite_indices, strict=True):
                 params = [group["params"][i] for i in indices]
                 if group["rule"] == "adamw":
                     plans.append((None, []))
                     continue
                 batch = None
                 cut = [p for p in params if owned(self, p, group)]
-                rows = [p for p in params if not owned(self, p, group)] if cut else params
-                if rows:
-                    batch = matrix_batch(self, rows, group)
+                whole = [p for p in params if not owned(self, p, group)] if cut else params
+                if whole:
+                    batch = matrix_batch(self, whole, group)
                     if group["state_dtype"] in storage.SMALLER and self.prepares:
                         batch = storage.opened(batch, self.elementwise_state(group), group)
                 with agreement.experts_succeed(self, cut, group):
@@ -351,10 +351,10 @@ class MatrixOptimizer(Sharding):
         """
         self._check_changed_settings(group)
         indices = self._with_gradients(group)
-        found = without_state(self, group, indices)
-        if any(map(is_distributed, found)):
+        stateless = without_state(self, group, indices)
+        if any(map(is_distributed, stateless)):
             self.check_shardings(group)
-        new += found
+        new += stateless
         return indices
 
     def _finite(self, group: dict[str, Any], indices: list[int]) -> list[int]:

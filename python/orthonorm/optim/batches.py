@@ -122,7 +122,7 @@ def zeros_in_stacks(
     found: dict[Tensor, dict[str, Tensor]] = {}
     for p in params:
         if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
-            continue  # a graph's inputs should not share memory
+            continue  # inputs of a compiled graph should not share memory
         found[p] = {}
         dtype = working_dtype(p, group)
         for x, named in known[p.shape]:

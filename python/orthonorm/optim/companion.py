@@ -34,8 +34,8 @@ def update(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) ->
     def some(batch: Batch, group: dict[str, Any]) -> None:
         halves = [half is not None for half in batch.halves]
         for kind in dict.fromkeys(halves):  # in one call all have mantissas, or none has
-            rows = [i for i, half in enumerate(halves) if half == kind]
-            update_some(opt, batch.part(rows), group)
+            indices = [i for i, half in enumerate(halves) if half == kind]
+            update_some(opt, batch.part(indices), group)
         if not halves:
             update_some(opt, batch, group)
 

@@ -85,14 +85,14 @@ class Conda(MatrixOptimizer):
             for m, q in zip(momenta, bases, strict=True):
                 check.same_dtype("Conda", exp_avg=m, basis=q)
         due, grams, gap = [], [], group["update_proj_gap"]
-        for rows in (rows for rows, t in alike(batch) if (t - 1) % gap == 0):
-            Q, M, G = (stacked([values[i] for i in rows])
+        for indices in (indices for indices, t in alike(batch) if (t - 1) % gap == 0):
+            Q, M, G = (stacked([values[i] for i in indices])
                        for values in (bases, momenta, batch.grads))  # fmt: skip
-            due.append(rows)
+            due.append(indices)
             grams.append(momentum_gram(Q, M, G, group["betas"][0], batch.spread is None))
         if batch.spread is not None:
             grams = batch.spread.total(grams)
-        dtypes = [bases[rows[0]].dtype for rows in due]
+        dtypes = [bases[indices[0]].dtype for indices in due]
         return [(r, eigenbasis(A).to(d)) for r, A, d in zip(due, grams, dtypes, strict=True)]
 
     def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums:
@@ -106,16 +106,16 @@ class Conda(MatrixOptimizer):
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
-        for rows, new in batch.prepared:
-            old, m = (stacked([values[i] for i in rows]) for values in (bases, momenta))
-            write_(momenta, rows, turned(m, old, new))
-            write_(bases, rows, new)
+        for indices, new in batch.prepared:
+            old, m = (stacked([values[i] for i in indices]) for values in (bases, momenta))
+            write_(momenta, indices, turned(m, old, new))
+            write_(bases, indices, new)
         lr = self.scalar(group, "lr", batch.params[0].device)
         corrections = [
             math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
         ]
         scales = lr * numbers(corrections, lr.device)
-        bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # if state was opened
+        bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # differ if opened
         conda_step_.unchecked(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
             beta1, beta2, group["eps"], group["weight_decay"],

@@ -25,8 +25,8 @@ def adapt_(updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
     """
     lists = (batch.state["row_moment"], batch.state["column_moment"], updates.matrices)
     beta2, eps = group["beta2"], group["norm_eps"]
-    for t, rows in by_step(batch.steps):
-        r, c, X = ([values[i] for i in rows] for values in lists)
+    for t, indices in by_step(batch.steps):
+        r, c, X = ([values[i] for i in indices] for values in lists)
         root = math.sqrt(1 - beta2**t)  # X root / (sqrt(V) + eps root)
         factored_moment_.unchecked(r, c, X, beta2, eps * root, "outside", False)
         torch._foreach_mul_(X, numbers(root, X[0].device))

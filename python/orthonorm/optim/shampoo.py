@@ -97,15 +97,15 @@ class Shampoo(MatrixOptimizer):
         """Return (indices, sides) per shape and step: averages with this gradient, roots if due."""
         beta, study = group["beta2"], group["variant"] == "study"
         found = []
-        for rows, t in alike(batch):
+        for indices, t in alike(batch):
             G, *old = (
-                stacked([values[i] for i in rows])
+                stacked([values[i] for i in indices])
                 for values in (batch.grads, *(batch.state[f"{side}_gram"] for side in SIDES))
             )
             m, n = G.shape[-2:]
             weights = (1 - beta, 1 - beta) if beta < 1 else (1.0, 1.0)
             if study:
-                V = stacked([batch.state["second_moment"][i] for i in rows])
+                V = stacked([batch.state["second_moment"][i] for i in indices])
                 V = beta * V + (1 - beta) * G * G
                 G, weights = G / (V.sqrt() + group["eps"]), ((1 - beta) / n, (1 - beta) / m)
             grams = averaged(old, side_grams(old, G), beta, weights)
@@ -116,18 +116,18 @@ class Shampoo(MatrixOptimizer):
                 sides = [Side(A, inverse_root(A, 0.25, 1e-8, 1e-30)) for A in grams]
             else:
                 sides = [Side(A, inverse_root(A, 0.25, 0.0, group["eps"])) for A in grams]
-            found.append((rows, sides))
+            found.append((indices, sides))
         return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         """Update weights and averages; "study" takes the roots that the step before left."""
         if group["variant"] == "study":
             super().update(batch, group)
-        for rows, sides in batch.prepared:
+        for indices, sides in batch.prepared:
             for name, side in zip(SIDES, sides, strict=True):
-                write_(batch.state[f"{name}_gram"], rows, side.gram)
+                write_(batch.state[f"{name}_gram"], indices, side.gram)
                 if side.root is not None:
-                    write_(batch.state[f"{name}_root"], rows, side.root)
+                    write_(batch.state[f"{name}_root"], indices, side.root)
         if group["variant"] == "textbook":
             super().update(batch, group)
 

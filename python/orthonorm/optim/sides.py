@@ -43,11 +43,11 @@ def averaged(
     ]
 
 
-def average_(batch: Batch, rows: list[int], beta: float, weight: float) -> None:
+def average_(batch: Batch, indices: list[int], beta: float, weight: float) -> None:
     """L <- beta L + weight G G^T, R <- beta R + weight G^T G, for matrices of one shape."""
-    G = stacked([batch.grads[i] for i in rows])
+    G = stacked([batch.grads[i] for i in indices])
     for side, X in zip(SIDES, (G, G.mT), strict=True):
-        with in_place([batch.state[f"{side}_gram"][i] for i in rows]) as A:
+        with in_place([batch.state[f"{side}_gram"][i] for i in indices]) as A:
             if A.numel():
                 gram_update_.unchecked(A, X.to(A.dtype), weight, beta)
 

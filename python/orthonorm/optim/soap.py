@@ -107,11 +107,11 @@ class SOAP(MatrixOptimizer):
         due = [(t - 1) % frequency == 0 for _, t in chunks]
         wanted = [c for c, now in zip(chunks, due, strict=True) if now or not alone]
         grams_of = iter(self.new_grams(batch, wanted))
-        for (rows, t), now in zip(chunks, due, strict=True):
+        for (indices, t), now in zip(chunks, due, strict=True):
             if alone and not now:
-                found.append((rows, []))
+                found.append((indices, []))
                 continue
-            state = {key: stacked([values[i] for i in rows])
+            state = {key: stacked([values[i] for i in indices])
                      for key, values in batch.state.items() if key.startswith(SIDES)}  # fmt: skip
             old, beta = [state[f"{side}_gram"] for side in SIDES], shampoo_beta(group)
             grams = averaged(old, next(grams_of), beta, (1 - beta, 1 - beta))
@@ -120,7 +120,7 @@ class SOAP(MatrixOptimizer):
                 rebased(A, state[f"{side}_basis"], qr) if now and A.numel() else Side(A)
                 for side, A in zip(SIDES, grams, strict=True)
             ]
-            found.append((rows, sides))
+            found.append((indices, sides))
         return found
 
     def new_grams(
@@ -131,16 +131,18 @@ class SOAP(MatrixOptimizer):
         If ranks hold parts of the matrices (`batch.spread`), the Grams are summed over ranks.
         """
 
-        def of(rows: list[int]) -> list[Tensor]:
-            sides = [[batch.state[f"{side}_gram"][i] for i in rows] for side in SIDES]
-            return side_grams([stacked(s) for s in sides], stacked([batch.grads[i] for i in rows]))
+        def of(indices: list[int]) -> list[Tensor]:
+            sides = [[batch.state[f"{side}_gram"][i] for i in indices] for side in SIDES]
+            return side_grams(
+                [stacked(s) for s in sides], stacked([batch.grads[i] for i in indices])
+            )
 
-        made = (of(rows) for rows, _ in chunks)  # lazy: one chunk at a time is in memory
+        made = (of(indices) for indices, _ in chunks)  # lazy: one chunk at a time is in memory
         if batch.spread is None:
             return made
         grams = [A for pair in made for A in pair]
-        rows = [i for i, A in enumerate(grams) if A.numel()]
-        for i, A in zip(rows, batch.spread.total([grams[i] for i in rows]), strict=True):
+        present = [i for i, A in enumerate(grams) if A.numel()]
+        for i, A in zip(present, batch.spread.total([grams[i] for i in present]), strict=True):
             grams[i] = A
         return [grams[i : i + 2] for i in range(0, len(grams), 2)]
 
@@ -174,11 +176,11 @@ class SOAP(MatrixOptimizer):
         later = [i for i, t in enumerate(batch.steps) if t > 1]
         if later:
             super().update(batch.part(later), group)
-        for rows, sides in batch.prepared:
+        for indices, sides in batch.prepared:
             if sides:
-                renew_(batch.state, rows, sides)
+                renew_(batch.state, indices, sides)
             else:
-                average_(batch, rows, shampoo_beta(group), 1 - shampoo_beta(group))
+                average_(batch, indices, shampoo_beta(group), 1 - shampoo_beta(group))
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         bases = [beside(updates, batch.state[f"{side}_basis"]) for side in SIDES]
@@ -186,12 +188,12 @@ class SOAP(MatrixOptimizer):
         turned = Updates([between(left.mT, u, right) for u, left, right in triples])
         (beta1, beta2), study = group["betas"], group["variant"] == "study"
         lists = (batch.state["exp_avg"], batch.state["exp_avg_sq"], turned.matrices)
-        for t, rows in by_step(batch.steps):
+        for t, indices in by_step(batch.steps):
             s = t if study else t - 1
-            M, V, X = ([values[i] for i in rows] for values in lists)
+            M, V, X = ([values[i] for i in indices] for values in lists)
             corrections = [math.sqrt(1 - beta2**s), 1 / (1 - beta1**s)]
             root, size = numbers(corrections, X[0].device)
-            sizes = (root * size).expand(len(rows))
+            sizes = (root * size).expand(len(indices))
             rotated_adam_.unchecked(M, V, X, beta1, beta2, group["eps"], sizes)
             if study:
                 corrected_(X, M, V, root, size, group["eps"])
@@ -231,20 +233,20 @@ def rebased(A: Tensor, old: Tensor, qr: bool) -> Side:
     return Side(A, torch.linalg.qr(A64 @ Q).Q.to(old.dtype), order)
 
 
-def renew_(batch_state: dict[str, list[Tensor]], rows: list[int], sides: list[Side]) -> None:
+def renew_(batch_state: dict[str, list[Tensor]], indices: list[int], sides: list[Side]) -> None:
     """Write averages and bases; turn the momentum into the new basis, and sort V by its order."""
     for name, side, dim in zip(SIDES, sides, (-2, -1), strict=True):
-        write_(batch_state[f"{name}_gram"], rows, side.gram)
+        write_(batch_state[f"{name}_gram"], indices, side.gram)
         if side.basis is None:
             continue
         old, m, v = (
-            stacked([batch_state[key][i] for i in rows])
+            stacked([batch_state[key][i] for i in indices])
             for key in (f"{name}_basis", "exp_avg", "exp_avg_sq")
         )
         turn = side.basis.double().mT @ old.double()
         m = turn @ m.double() if dim == -2 else m.double() @ turn.mT
-        write_(batch_state["exp_avg"], rows, m)
-        write_(batch_state[f"{name}_basis"], rows, side.basis)
+        write_(batch_state["exp_avg"], indices, m)
+        write_(batch_state[f"{name}_basis"], indices, side.basis)
         if side.order is not None:
             order = side.order.unsqueeze(-3 - dim).expand_as(v)
-            write_(batch_state["exp_avg_sq"], rows, v.gather(dim, order))
+            write_(batch_state["exp_avg_sq"], indices, v.gather(dim, order))

@@ -27,24 +27,24 @@ def split_params(
     heads: Mapping[str, int | Sequence[int]] | None = None,
     split: Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Param groups of a model: hidden matrices to rule="matrix", all else to rule="adamw".
+    """Return param groups of a model: hidden matrices with rule="matrix", all else "adamw".
 
-    To AdamW go vectors and scalars (gains, biases), embeddings and whatever is tied to them,
-    matrices with a side of 1, transposed convolutions, parameters with a path component that
-    matches a pattern of `adamw` (embeddings, heads), and the last Linear if its weight has the
-    shape of an embedding: it maps back to tokens, whatever its name. Convolution weights are
-    flattened to out x rest, 3-D weights are batches (expert stacks), nn.MultiheadAttention's fused
-    in_proj_weight is split into its three matrices.
+    AdamW gets vectors and scalars (gains, biases), embeddings and weights tied to them, matrices
+    with a side of 1, transposed convolutions, and parameters with a path component that matches a
+    pattern of `adamw` (embeddings, heads). It also gets the last Linear if its weight has the shape
+    of an embedding: it then maps back to tokens, whatever its name. Convolution weights are
+    flattened to out x rest, 3-D weights are batches (expert stacks), and nn.MultiheadAttention's
+    fused in_proj_weight is split into its three matrices.
 
     Args:
         model: its parameters that require gradients are grouped, each once, with their names.
-        adamw: shell patterns for path components that AdamW takes.
+        adamw: shell patterns of path components; AdamW gets the parameters that match.
         heads: {pattern: number of heads}: matching weights are one matrix per head. The pattern is
             matched against the dotted name ("*.attn.q_proj.weight").
         split: {pattern: row counts}: matching fused weights are split along dim 0; `heads` may then
             give one number per piece.
 
-    Returns: groups with `params` as (name, parameter) pairs; the rest comes from the optimizer.
+    Returns: groups with `params` as (name, parameter) pairs; the optimizer adds other settings.
     """
     return grouped(assign(model, adamw=adamw, heads=heads, split=split))
 

@@ -72,25 +72,25 @@ class SPlus(MatrixOptimizer):
         """Return (indices, new averages and bases) per shape and step; {} if none is due."""
         found = []
         beta2, frequency = group["beta2"], group["precondition_frequency"]
-        for rows, t in alike(batch):
+        for indices, t in alike(batch):
             new: dict[str, Tensor] = {}
             if t == 1 or t % frequency == 0:
-                old = [stacked([batch.state[f"{side}_gram"][i] for i in rows]) for side in SIDES]
-                G = stacked([batch.grads[i] for i in rows])
+                old = [stacked([batch.state[f"{side}_gram"][i] for i in indices]) for side in SIDES]
+                G = stacked([batch.grads[i] for i in indices])
                 grams = averaged(old, side_grams(old, G), beta2, (1 - beta2, 1 - beta2))
                 for side, A in zip(SIDES, grams, strict=True):
                     if A.numel():
                         new |= {f"{side}_gram": A, f"{side}_basis": eigenvectors(A)}
-            found.append((rows, new))
+            found.append((indices, new))
         return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         super().update(batch, group)
-        for rows, new in batch.prepared:
+        for indices, new in batch.prepared:
             for key, value in new.items():
-                write_(batch.state[key], rows, value)
+                write_(batch.state[key], indices, value)
             if not new:
-                average_(batch, rows, group["beta2"], 1 - group["beta2"])
+                average_(batch, indices, group["beta2"], 1 - group["beta2"])
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         bases = [beside(updates, started(batch, f"{side}_basis")) for side in SIDES]

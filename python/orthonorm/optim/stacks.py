@@ -54,16 +54,16 @@ def in_place(tensors: list[Tensor]) -> Iterator[Tensor]:
         torch._foreach_copy_(tensors, list(stack.unbind()))
 
 
-def write_(tensors: list[Tensor], rows: list[int], stack: Tensor) -> None:
-    torch._foreach_copy_([tensors[i] for i in rows], list(stack.unbind()))
+def write_(tensors: list[Tensor], indices: list[int], stack: Tensor) -> None:
+    torch._foreach_copy_([tensors[i] for i in indices], list(stack.unbind()))
 
 
 def alike(batch: Batch) -> Iterator[tuple[list[int], int]]:
     """Yield (indices, step) of matrices of one shape and step, as many as fit a work buffer."""
     for part in work_parts(batch.params):
-        for rows in part:
-            for t, some in by_step([batch.steps[i] for i in rows]):
-                yield [rows[i] for i in some], t
+        for indices in part:
+            for t, some in by_step([batch.steps[i] for i in indices]):
+                yield [indices[i] for i in some], t
 
 
 def beside(updates: Updates, values: list[Tensor]) -> list[Tensor]:

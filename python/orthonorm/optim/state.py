@@ -78,14 +78,14 @@ class Batch(NamedTuple):
         own = {k: v for k, v in self.state.items() if k != MOMENTUM or group["heavy_ball"]}
         return [t for tensors in own.values() for t in tensors]
 
-    def part(self, rows: list[int]) -> Batch:
+    def part(self, indices: list[int]) -> Batch:
         return Batch(
-            [self.params[i] for i in rows],
-            [self.grads[i] for i in rows],
-            {key: [values[i] for i in rows] for key, values in self.state.items()},
-            [self.owners[i] for i in rows],
-            [self.steps[i] for i in rows],
-            halves=[self.halves[i] for i in rows] if self.halves else (),
+            [self.params[i] for i in indices],
+            [self.grads[i] for i in indices],
+            {key: [values[i] for i in indices] for key, values in self.state.items()},
+            [self.owners[i] for i in indices],
+            [self.steps[i] for i in indices],
+            halves=[self.halves[i] for i in indices] if self.halves else (),
         )
 
 
@@ -280,13 +280,13 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
     took 1.0 ms for 148 parameters; this takes 0.15 ms (2026-11). In a traced step the ops check
     their arguments, before any of them runs.
     """
-    found: list[Tensor] = []
+    stateless: list[Tensor] = []
     changed: list[int] = []
     for i in () if torch.compiler.is_compiling() else indices:
         p = group["params"][i]
         state, seen = opt.state.get(p, {}), opt._seen.get(id(p))
         if not state:
-            found.append(p)
+            stateless.append(p)
         if seen is None or not seen.still(p, state):
             changed.append(i)
     if changed:
@@ -299,9 +299,9 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
         check.same_device(label, parameter=[p], gradient=[p.grad])
         check_state(opt, group, i)
         state = opt.state.get(p, {})
-        kept = [(k, weakref.ref(t)) for k, t in state.items() if isinstance(t, Tensor)]
-        opt._seen[id(p)] = Seen(p.shape, p.device, len(state), kept)
-    return found
+        refs = [(k, weakref.ref(t)) for k, t in state.items() if isinstance(t, Tensor)]
+        opt._seen[id(p)] = Seen(p.shape, p.device, len(state), refs)
+    return stateless
 
 
 def matrix_state_of(

@@ -78,8 +78,8 @@ class StiefelAdam(MatrixOptimizer):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         lr = self.scalar(group, "lr", batch.params[0].device)
-        for rows, t in alike(batch):
-            move_(batch.part(rows), t, lr, group)
+        for indices, t in alike(batch):
+            move_(batch.part(indices), t, lr, group)
 
 
 def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:

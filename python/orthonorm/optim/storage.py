@@ -74,7 +74,7 @@ def parts(
         return
     rooms: Rooms = {}
     for part in work_parts(batch.params, most):
-        yield opened(batch.part([i for rows in part for i in rows]), keys, group, rooms)
+        yield opened(batch.part([i for indices in part for i in indices]), keys, group, rooms)
 
 
 def write(batch: Batch, keys: Sequence[str], group: dict[str, Any]) -> None:

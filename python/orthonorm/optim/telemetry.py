@@ -92,7 +92,7 @@ class Probe:
         each = [s for s, x in zip(factors, matrices, strict=True) for _ in range(count(x))]
         entries = sum(x.numel() for x in matrices)
         found = magnitude.unchecked(directions.stacks)
-        self.directions.append(Steps(found, each, entries, lr.clone()))  # schedules write lr
+        self.directions.append(Steps(found, each, entries, lr.clone()))  # schedules overwrite lr
 
     def values(self) -> dict[str, Tensor]:
         """Return the measures by name, each 0-d float64."""
@@ -135,8 +135,8 @@ def read(probes: Sequence[Probe | None]) -> list[dict[str, float]]:
             found[i]["skipped"] = probe.skipped / probe.updates
         for name, value in probe.values().items():
             by_device.setdefault(value.device, []).append((i, name, value))
-    for rows in by_device.values():
-        numbers = torch.stack([value for *_, value in rows]).tolist()
-        for (i, name, _), number in zip(rows, numbers, strict=True):
+    for entries in by_device.values():
+        numbers = torch.stack([value for *_, value in entries]).tolist()
+        for (i, name, _), number in zip(entries, numbers, strict=True):
             found[i][name] = number
     return found
