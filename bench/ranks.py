@@ -4,9 +4,9 @@
 
 Starts gloo ranks of one thread each. "sharded": each rank has rows of every matrix (as FSDP2 places
 them), and each direction is computed by its owner. "copies": every rank does the whole step, as
-under DDP. The two take turns step by step. All ranks start a step together, and its time is that of
-the slowest rank. Waiting counts only while the step waits for collectives, not while they run
-beside computation.
+under DDP. "shared": the same after `share_work`. They take turns step by step. All ranks start a
+step together, and its time is that of the slowest rank. Waiting counts only while the step waits
+for collectives, not while they run beside computation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from orthonorm.distributed import comm_report
+from orthonorm.distributed import comm_report, share_work
 from orthonorm.optim import Muon
 from torch import nn
 
@@ -92,11 +92,11 @@ class Watched:
 
 
 def optimizers(layers: int, world: int, method: str) -> dict[str, Any]:
-    """Make the same Muon over the same weights, sharded and as copies."""
+    """Make the same Muon over the same weights: as copies, as copies that share work, sharded."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     mesh, made = init_device_mesh("cpu", (world,)), {}
-    for kind in ("copies", "sharded"):
+    for kind in ("copies", "shared", "sharded"):
         torch.manual_seed(0)
         params = []
         for shape in BLOCK * layers:
@@ -106,6 +106,7 @@ def optimizers(layers: int, world: int, method: str) -> dict[str, Any]:
             params.append(nn.Parameter(w))
             params[-1].grad = g
         made[kind] = Muon(params, method=method)
+    share_work(made["shared"])
     return made
 
 
@@ -168,14 +169,17 @@ def row(found: list[dict[str, Any]]) -> tuple[str, ...]:
     first = found[0]
     waiting = statistics.mean(x["waiting"] for x in found)
     return (
-        str(first["ranks"]), f"{1e3 * first['sharded']:.0f} ms", f"{1e3 * first['copies']:.0f} ms",
-        f"{first['copies'] / first['sharded']:.2f}x", f"{waiting:.0%}",
+        str(first["ranks"]), f"{1e3 * first['copies']:.0f} ms",
+        *(f"{1e3 * first[kind]:.0f} ms, {first['copies'] / first[kind]:.2f}x"
+          for kind in ("shared", "sharded")), f"{waiting:.0%}",
         f"{max(x['sent'] for x in found) / 1e6:.1f} MB", f"{first['summed'] / 1e6:.1f} MB",
         f"{max(x['work'] for x in found):.1%}",
     )  # fmt: skip
 
 
-HEAD = ("ranks", "sharded", "copies", "faster", "waiting", "sent a rank", "summed", "largest work")
+HEAD = (
+    "ranks", "copies", "shared", "sharded", "waiting", "sent a rank", "summed", "largest work",
+)  # fmt: skip
 
 
 def table(name: str, record: dict[str, Any]) -> str:
@@ -187,9 +191,10 @@ def table(name: str, record: dict[str, Any]) -> str:
         f"Muon's step over {record['layers']} blocks of GPT-2 small "
         f"([{name}](../bench/results/{name})): {where['device']}, {cores} cores, "
         f"one thread a rank, gloo, torch {where['torch']}, {where['date'][:10]}. "
-        "Sharded: rows of every matrix on each rank; copies: all of it on every rank, as under "
-        "DDP. Waiting: the share of the "
-        f"sharded step in which a rank waits for others. More than {cores} ranks share the cores."
+        "Copies: all of it on every rank, as under DDP; shared: the same after `share_work`; "
+        "sharded: rows of every matrix on each rank, to which the last four columns belong. "
+        "Waiting: the share of a step in which a rank waits for others. "
+        f"More than {cores} ranks share the cores."
     )
     return "\n".join([*lines, "", note])
 

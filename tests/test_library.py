@@ -29,6 +29,12 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("name", ["distributed", "compat", "monitor", "nn", "optim", "ops"])
+def test_any_module_may_be_imported_first(name: str) -> None:
+    found = run(f"import orthonorm.{name}")
+    assert found.returncode == 0, found.stderr
+
+
 def test_every_op_is_exported_and_documented() -> None:
     assert set(ops.__all__) == set(OPS)
     for name, op in OPS.items():

@@ -37,6 +37,7 @@ GPU only where it must decide by them: nonfinite="skip" and "error", GradScaler'
 inside decompositions (Conda, SOAP and their like, at refreshes).
 """
 
+from .. import optim  # noqa: F401  (first: its step loop imports the modules below)
 from .company import share_work
 from .report import Communication, comm_report
 from .scaler import GradScaler

@@ -33,8 +33,8 @@ def configure(
     convolutions (out x rest), expert stacks (batches), routers and low-rank projections. Weights
     with a name in FUSED are split: into q, k, v if they have three times as many rows as columns,
     into two (as gate, up) if their number of rows is even. Embeddings, vectors and heads go to
-    AdamW. If no matrix goes there by its name, as an embedding or by the shape of one, the last
-    Linear or convolution is taken for the head, unless `names` are given.
+    AdamW. If no matrix goes there by its name or by an embedding's type or shape, the last Linear
+    or convolution is taken for the head. It is not, if `names` are given.
 
     Args:
         model: all its parameters that require gradients are updated, each once.

@@ -31,8 +31,8 @@ def observe_logits_(
         scale: factor of the logits; None: 1 / sqrt(d).
         causal: take only the logits with j <= i + T' - T.
 
-    If logits of a head overflow, though its q and k are finite, +inf is written for it, even if the
-    logits are NaN from infinities of both signs. If q or k are not finite, NaN is written.
+    If logits of a head overflow, though its q and k are finite, +inf is written for it. That holds
+    too if infinities of both signs make the logits NaN. If q or k are not finite, NaN is written.
 
     Under data or context parallelism, reduce `seen` over ranks by the maximum before the step.
 

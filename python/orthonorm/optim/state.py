@@ -257,19 +257,30 @@ class Seen(NamedTuple):
 
     shape: torch.Size
     device: torch.device
+    on_cpu: bool
     keys: int
-    state: list[tuple[str, weakref.ref[Tensor]]]
+    state: list[tuple[str, weakref.ref[Tensor], torch.Size]]
 
     def still(self, p: Tensor, state: Mapping[str, Any]) -> bool:
-        """True if the state tensors are the same and no shape or device has changed since."""
-        shape, device, keys, tensors = self
-        g: Any = p.grad
-        if p.shape != shape or p.device != device or g.shape != shape or g.device != device:
+        """True if the state tensors are the same and no shape or device has changed since.
+
+        On CPUs only the parameter's shape is compared, as kernels there check the rest themselves.
+        """
+        shape, device, on_cpu, keys, tensors = self
+        if p.shape != shape:
             return False
-        for key, ref in tensors:
+        for key, ref, _ in tensors:
             if state.get(key) is not ref():
                 return False
-        return len(state) == keys
+        if len(state) != keys:
+            return False
+        if on_cpu:
+            return True
+        g: Any = p.grad
+        if g.shape != shape or g.device != device or p.device != device:
+            return False
+        same = ((state[key], size) for key, _, size in tensors)
+        return all(t.shape == size and t.device == device for t, size in same)
 
 
 def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
@@ -299,8 +310,9 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
         check.same_device(label, parameter=[p], gradient=[p.grad])
         check_state(opt, group, i)
         state = opt.state.get(p, {})
-        refs = [(k, weakref.ref(t)) for k, t in state.items() if isinstance(t, Tensor)]
-        opt._seen[id(p)] = Seen(p.shape, p.device, len(state), refs)
+        refs = [(k, weakref.ref(t), t.shape) for k, t in state.items() if isinstance(t, Tensor)]
+        on_cpu = p.device.type == "cpu"
+        opt._seen[id(p)] = Seen(p.shape, p.device, on_cpu, len(state), refs)
     return stateless
 
 

@@ -47,7 +47,7 @@ def opened(
         if group["state_dtype"] == "8bit":
             codes, scales = state[key], state[key + SCALES]
             state[key] = room({} if rooms is None else rooms, (key, dtype), codes)
-            dequantize_blocks_.overload(state[key], codes, scales, key not in UNSIGNED)
+            dequantize_blocks_.unchecked(state[key], codes, scales, key not in UNSIGNED)
         else:
             state[key] = [t.to(dtype, copy=True) for t in state[key]]
     return batch._replace(state=state, kept=batch.state)
@@ -84,11 +84,11 @@ def write(batch: Batch, keys: Sequence[str], group: dict[str, Any]) -> None:
     for key in keys:
         kept, new = batch.kept[key], batch.state[key]
         if group["state_dtype"] == "8bit":
-            quantize_blocks_.overload(kept, batch.kept[key + SCALES], new, key not in UNSIGNED)
+            quantize_blocks_.unchecked(kept, batch.kept[key + SCALES], new, key not in UNSIGNED)
         elif group["stochastic_rounding"]:  # W <- 0 W + U, by the pass that rounds stochastically
             one = torch.ones((), dtype=torch.float64, device=new[0].device)
             seed = group["rounding_seed"]
-            decayed_update_.overload(kept, new, one, 1.0, [-1.0] * len(kept), seed)
+            decayed_update_.unchecked(kept, new, one, 1.0, [-1.0] * len(kept), seed)
         else:
             torch._foreach_copy_(kept, new)
 
