@@ -25,10 +25,10 @@ class Conda(MatrixOptimizer):
     """W <- W - lr s c_t Q N, N = M / (sqrt(V) + eps), M and V Adam's averages of Q^T G.
 
     Q has the singular vectors of the momentum's short side, and is recomputed every
-    `update_proj_gap` steps. For rows >= columns it acts from the right: G Q and N Q^T. c_t =
-    sqrt(1-beta2^t) / (1-beta1^t). The momentum is stored rotated, which is exact while Q stays the
-    same and leaves two products a step. V is elementwise. At a refresh its entries keep their index
-    (the k-th largest direction). It is not bias-corrected under the root.
+    `update_proj_gap` steps. For rows >= columns it acts from the right: G Q and N Q^T.
+    c_t = sqrt(1-beta2^t) / (1-beta1^t). The momentum is stored rotated, which is exact while Q
+    stays the same and leaves two products a step. V is elementwise. At a refresh its entries keep
+    their index (the k-th largest direction). It is not bias-corrected under the root.
 
     Args:
         params: parameters, named parameters or param groups (`split_params(model)` makes them).
