@@ -1,8 +1,9 @@
 """Registration: one decorated reference is an op's schema, fallback, fake, oracle and docs.
 
 `@op(schema)` defines `torch.ops.orthonorm.<name>` and installs the decorated body under
-CompositeExplicitAutograd, so it serves every device nobody claimed and traces under torch.compile.
-Compiled libraries (`_C.so`, `_C_cuda.so`) and Triton modules only fill dispatch keys above it.
+CompositeExplicitAutograd. So it serves every device without a kernel, and traces under
+torch.compile. Compiled libraries (`_C.so`, `_C_cuda.so`) and Triton modules only fill dispatch keys
+above it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 class _Mark(threading.local):
-    """Of every thread: whether it is within an op whose arguments have been checked. The ops that
-    this one calls then do not check theirs, which it has made."""
+    """Flag of each thread: True within an op whose arguments were checked.
+
+    Ops that such an op calls then skip their checks, since it made their arguments.
+    """
 
     on = False
 
@@ -43,10 +46,10 @@ class Op(Generic[P, R]):
 
     Attributes:
         name, schema: as torch knows them (`torch.ops.orthonorm.<name>`).
-        part: in words, the inputs that a compiled library serves which claims only a part of them.
+        part: description of the inputs that a compiled library serves, if it does not serve all.
         overload: the torch op, whose kernels check their arguments; bodies of ops call it.
         composite: True if the body calls other ops; its speed is then theirs.
-        has_gradient: whether `autograd` gave it one; of other ops backward raises.
+        has_gradient: True if `autograd` registered a gradient; without one backward raises.
     """
 
     def __init__(self, schema: str, body: Callable[P, R], composite: bool) -> None:
@@ -65,7 +68,8 @@ class Op(Generic[P, R]):
         self._written = [
             (i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write
         ]
-        if schema.endswith("-> ()"):  # its shapes are known; bodies may cut them, a graph must not
+        # Without results the fake needs no body, which may slice by sizes; a graph must not.
+        if schema.endswith("-> ()"):
             torch.library.register_fake(self.overload, self._fake_update, lib=_library)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -85,10 +89,10 @@ class Op(Generic[P, R]):
         return without_gradient(self.name, lambda: self.unchecked(*args, **kwargs), given)
 
     def unchecked(self, *args: Any, **kwargs: Any) -> R:
-        """The dispatched op, for arguments that the caller has checked already.
+        """Call the dispatched op without checks, for arguments that the caller has checked.
 
-        Memory safety is then the caller's: kernels take shapes, dtypes and devices on trust.
-        Traced calls are checked all the same, once a trace.
+        The caller answers for memory safety: kernels trust shapes, dtypes and devices. Traced calls
+        are checked all the same, once per trace.
         """
         call: Callable[..., R] = self.overload
         if torch.compiler.is_compiling() or _within.on:
@@ -103,12 +107,12 @@ class Op(Generic[P, R]):
         return f"<orthonorm op {self.schema}>"
 
     def check(self, function: Callable[P, None]) -> Callable[P, None]:
-        """Decorator: what this op demands of its arguments, raised before anything is written."""
+        """Decorator of a function that raises for wrong arguments, before anything is written."""
         self._check = function
         return function
 
     def serves_part(self, words: str) -> Callable[[Callable[P, bool]], Callable[P, bool]]:
-        """Decorator: which inputs the overload `part` of a compiled library serves."""
+        """Decorator of a predicate: inputs that a compiled library's overload `part` serves."""
 
         def declare(predicate: Callable[P, bool]) -> Callable[P, bool]:
             self.part, self._in_part = words, predicate
@@ -117,7 +121,7 @@ class Op(Generic[P, R]):
         return declare
 
     def split(self, rest: Callable[P, R]) -> Callable[P, R]:
-        """The library's part where the predicate holds, `rest` elsewhere."""
+        """Return a function: the library's part where the predicate holds, `rest` elsewhere."""
         in_part = self._in_part
         assert in_part is not None, self.name
         kernel: Callable[P, R] = getattr(getattr(torch.ops, NAMESPACE), self.name).part
@@ -128,8 +132,10 @@ class Op(Generic[P, R]):
         return run
 
     def checked(self, kernel: Callable[P, R]) -> Callable[P, R]:
-        """`kernel` behind this op's checks, unless an op that was checked calls it: what a dispatch
-        key is filled with."""
+        """Return `kernel` behind this op's checks, which are skipped within an op that was checked.
+
+        The result is what fills a dispatch key.
+        """
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             if _within.on:
@@ -145,7 +151,7 @@ class Op(Generic[P, R]):
         return run
 
     def definition(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The body alone, for kernels that leave some arguments to it; its ops dispatch."""
+        """Run the body alone; ops in it dispatch. Kernels call it for inputs they do not serve."""
         return self._body(*args, **kwargs)
 
     def _fake_update(self, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -153,7 +159,7 @@ class Op(Generic[P, R]):
             self._check(*args, **kwargs)
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The definition in plain torch, whatever kernels are loaded: oracle and baseline."""
+        """Run the definition in plain torch, whatever kernels are loaded: oracle and baseline."""
         if not self.composite:
             return self._checked_body(*args, **kwargs)
         with reference():
@@ -164,7 +170,7 @@ OPS: dict[str, Op[..., Any]] = {}
 
 
 def op(schema: str, *, composite: bool = False) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Register the decorated reference under `schema`; `composite` if it calls other ops."""
+    """Register the decorated reference under `schema`; set `composite` if it calls other ops."""
 
     def register(body: Callable[P, R]) -> Op[P, R]:
         made = Op(schema, body, composite)
@@ -175,7 +181,7 @@ def op(schema: str, *, composite: bool = False) -> Callable[[Callable[P, R]], Op
 
 
 def autograd(op: Op[..., Any], backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
-    """Give an op its gradient; arguments as torch.library.register_autograd has them."""
+    """Register an op's gradient; arguments are those of torch.library.register_autograd."""
     op.has_gradient = True
     torch.library.register_autograd(
         f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=_library
@@ -183,7 +189,7 @@ def autograd(op: Op[..., Any], backward: Callable[..., Any], setup: Callable[...
 
 
 class _NoGradient(torch.autograd.Function):
-    """Results of a call that say at backward that they have no gradient."""
+    """Autograd node of a call without a gradient: its backward raises NotImplementedError."""
 
     @staticmethod
     def forward(name: str, call: Callable[[], Any], *inputs: torch.Tensor) -> Any:
@@ -203,11 +209,11 @@ class _NoGradient(torch.autograd.Function):
 
 
 def without_gradient(name: str, call: Callable[[], R], inputs: Iterable[Any]) -> R:
-    """call(); where an input wants a gradient, its results raise NotImplementedError at backward,
-    by this name. Traced calls have no gradient and say nothing.
+    """Return call(); if an input requires a gradient, backward raises NotImplementedError.
 
-    Not by torch.library.register_autograd: that costs 10 us a call, also where nothing wants a
-    gradient (torch 2.13, 2026-11).
+    The error names `name`. Traced calls have no gradient, without an error. It does not use
+    torch.library.register_autograd, which takes 10 us a call even if no input requires a gradient
+    (torch 2.13, 2026-11).
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return call()
@@ -228,7 +234,7 @@ def without_gradient(name: str, call: Callable[[], R], inputs: Iterable[Any]) ->
 
 
 class reference(TorchDispatchMode):
-    """Within `with orthonorm.reference():` every op runs its plain-torch reference."""
+    """Context manager in which every op runs its plain-torch reference."""
 
     def __torch_dispatch__(
         self,
@@ -245,23 +251,23 @@ class reference(TorchDispatchMode):
 
 
 def has_kernel(name: str, key: str) -> bool:
-    """Whether a compiled or Triton kernel fills dispatch key `key` ("CPU", "CUDA") of op `name`."""
+    """True if a compiled or Triton kernel fills dispatch key `key` ("CPU", "CUDA") of op `name`."""
     full = f"{NAMESPACE}::{name}"
-    exists = torch._C._dispatch_has_kernel(full)  # an overload `part` is there with its library
+    exists = torch._C._dispatch_has_kernel(full)  # an overload `part` exists only with its library
     return bool(exists and torch._C._dispatch_has_kernel_for_dispatch_key(full, key))
 
 
 class Loaded:
-    """What was found when the package was imported; read by `python -m orthonorm`."""
+    """Libraries and kernels found at import of the package; `python -m orthonorm` prints them."""
 
     def __init__(self) -> None:
         self.backend = os.environ.get("ORTHONORM_BACKEND", "auto")
         self.libraries: dict[str, str] = {}  # file name -> "loaded" or the reason it is not
         self.served: dict[tuple[str, str], str] = {}  # (op, key) -> "C++", "CUDA" or "Triton"
-        self.parts: dict[tuple[str, str], str] = {}  # of those, who serves only some inputs: which
+        self.parts: dict[tuple[str, str], str] = {}  # same keys -> inputs, if not all are served
 
     def load(self, folder: Path) -> None:
-        """Compiled libraries claim their keys first, Triton fills the CUDA keys still free."""
+        """Load compiled libraries, which claim their keys first; Triton fills free CUDA keys."""
         if self.backend not in BACKENDS:
             raise ValueError(
                 f"orthonorm: ORTHONORM_BACKEND must be one of {BACKENDS}, got {self.backend!r}"
@@ -286,7 +292,7 @@ class Loaded:
         else:
             try:
                 torch.ops.load_library(path)
-            except OSError as error:  # of another torch or CUDA: the next backend serves
+            except OSError as error:  # built for another torch or CUDA: the next backend serves
                 reason = str(error.__cause__ or error)
                 self.libraries[path.name] = f"not loaded: {reason}{_gpus.built_for(path)}"
                 return
@@ -296,7 +302,7 @@ class Loaded:
                     self.served[name, key] = label
 
     def fill(self, key: str, triton: bool) -> None:
-        """Keys that no library claims whole: its part of an op in front, then Triton's kernel.
+        """Fill keys that no library serves whole: its part first, then Triton's kernel.
 
         Kernels are imported at their first call: importing Triton takes a second.
         """
@@ -318,8 +324,11 @@ class Loaded:
 
 
 def triton_kernel(op: Op[P, R]) -> Callable[P, R]:
-    """The Triton kernel of an op, whatever serves it: to compare with. Of an op that has none, its
-    definition, whose ops are dispatched. ImportError without Triton."""
+    """Return an op's Triton kernel, whatever serves the op, to compare with.
+
+    For a composite op without one, return its definition, whose ops dispatch. Raise ImportError
+    without Triton.
+    """
     module = f"{NAMESPACE}.kernels.{op.name.rstrip('_')}"
     if op.composite and importlib.util.find_spec(module) is None:
         return op.checked(op.definition)
@@ -327,13 +336,16 @@ def triton_kernel(op: Op[P, R]) -> Callable[P, R]:
 
 
 def library_part(op: Op[P, R]) -> Callable[P, R]:
-    """The kernel of a library that serves a part of an op, for all that it can: to compare with."""
+    """Return the kernel of a library that serves a part of an op, to compare with.
+
+    It takes all inputs that it can, also those that the op's predicate gives to others.
+    """
     part: Callable[P, R] = getattr(getattr(torch.ops, NAMESPACE), op.name).part
     return op.checked(part)
 
 
 def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among arguments, and in lists of them."""
+    """Yield the tensors among arguments, also those in lists and tuples."""
     for value in args:
         if isinstance(value, torch.Tensor):
             yield value
@@ -342,13 +354,13 @@ def tensors_among(args: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def device_of(args: Iterable[Any]) -> torch.device | None:
-    """The device of the first tensor among arguments, or in the first list that has one."""
+    """Return the device of the first tensor among arguments, also in lists; None without one."""
     first = next(tensors_among(args), None)
     return None if first is None else first.device
 
 
 def guarded(kernel: Callable[P, R]) -> Callable[P, R]:
-    """`kernel` with the device of its tensors as the current one, which Triton launches on."""
+    """Return `kernel` with its tensors' device made current, since Triton launches on that one."""
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = device_of((*args, *kwargs.values()))
@@ -361,7 +373,7 @@ def guarded(kernel: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Lazy:
-    """A Triton kernel, or the op's definition on a machine where Triton cannot compile."""
+    """Kernel of an op by Triton, imported when called; the definition if Triton cannot compile."""
 
     def __init__(self, op: Op[..., Any], module: str) -> None:
         self.op, self.module = op, module

@@ -1,4 +1,4 @@
-"""Monitor: spectral metrics of a model while it trains, through hooks, within a budget of time."""
+"""Monitor: spectral metrics of a model while it trains, by hooks, within a budget of time."""
 
 from __future__ import annotations
 
@@ -30,57 +30,57 @@ from .shards import gathered, on_any_rank
 from .watched import find, weakly
 
 KINDS = ("weights", "gradients", "updates", "activations")
-POWER_STEPS = 16  # from the vectors of the last measurement
+POWER_STEPS = 16  # per measurement; they start from the last measurement's vectors
 
 
 class Monitor:
-    """Rows (step, kind, name, metric, value) of a model's matrices where step % every = 0.
+    """Rows (step, kind, name, metric, value) of a model's matrices at steps with step % every = 0.
 
         monitor = Monitor(model, every=100)   # before training; the loop stays as it is
         ...
         monitor.to_csv("spectra.csv"); monitor.plot("plots"); monitor.close()
 
-    It watches through hooks: on torch.optim.Optimizer.step, whichever optimizer holds the model's
-    parameters, and, for the forward pass of a measured step only, on its nn.Linear layers. Weights,
-    gradients and activations are those of the step; an update is what step() then added. Loops
-    without an optimizer, or with a compiled step, call `monitor.step()` after backward instead
-    (then there are no updates, and in compiled models no activations).
+    It hooks into torch.optim.Optimizer.step, whichever optimizer holds the model's parameters, and
+    into the model's nn.Linear layers for the forward pass of a measured step only. Weights,
+    gradients and activations are those of the step; updates are the changes that step() makes.
+    Loops without an optimizer, or with a compiled step, call `monitor.step()` after backward
+    instead. There are no updates then, and no activations of compiled models.
 
     Matrices are the parameters of two and more dimensions: convolutions flattened to out x rest,
     other leading dimensions as stacks called name[i]. sigma_1 is a lower bound by 16 power steps
     that start where the last measurement ended. Activations are the inputs of nn.Linear layers, at
-    most `tokens` of them; with them come "sign_diversity" and "mean_alignment" of
-    `spectral_alignment` and its alarm. Metrics that need the whole spectrum serve matrices whose
-    short side is at most 256.
+    most `tokens` of them. They also give "sign_diversity" and "mean_alignment" of
+    `spectral_alignment`, and its alarm. Metrics that need the whole spectrum are measured for
+    matrices whose short side is at most 256.
 
-    It lives as long as something refers to it, and keeps no model alive: when the last reference
-    is gone its hooks are removed, as by close().
+    Keep a reference to the monitor: when the last one is gone, its hooks are removed as by close().
+    The hooks keep neither the monitor nor the model alive.
 
-    It never stops training: what fails is reported once by a MonitorWarning and counted in
-    `failures`. A measurement that would take `seconds` beyond `budget` of the time since the first
-    step is put off to the next multiple of `every`, and counted in `put_off`. Memory: the rows
+    It never stops training: failures are reported once by a MonitorWarning and counted in
+    `failures`. If a measurement would take `seconds` beyond `budget` of the time since the first
+    step, it is put off to the next multiple of `every` and counted in `put_off`. Memory: the rows
     kept, two vectors per matrix, `tokens` inputs per layer, and during a measured step() a copy of
-    the weights for their updates. DTensors (so after `fully_shard`) are gathered on every rank,
-    but matrices for metrics among sigma_1, |X|_F and what these give: their products are local.
+    the weights for their updates. DTensors (as after `fully_shard`) are gathered on every rank,
+    except for metrics that follow from sigma_1 and |X|_F, whose products are local.
 
     Args:
-        model: its parameters are watched.
+        model: the model whose parameters are watched.
         every: steps between measurements; the first is at step `every`.
-        kinds: of "weights", "gradients", "updates", "activations".
+        kinds: some of "weights", "gradients", "updates", "activations".
         include, exclude: shell patterns for parameter names ("*.attn.*").
         metrics: names of METRICS for all kinds, or {kind: names}; None: those without an SVD.
-        tokens: inputs of a layer that are looked at, evenly spread.
+        tokens: most inputs of a layer that are measured, evenly spread.
         budget: share of the training time, or None for no limit.
-        rules: {(kind, metric): f(name, value), True being an alarm}, one object each; None: an
-            `AlignmentAlarm` on ("activations", "sign_diversity").
-        on_alarm: called with the Row of an alarm; None warns.
-        keep: rows kept in memory.
+        rules: {(kind, metric): f(name, value)}; f returns True for an alarm, one object per key.
+            None: an `AlignmentAlarm` on ("activations", "sign_diversity").
+        on_alarm: function that gets the Row of an alarm; None warns.
+        keep: number of rows kept in memory.
         out: a .csv or .jsonl file that gets every row as it is measured.
         tensorboard: a folder for TensorBoard (where it is installed), or a SummaryWriter.
 
-    Cost: 16 power steps and some passes over every matrix when it measures, and in between
-    two hooks a step; docs/monitor.md has the measurement. Source: of each metric in its own
-    docstring; the alarm is that of arXiv:2510.04202.
+    Cost: 16 power steps and some passes over every matrix when it measures; at other steps, two
+    hooks. docs/monitor.md has timings. Source: see each metric's docstring; the alarm is that of
+    arXiv:2510.04202.
 
     Attributes: rows, alarms, failures (a Counter), put_off, steps, seconds (spent measuring).
     """
@@ -141,7 +141,7 @@ class Monitor:
     # Steps --------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Counts one step, and measures it if it is due: for loops without a torch optimizer."""
+        """Count a step, and measure it if it is due: for loops without a torch optimizer."""
         with self._guard("step"):
             self._begin()
             if self._measuring:
@@ -171,7 +171,7 @@ class Monitor:
                 self._end()
 
     def _held(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """The watched parameters that this optimizer updates."""
+        """Return the watched parameters that this optimizer updates."""
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {name: p for name, p in self._parameters.items() if id(p) in ids}
 
@@ -186,7 +186,7 @@ class Monitor:
         self._arm()
 
     def _arm(self) -> None:
-        """Prepares the next step, if it is to be measured."""
+        """Prepare the next step, if it is to be measured and the budget allows."""
         if (self.steps + 1) % self.every:
             return
         elapsed = time.perf_counter() - (self._started or time.perf_counter())
@@ -212,7 +212,7 @@ class Monitor:
         self._inputs.clear()
 
     def _capture(self, name: str) -> Callable[..., None]:
-        """A hook that keeps a sample of the layer's first input of the step."""
+        """Return a hook that keeps a sample of the layer's first input of the step."""
         return weakly(self._sample, name)
 
     def _sample(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -226,16 +226,16 @@ class Monitor:
 
     @property
     def due(self) -> bool:
-        """Whether the step being made is measured."""
+        """True if the current step is measured."""
         return self._armed
 
     def observe(self, name: str, X: Tensor, kind: str = "caches") -> None:
-        """Measures a tensor of the caller's, such as a KV cache, if this step is due.
+        """Measure a tensor of the caller's, such as a KV cache, if this step is due.
 
         Args:
-            name: what the rows call it.
+            name: its name in the rows.
             X: (..., m, n); leading dimensions are a stack called name[i].
-            kind: what the rows call its kind; "caches" has default metrics.
+            kind: its kind in the rows; "caches" has default metrics.
         """
         if not self._armed:
             return
@@ -243,7 +243,7 @@ class Monitor:
             self._measure(kind, stack(name, X.detach(), False), self.steps + 1)
 
     def _measure_before(self, parameters: Mapping[str, Tensor]) -> None:
-        """What can be measured before the weights change."""
+        """Measure everything but updates, before the weights change."""
         with self._timed():
             if "weights" in self.kinds:
                 self._measure_parameters("weights", parameters)
@@ -256,7 +256,7 @@ class Monitor:
                 self._inputs.clear()
 
     def _measure_parameters(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
-        """Adds the rows of the kind's metrics; nothing is gathered where parts give them all."""
+        """Add the rows of the kind's metrics; gather no matrix whose local parts give them all."""
         rows: list[Row] = []
         with self._guard(f"{kind} in parts"):
             metrics = self.metrics.get(kind, NORMS)
@@ -274,7 +274,7 @@ class Monitor:
         return out
 
     def _measure(self, kind: str, matrices: Named, step: int | None = None) -> None:
-        """Adds the rows of the kind's metrics for these matrices."""
+        """Add the rows of the kind's metrics for these matrices."""
         names = self.metrics.get(kind, NORMS)
         if not names or not matrices:
             return
@@ -308,7 +308,7 @@ class Monitor:
                     self.on_alarm(row)
 
     def _tops(self, kind: str, matrices: Named) -> list[Tensor]:
-        """sigma_1 of all matrices by power steps in one call, from where they ended last time."""
+        """Return sigma_1 of all matrices, by one call that continues from the last vectors."""
         pairs = []
         for name, X in matrices:
             pair = self._vectors.get((kind, name))
@@ -320,7 +320,7 @@ class Monitor:
         return list(ops.power_iteration_([X for _, X in matrices], u, v, POWER_STEPS).unbind())
 
     def _align(self) -> None:
-        """Spectral Alignment of the inputs with v_1 of their layer's weight."""
+        """Measure the Spectral Alignment of inputs with v_1 of their layer's weight."""
         rows: list[Row] = []
         for name, X in self._inputs.items():
             W = self._layers[name]._parameters.get("weight")
@@ -338,34 +338,34 @@ class Monitor:
 
     @property
     def rows(self) -> list[Row]:
-        """The last `keep` rows."""
+        """The last `keep` rows, a new list."""
         return list(self.records.rows)
 
     def series(self, metric: str, kind: str, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one metric of one matrix."""
+        """Return (steps, values) of one metric of one matrix."""
         return self.records.series(metric, kind, name)
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the rows kept as step,kind,name,metric,value."""
+        """Write the rows kept in memory as step,kind,name,metric,value."""
         write_csv(self.records.rows, path)
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the rows kept as a list of objects; null where a value is not finite."""
+        """Write the rows kept in memory as a list of objects, with null for non-finite values."""
         write_json(self.records.rows, path)
 
     def plot(self, folder: str | Path) -> list[Path]:
-        """Writes a PNG per kind and metric, alarms marked; needs matplotlib."""
+        """Write a PNG per kind and metric, alarms marked; return their paths. Needs matplotlib."""
         return plot(self.records.rows, folder, self.alarms)
 
     def close(self) -> None:
-        """Removes every hook; the rows stay."""
+        """Remove every hook; the rows stay."""
         with self._guard("step"):
             self._disarm()
         while self._hooks:
             self._hooks.pop().remove()
 
     def __del__(self) -> None:
-        if self.__dict__.get("_hooks"):  # none where a constructor raised, or close() was called
+        if self.__dict__.get("_hooks"):  # none if the constructor raised or close() was called
             if not self.steps and not sys.is_finalizing():
                 self._guard.report("close", "ended before its first step: keep the object")
             self.close()
@@ -376,11 +376,11 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # What keeps it out of the way ---------------------------------------------------------------
+    # Timing -------------------------------------------------------------------------------------
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """Adds the time inside to `seconds`, without what the device had still to do before."""
+        """Add the time spent inside to `seconds`, after the device has finished earlier work."""
         device = next(iter(self._parameters.values())).device
         if device.type == "cuda":
             torch.cuda.synchronize(device)

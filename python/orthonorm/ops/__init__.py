@@ -1,10 +1,10 @@
 """Every op: its schema, its meaning and its definition in plain torch, one family per file.
 
-Each name is an `Op`: call it (`ops.gram(X)`), read its definition (`ops.gram.reference(X)`), or use
+Each name is an `Op`. Call it (`ops.gram(X)`), run its definition (`ops.gram.reference(X)`), or use
 the bare torch op (`torch.ops.orthonorm.gram`).
 
-`spectral_norm` and `gram_iteration` have gradients. Backward through the results of others raises
-NotImplementedError in eager mode; compiled calls, and bare torch ops, only warn there.
+`spectral_norm` and `gram_iteration` have gradients. Backward through the results of other ops
+raises NotImplementedError in eager mode; compiled calls and bare torch ops only warn.
 """
 
 from .blocks import dequantize_blocks_, quantize_blocks_

@@ -1,10 +1,10 @@
 """Numbers kept in 8 bits by block-wise dynamic codes (arXiv:2110.02861).
 
-Every BLOCK elements of a matrix, row by row, share a scale, their largest absolute value; an
-element is the nearest of 256 values of [-1, 1] times it (`values`, the map of bitsandbytes'
-create_dynamic_map). The last block of a matrix may be shorter; none spans two matrices, so that NaN
-stays in its own. Second moments, which are not negative, have the map of [0, 1], where what is
-positive is never rounded to 0: a step divides by their roots.
+Every BLOCK elements of a matrix, row by row, share a scale, their largest absolute value. A stored
+element is the scale times the nearest of 256 values in [-1, 1] (`values`, the map of bitsandbytes'
+create_dynamic_map). The last block of a matrix may be shorter. No block spans two matrices, so that
+NaN stays in its own matrix. Second moments, which are not negative, use 256 values in [0, 1].
+Positive ones are never rounded to 0 there, since a step divides by their roots.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from torch import Tensor
 from .. import _checks as check
 from .._library import op
 
-BLOCK = 256  # elements; 4 bytes of scale are 1/64 byte for each
+BLOCK = 256  # elements; the 4 bytes of their scale are 1/64 byte per element
 
 
 @functools.cache
 def values(signed: bool) -> list[float]:
-    """The 256 values in order: of seven decades, each with twice the means of the one below; 0; 1.
-    Unsigned: of each decade twice as many."""
+    """Return the 256 values in order: 0, 1 and the points of seven decades.
+
+    Each decade has twice as many points as the one below it; unsigned, each has twice as many as
+    signed ones have of one sign.
+    """
     found = [0.0, 1.0]
     for i in range(7):
         count = 2**i if signed else 2 ** (i + 1)
@@ -38,12 +41,12 @@ def values(signed: bool) -> list[float]:
 
 @functools.cache
 def table_of(signed: bool, device: torch.device) -> Tensor:
-    """`values` there. Kept: the copy waits for the device, and cannot be part of a CUDA graph."""
+    """Return `values` on a device, from a cache: the copy waits, and cannot be in a CUDA graph."""
     return torch.tensor(values(signed), dtype=torch.float32, device=device)
 
 
 def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of the scales of matrices (..., m, n)."""
+    """Return the shape of the scales of matrices (..., m, n)."""
     return (*shape[:-2], -(-shape[-2] * shape[-1] // BLOCK))
 
 
@@ -53,9 +56,9 @@ def quantize_blocks_(
 ) -> None:
     """scale <- max |x| of every BLOCK elements, codes <- argmin_c |x / scale - values(signed)_c|.
 
-    Of x / scale in float32: its code is the number of means of neighbouring values below it, so a
-    tie takes the lower one. A block of zeros has the scale 0 and the code of 0, a NaN the code 255
-    and its block the scale NaN. With `signed=False` what is positive has no code below 1.
+    x / scale is taken in float32. Its code is the number of midpoints of neighbouring values below
+    it, so a tie takes the lower code. A block of zeros has the scale 0 and the code of 0. A NaN has
+    the code 255, and its block the scale NaN. With `signed=False`, positive x have codes above 0.
 
     Shapes: X[i] is (..., m, n); codes[i] too, uint8; scales[i] is (..., ceil(m n / BLOCK)).
     Source: arXiv:2110.02861.
@@ -87,7 +90,7 @@ def dequantize_blocks_(
     """out <- values(signed)_code * scale, in float32, with the scale of the element's block.
 
     Shapes: out[i] is (..., m, n); codes[i] too, uint8; scales[i] is (..., ceil(m n / BLOCK)), as
-    `quantize_blocks_` leaves them. Source: arXiv:2110.02861.
+    `quantize_blocks_` writes them. Source: arXiv:2110.02861.
     """
     if not out:
         return
@@ -104,13 +107,13 @@ def _(out: list[Tensor], codes: list[Tensor], scales: list[Tensor], signed: bool
 
 
 def blocks(t: Tensor) -> Tensor:
-    """The elements of each matrix in rows of BLOCK, filled up with zeros."""
+    """Return the elements of all matrices in rows of BLOCK, each matrix padded with zeros."""
     size = t.shape[-2] * t.shape[-1]
     return F.pad(t.flatten(-2), (0, -size % BLOCK)).reshape(-1, BLOCK)
 
 
 def unblocked(rows: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The reverse of `blocks` on a list of matrices."""
+    """Return matrices of the shapes of `like` from their blocks: the reverse of `blocks`."""
     found = []
     shapes = [scales_shape(t.shape) for t in like]
     for part, t, shape in zip(rows.split([*map(math.prod, shapes)]), like, shapes, strict=True):

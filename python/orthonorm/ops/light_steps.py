@@ -1,5 +1,6 @@
-"""Steps, and passes of steps, of rules without a polynomial: made of other ops, which serve where
-no kernel does all of it at once.
+"""Steps, and passes of steps, of rules without a polynomial.
+
+They are made of other ops, which run where no kernel does all of it at once.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ def signum_step_(
 ) -> None:
     """W <- (1 - lr wd) W - lr factor sign(U), U the (Nesterov) momentum: Signum's step on a list.
 
-    muon_prologue_, sign_ and decayed_update_; their arguments mean the same here. A kernel does it
-    in one pass, and so takes the sign of U before it is rounded.
+    It is muon_prologue_, sign_ and decayed_update_; their arguments mean the same here. A kernel
+    does it in one pass, and so takes the sign of U before U is rounded.
 
     Shapes: entry i of the first three lists agree, (..., m, n).
     """
-    found = work_parts(params)
-    for part, stacks in zip(found, stacks_in_turn(params, found), strict=True):
-        rows = [i for batch in part for i in batch]
+    by_part = work_parts(params)
+    for part, stacks in zip(by_part, stacks_in_turn(params, by_part), strict=True):
+        indices = [i for batch in part for i in batch]
         updates = [u for stack in stacks for u in stack.unbind()]
-        weights, some = [params[i] for i in rows], [factors[i] for i in rows]
-        states, given = [momentum_buffers[i] for i in rows], [grads[i] for i in rows]
+        weights, some = [params[i] for i in indices], [factors[i] for i in indices]
+        states, given = [momentum_buffers[i] for i in indices], [grads[i] for i in indices]
         muon_prologue_(given, states, updates, momentum, nesterov, grad_scale, found_inf)
         sign_(stacks)
         decayed_update_(weights, updates, lr, weight_decay, some, None, found_inf)
@@ -80,14 +81,14 @@ def _(
 
 @op("normalize_columns_(Tensor(a!)[] out, Tensor[] X, float eps=0.0) -> ()", composite=True)
 def normalize_columns_(out: list[Tensor], X: list[Tensor], eps: float = 0.0) -> None:
-    """out_ij <- X_ij / (|X_:j|_2 + eps): `column_normalize` of a list, into memory that is there.
+    """out_ij <- X_ij / (|X_:j|_2 + eps): `column_normalize` of a list, into existing memory.
 
     Shapes: X[i] and out[i] agree in shape and dtype, (..., m, n).
     """
     for part in parts(X, max((x.numel() for x in X), default=0)):
-        for rows in part:
-            normalized = column_normalize(torch.stack([X[i] for i in rows]), 1.0, eps)
-            torch._foreach_copy_([out[i] for i in rows], list(normalized.unbind()))
+        for indices in part:
+            normalized = column_normalize(torch.stack([X[i] for i in indices]), 1.0, eps)
+            torch._foreach_copy_([out[i] for i in indices], list(normalized.unbind()))
 
 
 @normalize_columns_.check
@@ -105,8 +106,9 @@ def _(out: list[Tensor], X: list[Tensor], eps: float = 0.0) -> None:
 def mean_sinh_square(X: list[Tensor], divisors: Tensor) -> Tensor:
     """mean_ij sinh(X_ij / d)^2 of every matrix, in float64; X_ij / 0 is 0.
 
-    torch's float32 sinh of an entry depends on its place (vectors and their ends), so a matrix
-    alone had other bits than in a stack; in float64 that is far below the rounding of a result.
+    float64 makes results the same alone and in a stack. torch's float32 sinh of an entry depends
+    on its place (in vectors, or at their ends), which changed bits; float64 errors are far below
+    the rounding of a result.
 
     Shapes: X[i] is (..., m, n); divisors is 1-D, float64, one per matrix, and so is the result,
     batches flattened in list order. Of a matrix without elements the mean is 0.

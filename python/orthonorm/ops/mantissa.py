@@ -1,12 +1,12 @@
-"""A float32 number in two halves: a bfloat16 weight and 16 bits beside it, exactly.
+"""A float32 number in two halves, without loss: a bfloat16 weight and 16 bits beside it.
 
-The weight is the number rounded to nearest, ties away from zero; the int16 `mantissa` is how far
-the number's bits, as an integer, are above those of the weight. So weights of 2 bytes that
-forward and backward read, and 2 bytes beside them, are updated as float32 weights are, to the
-bit, where these and a bfloat16 copy take 6. (modded-nanogpt keeps the lower 16 bits themselves,
-beside a weight that is cut off instead of rounded.) A mantissa of zeros is the weight as it is.
-NaN keeps no payload. A zero that was written over a weight stays a zero or a denormal: what is
-below it is no number.
+The weight is the number rounded to nearest, ties away from zero. The int16 `mantissa` is the
+number's bits, as an integer, minus those of the weight. Forward and backward read the weights, of
+2 bytes. With the 2 bytes of their mantissas they are updated as float32 weights are, to the bit;
+float32 weights and a bfloat16 copy take 6. (modded-nanogpt stores the lower 16 bits themselves,
+beside a weight that is truncated instead of rounded.) With mantissa 0 the number is the weight.
+NaN keeps no payload. If someone writes a zero over a weight, a negative mantissa counts as 0, so
+that the number stays a zero or a denormal: no number has bits below those of zero.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 def joined(weight: Tensor, mantissa: Tensor) -> Tensor:
-    """The float32 number of both halves."""
+    """Return the float32 number of both halves."""
     high = weight.view(torch.int16).to(torch.int32) << 16
     low = mantissa.to(torch.int32)
     return (high + torch.where(weight == 0, low.clamp(min=0), low)).view(torch.float32)
 
 
 def split_(weight: Tensor, mantissa: Tensor, number: Tensor) -> None:
-    """Write a float32 number into its halves."""
+    """Split a float32 number, and write its halves into `weight` and `mantissa`."""
     bits = number.contiguous().view(torch.int32)
     high = (bits + 0x8000) >> 16
     nan = number.isnan()

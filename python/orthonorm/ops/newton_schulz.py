@@ -43,11 +43,11 @@ def small_newton_schulz(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> list[Tensor]:
-    """`newton_schulz` in direct form for matrices of at most 128 x 128 entries, or a single row or
-    column of any length, one core each.
+    """`newton_schulz` in direct form for small matrices, one core each.
 
-    A kernel keeps a whole matrix in cache through all iterations and may accumulate more precisely
-    than `dtype`, which bounds the products' operands (float32, bfloat16, float16 or float64).
+    Small are matrices of at most 128 x 128 entries, and a single row or column of any length. A
+    kernel keeps a whole matrix in cache through all iterations. Operands of products are rounded to
+    `dtype` (float32, bfloat16, float16 or float64); a kernel may accumulate more precisely.
 
     Shapes: each X[i] is (..., m, n), the results too, contiguous, in the dtype of X[i].
     """
@@ -97,10 +97,10 @@ def scaled_polynomial_(
 ) -> None:
     """X <- the polynomial of X / divisor, of each matrix of a batch in place.
 
-    `divide_each`, then `gram_form` or `direct_polynomial` in `dtype`. A kernel keeps what lies
-    between in memory of its own: new memory costs a CPU more than the passes over it.
+    It is `divide_each`, then `gram_form` or `direct_polynomial`, in `dtype`. A kernel keeps the
+    intermediate results in memory of its own: new memory costs a CPU more than the passes over it.
 
-    Shapes: X (..., m, n); divisors (batch,), float64, 0 where the matrix is.
+    Shapes: X is (..., m, n); divisors (batch,), float64, 0 for matrices of zeros.
     """
     y = divide_each(X, divisors, dtype)
     y = gram_form(y, coefficients, restarts) if gram else direct_polynomial(y, coefficients)
@@ -148,11 +148,11 @@ def newton_schulz(
     Args:
         X: (batches of) matrices of any shapes; tall ones iterate on X^T X.
         coefficients: a, b, c of every iteration, flattened.
-        restarts: iterations before which the Gram form multiplies X out again.
+        restarts: iterations before which the Gram form computes X again, and starts from it.
         form, precision: see `orthogonalize.choose`; results come in the dtype of X.
         scale: "frobenius", "schatten4", "aol" (rows; a different factor) or "none".
         eps: lower clamp of that norm; 0 keeps the result independent of the scale of X.
-        safety: divides the scaled input once more (coefficient sets that need sigma_1 < 1).
+        safety: the scaled input is divided by it, for coefficients that need sigma_1 < 1.
         norms: |X|_F of every matrix if the caller has it (float64, one per matrix).
 
     Zero in, zero out. A non-finite entry stays inside its own matrix of the batch.
@@ -177,7 +177,7 @@ def newton_schulz_(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> None:
-    """`newton_schulz` in place: on a CPU new memory for results costs more than passes over them.
+    """X <- `newton_schulz` of X: on a CPU new memory for results costs more than passes over them.
 
     Arguments and results are those of `newton_schulz`.
     """
@@ -199,11 +199,11 @@ def _iterated(
     norms: Tensor | None,
     over: bool,
 ) -> list[Tensor]:
-    """The results of `newton_schulz`: new, or where that saves memory and `over` allows, X."""
+    """Return the results of `newton_schulz`; with `over`, some may be X itself, overwritten."""
     triples = triples_of(coefficients)
     out: list[Tensor] = list(X)
     small: dict[torch.dtype, list[int]] = {}
-    parts = split_norms(X, norms)
+    each_norm = split_norms(X, norms)
     for i, x in enumerate(X):
         choice = k1.choose(x, triples, restarts, form, precision)
         if x.numel() == 0:
@@ -211,7 +211,7 @@ def _iterated(
         elif choice.small and scale in ("frobenius", "none"):
             small.setdefault(choice.dtype, []).append(i)
         elif scale == "frobenius" and x.dtype != torch.float64:
-            norm = parts[i]
+            norm = each_norm[i]
             norm = magnitude([x]) if norm is None else norm.reshape(-1)
             out[i] = x if over else x.clone(memory_format=torch.contiguous_format)
             divisors = safety * norm.clamp(min=eps)
@@ -219,19 +219,19 @@ def _iterated(
             how = (coefficients, restarts, gram_too, choice.dtype)
             scaled_polynomial_.overload(out[i], divisors, *how)
         else:
-            y = scaled(x, scale, eps, safety, choice.dtype, parts[i])
+            y = scaled(x, scale, eps, safety, choice.dtype, each_norm[i])
             if choice.form == "gram":
                 y = gram_form(y, coefficients, restarts)
             else:
                 y = direct_polynomial(y, coefficients)
             out[i] = y.to(x.dtype)
-    for dtype, rows in small.items():
-        some = None if norms is None else torch.cat([parts[i].reshape(-1) for i in rows])  # type: ignore[union-attr]
-        matrices = [X[i] for i in rows]
+    for dtype, indices in small.items():
+        some = None if norms is None else torch.cat([each_norm[i].reshape(-1) for i in indices])  # type: ignore[union-attr]
+        matrices = [X[i] for i in indices]
         done = small_newton_schulz.overload(
             matrices, coefficients, dtype, scale != "none", eps, safety, some
         )
-        for i, y in zip(rows, done, strict=True):
+        for i, y in zip(indices, done, strict=True):
             out[i] = y
     return out
 

@@ -1,9 +1,9 @@
 """K2, second moments and normalization: elementwise (rotated), per row, per column, factored.
 
-All `_` ops work on lists of (batches of) matrices. States may have any floating dtype; arithmetic
-is in float32 (float64 if the matrix is), and what is written is rounded once.
-Where a denominator meets eps is named by `eps_at`, with s the root mean square:
-"outside": s + eps, "inside": sqrt(s^2 + eps), "clamp": max(s, eps). A zero over zero is zero.
+All `_` ops work on lists of (batches of) matrices. States may have any floating dtype. Arithmetic
+is in float32 (float64 if a tensor is), and results are rounded once. `eps_at` says how eps enters a
+denominator, with s the root mean square (in `row_normalize` and `column_normalize` the scaled
+norm): "outside": s + eps, "inside": sqrt(s^2 + eps), "clamp": max(s, eps). Zero over zero is zero.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ EPS_AT = ("outside", "inside", "clamp")
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
-    """The dtype arithmetic runs in: float64 if any tensor is, else float32."""
+    """Return the dtype of arithmetic on tensors: float64 if any tensor is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def inverse(mean_square: Tensor, eps: float, eps_at: str) -> Tensor:
-    """1 / sqrt(mean_square), with eps placed as `eps_at` says, and 0 where the denominator is 0."""
+    """Return 1 / sqrt(mean_square) with eps by `eps_at`, and 0 where the denominator is 0."""
     if eps_at == "inside":
         denominator = (mean_square + eps).sqrt()
     elif eps_at == "clamp":
@@ -49,10 +49,10 @@ def rotated_adam_(
 ) -> None:
     """X <- scale M / (sqrt(V) + eps), M <- beta1 M + (1-beta1) X, V <- beta2 V + (1-beta2) X^2.
 
-    Conda's elementwise moments in the rotated basis (SOAP's too): X holds the rotated gradient on
-    entry and the normalized rotated momentum on return. eps is added outside the root, without bias
-    correction (arXiv:2509.24218, its code). `scales` (one number per matrix of the list, float64 or
-    float32) carries step size and bias correction; None means 1.
+    These are the elementwise moments of Conda and SOAP in the rotated basis. X holds the rotated
+    gradient on entry, and the normalized rotated momentum on return. eps is added outside the root,
+    without bias correction (arXiv:2509.24218, its code). `scales` (one number per entry of the
+    list, float64 or float32) carries step size and bias correction; None means 1.
 
     Shapes: M, V and X of entry i agree; any number of dimensions.
     """
@@ -107,9 +107,9 @@ def elementwise_moment_(
 ) -> Tensor:
     """V <- beta2 V + (1-beta2) X^2;  X <- X / (c sqrt(V) + eps);  returns |X|_F.
 
-    AdaMuon's second moment of what was orthogonalized (Chongjie-Si/AdaMuon). `corrections` holds c,
-    1 / sqrt(1 - beta2^t), one number per tensor of the list (float64 or float32); None means 1. The
-    norms are of X before it is rounded, as `magnitude` measures.
+    It is AdaMuon's second moment of the polar factor X (Chongjie-Si/AdaMuon). `corrections` holds
+    c = 1 / sqrt(1 - beta2^t), one number per tensor of the list (float64 or float32); None means 1.
+    The norms are those of the new X before it is rounded, as `magnitude` measures.
 
     Shapes: V and X of entry i agree, (..., m, n); the norms are 1-D float64, one per matrix.
     """
@@ -174,8 +174,9 @@ def row_moment_(
 ) -> None:
     """v_i <- beta2 v_i + (1-beta2) mean_j X_ij^2;  X_ij <- X_ij / (sqrt(v_i) + eps), norm kept.
 
-    NorMuon's row-wise (per output neuron) second moment (zichongli5/NorMuon). With `keep_norm` each
-    matrix is rescaled to the Frobenius norm it had, so bias correction would cancel.
+    It is NorMuon's row-wise (per output neuron) second moment (zichongli5/NorMuon). With
+    `keep_norm` each matrix is rescaled to the Frobenius norm it had, so bias correction would
+    cancel.
 
     Shapes: X[i] is (..., m, n), moments[i] is (..., m, 1).
     """
@@ -232,9 +233,9 @@ def factored_moment_(
 ) -> None:
     """X_ij <- X_ij / (sqrt(V_ij) + eps), V = r c^T / mean(r), r and c decayed row and column means.
 
-    Adafactor's rank-one second moment: r_i <- beta2 r_i + (1-beta2) mean_j X_ij^2, c_j likewise
-    over rows (arXiv:1804.04235; the code of arXiv:2510.25000 scales V by another length, which only
-    changes its learning rate).
+    It is Adafactor's rank-one second moment: r_i <- beta2 r_i + (1-beta2) mean_j X_ij^2, and c_j in
+    the same way over rows (arXiv:1804.04235). The code of arXiv:2510.25000 scales V by another
+    length, which only changes its learning rate.
 
     Shapes: X[i] is (..., m, n), row_moments[i] is (..., m, 1), column_moments[i] is (..., 1, n).
     """
@@ -254,7 +255,10 @@ def factored_moment_(
 
 
 def check_moments(name: str, X: list[Tensor], **moments: list[Tensor]) -> None:
-    """Moments of the lines of X, one number a line: "row_moments", or of columns."""
+    """Check lists of moments of X: one number per row for "row_moments" and in `row_moment_`.
+
+    Other moments have one number per column.
+    """
     check.tensors(name, "X", X, min_dim=2)
     for label, values in moments.items():
         check.tensors(name, label, values, min_dim=2)
@@ -341,7 +345,7 @@ def row_normalize(
 ) -> Tensor:
     """X_ij / (scale |X_i|_2 + eps): every row (output neuron) to norm 1/scale; zero rows stay zero.
 
-    scale = sqrt(n) gives Scion's normalized RowNorm, 1/sqrt(n) divides by the row's RMS.
+    scale = sqrt(n) gives Scion's normalized RowNorm; scale = 1/sqrt(n) divides by the row's RMS.
 
     Shapes: X is (..., m, n), the result too, contiguous.
     """
@@ -354,7 +358,7 @@ def column_normalize(
 ) -> Tensor:
     """X_ij / (scale |X_:j|_2 + eps): every column (input feature) to norm 1/scale; zeros stay zero.
 
-    scale = 1/sqrt(m) gives Scion's ColNorm (divide by the column's RMS), scale = 1 SCALE's.
+    scale = 1/sqrt(m) gives Scion's ColNorm (divide by the column's RMS); scale = 1 gives SCALE's.
 
     Shapes: X is (..., m, n), the result too, contiguous.
     """

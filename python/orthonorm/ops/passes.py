@@ -1,11 +1,11 @@
-"""The passes over lists of tensors that optimizer steps are made of.
+"""Passes over lists of tensors, of which optimizer steps are made.
 
 Scheduled numbers (`lr`, `momentum`) are one-element tensors on the parameters' device, so changing
 them neither recompiles nor synchronizes. No op writes a gradient.
 
-So are the numbers of torch.amp.GradScaler: gradients are `grad_scale` times what they stand for,
-and where `found_inf` is not 0, what a step keeps (weights, state, step counts) stays as it is, to
-the bit.
+The two numbers of torch.amp.GradScaler are such tensors too. The gradients given are the true ones
+times `grad_scale`. If `found_inf` is not 0, weights, state and step counts stay as they are, to the
+bit.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BF16 = torch.bfloat16
 
 
 def kept(found_inf: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
-    """`new`, or `old` in its dtype where `found_inf` is not 0."""
+    """Return `new`, or if `found_inf` is not 0 `old` in the dtype of `new`."""
     if found_inf is None:
         return new
     return torch.where(found_inf.to(new.device).reshape(()) != 0, old.to(new.dtype), new)
 
 
 def unscaled(g: Tensor, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """g / grad_scale, as GradScaler.unscale_ computes it: times the inverse, taken in float64."""
+    """Return g / grad_scale, as GradScaler.unscale_ does: g times the inverse, taken in float64."""
     if grad_scale is None:
         return g.to(dtype)
     return g.to(dtype) * grad_scale.to(g.device, torch.float64).reshape(()).reciprocal().to(dtype)
@@ -59,7 +59,7 @@ def muon_prologue_(
 ) -> Tensor:
     """B <- mu B + (1-mu) G;  U = mu B + (1-mu) G if nesterov else B;  returns |U|_F.
 
-    One pass: reads G and B, writes B and U (in the dtype of `updates`), and measures U before it is
+    One pass reads G and B, writes B and U (in the dtype of `updates`), and measures U before it is
     rounded, as `magnitude` does. U is written whatever `found_inf` is.
 
     Shapes: entry i of the three lists agree, (..., m, n); the norms are 1-D float64.
@@ -98,10 +98,11 @@ def _(
 
 @op("sign_(Tensor(a!)[] X) -> ()")
 def sign_(X: list[Tensor]) -> None:
-    """X <- sign(X), 0 of 0, and NaN where X is not finite: of NaN torch.sign makes 0, which would
-    hide it.
+    """X <- sign(X), 0 where X is 0, and NaN where X is not finite.
 
-    Shapes: any, all written.
+    torch.sign returns 0 for NaN, which would hide it.
+
+    Shapes: any; X is overwritten.
     """
     for x in X:
         x.copy_(x.sign() + (x - x))
@@ -129,9 +130,9 @@ def decayed_update_(
 ) -> None:
     """W_i <- (1 - lr weight_decay) W_i - lr factor_i U_i, in one pass, rounded once.
 
-    `rounding`, one int64 number, rounds bfloat16 weights stochastically by that seed
-    (`rounding.py`). With `mantissas`, W_i is the float32 number of which a bfloat16 weight and its
-    int16 mantissa are the halves (`mantissa.py`).
+    `rounding`, one int64 number, is the seed of stochastic rounding of bfloat16 weights
+    (`rounding.py`); None rounds to nearest. With `mantissas`, W_i is the float32 number that a
+    bfloat16 weight and its int16 mantissa hold together (`mantissa.py`).
 
     Shapes: W_i, U_i and mantissas[i] agree, any number of dimensions; factors has one number per
     tensor.
@@ -213,10 +214,10 @@ def adamw_step_(
     """W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), m and v decayed averages of G and G^2.
 
     Increments each parameter's step count t, then corrects bias: m^ = m / (1-beta1^t),
-    v^ = v / (1-beta2^t). `correct_eps=True` adds eps to sqrt(v^) (torch.optim.AdamW), False to the
-    uncorrected sqrt(v) before correcting (Conda's companion, transformers). `decay_first=False`
-    decays the updated weight instead of the old one (Conda decays last). `rounding` and `mantissas`
-    as in `decayed_update_`.
+    v^ = v / (1-beta2^t). `correct_eps=True` adds eps to sqrt(v^) (torch.optim.AdamW); False adds it
+    to the uncorrected sqrt(v) (Conda's companion, transformers). `decay_first=False` decays the
+    updated weight instead of the old one (Conda decays last). `rounding` and `mantissas` are those
+    of `decayed_update_`.
 
     Shapes: entry i of the first four lists, and of mantissas, agree; steps[i] has one element,
     float32 or float64.
@@ -285,5 +286,5 @@ def _(
     check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
     if mantissas is not None:
         check_halves(name, params, mantissas, rounding)
-    if found_inf is not None:  # which no host reads, so none could count
+    if found_inf is not None:  # no host reads it, so steps must be counted on the device
         check.same_device(name, params=params, steps=steps)

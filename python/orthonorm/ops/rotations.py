@@ -1,6 +1,6 @@
-"""K2, changes of basis on a matrix's short side: what Conda's and SOAP's moments live in.
+"""K2, changes of basis on a matrix's short side, for the rotated moments of Conda.
 
-Q is orthogonal, on the short side of X (the columns' where rows = columns): k = min(m, n).
+Q is orthogonal, k x k with k = min(m, n). It acts on the short side of X; for square X on columns.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from .._library import op
 
 
 def rotated(X: Tensor, Q: Tensor) -> Tensor:
-    """X in the basis Q: X Q if rows >= columns, else Q^T X."""
+    """Return X in the basis Q: X Q if rows >= columns, else Q^T X."""
     return X @ Q if X.shape[-2] >= X.shape[-1] else Q.mT @ X
 
 
 def rotated_back(N: Tensor, Q: Tensor) -> Tensor:
-    """N in the original basis: N Q^T if rows >= columns, else Q N."""
+    """Return N in the original basis: N Q^T if rows >= columns, else Q N."""
     return N @ Q.mT if N.shape[-2] >= N.shape[-1] else Q @ N
 
 
@@ -26,8 +26,8 @@ def rotated_back(N: Tensor, Q: Tensor) -> Tensor:
 def rotate_(out: Tensor, X: Tensor, Q: Tensor) -> None:
     """out <- X Q (rows >= columns) or Q^T X: X in the basis Q of its short side.
 
-    The product is in the dtype of Q, to which X is rounded, accumulated in float32 or better and
-    rounded once to the dtype of `out`, which must not overlap X or Q.
+    X is rounded to the dtype of Q, in which the product is taken. It accumulates in float32 or
+    better and is rounded once to the dtype of `out`, which must not overlap X or Q.
 
     Shapes: out and X are (..., m, n), Q is (..., k, k) with k = min(m, n).
     """
@@ -38,8 +38,8 @@ def rotate_(out: Tensor, X: Tensor, Q: Tensor) -> None:
 def rotate_back_(W: Tensor, N: Tensor, Q: Tensor, decay: Tensor | None = None) -> None:
     """W <- decay W - N Q^T (rows >= columns) or decay W - Q N: a step out of the basis Q.
 
-    The product is in the dtype of Q, accumulated in float32 or better; W is rounded once. `decay`
-    has one element, float32 or float64; None is 1. W must not overlap N or Q.
+    The product is in the dtype of Q and accumulates in float32 or better; W is rounded once.
+    `decay` has one element, float32 or float64; None is 1. W must not overlap N or Q.
 
     Shapes: W and N are (..., m, n), Q is (..., k, k) with k = min(m, n).
     """

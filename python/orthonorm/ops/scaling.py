@@ -1,4 +1,4 @@
-"""Norms of matrices, and matrices over them: no overflow, no underflow, whatever the scale."""
+"""Norms of matrices, and division by them, without overflow or underflow at any scale."""
 
 from __future__ import annotations
 
@@ -13,42 +13,49 @@ from .words import gram
 
 
 def power_of_two(X: Tensor) -> Tensor:
-    """The power of two at or below the largest entry of each matrix (1 if that is 0 or not finite),
-    shape (..., 1, 1): a divisor that rounds nothing."""
+    """Return the power of two at or below the largest absolute entry of each matrix, (..., 1, 1).
+
+    It is 1 if that entry is 0 or not finite. Division by a power of two rounds nothing.
+    """
     peak = X.abs().amax((-2, -1), keepdim=True)
     mantissa, _ = torch.frexp(peak)  # in [1/2, 1)
     return torch.where((peak > 0) & peak.isfinite(), peak / (2 * mantissa), 1.0)
 
 
 def frobenius(X: Tensor) -> Tensor:
-    """|X|_F of each matrix of a batch, float64, shape (..., 1, 1): no overflow, no underflow.
+    """Return |X|_F of each matrix, float64, shape (..., 1, 1), without overflow or underflow.
 
-    Squares of any float32 fit float64; float64 matrices are measured against their largest entry.
+    Squares of any float32 fit float64; float64 matrices are divided by `power_of_two` first.
     """
     if X.dtype != torch.float64:
         return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     if X.numel() == 0:
         return X.new_zeros((*X.shape[:-2], 1, 1))
-    unit = power_of_two(X)  # sum adds pairwise, which vector_norm does not
+    unit = power_of_two(X)  # `sum` adds pairwise and so more precisely than vector_norm
     return (X / unit).square().sum((-2, -1), keepdim=True).sqrt() * unit
 
 
 def divide(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
-    """X / divisor rounded once to dtype, 0 where the divisor is 0. float64 in between, so that
-    a power of two in X and in the divisor cancels exactly whatever its size."""
+    """Return X / divisor, rounded once to dtype, 0 where the divisor is 0.
+
+    It is computed in float64, so that powers of two in X and in the divisor cancel exactly.
+    """
     return torch.where(divisor == 0, 0.0, X.double() / divisor).to(dtype)
 
 
 def scaled(
     X: Tensor, scale: str, eps: float, safety: float, dtype: torch.dtype, norm: Tensor | None
 ) -> Tensor:
-    """X brought into the polynomial's range: X / (safety max(s, eps)), s what `scale` names."""
+    """Scale X to the polynomial's range: X / (safety max(s, eps)), s the norm that `scale` names.
+
+    `norm` is |X|_F if it is known; "none" only divides by `safety`.
+    """
     if scale == "none":
         return (X.double() / safety).to(dtype) if safety != 1.0 else X.to(dtype)
     if norm is not None:
         norm = norm.to(torch.float64)
         least = torch.full_like(norm, eps)
-    elif X.dtype == torch.float64 and X.numel() > 0:  # its norm may be denormal, or too large
+    elif X.dtype == torch.float64 and X.numel() > 0:  # |X|_F may be denormal or overflow
         unit = power_of_two(X)
         X, least = X / unit, torch.full_like(unit, eps) / unit
         norm = frobenius(X)
@@ -73,9 +80,9 @@ def norms_of(X: list[Tensor]) -> Tensor:
 
 @op("magnitude(Tensor[] X) -> Tensor")
 def magnitude(X: list[Tensor]) -> Tensor:
-    """|X|_F of every matrix of the list, float64: finite exactly if every entry is.
+    """|X|_F of every matrix of the list, float64: finite if and only if every entry is.
 
-    No overflow or underflow for any finite entries whose norm float64 can hold.
+    There is no overflow or underflow for finite entries whose norm float64 can hold.
 
     Shapes: X[i] is (..., m, n); the result is 1-D, batches flattened in list order.
     """
@@ -112,7 +119,7 @@ def _(X: list[Tensor], Y: list[Tensor]) -> None:
 def divide_each(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
     """X_i / d_i for every matrix of the batch, 0 where d_i is 0; in double, rounded once to dtype.
 
-    A power of two in X and d cancels exactly: the result does not depend on the scale of X.
+    Powers of two in X and d cancel exactly, so the result does not depend on the scale of X.
 
     Shapes: X is (..., m, n) with any strides; divisors is 1-D, float64, one per matrix; the result
     is contiguous.
@@ -131,7 +138,7 @@ def _(X: Tensor, divisors: Tensor, dtype: torch.dtype) -> None:
 
 
 def split_norms(X: list[Tensor], norms: Tensor | None) -> list[Tensor | None]:
-    """The norm of each matrix of the list, shaped to divide it: (..., 1, 1)."""
+    """Return the norms of each entry of the list as (..., 1, 1), the shape to divide it by."""
     if norms is None:
         return [None] * len(X)
     batches = [x.shape[:-2] for x in X]

@@ -17,14 +17,14 @@ ORDERS = ("u_first", "v_first")
 
 
 class _Vector:
-    """One vector of an iteration: its direction, and whether a step has replaced it."""
+    """A vector of the power iteration: its direction, and a flag that a step has replaced it."""
 
     def __init__(self, buffer: Tensor, dtype: torch.dtype) -> None:
         self.buffer, self.x = buffer, buffer.to(dtype)
         self.new = torch.zeros((*buffer.shape[:-1], 1), dtype=torch.bool, device=buffer.device)
 
     def step(self, y: Tensor, eps: Tensor) -> None:
-        """x <- y / max(|y|, eps); where y is zero, x is kept."""
+        """x <- y / max(|y|, eps); x stays the same where y is zero."""
         norm = frobenius(y.unsqueeze(-1)).squeeze(-1)
         replaced = norm != 0
         divisor = torch.where(replaced, torch.maximum(norm, eps), 1.0)
@@ -32,7 +32,7 @@ class _Vector:
         self.new = self.new | replaced
 
     def write(self, valid: Tensor) -> None:
-        """The buffer, changed where a step replaced it and the result is valid."""
+        """Write x to the buffer where a step replaced it and the result is valid."""
         self.buffer.copy_(torch.where(self.new & valid, self.x.to(self.buffer.dtype), self.buffer))
 
 
@@ -41,7 +41,7 @@ def _times(A: Tensor, x: Tensor) -> Tensor:
 
 
 def _power_steps(W: Tensor, u: Tensor, v: Tensor, steps: int, order: str, eps: float) -> Tensor:
-    """Power steps on one batch, on W / |W|_F lest it overflow; returns sigma."""
+    """Take power steps on one batch of W / |W|_F, which cannot overflow; return sigma of W."""
     size = frobenius(W)
     A = divide(W, size, accumulator(W))
     limit = (eps / size).squeeze(-1).nan_to_num(posinf=0.0)
@@ -75,15 +75,15 @@ def power_iteration_(
 ) -> Tensor:
     """u <- W v / |W v|, v <- W^T u / |W^T u| ("u_first"; "v_first": v, then u); sigma = u^T W v.
 
-    Updates the warm buffers of every matrix of the list in place and returns the estimates of
-    sigma_1, each a lower bound. "u_first" is the order of torch's spectral_norm parametrization,
-    which starts from v; "v_first" that of the legacy hook, which starts from u. eps clamps the
-    norms from below (torch: 1e-12); 0 makes the step independent of the scale of W. A vector whose
-    product is zero is kept. steps = 0 only evaluates sigma. Where W or the vectors it meets are not
-    finite, sigma is NaN and both vectors stay as they were, so that warm buffers survive.
+    It updates u and v of every matrix of the list in place, and returns the estimates of sigma_1,
+    each a lower bound. "u_first" is the order of torch's spectral_norm parametrization, which
+    starts from v; "v_first" is that of the legacy hook, which starts from u. eps clamps the norms
+    from below (torch: 1e-12); 0 makes the step independent of the scale of W. If the product for a
+    vector is zero, the vector stays the same. steps = 0 only evaluates sigma. Where W or its
+    vectors are not finite, sigma is NaN and both vectors stay as they were.
 
-    Products in float32 or better, norms and sigma in float64. Not differentiable: see
-    `spectral_norm`.
+    Products are in float32 or better, norms and sigma in float64. It is not differentiable;
+    `spectral_norm` is.
 
     Shapes: W[i] is (..., m, n), u[i] (..., m), v[i] (..., n); sigma is 1-D, one number per matrix
     in list order (batches flattened), float64 if any W is, else float32.
@@ -116,7 +116,7 @@ def check_power_iteration(
     order: str,
     eps: float,
 ) -> None:
-    """What ops that take power steps demand of their arguments."""
+    """Check the arguments of ops that take power steps."""
     check.tensors(name, "W", W, min_dim=2)
     check.tensors(name, "u", u, min_dim=1)
     check.tensors(name, "v", v, min_dim=1)
@@ -131,10 +131,10 @@ def check_power_iteration(
 
 
 def start_vector(W: Tensor) -> Tensor:
-    """A fixed, aperiodic unit vector for every matrix of the batch, shape (..., n)."""
+    """Return a fixed, aperiodic unit vector for every matrix of the batch, shape (..., n)."""
     n = W.shape[-1]
     k = torch.arange(1, n + 1, device=W.device, dtype=torch.float64)
-    x = torch.frac((k * 12.9898).sin() * 43758.5453) + 0.25  # no sign or period of its own
+    x = torch.frac((k * 12.9898).sin() * 43758.5453) + 0.25  # positive and aperiodic
     x = x / torch.linalg.vector_norm(x)
     return x.to(accumulator(W)).expand(*W.shape[:-2], n).contiguous()
 
@@ -148,11 +148,10 @@ def spectral_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sigma_1(W), u_1, v_1 by power iteration; d sigma / d W = u v^T (the vectors are constants).
 
-    The estimate is a lower bound whose relative error falls as (sigma_2 / sigma_1)^(4 steps), and
-    the gradient is as good as the vectors. `start` warms v (any scale, not zero); None is a fixed
-    vector, so results are reproducible. sigma of a zero matrix is 0, with u = 0 and gradient 0; a
-    matrix that is not finite makes its own sigma, u and v NaN. Second derivatives raise
-    NotImplementedError.
+    The estimate is a lower bound whose relative error falls as (sigma_2 / sigma_1)^(4 steps). The
+    gradient is as precise as the vectors. `start` is the first v (any scale, not zero); None is a
+    fixed vector, so results are reproducible. A zero matrix has sigma 0, u = 0 and gradient 0. A
+    matrix that is not finite has sigma, u and v NaN. Second derivatives raise NotImplementedError.
 
     Shapes: W is (..., m, n); sigma (...), u (..., m), v (..., n), float64 if W is, else float32.
     """
@@ -180,10 +179,10 @@ def _(W: Tensor, steps: int = 32, start: Tensor | None = None) -> None:
 def gram_iteration(W: Tensor, steps: int = 5) -> Tensor:
     """(sum_i sigma_i^(2^(k+1)))^(2^-(k+1)) >= sigma_1 after k steps of M <- M^T M: an upper bound.
 
-    The Schatten norm of order 2^(k+1) by repeated, rescaled Gram products on the short side
-    (arXiv:2305.16173), times 1 + 2 max(m, n) eps for the rounding of the products and rounded
-    upwards itself, so that it stands above the exact sigma_1. Zero for zero; NaN where W is not
-    finite.
+    It is the Schatten norm of order 2^(k+1), by repeated, rescaled Gram products on the short side
+    (arXiv:2305.16173). To stay above the exact sigma_1 it is multiplied by 1 + 2 max(m, n) eps, for
+    the rounding of the products, and rounded upwards. It is 0 for a zero matrix, and NaN where W is
+    not finite.
 
     Gradient: P (P^T P)^(2^k - 1) with P = W / bound; zero for a zero matrix. Second derivatives
     raise NotImplementedError.
@@ -207,7 +206,7 @@ def _slack(W: Tensor) -> float:
 
 
 def _nested_root(sizes: list[Tensor], like: Tensor) -> Tensor:
-    """(s_1 (s_2 (s_3 ...)^(1/2))^(1/2))^(1/2): no power of a size ever stands alone."""
+    """Return (s_1 (s_2 (s_3 ...)^(1/2))^(1/2))^(1/2), without powers that could overflow."""
     root = torch.ones_like(like)
     for size in reversed(sizes):
         root = (size * root).sqrt()
@@ -215,7 +214,7 @@ def _nested_root(sizes: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number of `dtype` not below x, nor below what x was before it became denormal."""
+    """Return a number of `dtype` not below x; for denormal x, not below x before its rounding."""
     near = x.to(dtype)
     above = torch.nextafter(near, torch.full_like(near, torch.inf))
     denormal = (x > 0) & (x < torch.finfo(x.dtype).smallest_normal)
@@ -229,7 +228,7 @@ def _(W: Tensor, steps: int = 5) -> None:
 
 
 class _FirstOnly(torch.autograd.Function):
-    """A gradient that refuses to be differentiated again, by whatever path."""
+    """Autograd node that passes a gradient on, and raises if it is differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, W: Tensor, name: str) -> Tensor:
@@ -245,7 +244,7 @@ class _FirstOnly(torch.autograd.Function):
 
 
 def _first_only(gradient: Tensor, W: Tensor, name: str) -> Tensor:
-    """Without a graph (create_graph=False) the gradient itself."""
+    """Guard a gradient by `_FirstOnly` if its backward builds a graph (create_graph=True)."""
     if not torch.is_grad_enabled():
         return gradient
     guarded: Tensor = _FirstOnly.apply(gradient, W, name)
@@ -278,16 +277,16 @@ def _gram_iteration_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 
 def _bound_direction(W: Tensor, steps: int) -> Tensor:
-    """d bound / d W, a multiple of A^(2^(k-1)) ... A^2 A W with A = W W^T and k = steps.
+    """Return d bound / d W, a multiple of A^(2^(k-1)) ... A^2 A W with A = W W^T and k = steps.
 
     The bound is homogeneous of degree one, so its gradient's inner product with W is the bound
-    itself: that fixes the multiple, whatever the powers were scaled by.
+    itself. That determines the multiple, whatever the powers were scaled by.
     """
     X = divide(W, frobenius(W), accumulator(W))
     X = X.mT if W.shape[-2] > W.shape[-1] else X
     Y, power, sizes = X, X, []
     for _ in range(steps):
-        power = gram(power)  # from the second step on the square of a symmetric matrix
+        power = gram(power)  # X X^T at first, then squares of the symmetric `power`
         sizes.append(frobenius(power))
         power = divide(power, sizes[-1], X.dtype)
         Y = apply(Y, power, 0.0)

@@ -1,4 +1,4 @@
-"""K3 in layers: W / sigma_1(W) for a list of weights by warm power steps, and its gradient."""
+"""K3 in layers: W / sigma_1(W) of a list of weights, by power steps from kept vectors; gradient."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .spectral import check_power_iteration, power_iteration_
 
 
 def _members(W: list[Tensor]) -> list[int]:
-    """How many matrices each tensor of the list holds."""
+    """Return the number of matrices in each tensor of the list."""
     return [w.shape[:-2].numel() for w in W]
 
 
 def _divisors(W: list[Tensor], sigma: Tensor) -> list[Tensor]:
-    """sigma of every tensor's matrices, (..., 1, 1), and 1 where it is 0."""
+    """Return sigma of every tensor's matrices as (..., 1, 1), with 1 for 0."""
     s = torch.where(sigma == 0, 1.0, sigma)
     parts = s.split(_members(W)) if W else []
     return [x.view(*w.shape[:-2], 1, 1).to(accumulator(w)) for w, x in zip(W, parts, strict=True)]
@@ -39,11 +39,12 @@ def spectral_normalization_(
 ) -> tuple[Tensor, Tensor]:
     """out_i <- W_i / sigma_i, sigma_i and the vectors after `power_iteration_` on W, u and v.
 
-    A matrix is divided while it is still in the cache: W is read from memory once, out written
-    once. Where sigma is 0 out is W. Not differentiable: the gradient is
+    A kernel divides a matrix while it is still in the cache: it reads W from memory once, and
+    writes out once. Where sigma is 0, out is W. The op is not differentiable; its gradient is
     `spectral_normalization_gradient`.
 
-    Args, and what becomes of u and v: as `power_iteration_`; out[i] has shape and dtype of W[i].
+    Arguments, and updates of u and v, are those of `power_iteration_`. Shapes: out[i] has shape and
+    dtype of W[i].
 
     Returns: sigma, as `power_iteration_`, and copies of the new u_1, v_1, u_2, ... of all matrices
     in one 1-D tensor of sigma's dtype, for the gradient.
@@ -87,8 +88,8 @@ def spectral_normalization_gradient(
 
     Where sigma is 0 it counts as 1, as in the quotient.
 
-    Shapes: grads[i] and W[i] are (..., m, n); sigma and vectors as `spectral_normalization_`
-    returns them; the results are contiguous, shapes and dtypes of grads.
+    Shapes: grads[i] and W[i] are (..., m, n); sigma and vectors are those that
+    `spectral_normalization_` returns. The results are contiguous, with shapes and dtypes of grads.
     """
     results, start = [], 0
     for G, w, s in zip(grads, W, _divisors(W, sigma), strict=True):

@@ -1,4 +1,4 @@
-"""Fused optimizer steps on lists of parameters, made of the passes of `passes.py`.
+"""Fused optimizer steps on lists of parameters: passes of `passes.py` around products.
 
 Scheduled numbers (`lr`, `momentum`) are one-element tensors on the parameters' device, so changing
 them neither recompiles nor synchronizes. No op writes a gradient.
@@ -51,15 +51,14 @@ def muon_step_(
 ) -> None:
     """W <- (1 - lr wd) W - lr factor polar(U), U the (Nesterov) momentum: one Muon step on a list.
 
-    muon_prologue_, newton_schulz_ and decayed_update_; their arguments mean the same here. Equal
-    shapes are iterated as batches, as many at a time as fit one work buffer, of the size of the
-    largest matrix or WORK.
+    It is muon_prologue_, newton_schulz_ and decayed_update_; their arguments mean the same here.
+    Equal shapes are iterated as batches, as many at a time as fit one work buffer (`work_parts`).
     """
     how = (coefficients, restarts, form, precision, scale, eps, safety)
     flags = (grad_scale, found_inf)
-    for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how, flags):
-        weights, some = [params[i] for i in rows], [factors[i] for i in rows]
-        halves = None if mantissas is None else [mantissas[i] for i in rows]
+    for indices, polars in _polars(grads, momentum_buffers, momentum, nesterov, how, flags):
+        weights, some = [params[i] for i in indices], [factors[i] for i in indices]
+        halves = None if mantissas is None else [mantissas[i] for i in indices]
         rest = (rounding, found_inf, halves)
         decayed_update_.overload(weights, polars, lr, weight_decay, some, *rest)
 
@@ -72,18 +71,20 @@ def _polars(
     how: tuple[list[float], list[int], str, str, str, float, float],
     flags: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Momentum, updated, and the polar factors of what follows from it: of as many matrices at a
-    time as fit one work buffer, in which they lie, by their numbers in the list."""
-    found = work_parts(momentum_buffers)
-    for part, batches in zip(found, stacks_in_turn(momentum_buffers, found), strict=True):
-        rows = [i for batch in part for i in batch]
-        states = [momentum_buffers[i] for i in rows]
+    """Update momenta; yield (indices, polar factors of the updates U) for one part at a time.
+
+    The factors lie in the part's work buffer, so they are valid until the next part.
+    """
+    by_part = work_parts(momentum_buffers)
+    for part, batches in zip(by_part, stacks_in_turn(momentum_buffers, by_part), strict=True):
+        indices = [i for batch in part for i in batch]
+        states = [momentum_buffers[i] for i in indices]
         updates = [u for batch in batches for u in batch.unbind()]
         norms = muon_prologue_.overload(
-            [grads[i] for i in rows], states, updates, momentum, nesterov, *flags
+            [grads[i] for i in indices], states, updates, momentum, nesterov, *flags
         )
         newton_schulz_.overload(batches, *how, norms)
-        yield rows, updates
+        yield indices, updates
 
 
 @op(
@@ -116,26 +117,26 @@ def normuon_step_(
 ) -> None:
     """W <- (1 - lr wd) W - lr factor N, N = O / (sqrt(v) + norm_eps) at |O|_F, O = polar(U).
 
-    NorMuon's step on a list (zichongli5/NorMuon): `muon_step_` with `row_moment_` between its
-    polynomial and its update; the arguments of both mean the same here. A kernel may sum the rows'
-    squares where the polynomial's last product ends, before O is rounded.
+    It is NorMuon's step on a list (zichongli5/NorMuon): `muon_step_` with `row_moment_` between its
+    polynomial and its update. Their arguments mean the same here. A kernel may sum the rows'
+    squares at the end of the polynomial's last product, before O is rounded.
 
     Shapes: W, G and B of entry i are (..., m, n), v (..., m, 1).
     """
     how = (coefficients, restarts, form, precision, scale, eps, safety)
-    for rows, polars in _polars(grads, momentum_buffers, momentum, nesterov, how):
-        row_moment_.overload([row_moments[i] for i in rows], polars, beta2, norm_eps)
-        some = [factors[i] for i in rows]
-        decayed_update_.overload([params[i] for i in rows], polars, lr, weight_decay, some)
+    for indices, polars in _polars(grads, momentum_buffers, momentum, nesterov, how):
+        row_moment_.overload([row_moments[i] for i in indices], polars, beta2, norm_eps)
+        some = [factors[i] for i in indices]
+        decayed_update_.overload([params[i] for i in indices], polars, lr, weight_decay, some)
 
 
-WORK = 5 * 2**20  # elements: enough small matrices at a time to keep every thread busy
-ACCELERATOR_WORK = 2**27  # all of GPT-2 small in one launch per word; 512 MiB of float32
+WORK = 5 * 2**20  # elements of a CPU's buffer: enough small matrices to keep every thread busy
+ACCELERATOR_WORK = 2**27  # elements: all of GPT-2 small in one launch per op; 512 MiB of float32
 
 
 def work_parts(tensors: list[Tensor], most: int | None = None) -> list[list[list[int]]]:
-    """`parts` of a list for one work buffer, of the size of the largest tensor or WORK; on a CPU of
-    `most`, if that is less."""
+    """Return `parts` of a list that each fit one work buffer: of WORK elements on a CPU (`most` if
+    that is less), ACCELERATOR_WORK elsewhere, or as many as the largest tensor has."""
     if not tensors:
         return []
     limit = min(WORK, most or WORK) if tensors[0].device.type == "cpu" else ACCELERATOR_WORK
@@ -143,28 +144,29 @@ def work_parts(tensors: list[Tensor], most: int | None = None) -> list[list[list
 
 
 def stacks_in_turn(
-    tensors: list[Tensor], found: list[list[list[int]]], dtype: torch.dtype | None = None
+    tensors: list[Tensor], by_part: list[list[list[int]]], dtype: torch.dtype | None = None
 ) -> Iterator[list[Tensor]]:
-    """Work buffers (k, *shape), of the tensors' dtype or another, for the batches of every part in
-    turn, all in the same memory: the system clears new pages, which on a CPU takes longer than the
-    passes over them."""
+    """Yield for each part its work buffers (k, *shape), of dtype `dtype` or the tensors' own.
+
+    All parts use the same memory: new pages, which the system clears, take longer than the passes.
+    """
 
     def batches(part: list[list[int]]) -> Iterator[tuple[torch.dtype, int]]:
-        for rows in part:
-            yield dtype or tensors[rows[0]].dtype, len(rows) * tensors[rows[0]].numel()
+        for indices in part:
+            yield dtype or tensors[indices[0]].dtype, len(indices) * tensors[indices[0]].numel()
 
     needed: dict[torch.dtype, int] = {}
-    for part in found:
+    for part in by_part:
         together: dict[torch.dtype, int] = {}
         for kind, size in batches(part):
             together[kind] = together.get(kind, 0) + size
         needed.update({k: max(n, needed.get(k, 0)) for k, n in together.items()})
     rooms = {kind: _room(tensors[0], kind, size) for kind, size in needed.items()}
-    for part in found:
+    for part in by_part:
         stacks, used = [], dict.fromkeys(needed, 0)
-        for rows, (kind, size) in zip(part, batches(part), strict=True):
+        for indices, (kind, size) in zip(part, batches(part), strict=True):
             room = rooms[kind].narrow(0, used[kind], size)
-            stacks.append(room.view(len(rows), *tensors[rows[0]].shape))
+            stacks.append(room.view(len(indices), *tensors[indices[0]].shape))
             used[kind] += size
         yield stacks
     for kind, room in rooms.items():
@@ -172,8 +174,8 @@ def stacks_in_turn(
             _left[kind] = room
 
 
-KEPT = 2**25  # elements
-_left: dict[torch.dtype, Tensor] = {}  # work buffers on the CPU, which steps leave to the next
+KEPT = 2**25  # elements of the largest buffer that is kept
+_left: dict[torch.dtype, Tensor] = {}  # work buffers on the CPU, kept from one step for the next
 
 
 def _room(like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
@@ -184,28 +186,30 @@ def _room(like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
 
 
 def _keepable(t: Tensor) -> bool:
-    """Whether memory may outlive the step: on a CPU, where its pages are cleared anew otherwise
-    (llama-3m on a Xeon: SCALE's step 4.1 ms, so 2.6; 2026-11), and nothing but memory."""
+    """True if a buffer may be kept for the next step: plain CPU memory of up to KEPT elements.
+
+    SCALE's step takes 2.6 ms so, and 4.1 ms with new memory (llama-3m on a Xeon, 2026-11).
+    """
     plain = type(t) in check.PLAIN and t.device.type == "cpu"
     return plain and t.numel() <= KEPT and not (torch.compiler.is_compiling() or t.is_inference())
 
 
 def parts(tensors: list[Tensor], limit: int) -> list[list[list[int]]]:
-    """The indices of a list in batches of equal shapes, and those in parts of `limit` elements."""
+    """Group indices into batches of equal shapes, and these into parts of `limit` elements."""
     kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
         kinds.setdefault((t.shape, t.dtype), []).append(i)
     found: list[list[list[int]]] = []
     room = 0
-    for (shape, _), rows in kinds.items():
+    for (shape, _), indices in kinds.items():
         size = max(1, math.prod(shape))
-        while rows:
+        while indices:
             if room < size:
                 found.append([])
                 room = limit
-            count = max(1, min(len(rows), room // size))
-            found[-1].append(rows[:count])
-            rows = rows[count:]
+            count = max(1, min(len(indices), room // size))
+            found[-1].append(indices[:count])
+            indices = indices[count:]
             room -= count * size
     return found
 
@@ -311,10 +315,10 @@ def conda_step_(
 ) -> None:
     """W <- (1 - lr wd) (W - scale Q N), N = M / (sqrt(V) + eps) in the rotated basis: a Conda step.
 
-    A piece of a matrix's long side at a time: `rotate_` G into a buffer, `rotated_adam_` on it,
-    `rotate_back_` into W. M and V live in rotated coordinates, which is exact as long as Q stands
-    (arXiv:2509.24218; the refresh of Q is the optimizer's). `scales` holds the step size of each
-    matrix, 1-D float64: lr * scale * bias correction.
+    It takes a piece of a matrix's long side at a time: `rotate_` G into a buffer, `rotated_adam_`
+    on it, `rotate_back_` into W. M and V are in rotated coordinates, which is exact as long as Q
+    stays the same (arXiv:2509.24218). The optimizer refreshes Q. `scales` holds the step size of
+    each matrix, 1-D float64: lr * scale * bias correction.
 
     Shapes: W, G, M, V of entry i are (..., m, n), Q (..., k, k) with k = min(m, n).
     """
@@ -337,11 +341,11 @@ def conda_step_(
             rotate_back_.overload(w, work, bases[i], decay)
 
 
-PIECE = 2**20  # elements: products at full speed, and less memory than most matrices
+PIECE = 2**20  # elements: products run at full speed, in less memory than most matrices have
 
 
 def pieces(shape: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(dimension, begin, length) of cuts through the long side, each of about PIECE elements."""
+    """Return (dimension, begin, length) of pieces of the long side, about PIECE elements each."""
     dim = -1 if shape[-1] >= shape[-2] else -2
     long = shape[dim]
     length = max(512, PIECE // max(1, math.prod(shape) // max(1, long)))

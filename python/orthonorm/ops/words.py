@@ -1,8 +1,8 @@
-"""K1, the words every orthogonalization is written in: gram, symmetric_update, apply; and made of
-them the two forms of the iteration, direct_polynomial and gram_form (with gram_polynomial).
+"""K1, the products that every orthogonalization consists of: gram, symmetric_update and apply.
 
+Two forms of the iteration are made of them: direct_polynomial, and gram_form with gram_polynomial.
 All take batches (leading dimensions), accumulate in float32 or better, store in the input's dtype
-and return fresh contiguous tensors. What they return as symmetric is symmetric bit for bit.
+and return fresh contiguous tensors. Symmetric results are symmetric bit for bit.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from .. import _checks as check
 from .._library import op
 
 SMALL = 128  # matrices with both sides up to this stay on chip through all iterations; see `fits`
-CHAIN_BYTES = 104448  # of shared memory, for gram_polynomial of sides above SMALL // 2 in CUDA C++
-CLUSTER = 256  # short sides up to which a cluster of blocks does, each with CLUSTER_BYTES
-CLUSTER_BLOCKS, CLUSTER_BYTES = 4, 119808
-MOST = 3 * 128  # coefficients that fit the launch of a compiled kernel for them
+CHAIN_BYTES = 104448  # shared memory of CUDA C++'s gram_polynomial for sides above SMALL // 2
+CLUSTER = 256  # largest short side that a cluster of thread blocks takes
+CLUSTER_BLOCKS, CLUSTER_BYTES = 4, 119808  # blocks of a cluster; shared memory of each
+MOST = 3 * 128  # most coefficients that fit in the arguments of a compiled kernel's launch
 HALF = (torch.float16, torch.bfloat16)
 
 
 def fits(rows: int, cols: int) -> bool:
-    """Whether a CPU's core keeps such a matrix in its cache through all iterations, or, of a single
-    row or column, has but its norm to iterate."""
+    """True if a CPU's core keeps such a matrix in its cache through all iterations.
+
+    A single row or column fits at any length: only its norm is iterated.
+    """
     return min(rows, cols) <= 1 or rows * cols <= SMALL**2
 
 
 def _mirror(A: Tensor) -> Tensor:
-    """The lower triangle on both sides."""
+    """Copy the lower triangle to the upper one."""
     return A.tril() + A.tril(-1).mT
 
 
 def addmm(C: Tensor, A: Tensor, B: Tensor, alpha: float, beta: float) -> Tensor:
-    """beta C + alpha A B, rounded once, contiguous."""
+    """Return beta C + alpha A B, rounded once, contiguous."""
     if C.dim() == 2:
         return torch.addmm(C, A, B, alpha=alpha, beta=beta).contiguous()
     flat = [t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in (C, A, B)]
@@ -54,9 +56,10 @@ def gram(X: Tensor) -> Tensor:
 
 @op("gram_update_(Tensor(a!) A, Tensor X, float alpha=1.0, float beta=1.0) -> ()", composite=True)
 def gram_update_(A: Tensor, X: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """A <- beta A + alpha X X^T for symmetric A, symmetric bit for bit: sums and averages of grams.
+    """A <- beta A + alpha X X^T for symmetric A, symmetric bit for bit.
 
-    Only the lower triangle of A is read. A must not overlap X.
+    It makes sums and averages of Gram matrices. Only the lower triangle of A is read. A must not
+    overlap X.
 
     Shapes: X is (..., m, n) with any strides, A (..., m, m).
     """
@@ -70,8 +73,8 @@ def symmetric_update(
 ) -> Tensor:
     """beta C + alpha A B for symmetric C and commuting symmetric A, B: symmetric bit for bit.
 
-    That A B is symmetric is the caller's promise (polynomials of one matrix commute); only its
-    lower triangle is read. `symmetric_update(A, A, A, c, b)` is b A + c A^2.
+    The caller promises that A B is symmetric, as for polynomials of one matrix; only the lower
+    triangle is used. `symmetric_update(A, A, A, c, b)` is b A + c A^2.
 
     Shapes: (..., n, n) throughout.
     """
@@ -102,7 +105,7 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
 
     Z = b R + c R^2;  Q <- a Q + Q Z, at first a I + Z;  W = a R + R Z;  R <- a W + W Z
     (Gram Newton-Schulz, Dao-AILab). With c = 0 the square is skipped. The result is symmetric bit
-    for bit; only as R is.
+    for bit if R is.
 
     Shapes: R and the result are (..., n, n); coefficients a, b, c of every iteration, flattened.
     """
@@ -111,7 +114,7 @@ def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
     for t, (a, b, c) in enumerate(triples):
         Z, z = (R, b) if c == 0 else (symmetric_update(R, R, R, c, b), 1.0)
         if Q is None:
-            # in float32: added to half numbers, a would be rounded to one, for all of the diagonal
+            # in float32: half precision would round a itself, with one error all along the diagonal
             Q = z * Z.to(torch.promote_types(Z.dtype, torch.float32))
             Q.diagonal(dim1=-2, dim2=-1).add_(a)
             Q = Q.to(Z.dtype)
@@ -131,11 +134,11 @@ def _(R: Tensor, coefficients: list[float]) -> bool:
         return _on_clusters(R, coefficients)
     if R.dtype not in HALF or len(coefficients) > MOST:
         return False
-    return n <= SMALL // 2 or _shared_bytes(R) >= CHAIN_BYTES  # not on sm_86, 89 and 120
+    return n <= SMALL // 2 or _shared_bytes(R) >= CHAIN_BYTES  # sm_86, 89 and 120 have less
 
 
 def _shared_bytes(X: Tensor) -> int:
-    """What a block can have of shared memory; without a GPU, for tests, enough."""
+    """Return the shared memory that a block can have; without a GPU (in tests), enough."""
     if not X.is_cuda:
         return CLUSTER_BYTES
     device = torch.cuda.get_device_properties(X.device)
@@ -143,8 +146,10 @@ def _shared_bytes(X: Tensor) -> int:
 
 
 def _on_clusters(X: Tensor, coefficients: list[float]) -> bool:
-    """Whether clusters of blocks keep X on chip, all of a batch at once: more matrices, or larger
-    ones, are faster in a launch for each product (csrc/cuda/README.md)."""
+    """True if clusters of blocks can keep all of batch X on chip at once.
+
+    Larger batches and matrices are faster with a launch for each product (csrc/cuda/README.md).
+    """
     n, m = sorted(X.shape[-2:])
     if X.dtype not in HALF or n > CLUSTER or m > 2 * CLUSTER or len(coefficients) > MOST:
         return False
@@ -176,12 +181,12 @@ def _(X: Tensor, coefficients: list[float]) -> bool:
 
 
 def wide(X: Tensor) -> Tensor:
-    """The matrices with their short side first."""
+    """Return X, or X^T if it is tall: the rows are the short side."""
     return X if X.shape[-2] <= X.shape[-1] else X.mT
 
 
 def segments(triples: Triples, restarts: list[int]) -> list[Triples]:
-    """The iterations between which the Gram form forms X again."""
+    """Split iterations into runs, between which the Gram form computes X again."""
     inner = [r for r in restarts if 0 < r < len(triples)]
     bounds = itertools.pairwise((0, *inner, len(triples)))
     return [triples[start:end] for start, end in bounds]
@@ -189,11 +194,11 @@ def segments(triples: Triples, restarts: list[int]) -> list[Triples]:
 
 @op("gram_form(Tensor X, float[] coefficients, int[] restarts) -> Tensor", composite=True)
 def gram_form(X: Tensor, coefficients: list[float], restarts: list[int]) -> Tensor:
-    """X <- Q X with Q = `gram_polynomial(X X^T)`: what `direct_polynomial` is, iterated on the
-    small Gram matrix; X is formed again before the iterations in `restarts`.
+    """X <- Q X with Q = `gram_polynomial(X X^T)`: `direct_polynomial` by the small Gram matrix.
 
-    bfloat16 matrices have their Gram matrix and its iterations in float32, as float32 ones: in
-    bfloat16 these would be unsafe. What remains is the rounding of X and Q.
+    X is computed again before the iterations in `restarts`. For bfloat16 matrices the Gram matrix
+    and its iterations are in float32, since bfloat16 would be unsafe there. Only X and Q are
+    rounded to bfloat16.
 
     Shapes: X and the result are (..., m, n); tall matrices iterate on X^T.
     Source: Gram Newton-Schulz, github.com/Dao-AILab/gram-newton-schulz.

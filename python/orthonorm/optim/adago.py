@@ -23,16 +23,16 @@ class AdaGO(Orthogonalizing):
 
     Args:
         params, lr, weight_decay, momentum: as Muon.
-        gamma: where the gradients' norms are clipped.
-        floor: the least step size (the paper's epsilon); there is none while lr is 0.
-        v0: the first v.
+        gamma: upper clamp of the gradients' norms.
+        floor: the smallest step size (the paper's epsilon); while lr is 0 nothing moves.
+        v0: v before the first step.
         nesterov: orthogonalize mu B + (1-mu) G instead of B. The norm stays that of G.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
-    The norm is Frobenius's; which one the paper means could not be checked, nor its numbers: the
-    defaults are a choice. Others divide by v^2.
-    State: `momentum_buffer`, `norm_sum` (S and what its dtype rounds off, so that half types do not
-    stop adding); 4 bytes per parameter and 8 per matrix in float32.
+    The norm is Frobenius's. Which norm the paper means could not be checked, nor its numbers: the
+    defaults are our choice. Other implementations divide by v^2.
+    State: `momentum_buffer`, `norm_sum` (S and its rounding error, so that sums in half types do
+    not stall); 4 bytes per parameter and 8 per matrix in float32.
 
     Source: arXiv:2509.02981.
     """
@@ -72,7 +72,10 @@ class AdaGO(Orthogonalizing):
 
 
 def add_(sums: list[Tensor], new: Tensor) -> Tensor:
-    """S + new of every matrix, 1-D float64; written as S and a remainder in their own dtype."""
+    """Add `new` to each S; return the sums, 1-D float64.
+
+    `sums` store S and its rounding error in their own dtype, (..., 1, 2), and are overwritten.
+    """
     pairs = torch.cat([s.reshape(-1, 2) for s in sums])
     total = pairs.double().sum(1) + new
     high = total.to(pairs.dtype)

@@ -25,16 +25,16 @@ class AdaMuon(Orthogonalizing):
 
     Args:
         params, lr, weight_decay, momentum, nesterov: as Muon.
-        beta2, norm_eps: decay rate of V; added to its root, and to |N|_F.
-        sign: orthogonalize the sign of the momentum (the paper) instead of itself (the code).
+        beta2, norm_eps: decay rate of V; norm_eps is added to V's root, and to |N|_F.
+        sign: orthogonalize the momentum's sign (the paper) instead of the momentum (the code).
         rescale: "rms", as published; "none": W <- W - lr N, the matrix-whitening study's AdaMuon,
             which has neither the rescaling nor a shape factor.
-        moment: V is "elementwise"; "factored": from decayed means of O^2 over rows and columns;
-            "study": the same V times m / n, as that study's code has it (it divides by the wrong
+        moment: "elementwise"; "factored": V from decayed means of O^2 over rows and columns;
+            "study": the same V times m / n, as in that study's code (it divides by the wrong
             length; its step is sqrt(n/m) times that of "factored", but for norm_eps).
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
-    The paper has no bias correction; the rescaling cancels it but for eps.
+    The paper has no bias correction; the rescaling cancels it, but for eps.
     State: `momentum_buffer`, `second_moment`, `step`; 8 bytes per parameter in float32.
     Factored: `row_moment`, `column_moment` for `second_moment`; 4 bytes per parameter, row, column.
 

@@ -15,8 +15,8 @@ class AdamW(MatrixOptimizer):
     W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), fused over all parameters of a group.
 
     Args:
-        params: parameters, named parameters or param groups; all use the AdamW rule, whatever
-            rule and views a group of `split_params` names.
+        params: parameters, named parameters or param groups. All use the AdamW rule: rule and views
+            of the groups of `split_params` are ignored.
         lr: learning rate, a number or a one-element tensor.
         betas, eps, weight_decay: as torch.optim.AdamW.
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
@@ -26,7 +26,7 @@ class AdamW(MatrixOptimizer):
             differentiable: see settings.Common.
 
     State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32. With mantissa=True
-    `mantissa` of bfloat16 parameters, 2 bytes each.
+    bfloat16 parameters also have `mantissa`, 2 bytes per element.
 
     Source: arXiv:1711.05101.
     """

@@ -1,4 +1,4 @@
-"""What torch.amp.GradScaler leaves to a step: flags on the device, which no host reads."""
+"""Flags that torch.amp.GradScaler hands to a step: tensors on the device; no host reads them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..ops.passes import kept
 
 
 class Flags(NamedTuple):
-    """One-element tensors on the parameters' device, or None."""
+    """Flags of a step: one-element tensors on the parameters' device, or None."""
 
-    grad_scale: Tensor | None = None  # gradients are this times what they stand for
-    found_inf: Tensor | None = None  # not 0: parameters and state stay as they are
+    grad_scale: Tensor | None = None  # the gradients are multiplied by this number
+    found_inf: Tensor | None = None  # if not 0, parameters and state stay as they are
 
 
 NO_FLAGS = Flags()
 
 
 def flags_of(optimizer: object, device: torch.device) -> Flags:
-    """The attributes that GradScaler.step sets for the time of an optimizer's step."""
+    """Return the attributes that GradScaler.step sets on an optimizer while it steps."""
     given = (getattr(optimizer, name, None) for name in Flags._fields)
     return Flags(*(None if t is None else t.to(device, non_blocking=True) for t in given))
 
 
 @contextmanager
 def unless(found_inf: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
-    """What is written to `tensors` within is undone where `found_inf` is not 0."""
+    """Undo what is written to `tensors` within the context, if `found_inf` is not 0."""
     if found_inf is None:
         yield
         return

@@ -20,7 +20,7 @@ AFTER = 1e-8  # added to rho
 
 
 class AuON(MatrixOptimizer):
-    """Momentum over the root mean square of the cosh of its entries, for parameters of any shape.
+    """Momentum over the root mean square of cosh of its entries, for parameters of any shape.
 
     W <- (1 - lr wd) W - lr U / (rho + 1e-8), rho = sqrt(mean cosh(gamma U / |U|_F)^2).
     U = mu B + (1-mu) G.
@@ -28,13 +28,13 @@ class AuON(MatrixOptimizer):
     Args:
         params, lr, weight_decay, momentum, nesterov: as Muon.
         variant: "code": U / (rho + 1e-8) as above; "paper": X / (rho + 1e-8) with X = U / |U|_F and
-            gamma 1 in rho.
-        gamma: factor in rho ("code").
+            gamma = 1 in rho.
+        gamma: factor in rho, for "code".
         norm_eps: added to |U|_F.
-        **common: what every optimizer takes, see `settings.Common`.
+        **common: options of every optimizer, see `settings.Common`.
 
-    The entries of U / |U|_F are about 1 / sqrt(N) of N, so rho = 1 + gamma^2 / (2N): to that,
-    "code" is SGD with momentum and "paper" is normalized SGD with momentum.
+    The N entries of U / |U|_F are about 1 / sqrt(N), so rho is about 1 + gamma^2 / (2N). Up to that
+    factor, "code" is SGD with momentum and "paper" is normalized SGD with momentum.
     State: `momentum_buffer`; 4 bytes per parameter in float32.
 
     Source: arXiv:2509.24320, github.com/ryyzn9/AuON at bba2e822.
@@ -67,7 +67,7 @@ class AuON(MatrixOptimizer):
         super().__init__(params, settings, common)
 
     def polynomial_settings(self, variant: str) -> dict[str, Any]:
-        """AuON has no polynomial."""
+        """Return settings of the polynomial: none, as AuON has no polynomial."""
         return {}
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
@@ -76,7 +76,7 @@ class AuON(MatrixOptimizer):
 
 
 class HybridAuON(Orthogonalizing, AuON):
-    """Muon without a shape factor over the root mean square of the cosh of its entries.
+    """Muon without a shape factor, over the root mean square of cosh of its entries.
 
     W <- (1 - lr wd) W - lr O / (rho + 1e-8), O = polar(U), rho as AuON's of gamma O.
 
@@ -84,7 +84,7 @@ class HybridAuON(Orthogonalizing, AuON):
         params, lr, weight_decay, momentum, nesterov, gamma, norm_eps: as AuON.
         variant: "code": five Newton-Schulz steps, then O / (rho + 1e-8) with rho of O; "paper": one
             step, then O / (rho + 1e-8), rho = mean cosh(O)^2 without a root, as printed.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
     State: `momentum_buffer`; 4 bytes per parameter in float32.
 
@@ -108,7 +108,7 @@ class HybridAuON(Orthogonalizing, AuON):
 
 
 def braked(updates: Updates, gamma: float, norm_eps: float, unit: bool = False) -> Updates:
-    """U / (rho + AFTER), or U / |U|_F for U."""
+    """Return U / (rho + AFTER); with `unit`, of U / (|U|_F + norm_eps) instead of U."""
     norms = magnitude.unchecked(updates.stacks) if updates.norms is None else updates.norms
     size = norms + norm_eps
     rho = mean_cosh_square(updates, size / gamma if gamma else size * math.inf).sqrt() + AFTER
@@ -116,11 +116,11 @@ def braked(updates: Updates, gamma: float, norm_eps: float, unit: bool = False) 
 
 
 def mean_cosh_square(updates: Updates, divisors: Tensor) -> Tensor:
-    """mean_ij cosh(U_ij / d)^2 of every matrix, float64, 1-D."""
+    """Return mean_ij cosh(U_ij / d)^2 of every matrix, 1-D float64."""
     return 1 + mean_sinh_square.unchecked(updates.stacks, divisors)
 
 
 def divided(updates: Updates, numbers: Tensor) -> Updates:
-    """U / number, a number per matrix, 1-D, in new stacks."""
+    """Return U / number in new stacks; `numbers` is 1-D, one per matrix."""
     pairs = zip(updates.stacks, numbers.split(counts(updates)), strict=True)
     return Updates([divide_each.unchecked(x, d, x.dtype) for x, d in pairs])

@@ -1,7 +1,7 @@
 """The one step loop: state, momentum, decay, constraints, non-finite gradients, and AdamW.
 
-An optimizer is a subclass that states its tensors and its direction; see normuon.py for a whole
-one. Each param group picks its rule: `rule="matrix"` (the subclass's own) or `rule="adamw"` (for
+An optimizer is a subclass that defines its state and its direction; normuon.py is a full example.
+Each param group picks its rule: `rule="matrix"` (the subclass's own) or `rule="adamw"` (for
 embeddings, heads, gains, biases).
 """
 
@@ -43,44 +43,44 @@ from .telemetry import Probe, read
 from .tensors import is_distributed, local, sent
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
-# Methods that a direction is made by: a subclass with its own cannot use its parent's `at_once`.
+# Methods that compute a direction. A subclass that overrides one does not inherit `at_once`.
 DIRECTED_BY = {"direction", "directed", "polar", "iterated", "update_alike"}
 
 
 class MatrixOptimizer(Sharding):
     """Base of every optimizer here. A step of a matrix group goes like this:
 
-    1. check settings, gradients and state; ranks agree on what they update;
-    2. drop non-finite gradients, as the group's `nonfinite` says;
-    3. `prepare`: all that may fail, before anything is written;
+    1. check settings, gradients and state; ranks agree on the parameters to update;
+    2. handle non-finite gradients by the group's `nonfinite`;
+    3. `prepare`: run everything that may fail, before anything is written;
     4. momentum B <- mu B + (1-mu) G, and the updates U that follow from it;
     5. `direction` of U;
     6. W <- (1 - lr wd) W - lr factor direction, by the group's `decay`;
     7. the group's `constraint`, then `finish`.
 
-    A subclass states
+    A subclass defines
 
     `state_names`: zero-initialized tensors of the parameter's shape. "momentum_buffer" asks for
         momentum by the group's `momentum`, `nesterov` and `heavy_ball`; without it U is a copy of
         the gradients.
-    `direction(updates, batch, group)`: what is subtracted from W, times lr and `factor`. It may
-        write the updates and the state.
+    `direction(updates, batch, group)`: the step, before it is multiplied by lr and `factor` and
+        subtracted from W. It may write the updates and the state.
 
     and, where its rule needs it,
 
-    `matrix_state(x, group)`: names and shapes of further tensors of one matrix.
-    `counts_steps`: True if state["step"] counts, which batch.steps tells.
-    `prepare(batch, group)`: see above; batch.prepared is what it returned.
+    `matrix_state(x, group)`: names and shapes of further state tensors of one matrix.
+    `counts_steps`: True to count steps in state["step"]; rules read the count in batch.steps.
+    `prepare(batch, group)`: step 3; its result is stored in batch.prepared.
     `factor(matrix, owner, group)`: a number per matrix, by default ADJUST[adjust_lr_fn].
-    `rules`, `check_group`: what its own keys must keep, one at a time and together.
+    `rules`, `check_group`: checks of its own keys, one at a time and together.
     `companion`: overrides of ADAMW_DEFAULTS for groups with rule="adamw".
-    `alike(p, group)`: parameters of different values meet in no call of `direction`.
-    `finish(params, group)`: what follows the update.
+    `alike(p, group)`: a key; one call of `direction` gets only parameters with equal keys.
+    `finish(params, group)`: work to do after the update.
     `at_once(batch, group)`: steps 4 to 6 by one fused op, for the settings which that op knows.
-    `update(batch, group)`: steps 4 to 6 in place of all these, for a rule of another form; it says
-        `mantissas = False` if it writes weights itself.
+    `update(batch, group)`: replaces steps 4 to 6, for a rule of another form. A rule whose own
+        `update` writes weights sets `mantissas = False`.
 
-    How matrices are stepped that lie on several ranks: see Sharding.
+    Sharding says how matrices are updated that are cut across ranks.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -92,27 +92,28 @@ class MatrixOptimizer(Sharding):
         if "at_once" not in vars(cls) and vars(cls).keys() & DIRECTED_BY:
             cls.at_once = MatrixOptimizer.at_once  # type: ignore[method-assign]
         if not abstract and issubclass(cls.__bases__[0], MatrixOptimizer):
-            REGISTRY[cls.__name__] = cls  # a wrapper (Lightning's) puts its own class first
+            REGISTRY[cls.__name__] = cls  # but no wrapper (Lightning's): its first base is another
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ones: dict[torch.device, Tensor] = {}
-        self._seen: dict[int, Any] = {}  # state.Seen by the id of the parameter
+        self._seen: dict[int, Any] = {}  # id of a parameter -> state.Seen
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
         super().__init__(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, but for the dtype of mantissas of sharded parameters (`gatherable`)."""
+        """Return torch's state dict; mantissas of sharded parameters are float16 (`gatherable`)."""
         return gatherable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, but for the dtypes of state: this optimizer's own, whatever was saved."""
+        """Load as torch does, but convert state to this optimizer's own dtypes."""
         super().load_state_dict(held(self, state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fill what a foreign or older state dict lacks (torch.optim.Muon's has no rule).
+        """Load state, and fill in keys that it lacks (torch.optim.Muon's has no rule).
 
-        load_state_dict and unpickling end here: what does not fit leaves everything as it was.
+        load_state_dict and unpickling both end here. If an error is raised, the optimizer stays as
+        it was.
         """
         before = dict(self.__dict__)
         unheld(state["state"])
@@ -131,74 +132,74 @@ class MatrixOptimizer(Sharding):
             self.__dict__ = before
             raise
 
-    # ---- what an optimizer states -------------------------------------------------------------
+    # ---- what a subclass defines --------------------------------------------------------------
 
     def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """`state_names`, for groups that need fewer."""
+        """Return the group's `state_names`; override for settings that need fewer or other ones."""
         return self.state_names
 
     def matrix_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of further state tensors of one matrix (..., m, n)."""
+        """Return names and shapes of further state tensors of one matrix (..., m, n)."""
         return {}
 
     def alike(self, p: Tensor, group: dict[str, Any]) -> Any:
-        """What parameters must share to be in one call of `direction`."""
+        """Return a key; one call of `direction` gets only parameters with equal keys."""
         return None
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        """The step of every matrix, before lr and factor: a subclass writes this, or `update`."""
+        """Return every matrix's step, before lr and factor; subclasses define this or `update`."""
         raise NotImplementedError(f"{self.name} writes neither `direction` nor `update`")
 
     def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
-        """Make the whole step by one op, momentum to weights, and return True; or return False.
+        """Do the whole step by one op, momentum to weights, and return True; or return False.
 
-        A shortcut for the settings that the op knows: it must do what `direction` says. A subclass
-        that overrides `direction` does not inherit it.
+        It is a shortcut for the settings that the op knows; the result must agree with
+        `direction`. A subclass that overrides one of DIRECTED_BY does not inherit it.
         """
         return False
 
     def factor(self, x: Tensor, owner: Tensor, group: dict[str, Any]) -> float:
-        """The number that multiplies the direction of matrix x, a view of `owner`."""
+        """Return the number that multiplies the direction of matrix x, a view of `owner`."""
         if "adjust_lr_fn" not in group:
             return 1.0
         return ADJUST[group["adjust_lr_fn"] or "original"](*x.shape[-2:])
 
     def momentum(self, group: dict[str, Any], device: torch.device) -> Tensor:
-        """mu as a 0-d tensor."""
+        """Return mu as a 0-d tensor."""
         return self.scalar(group, "momentum", device)
 
     def weight_decay(self, group: dict[str, Any]) -> float:
-        """The rate that the group's `decay` applies."""
+        """Return the weight decay rate that the group's `decay` applies."""
         return group["weight_decay"]
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> Any:
-        """What `update` finds in `batch.prepared`. It may raise, and writes nothing."""
+        """Compute what `update` finds in `batch.prepared`. It may raise, and writes nothing."""
 
     @property
     def prepares(self) -> bool:
-        """Whether `prepare` does anything, and so may fail."""
+        """True if the subclass has a `prepare`, which may fail."""
         return type(self).prepare is not MatrixOptimizer.prepare
 
     @property
     def has_matrix_state(self) -> bool:
-        """Whether `matrix_state` may name any."""
+        """True if the subclass has a `matrix_state`."""
         return type(self).matrix_state is not MatrixOptimizer.matrix_state
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
-        """Momentum, direction, decay: as many matrices at a time as fit one work buffer."""
-        own = group.get("mantissa") or group["state_dtype"] == "float32"
-        if type(self).alike is MatrixOptimizer.alike and not own:
-            self.update_alike(batch, group)  # most rules; to ask for each parameter takes 10 us
+        """Apply momentum, direction and decay, to as many matrices at a time as fit a buffer."""
+        widens = group.get("mantissa") or group["state_dtype"] == "float32"
+        if type(self).alike is MatrixOptimizer.alike and not widens:
+            self.update_alike(batch, group)  # the usual case; asking each parameter takes 10 us
             return
         asked = (self.alike, halved, widened)
         kinds = [tuple(ask(p, group) for ask in asked) for p in batch.owners]
         different = list(dict.fromkeys(kinds))
         for kind in different:
-            rows = [i for i, k in enumerate(kinds) if k == kind]
-            self.update_alike(batch.part(rows) if len(different) > 1 else batch, group)
+            indices = [i for i, k in enumerate(kinds) if k == kind]
+            self.update_alike(batch.part(indices) if len(different) > 1 else batch, group)
 
     def update_alike(self, batch: Batch, group: dict[str, Any]) -> None:
-        """`update` of matrices that one call of `direction` takes."""
+        """Update matrices that one call of `direction` may get together."""
         if self.at_once(batch, group):
             return
         device = batch.params[0].device
@@ -207,9 +208,9 @@ class MatrixOptimizer(Sharding):
         lr = self.scalar(group, "lr", device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
         probe = self.probe(group)
-        found = work_parts(batch.params)
-        for part, stacks in zip(found, stacks_in_turn(batch.params, found, dtype), strict=True):
-            some = batch.part([i for rows in part for i in rows])
+        by_part = work_parts(batch.params)
+        for part, stacks in zip(by_part, stacks_in_turn(batch.params, by_part, dtype), strict=True):
+            some = batch.part([i for indices in part for i in indices])
             with unless(flags.found_inf, some.written_by_rules(group)):
                 updates = self.directed(some, stacks, mu, group, flags)
             factors = self.factors(some, group)
@@ -228,7 +229,7 @@ class MatrixOptimizer(Sharding):
         group: dict[str, Any],
         flags: Flags,
     ) -> Updates:
-        """The direction of momentum, or of gradients, that are written into `stacks`."""
+        """Write updates (momentum or gradients) into `stacks` and return their direction."""
         updates = updates_from(batch, stacks, mu, group, flags)
         if probe := self.probe(group):
             probe.add_updates(updates)
@@ -242,7 +243,7 @@ class MatrixOptimizer(Sharding):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Gradients are read, never written.
+        """Update every parameter that has a gradient. Gradients are read, never written.
 
         Hyperparameters, gradients and state are checked before anything is written: an error leaves
         parameters and state as they were.
@@ -251,17 +252,17 @@ class MatrixOptimizer(Sharding):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        new: list[Tensor] = []  # a compiled step cannot write attributes in torch 2.11
+        new: list[Tensor] = []  # local: a compiled step cannot write attributes in torch 2.11
         try:
             work = [(group, self._checked(group, new)) for group in self.param_groups]
         except (TypeError, ValueError) as error:
             agreement.refuse(self, error)
             raise
         agreement.check(self, work)
-        kept = [self._finite(group, indices) for group, indices in work]
-        plans = self._plans(kept, new)
+        finite_indices = [self._finite(group, indices) for group, indices in work]
+        plans = self._plans(finite_indices, new)
         updated: list[Tensor] = []
-        for (group, indices), finite, plan in zip(work, kept, plans, strict=True):
+        for (group, indices), finite, plan in zip(work, finite_indices, plans, strict=True):
             if len(finite) < len(indices):
                 group["skipped"] = group.get("skipped", 0) + len(indices) - len(finite)
             params = [group["params"][i] for i in finite]
@@ -277,21 +278,21 @@ class MatrixOptimizer(Sharding):
         return loss
 
     def telemetry(self) -> list[dict[str, float]]:
-        """What every group measured last, by the names of telemetry.py; one synchronization.
+        """Return each group's latest measures, by the names of telemetry.py; one synchronization.
 
-        Groups measure every step whose number their key `telemetry` divides, from the first one.
+        A group with `telemetry=k` measures its first step and then every k-th.
         """
         return read([self._probes.get(id(group)) for group in self.param_groups])
 
     def probe(self, group: Mapping[str, Any]) -> Probe | None:
-        """Where this step's measures go, if it is one to measure."""
+        """Return the group's probe if this step is measured, else None."""
         if not group["telemetry"] or torch.compiler.is_compiling():
             return None
         probe = self._probes.setdefault(id(group), Probe())
         return probe if probe.on else None
 
     def _measure(self, group: dict[str, Any], params: list[Tensor], asked: int) -> None:
-        """Begin the measures of a step that updates `params` of the `asked` with gradients."""
+        """Begin measuring a step that updates `params`, out of `asked` that have gradients."""
         if group["telemetry"] and not torch.compiler.is_compiling():
             probe = self._probes.setdefault(id(group), Probe())
             probe.begin(group["telemetry"], asked, asked - len(params))
@@ -299,23 +300,24 @@ class MatrixOptimizer(Sharding):
                 probe.add_gradients([local(p.grad) for p in params])
 
     def _plans(
-        self, kept: list[list[int]], new: list[Tensor]
+        self, finite_indices: list[list[int]], new: list[Tensor]
     ) -> list[tuple[Batch | None, list[Bucket]]]:
-        """What matrix groups update: matrices that are whole here, and buckets of those that are
-        sharded. Where anything fails, no state of `new` parameters has been made.
+        """Plan each group's update: a batch of whole matrices, and buckets of sharded ones.
+
+        If anything fails, the state that was made for `new` parameters is removed.
         """
         plans: list[tuple[Batch | None, list[Bucket]]] = []
         try:
-            for group, indices in zip(self.param_groups, kept, strict=True):
+            for group, indices in zip(self.param_groups, finite_indices, strict=True):
                 params = [group["params"][i] for i in indices]
                 if group["rule"] == "adamw":
                     plans.append((None, []))
                     continue
                 batch = None
                 cut = [p for p in params if owned(self, p, group)]
-                rows = [p for p in params if not owned(self, p, group)] if cut else params
-                if rows:
-                    batch = matrix_batch(self, rows, group)
+                whole = [p for p in params if not owned(self, p, group)] if cut else params
+                if whole:
+                    batch = matrix_batch(self, whole, group)
                     if group["state_dtype"] in storage.SMALLER and self.prepares:
                         batch = storage.opened(batch, self.elementwise_state(group), group)
                 with agreement.experts_succeed(self, cut, group):
@@ -331,7 +333,7 @@ class MatrixOptimizer(Sharding):
     def _matrix_update(
         self, batch: Batch | None, buckets: list[Bucket], group: dict[str, Any]
     ) -> None:
-        if buckets:  # compiled steps have none, and could not trace them
+        if buckets:  # compiled steps have none: tracing cannot handle them
             shards.update(self, buckets, group)
         if batch is None:
             return
@@ -343,19 +345,20 @@ class MatrixOptimizer(Sharding):
         constrain_(batch.params, group, batch.state)
 
     def _checked(self, group: dict[str, Any], new: list[Tensor]) -> list[int]:
-        """The parameters with gradients; settings, gradients and state are as they must be. Those
-        without state join `new`.
+        """Check settings, gradients and state; return the indices of parameters with gradients.
+
+        Parameters without state are appended to `new`.
         """
         self._check_changed_settings(group)
         indices = self._with_gradients(group)
-        found = without_state(self, group, indices)
-        if any(map(is_distributed, found)):
+        stateless = without_state(self, group, indices)
+        if any(map(is_distributed, stateless)):
             self.check_shardings(group)
-        new += found
+        new += stateless
         return indices
 
     def _finite(self, group: dict[str, Any], indices: list[int]) -> list[int]:
-        """The parameters to update under the group's `nonfinite` rule."""
+        """Return the indices of the parameters to update under the group's `nonfinite` rule."""
         if group["nonfinite"] == "propagate" or not indices:
             return indices
         params = [group["params"][i] for i in indices]
@@ -371,10 +374,10 @@ class MatrixOptimizer(Sharding):
         return [i for i in indices if i not in set(bad)]
 
     def scalar(self, group: dict[str, Any], key: str, device: torch.device) -> Tensor:
-        """group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.
+        """Return group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.
 
-        A product, not a fill: torch.compile turns it into arithmetic on a tensor, so that one graph
-        serves all values of a number; `fill_` and `full` compiled one for each (torch 2.13).
+        It is a product with 1, not a fill. torch.compile makes tensor arithmetic of it, so one
+        graph serves every value; `fill_` and `full` compile a graph for each (torch 2.13).
         """
         value = group[key]
         if isinstance(value, Tensor):

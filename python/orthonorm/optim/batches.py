@@ -1,7 +1,7 @@
-"""The lists that rules see, made anew every step, as gradients are new tensors then.
+"""Batches for rules. They are built anew every step, since gradients are new tensors then.
 
-What Python touches between kernels has left the caches, so these lists are made column by column,
-in few loops: of 28 parameters they took a third of what Python adds to a step (2026-11).
+Python's objects leave the caches between kernels, so the lists are built one field at a time, in
+few loops. For 28 parameters that took a third of Python's share of a step (2026-11).
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ T = TypeVar("T")
 
 
 def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Matrix views of parameters, gradients and state that are whole on this rank."""
+    """Return a batch of matrix views of parameters whose matrices are whole on this rank."""
     halves = [halved(p, group) for p in params] if group.get("mantissa") else [False] * len(params)
     known = made_states(opt, params, halves, group)
     states = [opt.state[p] for p in params]
     own = group.get("split") is None and group.get("heads") is None
-    own = own and all(type(p) in PLAIN and p.dim() == 2 for p in params)  # their only matrices
+    own = own and all(type(p) in PLAIN and p.dim() == 2 for p in params)  # each is one matrix
     like = [] if own else [(local(p), views_here(p, group)) for p in params]
     counts = [len(matrices(data, data, views)) for data, views in like]
 
     def seen(tensors: list[Tensor]) -> list[Tensor]:
-        """A tensor of every parameter, as matrices."""
+        """Return the matrix views of tensors, one tensor per parameter."""
         if own:
             return tensors
         pairs = zip(tensors, like, strict=True)
         return [x for t, (data, views) in pairs for x in matrices(local(t), data, views)]
 
     def each(values: list[T]) -> list[T]:
-        """A value of every parameter, for all of its matrices."""
+        """Repeat values, one per parameter, for all of its matrices."""
         if own:
             return values
         return [v for v, n in zip(values, counts, strict=True) for _ in range(n)]
@@ -60,7 +60,7 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
     grads: list[Any] = [p.grad for p in params]
     rest: list[Any] = []
     if not opt.self_contained and (group["state_dtype"] == "float32" or any(halves)):
-        # as the rule would read it beside a float32 weight
+        # float32, as a float32 weight's gradients are: rules read batch.grads
         pairs = zip(grads, params, strict=True)
         grads = [local(g).float() if widened(p, group) else g for g, p in pairs]
     if any(halves):
@@ -82,7 +82,7 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
 def made_states(
     opt: MatrixOptimizer, params: list[Tensor], halves: list[bool], group: dict[str, Any]
 ) -> dict[Any, Shapes]:
-    """Make what state is lacking; the state of matrices of every shape of parameter, if any."""
+    """Make missing state; return `matrix_shapes` by parameter shape, {} if no state needs them."""
     keys = {*opt.elementwise_state(group)}
     pairs = [(opt.state[p], half) for p, half in zip(params, halves, strict=True)]
     whole = not torch.compiler.is_compiling() and all(  # dynamo knows less of sets (torch 2.13)
@@ -91,7 +91,7 @@ def made_states(
     plain = group["state_dtype"] != "8bit" and group["constraint"] != NORMALIZE
     if whole and not opt.has_matrix_state and plain:
         return {}
-    known: dict[Any, Shapes] = {}  # for each parameter: a tenth of Signum's step (2026-11)
+    known: dict[Any, Shapes] = {}  # asking per parameter took a tenth of Signum's step (2026-11)
     for p in params:
         if p.shape not in known:
             known[p.shape] = matrix_shapes(opt, p, group)
@@ -114,12 +114,15 @@ def made_states(
 def zeros_in_stacks(
     opt: MatrixOptimizer, params: list[Tensor], known: Mapping[Any, Shapes], group: dict[str, Any]
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """State of the matrices of new parameters, in stacks of one shape (stacks.py), by key."""
+    """Return {parameter: {key: zeros}} for matrices of new parameters, cut from shared stacks.
+
+    Tensors of one shape lie in one stack (stacks.py).
+    """
     alike: dict[Any, list[tuple[Tensor, str]]] = {}
     found: dict[Tensor, dict[str, Tensor]] = {}
     for p in params:
         if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
-            continue  # a graph's inputs should not share memory
+            continue  # inputs of a compiled graph should not share memory
         found[p] = {}
         dtype = working_dtype(p, group)
         for x, named in known[p.shape]:

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 def update(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> None:
-    """One step of parameters that have gradients."""
+    """Update parameters that have gradients by one AdamW step."""
 
     def some(batch: Batch, group: dict[str, Any]) -> None:
         halves = [half is not None for half in batch.halves]
-        for kind in dict.fromkeys(halves):  # one call has mantissas of all, or of none
-            rows = [i for i, half in enumerate(halves) if half == kind]
-            update_some(opt, batch.part(rows), group)
+        for kind in dict.fromkeys(halves):  # in one call all have mantissas, or none has
+            indices = [i for i, half in enumerate(halves) if half == kind]
+            update_some(opt, batch.part(indices), group)
         if not halves:
             update_some(opt, batch, group)
 
@@ -43,9 +43,9 @@ def update(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) ->
 
 
 def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> None:
-    """The step of a batch whose state can be read."""
+    """Update a batch whose state is opened, and all with mantissas or all without."""
     params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
-    if group["state_dtype"] == "8bit":  # opened as rows of elements
+    if group["state_dtype"] == "8bit":  # opened state has the shape (1, elements)
         first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
     adamw_step_.unchecked(
         params, batch.grads, first, second, batch.state["step"],
@@ -58,7 +58,7 @@ def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> No
 
 
 def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Parameters, gradients, mantissas and AdamW's state; 8-bit state as matrices of one row."""
+    """Return a batch of parameters with AdamW's state; 8-bit state as matrices of one row."""
     states, own = adamw_state(opt, params, group), all(type(p) in PLAIN for p in params)
 
     def here(tensors: list[Any]) -> list[Tensor]:
@@ -82,7 +82,7 @@ def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any
 def adamw_state(
     opt: MatrixOptimizer, params: list[Tensor], group: Mapping[str, Any]
 ) -> list[dict[str, Tensor]]:
-    """The AdamW companion's state of each parameter, made where it is new."""
+    """Return the AdamW companion's state of each parameter; make what is missing."""
     states = [opt.state[p] for p in params]
     for p, state in zip(params, states, strict=True):
         if "step" not in state:

@@ -1,4 +1,4 @@
-"""Conda: Adam whose moments live in the momentum's singular basis, one-sided, refreshed rarely."""
+"""Conda: Adam with moments in a one-sided singular basis of the momentum, refreshed rarely."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from .tensors import numbers
 class Conda(MatrixOptimizer):
     """W <- W - lr s c_t Q N, N = M / (sqrt(V) + eps), M and V Adam's averages of Q^T G.
 
-    Q is the basis of the momentum's short side (Q N^T from the right for rows >= columns),
-    recomputed every `update_proj_gap` steps; c_t = sqrt(1-beta2^t) / (1-beta1^t). The momentum is
-    stored rotated, which is exact while Q stands: two products a step. V is elementwise, keeps its
-    index (k-th largest direction) over refreshes and is not bias-corrected under the root.
+    Q has the singular vectors of the momentum's short side, and is recomputed every
+    `update_proj_gap` steps. For rows >= columns it acts from the right: G Q and N Q^T.
+    c_t = sqrt(1-beta2^t) / (1-beta1^t). The momentum is stored rotated, which is exact while Q
+    stays the same and leaves two products a step. V is elementwise. At a refresh its entries keep
+    their index (the k-th largest direction). It is not bias-corrected under the root.
 
     Args:
         params: parameters, named parameters or param groups (`split_params(model)` makes them).
-        lr: learning rate, of matrices and of the companion, a number or a one-element tensor.
+        lr: learning rate of matrices and of the companion, a number or a one-element tensor.
         betas, eps: of the averages; eps is added to sqrt(V).
         weight_decay: decoupled, applied to the updated weight with the raw lr.
         update_proj_gap: steps between refreshes of Q (at steps 1, 1 + gap, ...).
         scale: factor s on matrix updates (the authors' runs use 0.25).
-        method: "gram": where ranks have parts of a long side, they sum Gram matrices instead of
-            sending all to an owner ("auto"), if less is sent so.
-        **common: what every optimizer takes, see `settings.Common`; `adamw` has lr, betas, eps,
-            weight_decay and nonfinite of this optimizer unless it is told otherwise.
+        method: for matrices whose long side is cut across ranks. "auto" sends all to an owner;
+            "gram" sums Gram matrices over ranks instead, if that sends less.
+        **common: options of every optimizer, see `settings.Common`; here `adamw` also has lr,
+            betas, eps and weight_decay of this optimizer, unless it sets others.
 
     State of a matrix: `exp_avg` (rotated), `exp_avg_sq`, `basis`, and `step`, an int; 8 bytes per
     parameter in float32, and 4 per entry of the basis.
@@ -78,40 +79,43 @@ class Conda(MatrixOptimizer):
         return {"basis": (*x.shape[:-2], k, k)}
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], Tensor]]:
-        """The new bases of the matrices that are due, by shapes."""
+        """Return (indices, new bases) of the matrices whose refresh is due, by shape."""
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
         if batch.kept is None:
             for m, q in zip(momenta, bases, strict=True):
                 check.same_dtype("Conda", exp_avg=m, basis=q)
         due, grams, gap = [], [], group["update_proj_gap"]
-        for rows in (rows for rows, t in alike(batch) if (t - 1) % gap == 0):
-            Q, M, G = (stacked([values[i] for i in rows])
+        for indices in (indices for indices, t in alike(batch) if (t - 1) % gap == 0):
+            Q, M, G = (stacked([values[i] for i in indices])
                        for values in (bases, momenta, batch.grads))  # fmt: skip
-            due.append(rows)
+            due.append(indices)
             grams.append(momentum_gram(Q, M, G, group["betas"][0], batch.spread is None))
         if batch.spread is not None:
             grams = batch.spread.total(grams)
-        dtypes = [bases[rows[0]].dtype for rows in due]
+        dtypes = [bases[indices[0]].dtype for indices in due]
         return [(r, eigenbasis(A).to(d)) for r, A, d in zip(due, grams, dtypes, strict=True)]
 
     def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums:
-        """The basis, kept in parts, and at a refresh half of the momentum's Gram matrix."""
+        """Return what ranks sum: the basis, stored in parts; at a refresh, half of the Gram matrix.
+
+        The Gram matrix is the momentum's.
+        """
         k, due = min(p.shape), (step - 1) % group["update_proj_gap"] == 0
         return Sums((k * k * sum_dtype(p).itemsize, *([folded_size(k) * 8] * due)))
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
-        for rows, new in batch.prepared:
-            old, m = (stacked([values[i] for i in rows]) for values in (bases, momenta))
-            write_(momenta, rows, turned(m, old, new))
-            write_(bases, rows, new)
+        for indices, new in batch.prepared:
+            old, m = (stacked([values[i] for i in indices]) for values in (bases, momenta))
+            write_(momenta, indices, turned(m, old, new))
+            write_(bases, indices, new)
         lr = self.scalar(group, "lr", batch.params[0].device)
         corrections = [
             math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
         ]
         scales = lr * numbers(corrections, lr.device)
-        bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # if state was opened
+        bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # differ if opened
         conda_step_.unchecked(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
             beta1, beta2, group["eps"], group["weight_decay"],
@@ -121,20 +125,21 @@ class Conda(MatrixOptimizer):
 def momentum_gram(
     basis: Tensor, momentum: Tensor, grad: Tensor, beta1: float, scaled: bool
 ) -> Tensor:
-    """The Gram matrix of X = beta1 M + (1-beta1) G, M turned back from `basis`, on the short side.
+    """Return the Gram matrix of X = beta1 M + (1-beta1) G on the short side, in float64.
 
-    In float64; `scaled`: of X / |X|_F, so that no square of a float64 overflows.
+    M is the momentum, turned back from `basis`. With `scaled` it is that of X / |X|_F, so that no
+    square of a float64 overflows.
     """
-    M = rotated_back(momentum.double(), basis.double())  # zero at the first step, as the basis is
+    M = rotated_back(momentum.double(), basis.double())  # both are zero at the first step
     X = beta1 * M + (1 - beta1) * grad.double()
     X = divide(X, frobenius(X), torch.float64) if scaled else X
     return X.mT @ X if X.shape[-2] >= X.shape[-1] else X @ X.mT
 
 
 def eigenbasis(A: Tensor) -> Tensor:
-    """Eigenvectors, descending; the identity of a matrix that is not finite.
+    """Return eigenvectors by descending eigenvalue; for a matrix that is not finite, the identity.
 
-    `eigh` would raise, and its update is not finite anyway.
+    `eigh` would raise for it, and its update is not finite anyway.
     """
     finite = A.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -142,5 +147,5 @@ def eigenbasis(A: Tensor) -> Tensor:
 
 
 def turned(momentum: Tensor, basis: Tensor, new: Tensor) -> Tensor:
-    """M, stored in coordinates of `basis`, in those of `new`, in float64."""
+    """Turn M from coordinates of `basis` into those of `new`, in float64."""
     return rotated(momentum.double(), basis.double().mT @ new.double())

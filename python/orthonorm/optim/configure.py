@@ -1,4 +1,4 @@
-"""From a model and a name to an optimizer: param groups, class, and a report of what went where."""
+"""Make an optimizer from a model and a class name, and report which weights each rule takes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .adamw import AdamW
 from .base import REGISTRY, MatrixOptimizer
 from .split import CONVOLUTIONS, NOT_HIDDEN, Assigned, assign, grouped
 
-# Weights that fuse equal matrices along dim 0, by a component of their path: how many. Not
-# "query_key_value", whose rows are by heads in some libraries and by q, k and v in others.
+# Path component of a fused weight -> the number of matrices along dim 0. "query_key_value" is left
+# out: some libraries order its rows by heads, others by q, k and v.
 FUSED = {"qkv": 3, "Wqkv": 3, "c_attn": 3, "qkv_proj": 3, "kv_proj": 2, "gate_up_proj": 2, "w12": 2}
 
 
@@ -27,23 +27,24 @@ def configure(
     report: Callable[[str], Any] | None = print,
     **settings: Any,
 ) -> MatrixOptimizer:
-    """The optimizer of a model: `split_params`, and what is usual for its kind of model.
+    """Return an optimizer for a model: `split_params`, plus what is usual for its kind of model.
 
-    Transformers (dense, MoE, MLA), ConvNets and MLPs: hidden matrices, convolutions (out x rest),
-    expert stacks (batches), routers and low-rank projections are matrices; fused weights of FUSED
-    are split where their rows are as many times their columns (q, k, v) or even (gate, up).
-    Embeddings, vectors and heads go to AdamW. Where no weight is named as one of them, the last
-    Linear or convolution of the model is taken for the head, unless `names` are given.
+    It serves transformers (dense, MoE, MLA), ConvNets and MLPs. Matrices are hidden weights,
+    convolutions (out x rest), expert stacks (batches), routers and low-rank projections. Weights
+    with a name in FUSED are split: into q, k, v if they have three times as many rows as columns,
+    into two (as gate, up) if their number of rows is even. Embeddings, vectors and heads go to
+    AdamW. If no matrix goes there by its name or by an embedding's type or shape, the last Linear
+    or convolution is taken for the head. It is not, if `names` are given.
 
     Args:
-        model: its parameters that require gradients are all updated, each once.
+        model: all its parameters that require gradients are updated, each once.
         optimizer: a class name of `orthonorm.optim`, in any case: "normuon", "SOAP".
-        names, heads, split: as split_params' adamw, heads and split; they come first.
-        report: what the report is handed to as a string, or None.
+        names, heads, split: as split_params' adamw, heads and split; they take precedence.
+        report: function that gets the report as a string, or None.
         **settings: the class's own (`lr`, `adamw=dict(lr=...)`, ...).
 
-    Raises: ValueError or TypeError for an unknown class, patterns that match nothing, or settings
-    that the class does not take.
+    Raises: ValueError or TypeError for an unknown class, `heads` or `split` patterns that match
+    nothing, or settings that the class does not take.
     """
     cls = by_name(optimizer)
     found = assign(model, adamw=names, heads=heads, split=split)
@@ -62,7 +63,7 @@ def configure(
 
 
 def by_name(name: object) -> type[MatrixOptimizer]:
-    """An optimizer class of `orthonorm.optim` by its name in any case, or the class itself."""
+    """Return an optimizer class by its name in any case; a class is returned as it is."""
     if isinstance(name, type) and issubclass(name, MatrixOptimizer):
         return name
     known = {key.lower(): cls for key, cls in REGISTRY.items()}
@@ -74,7 +75,7 @@ def by_name(name: object) -> type[MatrixOptimizer]:
 
 
 def without_last(found: list[Assigned]) -> list[Assigned]:
-    """The last weight of a Linear or convolution, if it is not the only one, goes to AdamW."""
+    """Give the last weight of a Linear or convolution to AdamW, unless it is the only one."""
     kinds = (nn.Linear, *CONVOLUTIONS)
     weights = [i for i, a in enumerate(found) if not a.reason and isinstance(a.owner, kinds)]
     for i in weights[1:][-1:]:
@@ -83,7 +84,7 @@ def without_last(found: list[Assigned]) -> list[Assigned]:
 
 
 def pieces(a: Assigned) -> Assigned:
-    """With the split of a fused weight, where its name and shape say one."""
+    """Add the split of a fused weight, if its name and shape are those of one."""
     count = next((FUSED[part] for part in a.name.split(".") if part in FUSED), 0)
     rows = a.p.shape[0] if a.p.dim() == 2 else 0
     even = rows % count == 0 if count == 2 else count == 3 and rows == 3 * a.p.shape[-1]
@@ -93,7 +94,7 @@ def pieces(a: Assigned) -> Assigned:
 
 
 def describe(found: list[Assigned], optimizer: MatrixOptimizer) -> str:
-    """One line per kind of weight: where it went and why, how often, its shape."""
+    """Return the report: a line per kind of weight, with rule, count, shape and view or reason."""
     lines: dict[tuple[Any, ...], int] = {}
     totals = {"matrix": 0, "adamw": 0}
     for a in found:
@@ -115,7 +116,7 @@ def describe(found: list[Assigned], optimizer: MatrixOptimizer) -> str:
 
 
 def kind(a: Assigned) -> str:
-    """How a weight is seen without keys."""
+    """Return in a word how a weight without view keys becomes matrices."""
     if a.p.dim() > 3:
         return "flattened"
     return "batch" if a.p.dim() == 3 else "matrix"

@@ -1,6 +1,6 @@
-"""W <- P(W, s) after a step, s = bound sqrt(m/n): maps of singular values, as Lipschitz control.
+"""W <- P(W, s) after a step, s = bound sqrt(m/n): maps of singular values, for Lipschitz control.
 
-Sources are those of the maps, in nn/lipschitz.py; the scale sqrt(m/n) is that of arXiv:2507.13338.
+nn/lipschitz.py names the sources of the maps; the scale sqrt(m/n) is that of arXiv:2507.13338.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from ..ops.spectral import start_vector
 from .tensors import numbers
 
 NORMALIZE = "normalize"  # W / max(1, sigma_1 / s)
-VECTOR = "constraint_vector"  # of each matrix that is normalized: where its power steps ended
-# Power steps a step. Gaussian matrices, five each of side 128 and 512, that began above s stood at
-# 1.06 s at most after one step, 1.04 s after two, 1.01 s after five and 1.002 s after ten; at
-# 1.01 s from the fifth on where each step moved them by a norm of 0.02 s. 16 from a fixed vector,
-# twice the cost, ended at up to 1.04 s, for good (2026-11).
+VECTOR = "constraint_vector"  # state of a normalized matrix: the vector its power steps ended at
+# Power steps per optimizer step. They were tried on Gaussian matrices, five each of side 128 and
+# 512, with sigma_1 above s at first. After one optimizer step sigma_1 was at most 1.06 s, after two
+# 1.04 s, after five 1.01 s and after ten 1.002 s. If each step also moved W by a norm of 0.02 s, it
+# was 1.01 s from the fifth on. 16 power steps from a fixed vector, at twice the cost, left up to
+# 1.04 s for good (2026-11).
 POWER_STEPS = 8
-FRESH = 2.0**-10  # of the fixed vector in each start: all of it at first, then what has been lost
+# Weight of the fixed vector that is added to each start. The first start is zero, so it is all of
+# that one; later it brings back directions that were lost.
+FRESH = 2.0**-10
 
-# A group names its map, so that its state dict holds no code; a map of your own is added here.
+# A group names its map, so that its state dict holds no code. Add a map of your own here.
 CONSTRAINTS: dict[str, Callable[[Tensor, float], Tensor] | None] = {
     NORMALIZE: None,  # keeps state: `normalize_`
     "hammer": spectral_hammer,  # sigma_1 becomes s
@@ -37,12 +40,12 @@ CONSTRAINTS: dict[str, Callable[[Tensor, float], Tensor] | None] = {
 
 
 def size(W: Tensor, bound: float) -> float:
-    """s = bound sqrt(m/n)."""
+    """Return s = bound sqrt(m/n)."""
     return bound * math.sqrt(W.shape[-2] / W.shape[-1])
 
 
 def constraint_state(x: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the group's constraint keeps of one matrix (..., m, n)."""
+    """Return names and shapes of the state of the group's constraint for a matrix (..., m, n)."""
     kept = group.get("constraint") == NORMALIZE
     return {VECTOR: (*x.shape[:-2], x.shape[-1])} if kept else {}
 
@@ -50,7 +53,7 @@ def constraint_state(x: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int
 def constrain_(
     params: list[Tensor], group: Mapping[str, Any], state: Mapping[str, list[Tensor]]
 ) -> None:
-    """Map every (batch of) matrices in place."""
+    """Apply the group's constraint to every (batch of) matrices in place."""
     kind, bound = group["constraint"], group["bound"]
     if kind is None:
         return
@@ -65,7 +68,7 @@ def constrain_(
 def normalize_(params: list[Tensor], vectors: list[Tensor], bound: float) -> None:
     """W <- W / max(1, sigma_1 / s), sigma_1 by power steps from where the last ones ended.
 
-    `vectors` (..., n) are replaced; zeros begin anew.
+    `vectors` (..., n) are the starts, and are overwritten; zeros start at a fixed vector.
     """
     fixed: dict[Any, Tensor] = {}
     for W, v in zip(params, vectors, strict=True):

@@ -1,4 +1,4 @@
-"""State dicts of other libraries' optimizers, for the optimizers here."""
+"""Convert state dicts of other libraries' optimizers for the optimizers here."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ def convert_state_dict(
     optimizer: MatrixOptimizer,
     params: Iterable[Any],
 ) -> dict[str, Any]:
-    """`saved`, of another library's optimizer, as `optimizer.load_state_dict` takes it.
+    """Convert `saved`, of another library's optimizer, for `optimizer.load_state_dict`.
 
     Args:
-        saved: its state dict, or a file that holds one (loaded with weights_only=True).
+        saved: a state dict, or a file that holds one (loaded with weights_only=True).
         layout: a name of LAYOUTS:
             "keller": KellerJordan/Muon's Muon, SingleDeviceMuon and SingleDeviceMuonWithAuxAdam;
             "keller_sorted": its MuonWithAuxAdam, which sorts the matrices of a group by shape;
-            "moonlight": MoonshotAI/Moonlight's Muon, whose momentum B <- mu B + G becomes ours by
-                a factor 1 - mu, and whose AdamW adds eps to the uncorrected root;
+            "moonlight": MoonshotAI/Moonlight's Muon. Its momentum B <- mu B + G is multiplied by
+                1 - mu; its AdamW adds eps to the uncorrected root;
             "dion": microsoft/dion's Muon, NorMuon, Dion, Dion2 and NorDion2, with their AdamW;
             "conda": jie040109/Conda's Conda.
-        optimizer: what will load it, of the class of the same rule; its groups may be others.
-        params: what the other optimizer was made of, in its order: parameters, named parameters or
+        optimizer: the optimizer that will load it, of the class with the same rule. Its groups may
+            differ from the saved ones.
+        params: arguments of the other optimizer, in its order: parameters, named parameters or
             param groups (Moonlight: muon_params, then adamw_params).
 
     Learning rates and other settings of the saved groups replace those of the optimizer's groups.
-    Left to the caller: shapes that are seen otherwise (their 4-D weights, `flatten`, `split`).
+    The caller must set views (`flatten`, `split`) that agree with how the other library made
+    matrices of its weights, 4-D ones for example.
 
-    Raises: ValueError naming parameter and rule where states or settings do not fit; nothing is
-    written.
+    Raises: ValueError or TypeError where states or settings do not fit; it names the parameter if
+    one is at fault. Neither the optimizer nor its parameters are written.
 
     Source: github.com/KellerJordan/Muon at 00ba60d3, MoonshotAI/Moonlight at abaa96ec,
     microsoft/dion at 0c205499 and 2e9df450, jie040109/Conda at df83c107.
@@ -86,14 +88,14 @@ def convert_state_dict(
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """torch.load(path, weights_only=True); Conda's projectors become stand-ins with their data."""
+    """Load a file with weights_only=True; Conda's projectors become stand-ins with their data."""
     with safe_globals([(Projector, module + ".CondaProjector") for module in PROJECTORS]):
         loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return loaded
 
 
 class Projector:
-    """What a file holds of a CondaProjector: `ortho_matrix` and settings."""
+    """Stand-in for a CondaProjector of a file: `ortho_matrix` and settings."""
 
     ortho_matrix: Tensor | None = None
     proj_type: str = "std"
@@ -121,7 +123,7 @@ def _check(
 ) -> None:
     if rule != group["rule"]:
         raise ValueError(f"{label} must be in a group with rule={rule!r}, got {group['rule']!r}")
-    made = shapes(optimizer, p, group)  # what loading makes of the others is not asked for
+    made = shapes(optimizer, p, group)  # loading makes mantissas and scales itself
     wanted = {key for key in made if key != MANTISSA and SCALES not in key}
     wanted |= {"step"} if optimizer.counts_steps else set()
     if state and wanted != set(state):
@@ -132,7 +134,7 @@ def _check(
 
 
 def _agreed(found: list[tuple[str, dict[str, Any]]], group: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a group's parameters bring, those that its rule has."""
+    """Return the saved settings of a group's parameters, which must agree, that its rule has."""
     settings = {k: v for k, v in found[0][1].items() if k in group or k == "initial_lr"}
     for label, other in found[1:]:
         for key, value in settings.items():
@@ -156,7 +158,7 @@ def _adam(first: Any, second: Any, step: Any) -> State:
 
 
 def _lerped(buffer: Tensor, mu: float) -> Tensor:
-    """B <- mu B + (1-mu) G of B <- mu B + G."""
+    """Convert momentum B <- mu B + G to B <- mu B + (1-mu) G."""
     if not mu < 1:
         raise ValueError(f"convert_state_dict: momentum must be below 1, got {mu}")
     return buffer * (1 - mu)

@@ -1,4 +1,4 @@
-"""W <- W - lr (factor U + weight_decay D(W)): what weight decay does to which entries.
+"""W <- W - lr (factor U + weight_decay D(W)): the three kinds of weight decay, D.
 
 decoupled: D(W) = W (arXiv:1711.05101).
 cautious: D(W) = W where U W >= 0, else 0: decay never works against the update (arXiv:2510.12402).
@@ -30,7 +30,7 @@ def decayed_update(
     found_inf: Tensor | None = None,
     mantissas: list[Tensor] | None = None,
 ) -> None:
-    """Write the step; the updates may be written too."""
+    """Apply updates and the group's kind of decay to `params`; `updates` may be overwritten."""
     kind, rest = group["decay"], (None, found_inf, mantissas)
     if weight_decay == 0 or kind == "decoupled":
         decayed_update_.unchecked(params, updates, lr, weight_decay, list(factors), *rest)
@@ -41,6 +41,6 @@ def decayed_update(
             kept = torch.where(u * w >= 0, w, 0.0)
         else:
             kept = w - hard_cap(w, size(w, group["bound"]))
-        # not add_: torch.compile rounds its product apart (torch 2.11)
+        # not add_: torch.compile rounds its product separately (torch 2.11)
         u.mul_(factor).sub_(kept, alpha=-weight_decay)
     decayed_update_.unchecked(params, updates, lr, 0.0, [1.0] * len(updates), *rest)

@@ -19,19 +19,19 @@ from .state import Batch, Updates
 
 
 class Dion(MatrixOptimizer):
-    """Orthonormal updates of low rank by one power step, with error feedback.
+    """Orthonormal updates of low rank k by one power step, with error feedback.
 
-    W <- (1 - lr wd) W - lr sqrt(m/n) P Q^T, P = QR(B Q), R = B^T P, Q <- R by unit columns.
-    B = M + G; P Q^T is of rank k, M <- B - (1-mu) P R^T keeps what the step leaves out.
+    W <- (1 - lr wd) W - lr sqrt(m/n) P Q^T, P = QR(B Q), R = B^T P, Q <- R with unit columns.
+    B = M + G. P Q^T has rank k. M <- B - (1-mu) P R^T keeps the rest of B for later steps.
 
     Args:
         params, lr, weight_decay: as Muon.
-        momentum: mu: 1 - mu of the step's part leaves M.
-        rank_fraction: k over the short side of the matrix, rounded up.
-        **common: what every optimizer takes, see `settings.Common`. `heavy_ball` has no meaning.
+        momentum: mu; a step takes 1 - mu of its part P R^T out of M.
+        rank_fraction: k over the short side of the matrix; k is rounded up.
+        **common: options of every optimizer, see `settings.Common`. `heavy_ball` has no effect.
 
-    Q starts as columns of the cosine transform (the authors: normal numbers). A zero B moves
-    nothing and keeps Q.
+    Q starts as columns of the cosine transform (the authors' is random normal). If B is zero, W and
+    Q stay the same.
     State: `residual_buffer` (M), `right_basis` (Q, n x k), `step`; 4 bytes per parameter and
     4 n k per matrix in float32.
 
@@ -74,7 +74,7 @@ class Dion(MatrixOptimizer):
         turned, out = [], []
         for B, q, length in zip(wide.stacks, beside(updates, Q), lengths, strict=True):
             q = q.to(B.dtype)
-            P = torch.linalg.qr(B @ q).Q  # of zeros anything: R and what it brings are zero then
+            P = torch.linalg.qr(B @ q).Q  # arbitrary if B = 0, but then R and all that follows is 0
             R = B.mT @ P
             new = column_normalize.unchecked(R)
             out.append(P @ new.mT)
@@ -91,13 +91,13 @@ class Dion(MatrixOptimizer):
 
 
 def subtract_(B: Tensor, P: Tensor, R: Tensor) -> None:
-    """B <- B - P R^T, a product that is added where it ends."""
+    """B <- B - P R^T in one call of baddbmm_."""
     flat = [t.flatten(0, -3) for t in (B, P, R)]
     flat[0].baddbmm_(flat[1], flat[2].mT, alpha=-1)
 
 
 def start(q: Tensor) -> Tensor:
-    """The first Q, columns of the cosine transform: Q_ij = cos(pi (i + 1/2) j / n)."""
+    """Return the first Q, columns of the cosine transform: Q_ij = cos(pi (i + 1/2) j / n)."""
     n, k = q.shape[-2:]
     i = torch.arange(n, dtype=torch.float64, device=q.device) + 0.5
     j = torch.arange(k, dtype=torch.float64, device=q.device)

@@ -18,29 +18,30 @@ from .settings import Rule, at_least, optional, part, scheduled
 from .stacks import beside, write_beside_
 from .state import Batch, Updates
 
-PIECE = 2**17  # elements
+PIECE = 2**17  # elements whose absolute values are taken at a time
 
 
 class Dion2(Orthogonalizing):
     """Muon on the largest quarter of the rows (or columns) of accumulated gradients.
 
     W_K <- W_K - lr s(m, n) polar(B_K), B = M + G, K the rows of largest |B_i|_1.
-    M <- B, but mu B in the rows K: error feedback keeps what was not used. Of tall matrices,
+    M <- B, but mu B in the rows K: error feedback keeps what was not used. For tall matrices K are
     columns.
 
     Args:
         params, lr, weight_decay, adjust_lr_fn ("spectral"): as Muon; all of W decays.
-        momentum: mu, what stays of the rows that were used.
-        fraction: of the short side that is used, rounded up.
-        beta2: None, or NorDion2: the rows of O = polar(B_K) over sqrt(v_K) + norm_eps at the norm
-            of O, v_K <- beta2 v_K + (1-beta2) mean_j O_ij^2; rows then, whatever the shape.
-        norm_eps: as above.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz, here
-            with ns_coefficients="polar_express". `heavy_ball` has no meaning.
+        momentum: mu, the share of used rows that stays in M.
+        fraction: share of the short side that is used; its number of rows is rounded up.
+        beta2: None, or a decay rate, which makes it NorDion2: rows of O = polar(B_K) are divided by
+            sqrt(v_K) + norm_eps, and O keeps its norm. v_K <- beta2 v_K + (1-beta2) mean_j O_ij^2.
+            K are then rows, whatever the shape.
+        norm_eps: added to sqrt(v_K).
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz, here
+            with ns_coefficients="polar_express". `heavy_ball` has no effect.
 
     The authors orthogonalize in bfloat16, and select along the dimension that is sharded.
-    State: `residual_buffer` (M), with beta2 `row_moment`; 4 bytes per parameter (and 4 per row) in
-    float32.
+    State: `residual_buffer` (M), and `row_moment` with beta2; 4 bytes per parameter, and 4 per row
+    with beta2, in float32.
 
     Source: github.com/microsoft/dion, dion2.py at 00c2bc1b and nordion2.py at 2e9df450.
     """
@@ -82,7 +83,7 @@ class Dion2(Orthogonalizing):
         group: dict[str, Any],
         flags: Flags,
     ) -> Updates:
-        """`direction` takes the gradients of the batch: only telemetry asks for copies."""
+        """Call `direction` without copies of the gradients, which only telemetry needs."""
         if self.probe(group):
             return super().directed(batch, stacks, mu, group, flags)
         return self.direction(Updates(stacks), batch, group)
@@ -105,26 +106,29 @@ class Dion2(Orthogonalizing):
 
 
 def largest(B: Tensor, group: dict[str, Any]) -> tuple[int, Tensor]:
-    """The dimension of a stack that is selected from, and which of its lines, (..., count)."""
+    """Return (dimension, K): select lines along it, those in K (..., count), the largest by |.|_1.
+
+    The dimension is -2 for rows, -1 for columns.
+    """
     m, n = B.shape[-2:]
     dim, length = (-2, m) if m <= n or group["beta2"] is not None else (-1, n)
     count = min(length, math.ceil(group["fraction"] * length))
-    # torch.linalg.vector_norm would need no |B|, but 1.5 ms for 0.6 (llama-3m, 2026-11); a |B| that
-    # stays in the cache is no new memory every step, which costs as much as the sums
+    # torch.linalg.vector_norm makes no |B|, but takes 1.5 ms instead of 0.6 (llama-3m, 2026-11).
+    # Small pieces of |B| stay in the cache; new memory for all of it costs as much as the sums.
     few = max(1, PIECE // max(1, m * n))
     sizes = [b.abs().sum(-3 - dim, dtype=accumulator(B)) for b in B.split(few)]
     return dim, torch.cat(sizes).topk(count, -1).indices
 
 
 def taken(B: Tensor, dim: int, K: Tensor) -> Tensor:
-    """The lines K of every matrix; rows as such, for which `gather` takes ten times as long."""
+    """Return the lines K of every matrix; not by `gather` for rows: it takes ten times as long."""
     if dim == -2:
         return B.flatten(0, -2).index_select(0, flat(B, K)).view(*K.shape, B.shape[-1])
     return B.gather(dim, entries(B, K))
 
 
 def put_(B: Tensor, dim: int, K: Tensor, X: Tensor) -> None:
-    """The reverse of `taken`."""
+    """Write X into the lines K of every matrix: the reverse of `taken`."""
     if dim == -2:
         B.flatten(0, -2).index_copy_(0, flat(B, K), X.flatten(0, -2))
     else:
@@ -132,20 +136,20 @@ def put_(B: Tensor, dim: int, K: Tensor, X: Tensor) -> None:
 
 
 def flat(B: Tensor, K: Tensor) -> Tensor:
-    """Rows K of every matrix as rows of the whole stack."""
+    """Return the indices of rows K of every matrix among the rows of the whole stack, 1-D."""
     firsts = torch.arange(K.shape[:-1].numel(), device=K.device) * B.shape[-2]
     return (K + firsts.view(*K.shape[:-1], 1)).flatten()
 
 
 def entries(B: Tensor, K: Tensor) -> Tensor:
-    """Columns K of every matrix as `gather` wants them."""
+    """Return K, columns of every matrix, expanded to the shape of an index of `gather`."""
     return K.unsqueeze(-2).expand(*B.shape[:-1], K.shape[-1])
 
 
 def keep_(
     residuals: list[Tensor], pairs: list[tuple[Tensor, tuple[int, Tensor]]], mu: Tensor
 ) -> None:
-    """mu times what was used of the residuals, all of the rest."""
+    """Multiply the used lines of the residuals by mu, and keep the others."""
     kept: list[Tensor] = []
     for B, (dim, K) in pairs:
         ones = torch.ones(*B.shape[:-2], B.shape[dim], dtype=accumulator(B), device=B.device)
@@ -155,7 +159,10 @@ def keep_(
 
 
 def normalize_(factors: Updates, places: list[Tensor], batch: Batch, group: dict[str, Any]) -> None:
-    """Rows over their running root mean squares, at the norms they had together."""
+    """Divide rows by their running root mean squares; each matrix keeps its norm.
+
+    The moments of the rows in `places` are updated.
+    """
     rows = [K.unsqueeze(-1) for K in places]
     stacks = beside(factors, batch.state["row_moment"])
     moments = [v.gather(-2, K) for v, K in zip(stacks, rows, strict=True)]

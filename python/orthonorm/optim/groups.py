@@ -1,4 +1,4 @@
-"""Param groups: which rule each takes, what its keys may say, and which parameters it may have."""
+"""Param groups: their rules, and the checks of their keys and parameters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .storage import SMALLER
 from .tensors import check_placements, is_distributed, meets_owner
 from .views import VIEW_DEFAULTS, check_views
 
-FOREIGN = ("params", "param_names", "initial_lr", "name", "rounding_seed")  # of torch, of `seeded`
+# Keys of a group that are no settings: torch and its schedulers add them; `seeded` adds the last.
+FOREIGN = ("params", "param_names", "initial_lr", "name", "rounding_seed")
 
 
 class Groups(torch.optim.Optimizer):
-    """A torch.optim.Optimizer whose groups are checked: rule="matrix" or rule="adamw"."""
+    """A torch.optim.Optimizer with checked groups, each with rule="matrix" or rule="adamw"."""
 
     companion: ClassVar[dict[str, Any]] = {}
     rules: ClassVar[dict[str, Rule]] = {}
@@ -27,8 +28,8 @@ class Groups(torch.optim.Optimizer):
     min_dim: ClassVar[int] = 2
     self_contained: ClassVar[bool] = False
     counts_steps: ClassVar[bool] = False
-    mantissas: ClassVar[bool] = True  # whether the rule writes weights as the base does
-    _asked: frozenset[str] = frozenset()
+    mantissas: ClassVar[bool] = True  # False if the rule writes weights itself, not through base
+    _asked: frozenset[str] = frozenset()  # torch.optim keywords that were given as true
     company: Any = None  # the ranks that share its work (distributed.company)
     met: Any = False  # True once ranks have compared what they hold (distributed.meeting)
 
@@ -39,11 +40,12 @@ class Groups(torch.optim.Optimizer):
         common: Mapping[str, Any],
         shared: Iterable[str] = (),
     ) -> None:
-        """`settings` are the rule's own, `common` those of every optimizer (settings.Common).
+        """Take the rule's own `settings` and the `common` ones of every optimizer.
 
-        Groups with rule="adamw" take the settings named in `shared` from the rule.
+        `common` has keys of settings.Common. Groups with rule="adamw" take the settings named in
+        `shared` from the rule.
         """
-        self._settled: dict[int, list[Any] | None] = {}  # values of groups that were checked
+        self._settled: dict[int, list[Any] | None] = {}  # id of a group -> values checked last
         if not isinstance(params, Iterable):
             raise TypeError(
                 f"{self.name}: params must be parameters, named parameters or param groups, "
@@ -76,13 +78,13 @@ class Groups(torch.optim.Optimizer):
         return type(self).__name__
 
     def check_group(self, group: Mapping[str, Any]) -> None:
-        """Raise ValueError or TypeError for what `rules` cannot say of one key alone."""
+        """Raise ValueError or TypeError for settings that are wrong together; `rules` check one."""
 
     def finish(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """What follows the update of a group's matrices."""
+        """Do what follows the update of a group's matrices: by default nothing."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it may name its `rule`, and any hyperparameter of that rule."""
+        """Add a group, which may set its `rule` and any hyperparameter of that rule."""
         if not isinstance(param_group, dict):
             raise TypeError(f"{self.name}: a param group must be a dict, got {type(param_group)}")
         if "params" not in param_group:
@@ -116,7 +118,7 @@ class Groups(torch.optim.Optimizer):
         self.met = False
 
     def _without_torchs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-        """What is left of keywords without settings.TORCH, which are checked; those asked for."""
+        """Check and remove torch.optim keywords; return (other keywords, those given as true)."""
         for key in given.keys() & TORCH.keys():
             TORCH[key](self.name, key, given[key])
         if given.get("differentiable"):
@@ -125,7 +127,7 @@ class Groups(torch.optim.Optimizer):
         return left, frozenset(key for key in given.keys() & TORCH.keys() if given[key])
 
     def _host_decides(self, group: Mapping[str, Any]) -> str:
-        """What a step of the group asks the host, or nothing."""
+        """Return why a step of the group needs a decision of the host, or ""."""
         reasons = {
             "its rule counts steps on the host": group["rule"] == "matrix" and self.counts_steps,
             "nonfinite other than 'propagate' reads norms": group["nonfinite"] != "propagate",
@@ -136,12 +138,13 @@ class Groups(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves its scale and `found_inf` to the step, by torch's name.
+        """True if GradScaler leaves its scale and `found_inf` to the step (the name is torch's).
 
-        Asked for with `fused=True`; the step then reads both on the device. Without, and where the
-        host decides anyway, a rule reads gradients besides its updates, a constraint or `finish`
-        follows the update or parameters are sharded, the scaler unscales the gradients and reads
-        `found_inf` on the host before it calls the step.
+        `fused=True` asks for it; the step then reads both on the device. Otherwise the scaler
+        unscales the gradients and reads `found_inf` on the host before it calls the step. It does
+        so too, whatever `fused` is, in each of these cases: the host must decide (`_host_decides`);
+        the rule reads gradients besides its updates; a constraint or `finish` follows the update;
+        state is smaller than float32 (`state_dtype`); parameters are sharded.
         """
         return "fused" in self._asked and all(map(self._reads_flags, self.param_groups))
 
@@ -165,7 +168,7 @@ class Groups(torch.optim.Optimizer):
     def _check_changed_settings(self, group: dict[str, Any]) -> None:
         """Check hyperparameters before a step, unless all are the objects that were checked last.
 
-        Lists can change without that, and are checked every time.
+        A list can change and stay the same object, so groups that hold lists are always checked.
         """
         last = None if torch.compiler.is_compiling() else self._settled.get(id(group))
         if last is not None and len(last) == len(group) and all(map(is_, last, group.values())):
@@ -226,7 +229,7 @@ class Groups(torch.optim.Optimizer):
                 check_views(label, p.shape, group, self.min_dim)
 
     def check_shardings(self, group: Mapping[str, Any]) -> None:
-        """Of DTensors; anew before they get state, as accelerate replaces parameters by theirs."""
+        """Check the DTensors of a group, also before they get state: accelerate swaps them in."""
         for i, p in enumerate(group["params"]):
             if not is_distributed(p):
                 continue
@@ -267,7 +270,7 @@ class Groups(torch.optim.Optimizer):
             check_views(label, p.shape, group, self.min_dim)
 
     def label(self, group: Mapping[str, Any], index: int) -> str:
-        """A parameter's name, or its place and shape, for messages."""
+        """Return a parameter's name, or its index and shape, for messages."""
         names = group.get("param_names")
         return (
             repr(names[index])
@@ -277,6 +280,6 @@ class Groups(torch.optim.Optimizer):
 
 
 def seeded(group: dict[str, Any]) -> None:
-    """Give a group that rounds stochastically the number that counts its steps."""
+    """Add the seed, which counts steps, to a group that rounds stochastically."""
     if group["stochastic_rounding"]:
         group.setdefault("rounding_seed", torch.zeros((), dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""U: momentum, or the gradients themselves, in work buffers that a rule may write."""
+"""Updates U: momentum, or the gradients themselves, in work buffers that a rule may write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def updates_from(
 ) -> Updates:
     """B <- mu B + (1-mu) G, U = mu B + (1-mu) G if nesterov else B; heavy ball: G for (1-mu) G.
 
-    Written into `stacks`. Without mu, U = G.
+    U is written into `stacks`. If mu is None, U = G and there is no momentum.
     """
     updates = Updates(stacks)
     if mu is None:

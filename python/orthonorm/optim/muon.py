@@ -16,7 +16,7 @@ from .state import Batch, Updates
 
 
 class Muon(Orthogonalizing):
-    """Momentum orthogonalized by Newton-Schulz; takes all that torch.optim.Muon takes and more.
+    """Momentum orthogonalized by Newton-Schulz; takes all arguments of torch.optim.Muon and more.
 
     W <- (1 - lr wd) W - lr s(m, n) polar(mu B + (1-mu) G), B <- mu B + (1-mu) G.
 
@@ -33,11 +33,11 @@ class Muon(Orthogonalizing):
             sqrt(max(1, m/n)), "match_rms_adamw" 0.2 sqrt(max(m, n)), "spectral" sqrt(m/n),
             "spectral_max" sqrt(max(m, n)), "rows" sqrt(m), "none" 1, or another library's name.
         method, precision, restarts: see `orthonorm.polar`.
-        **common: what every optimizer takes, see `settings.Common`.
+        **common: options of every optimizer, see `settings.Common`.
 
     Groups may set `flatten`, `split` and `heads` (views.py), and every argument above.
-    State: `momentum_buffer`, as torch.optim.Muon, whose state dicts load here; 4 bytes per
-    parameter in float32.
+    State: `momentum_buffer`; 4 bytes per parameter in float32. State dicts of torch.optim.Muon load
+    here.
 
     Source: https://kellerjordan.github.io/posts/muon; torch.optim.Muon.
     """

@@ -13,25 +13,25 @@ from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import Rule, at_least, one_of
 from .state import Batch, Updates
 
-SIDES = {"row": (-1,), "column": (-2,), "both": (-1, -2)}  # the dims summed over
+SIDES = {"row": (-1,), "column": (-2,), "both": (-1, -2)}  # dimensions that are summed over
 
 
 class MuonEq(Orthogonalizing):
-    """Muon of momentum whose rows, columns or both have been brought to one length.
+    """Muon on momentum whose rows, columns or both were scaled to one length.
 
     W <- (1 - lr wd) W - lr s(m, n) polar(R U C), R_i = 1 / sqrt(sum_j U_ij^2 + eps).
-    U = mu B + (1-mu) G; C_j likewise over rows; R, C or both.
+    U = mu B + (1-mu) G. C_j is the same for columns. R, C or both are applied.
 
     Args:
         params, lr, weight_decay, momentum, nesterov: as Muon; the defaults are Moonlight's.
-        equilibrate: "row" (the paper's R), "column" (C) or "both" (RC): both sums are of U itself.
+        equilibrate: "row" (the paper's R), "column" (C) or "both" (RC, with both sums of U itself).
         norm_eps: added to the sums of squares.
         adjust_lr_fn: as Muon ("match_rms_adamw").
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
     State: `momentum_buffer`; 4 bytes per parameter in float32.
 
-    Source: arXiv:2603.28254; settings and eps could not be checked against it.
+    Source: arXiv:2603.28254; the defaults and eps could not be checked against it.
     """
 
     self_contained = True
@@ -63,7 +63,7 @@ class MuonEq(Orthogonalizing):
 
 
 def equilibrated(U: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """R U C of a stack, in the dtype of U."""
+    """Return R U C of a stack, in the dtype of U."""
     X = U.to(accumulator(U))
     squares = [torch.linalg.vector_norm(X, dim=d, keepdim=True).square() for d in dims]
     for s in squares:

@@ -1,4 +1,4 @@
-"""Matrices brought to a norm."""
+"""Scale matrices to a norm."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .state import Updates
 
 
 def to_rms(updates: Updates, rms: float, eps: float = 0.0) -> Updates:
-    """X <- rms sqrt(mn) X / (|X|_F + eps): every matrix at that root mean square; zero stays.
+    """X <- rms sqrt(mn) X / (|X|_F + eps): scale every matrix to that root mean square.
 
-    X is written.
+    X is overwritten; a zero matrix stays zero.
     """
     norms = magnitude.unchecked(updates.stacks) if updates.norms is None else updates.norms
     numbers = []
@@ -26,21 +26,22 @@ def to_rms(updates: Updates, rms: float, eps: float = 0.0) -> Updates:
 
 
 def to_unit(updates: Updates) -> Updates:
-    """X <- X / |X|_F; zero stays zero."""
+    """Return X / |X|_F for every matrix, in new stacks; a zero matrix stays zero."""
     out = [divide_each.unchecked(x, magnitude.unchecked([x]), x.dtype) for x in updates.stacks]
     return Updates(out)
 
 
 def to_signs(updates: Updates) -> Updates:
-    """X <- sign(X), NaN where X is not finite; X is written."""
+    """X <- sign(X), NaN where X is not finite; X is overwritten."""
     sign_.unchecked(updates.stacks)
-    return Updates(updates.stacks)  # their norms are others now
+    return Updates(updates.stacks)  # without `norms`, which no longer hold
 
 
 def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:
-    """X <- number X, a number per matrix, 1-D; X is written.
+    """X <- number X; `numbers` is 1-D, one per matrix. X is overwritten.
 
-    In the arithmetic of X: a float64 number would have torch convert every element (2026-11).
+    Numbers are cast to the arithmetic of X: with float64 ones torch would convert every element
+    (2026-11).
     """
     for x, c in zip(updates.stacks, numbers.split(counts(updates)), strict=True):
         x.mul_(c.to(accumulator(x)).view(*x.shape[:-2], 1, 1))
@@ -48,18 +49,18 @@ def multiply_each_(updates: Updates, numbers: Tensor) -> Updates:
 
 
 def lengthened(updates: Updates, numbers: Tensor) -> Updates:
-    """number X for sizes of any magnitude: half types, whose range they leave, become float32.
+    """Return number X for numbers of any size; half types become float32 to have the range.
 
-    X is written if it is not of a half type.
+    X is overwritten if it is not of a half type.
     """
     return multiply_each_(Updates([x.to(accumulator(x)) for x in updates.stacks]), numbers)
 
 
 def sent_exactly(p: Tensor) -> bool:
-    """Whether what is `lengthened` for `p` is of its dtype, as which directions are sent."""
+    """True if `lengthened` directions of `p` have the dtype of `p`, in which ranks send them."""
     return accumulator(p) == p.dtype
 
 
 def counts(updates: Updates) -> list[int]:
-    """Matrices in every stack."""
+    """Return the number of matrices in every stack."""
     return [math.prod(x.shape[:-2]) for x in updates.stacks]

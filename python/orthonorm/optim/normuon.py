@@ -28,17 +28,17 @@ class NorMuon(Orthogonalizing):
 
     Args:
         params, lr, weight_decay, momentum, nesterov, adjust_lr_fn: as Muon.
-        beta2, norm_eps: decay rate of v; added to sqrt(v).
+        beta2, norm_eps: decay rate of v; norm_eps is added to sqrt(v).
         axis: "row", as published, or "long": rows of tall and square matrices, columns of wide
             ones (NVIDIA Emerging-Optimizers).
         rescale: "norm" keeps |O|_F and applies `adjust_lr_fn` (the authors' code); "rms" makes the
             RMS of the update 0.2 (the paper's 0.2 sqrt(mn) / |N|_F) and leaves adjust_lr_fn unused.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
     State: `momentum_buffer`, `row_moment` (one number per row, or per column of wide matrices with
-    axis="long"); 4 bytes per parameter and 4 per row in float32. v is not bias-corrected: the
-    rescaling cancels it. Convolutions are out x rest, where the authors' rows are the last kernel
-    axis.
+    axis="long"); 4 bytes per parameter and 4 per row in float32. v is not bias-corrected, since the
+    rescaling would cancel that. Convolutions are out x rest here; the authors' rows run along the
+    last kernel axis.
 
     Source: github.com/zichongli5/NorMuon at d45c9a42; arXiv:2510.05491.
     """
@@ -109,7 +109,10 @@ class NorMuon(Orthogonalizing):
         return found and found._replace(bytes=(*found.bytes, 2 * 8 * lines))
 
     def after_polar(self, parts: list[Part], spread: Spread, group: dict[str, Any]) -> Travel[None]:
-        """One sum of the squares of all lines, and of the moments, of which ranks keep parts."""
+        """Normalize this rank's parts, with one sum over ranks of squares of lines and of moments.
+
+        Ranks keep parts of the moments.
+        """
         squares = []
         for x in parts:
             along, across = self.axes(x, group)
@@ -131,7 +134,7 @@ class NorMuon(Orthogonalizing):
             x.block.mul_(lines.narrow(across, *x.box[across]))
 
     def axes(self, x: Part, group: dict[str, Any]) -> tuple[int, int]:
-        """Along which dimension squares are added up, and the other one."""
+        """Return (dimension along which squares are added up, the other one)."""
         whole = torch.empty(x.shape, device="meta")
         return (-2, -1) if self.columns(whole, group) else (-1, -2)
 

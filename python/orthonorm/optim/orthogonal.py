@@ -1,4 +1,4 @@
-"""Rules that orthogonalize: the Newton-Schulz settings of a group, and the polar factors."""
+"""Base of rules that orthogonalize: a group's Newton-Schulz settings, and polar factors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .state import Batch, Updates
 
 
 class NewtonSchulz(Common, total=False):
-    """Keyword arguments, and group keys, of rules that orthogonalize.
+    """Keyword arguments and group keys of rules that orthogonalize.
 
     ns_coefficients: a name of `orthonorm.coefficients.COEFFICIENTS`, one (a, b, c) or a list.
     ns_steps: iterations (None: as many as the coefficients' source runs).
@@ -43,7 +43,7 @@ NEWTON_SCHULZ: dict[str, Any] = {
 
 
 class Orthogonalizing(MatrixOptimizer, abstract=True):
-    """Base of the rules whose direction comes from polar factors (NewtonSchulz says how)."""
+    """Base of rules whose direction comes from polar factors; NewtonSchulz has their settings."""
 
     rules: ClassVar[dict[str, Rule]] = {"method": one_of(*FORMS), "precision": one_of(*PRECISIONS)}
 
@@ -61,10 +61,10 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
         )  # fmt: skip
 
     def polar(self, updates: Updates, group: Mapping[str, Any], keep: bool = False) -> Updates:
-        """The polar factors of the updates; telemetry has their nuclear norms.
+        """Return the polar factors of the updates; telemetry measures their nuclear norms.
 
-        In new stacks if the updates are to be kept; else on CPUs over them, where new memory costs
-        more than passes.
+        With `keep` they lie in new stacks. Without, on CPUs, they overwrite the updates, since
+        there new memory costs more than passes over it.
         """
         probe = self.probe(group)
         found = self.iterated(updates, group, keep or probe is not None)
@@ -73,7 +73,10 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
         return found
 
     def iterated(self, updates: Updates, group: Mapping[str, Any], keep: bool = True) -> Updates:
-        """`polar` without telemetry, for what is no factor of the updates themselves."""
+        """Return polar factors as `polar`, but without telemetry: for other matrices than updates.
+
+        `keep` is as in `polar`.
+        """
         p = self.polynomial(group)
         how = (p.coefficients, p.restarts, group["method"], p.precision, p.scale, group["eps"])
         arguments = (updates.stacks, *how, p.safety, updates.norms)
@@ -82,20 +85,20 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
         newton_schulz_.unchecked(*arguments)
         return Updates(updates.stacks)
 
-    # ---- arguments of ops that are whole steps ------------------------------------------------
+    # ---- arguments of fused ops, which do a whole step ----------------------------------------
 
     def in_parts(self, group: dict[str, Any]) -> bool:
-        """Whether a step is none of theirs: other momentum or decay, or measured on its way."""
+        """True if no fused op knows the settings: other momentum or decay, or telemetry."""
         return group["heavy_ball"] or group["decay"] != "decoupled" or bool(self.probe(group))
 
     def scheduled(self, batch: Batch, group: dict[str, Any]) -> tuple[Any, ...]:
-        """lr, momentum, weight_decay, factors."""
+        """Return a fused op's arguments lr, momentum, weight_decay and factors."""
         device = batch.params[0].device
         numbers = (self.scalar(group, "lr", device), self.momentum(group, device))
         return (*numbers, group["weight_decay"], self.factors(batch, group))
 
     def iteration(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """From coefficients on."""
+        """Return a fused op's arguments from `coefficients` to `safety`."""
         p = self.polynomial(group)
         how = (group["nesterov"], group["method"], p.precision, p.scale, group["eps"], p.safety)
         return (p.coefficients, p.restarts, *how)

@@ -17,18 +17,19 @@ from .state import Batch, Updates
 
 
 class PolarGrad(Orthogonalizing):
-    """Muon times the nuclear norm of what it orthogonalizes.
+    """Muon times the nuclear norm of the matrix that is orthogonalized.
 
     W <- (1 - lr wd) W - lr <B, U> U, U = polar(B), B <- mu B + (1-mu) G.
-    <B, U> is the nuclear norm of B: steepest descent in the spectral norm, at its own length.
+    <B, U> is the nuclear norm of B: steepest descent in the spectral norm, at the length that the
+    norm gives.
 
     Args:
         params, lr, weight_decay, momentum, nesterov (False): as Muon.
         polar_first: average the factors instead of the gradients: U = polar(G), B <- mu B +
             (1-mu) U, step <G, U> B.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz, here
-            with ns_coefficients="polar_express": the authors take QDWH, whose factor is exact,
-            and offer c = 2.031 with Newton-Schulz, a misprint of 2.0315.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz, here
+            with ns_coefficients="polar_express". The authors use QDWH, whose factor is exact. Their
+            Newton-Schulz has c = 2.031, a misprint of 2.0315.
 
     State: `momentum_buffer` (`factor_buffer` with polar_first); 4 bytes per parameter in float32.
 

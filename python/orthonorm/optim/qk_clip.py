@@ -1,7 +1,7 @@
 """QK-clip: W_q <- gamma^alpha W_q, W_k <- gamma^(1-alpha) W_k per head, gamma = min(1, tau / S).
 
-S is the largest attention logit of the head. Muon with adjust_lr_fn="match_rms_adamw" and weight
-decay, and this after every step, is MuonClip.
+S is the largest attention logit of the head. MuonClip is Muon with adjust_lr_fn="match_rms_adamw"
+and weight decay, and QK-clip after every step.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch import Tensor
 from .. import _checks as check
 
 ROWS = 1024  # queries whose logits are in memory at a time
-OVERFLOWED = 65504.0  # the largest float16: what an infinite logit is at least
+OVERFLOWED = 65504.0  # the largest float16; a logit that overflowed is at least that
 
 
 @torch.no_grad()
 def observe_logits_(
     seen: Tensor, q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False
 ) -> Tensor:
-    """seen_h <- max(seen_h, max_ij scale q_hi . k_hj), over the batch; to be called in `forward`.
+    """seen_h <- max(seen_h, max_ij scale q_hi . k_hj), over the batch; call it in `forward`.
 
     Args:
-        seen: (heads,), overwritten and returned; start at zero.
+        seen: (heads,), overwritten and returned; start with zeros.
         q, k: (..., heads, T, d) and (..., kv_heads, T', d), after rotary embeddings; each head of k
-            serves as many consecutive heads of q.
-        scale: 1 / sqrt(d) if None.
-        causal: only j <= i + T' - T.
+            serves heads / kv_heads consecutive heads of q.
+        scale: factor of the logits; None: 1 / sqrt(d).
+        causal: take only the logits with j <= i + T' - T.
 
-    A head whose logits overflow, though q and k are finite, is seen as +inf, also where sums of
-    infinities of both signs are NaN. Where q or k are not finite, NaN is seen.
+    If logits of a head overflow, though its q and k are finite, +inf is written for it. That holds
+    too if infinities of both signs make the logits NaN. If q or k are not finite, NaN is written.
 
-    Under data or context parallelism reduce `seen` by its maximum before the step.
+    Under data or context parallelism, reduce `seen` over ranks by the maximum before the step.
 
     Raises: ValueError or TypeError where shapes, dtypes or `scale` do not fit, before anything is
     written.
@@ -80,22 +80,28 @@ def qk_clip_(
     rope: int = 0,
     values: int = 0,
 ) -> None:
-    """Rows of head h of W_q times gamma_h^alpha, of W_k times gamma^(1-alpha): no logit above tau.
+    """W_q <- gamma_h^alpha W_q, W_k <- gamma_h^(1-alpha) W_k in the rows of head h: logits <= tau.
+
+    gamma_h = min(1, tau / S_h).
 
     Args:
-        query, key: weights (or biases), rows by heads: (heads d, ...), (kv_heads d', ...); slices
-            of a fused weight do.
-        logits: S, (heads,); what is not above tau, or NaN, clips nothing. +inf is a logit that
-            overflowed: it counts as 65504, the largest float16 and so the least that it can have
-            been. That never clips more than tau / S would; what is then still above tau is clipped
-            after the next steps.
-        tau, alpha: the largest logit, and the share of the queries in its reduction.
+        query, key: weights (or biases), rows by heads: (heads d, ...), (kv_heads d', ...); they may
+            be slices of a fused weight.
+        logits: S, (heads,). Values up to tau and NaN clip nothing. +inf stands for a logit that
+            overflowed, and counts as 65504, the largest float16, which it has at least been. So it
+            never clips more than tau / S would; if logits are still above tau, the next steps clip
+            them.
+        tau: largest logit that is allowed.
+        alpha: the queries' share of the reduction.
         kv_heads: heads of `key` (None: as many as of `query`). A key that serves several queries
-            takes the least of their gammas.
-        rope: last rows of each query head that meet a key shared by all heads (MLA): times gamma.
-        values: last rows of each key head that are not keys (MLA's kv_b_proj): not touched.
+            takes the smallest of their gammas.
+        rope: number of last rows of each query head that meet a key shared by all heads (MLA).
+            They are multiplied by gamma.
+        values: number of last rows of each key head that are not keys (MLA's kv_b_proj). They are
+            not touched.
 
-    Raises: ValueError where rows do not divide, before anything is written.
+    Raises: ValueError or TypeError, before anything is written, where arguments do not fit: for
+    example if heads do not divide rows.
 
     Source: arXiv:2507.20534 (Kimi K2), section 2.1.
     """
@@ -113,7 +119,10 @@ def _parts(
     rope: int = 0,
     values: int = 0,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What `qk_clip_` multiplies, views (heads, rows, ...), by which numbers; checked."""
+    """Check the arguments of `qk_clip_`; return (view, factors) pairs that it multiplies.
+
+    Views are (heads, rows, ...), factors (heads,).
+    """
     op = "qk_clip_"
     check.tensor(op, "query", query, min_dim=1)
     check.tensor(op, "key", key, min_dim=1)
@@ -147,19 +156,19 @@ def _parts(
 def qk_clip_after_step(
     optimizer: torch.optim.Optimizer, layers: Iterable[Mapping[str, Any]], **settings: Any
 ) -> Any:
-    """`qk_clip_` on every layer after each step of any optimizer; its logits start at zero again.
+    """Call `qk_clip_` on every layer after each step of an optimizer, then zero its logits.
 
     Args:
         optimizer: any `torch.optim.Optimizer`.
-        layers: arguments of `qk_clip_`, a dict each, `logits` being what `observe_logits_` writes.
-        **settings: arguments of `qk_clip_` for all of them, as `tau`.
+        layers: a dict of `qk_clip_` arguments per layer; `observe_logits_` writes its `logits`.
+        **settings: arguments of `qk_clip_` for all layers, such as `tau`.
 
-    Returns: a handle whose remove() ends it.
+    Returns: a handle whose remove() ends the calls.
     """
     kept = [{**settings, **layer} for layer in layers]
     for i, layer in enumerate(kept):
         check.tensor("qk_clip_after_step", f"layers[{i}]['logits']", layer.get("logits"))
-        _parts(**layer)  # refuses what it must
+        _parts(**layer)  # raises for wrong arguments
 
     def clip(*_: Any) -> None:
         for layer in kept:
@@ -170,7 +179,7 @@ def qk_clip_after_step(
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Which heads of (..., heads, a, b) are finite throughout."""
+    """Return for each head of (..., heads, a, b) whether all its entries are finite, (heads,)."""
     return x.isfinite().all(-1).all(-1).reshape(-1, x.shape[-3]).all(0)
 
 

@@ -15,21 +15,21 @@ from .state import Batch, Updates
 
 
 class SCALE(MatrixOptimizer):
-    """Gradients with columns (input features) of length one, with momentum where a group asks.
+    """Gradients scaled to columns (input features) of length one; momentum is optional.
 
     W <- (1 - lr wd) W - lr U_:j / (|U_:j|_2 + eps), column by column; U = G, or momentum.
-    Momentum is for the last layer only: `{"params": [head], "momentum": 0.9}`.
+    The paper uses momentum in the last layer only: `{"params": [head], "momentum": 0.9}`.
 
     Args:
         params: parameters, named parameters or param groups.
         lr, weight_decay: as Muon.
         momentum: 0, or mu of B <- mu B + (1-mu) G, U = B.
-        norm_eps: as above.
-        **common: what every optimizer takes, see `settings.Common`.
+        norm_eps: eps, added to the columns' lengths.
+        **common: options of every optimizer, see `settings.Common`.
 
     State: none while momentum is 0, else `momentum_buffer`, 4 bytes per parameter in float32.
 
-    Source: arXiv:2506.16659; the defaults of lr and eps are a choice.
+    Source: arXiv:2506.16659; the defaults of lr and eps are our choice.
     """
 
     self_contained = True
@@ -65,7 +65,10 @@ class SCALE(MatrixOptimizer):
         group: dict[str, Any],
         flags: Flags,
     ) -> Updates:
-        """Gradients as they are need not be copied before they are normalized."""
+        """Normalize gradients into `stacks` without a copy.
+
+        Take the base's way for momentum, scaled gradients, other dtypes and telemetry.
+        """
         updates = Updates(stacks)
         pairs = list(zip(updates.matrices, batch.grads, strict=True))
         alike = all(u.dtype == g.dtype for u, g in pairs)

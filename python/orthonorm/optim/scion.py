@@ -18,7 +18,7 @@ from .settings import FLAG, Rule, at_least, one_of, scheduled
 from .state import Batch, Updates
 from .tensors import local
 
-# Disco's norms by rows: D_i / (|D_i| + norm_eps) times this power of n
+# Disco's row norms -> p in D_i / (|D_i| + norm_eps) n^p
 ROWS = {"embed_linear": 1.0, "embed_sqrt": 0.5, "unembed_linear": -1.0, "unembed_sqrt": -0.5}
 NORMS = ("auto", "spectral", "spectral_conv", "column", "row", "sign", "bias_rms", *ROWS)
 NORMALIZED = {"spectral": True, "spectral_conv": True, "column": False, "row": True, "sign": True}
@@ -28,34 +28,35 @@ class Scion(Orthogonalizing):
     """Linear minimization over norm balls, a norm per group; for parameters of any shape.
 
     W <- (1 - lr) W - lr scale LMO(D), D <- (1-alpha) D + alpha G.
-    LMO(D) is the unit vector of a norm for which <D, LMO(D)> is largest; each group names its norm.
+    LMO(D) is the element of norm 1 for which <D, LMO(D)> is largest; each group names its norm.
 
     Args:
         params: parameters, named parameters or param groups with their `norm` and `scale`.
-        lr: learning rate, a number or a one-element tensor; also the shrinking of W.
+        lr: learning rate, a number or a one-element tensor; W shrinks by 1 - lr too.
         momentum: alpha, one minus the usual factor; 1 keeps no average.
-        norm: the LMO of an m x n matrix D, here normalized / not:
-            "spectral": polar(D) sqrt(m/n) / sqrt(m);
-            "spectral_conv": of out x in x k... weights, the same by channels, over prod(k);
-            "column": D_:j / (n r_j + norm_eps) / D_:j / (r_j + norm_eps), r_j the column's RMS;
-            "row": D_i / (sqrt(n) |D_i| + norm_eps) / D_i / (|D_i| + norm_eps);
-            "sign": sign(D) / n / sign(D);
-            "bias_rms": D / (RMS over rows + norm_eps), for vectors D / (RMS + norm_eps);
+        norm: the LMO of an m x n matrix D; two forms are "normalized; not normalized":
+            "spectral": polar(D) sqrt(m/n); polar(D) sqrt(m).
+            "spectral_conv": the same for weights out x in x k..., m = out, n = in, over prod(k).
+            "column": D_:j / (n r_j + norm_eps); D_:j / (r_j + norm_eps), r_j the column's RMS.
+            "row": D_i / (sqrt(n) |D_i| + norm_eps); D_i / (|D_i| + norm_eps).
+            "sign": sign(D) / n; sign(D).
+            "bias_rms": D_:j / (r_j + norm_eps); for vectors D / (RMS + norm_eps).
             "embed_linear", "embed_sqrt", "unembed_linear", "unembed_sqrt" (Disco):
-            D_i / (|D_i| + norm_eps) times n, sqrt(n), 1/n, 1/sqrt(n);
+            D_i / (|D_i| + norm_eps) times n, sqrt(n), 1/n, 1/sqrt(n).
             "auto": "spectral_conv" for convolutions, "spectral" for matrices, else "bias_rms".
         scale: radius of the ball.
-        normalized: the first of the two forms (None: the authors' default, for "column" not).
-        transpose: the LMO of D^T (norms of rows and columns), as "column" wants it for embeddings
-            stored vocabulary x width.
-        largest: spectral factors no smaller than 1.
+        normalized: take the first of the two forms. None is the authors' default: True, but False
+            for "column".
+        transpose: take the LMO of D^T (norms of rows and columns only), as "column" needs for
+            embeddings stored vocabulary x width.
+        largest: raise spectral factors below 1 to 1 (before prod(k) divides them).
         unconstrained: do not shrink W.
-        norm_eps: as above.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        norm_eps: as in the norms.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
-    Disco's "image_spectral" is "spectral" with largest=True, its "conv_spectral" "spectral_conv",
-    its default norm_eps 1e-20; vectors, which it lifts to diagonal matrices, are "bias_rms" here.
-    The authors initialize every weight on its ball; that is the model's affair.
+    Disco's "image_spectral" is "spectral" with largest=True, its "conv_spectral" "spectral_conv";
+    its default norm_eps is 1e-20. Vectors, which it lifts to diagonal matrices, are "bias_rms"
+    here. The authors initialize every weight on its ball; the optimizer leaves that to the model.
     State: `momentum_buffer`, 4 bytes per parameter in float32; none while alpha is 1.
 
     Source: github.com/LIONS-EPFL/scion at f58a393e, arXiv:2502.07529; github.com/rakkit/disco at
@@ -147,7 +148,7 @@ def normalized(norm: str, group: dict[str, Any]) -> bool:
 
 
 def lines(D: Tensor, norm: str, group: dict[str, Any]) -> Tensor:
-    """The LMOs that normalize columns or rows."""
+    """Return the LMO of D for norms of rows or columns."""
     X = D.mT if group["transpose"] else D
     m, n = X.shape[-2:]
     eps = group["norm_eps"]
@@ -161,12 +162,12 @@ def lines(D: Tensor, norm: str, group: dict[str, Any]) -> Tensor:
 
 
 class ScionLight(Scion):
-    """Scion whose average is the gradient itself: D = G, then G <- (1-alpha) G. No state at all.
+    """Scion with its average in the gradient itself: D = G, then G <- (1-alpha) G. No state at all.
 
-    Do not call `zero_grad`: `backward` adds to what the step leaves. It is the only optimizer here
-    that writes gradients. D is then sum (1-alpha)^k G_{t-k}, 1/alpha times Scion's average: the
-    same step but for eps. A gradient that `nonfinite` skips stays in `.grad` until it is set to
-    None. Arguments as Scion's.
+    Do not call `zero_grad`: `backward` adds to the gradient that the step leaves. No other
+    optimizer here writes gradients. D is then sum_k (1-alpha)^k G_{t-k}, which is 1/alpha times
+    Scion's average: the same step but for eps. A gradient that `nonfinite` skips stays in `.grad`
+    until it is set to None. Arguments are Scion's.
 
     Source: as Scion's.
     """

@@ -1,4 +1,4 @@
-"""What a param group may say: keys every optimizer takes, and the rule each value must keep."""
+"""Settings of param groups: keys that every optimizer takes, and the check of each value."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ DECAYS = ("decoupled", "cautious", "clipped")
 class Common(TypedDict, total=False):
     """Keyword arguments of every optimizer here, and keys of its groups with rule="matrix".
 
-    nonfinite: what a non-finite gradient does: "propagate" into its own matrix, "skip" (parameter
-        and state stay, group["skipped"] counts) or "error" (raise before anything is written).
+    nonfinite: how to treat a non-finite gradient: "propagate" lets it spread in its own matrix,
+        "skip" leaves parameter and state and counts in group["skipped"], "error" raises before
+        anything is written.
     maximize: step along the gradient instead of against it.
     heavy_ball: momentum B <- mu B + G instead of B <- mu B + (1-mu) G (optimizers with momentum).
     decay: how weight_decay acts (decay.py): "decoupled", "cautious" or "clipped".
-    constraint: what W is mapped to after the step (constraints.py): "normalize", "hammer", "cap",
+    constraint: map applied to W after the step (constraints.py): "normalize", "hammer", "cap",
         "fast_cap", "stiefel" or None. "normalize" approaches its bound from above, within 1 % or so
-        after five steps, and keeps a vector of each matrix's columns as state.
-    telemetry: measure every so many steps what `optimizer.telemetry()` tells (0: never).
-    mantissa: True keeps beside every bfloat16 weight what it lacks of a float32 one, 2 bytes, and
-        state in float32: steps are those of float32 weights, to the bit (ops/mantissa.py). The
-        AdamW companion's weights too. Not for matrices that are sharded, nor with a constraint.
+        after five steps, and keeps one vector of n numbers per m x n matrix as state.
+    telemetry: steps between the measurements that `optimizer.telemetry()` returns (0: never).
+    mantissa: True keeps 2 more bytes for every bfloat16 weight, which make it a float32 number, and
+        keeps state in float32. Steps are then those of float32 weights, to the bit
+        (ops/mantissa.py), also for the AdamW companion. Refused for sharded matrices and with a
+        constraint.
     state_dtype: None keeps state in the parameter's dtype. "float32" keeps state of bfloat16 and
-        float16 parameters in float32; a step computes what it does for float32 parameters and
-        rounds the weights at its end. "bfloat16" keeps state of the parameter's shape in 2 bytes,
-        "8bit" in 1.016 (storage.py); these two not for sharded parameters, nor with mantissa. The
-        AdamW companion's state too. Loading keeps this optimizer's own.
-    stochastic_rounding: of bfloat16 state; group["rounding_seed"] counts, and is saved.
-    bound: of singular values, times sqrt(m/n), for "clipped" decay and constraints.
+        float16 parameters in float32; a step computes as for float32 parameters and rounds the
+        weights at its end. "bfloat16" keeps state of the parameter's shape in 2 bytes per element,
+        "8bit" in 1.016 (storage.py); both are refused for sharded parameters and with mantissa.
+        The setting holds for the AdamW companion too. Loading a state dict does not change it.
+    stochastic_rounding: round bfloat16 state stochastically; group["rounding_seed"] counts steps
+        and is saved.
+    bound: bound of singular values over sqrt(m/n), for "clipped" decay and constraints.
     adamw: settings of groups with rule="adamw": lr (3e-4), betas (0.9, 0.95), eps (1e-8),
         weight_decay (0), and those of these options that AdamW takes.
-    foreach: as torch.optim's; steps work on lists of tensors whatever is said.
-    fused: True has torch.amp.GradScaler leave unscaling and skipping to the step, as with
-        torch.optim's fused optimizers, where no host decides: no synchronization
-        (`Groups._step_supports_amp_scaling`). Steps are fused whatever is said.
-    capturable: True is refused where a CUDA graph would repeat what the host decided: rules that
+    foreach: accepted as torch.optim's, without effect: steps always work on lists of tensors.
+    fused: True makes torch.amp.GradScaler leave unscaling and skipping to the step, as with
+        torch.optim's fused optimizers. That avoids a synchronization, unless the host must decide
+        (`Groups._step_supports_amp_scaling`). Steps are fused in any case.
+    capturable: True is refused where a CUDA graph would repeat a decision of the host: rules that
         count steps, `nonfinite` other than "propagate", telemetry, stochastic rounding.
-    differentiable: only False.
+    differentiable: must be False.
     """
 
     nonfinite: str
@@ -84,7 +87,7 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
     "weight_decay": 0.0,
     "decay_first": True,  # decay the old weight (torch), not the updated one (Conda)
-    "correct_eps": True,  # eps meets the bias-corrected root (torch), not the raw one (Conda)
+    "correct_eps": True,  # add eps to the bias-corrected root (torch), not to the raw one (Conda)
     "nonfinite": "propagate",
     "maximize": False,
     "telemetry": 0,
@@ -93,7 +96,7 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "stochastic_rounding": False,
 }
 
-ADJUST: dict[str, Callable[[int, int], float]] = {  # factor on the polar factor of an m x n matrix
+ADJUST: dict[str, Callable[[int, int], float]] = {  # (m, n) -> factor of an m x n polar factor
     "original": lambda m, n: math.sqrt(max(1.0, m / n)),  # kellerjordan.github.io/posts/muon
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # arXiv:2502.16982
     "spectral": lambda m, n: math.sqrt(m / n),  # arXiv:2310.17813, Dion, Scion normalized
@@ -157,7 +160,7 @@ def betas(name: str, key: str, value: Any) -> None:
 
 
 FLAG = one_of(True, False)
-RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has it
+RULES: dict[str, Rule] = {  # checks of keys that mean the same in every optimizer that has them
     "lr": scheduled(0.0, 1e30),
     "weight_decay": lambda name, key, value: check.number(name, key, value, 0.0, 1e30),
     "nonfinite": one_of(*NONFINITE),
@@ -179,7 +182,7 @@ RULES: dict[str, Rule] = {  # a key means the same in every optimizer that has i
     "correct_eps": FLAG,
 }
 
-TORCH: dict[str, Rule] = {  # keywords of torch's optimizers that groups do not keep
+TORCH: dict[str, Rule] = {  # checks of torch.optim keywords that groups do not store
     "foreach": one_of(None, True, False),
     "fused": one_of(None, True, False),
     "capturable": FLAG,
@@ -188,7 +191,7 @@ TORCH: dict[str, Rule] = {  # keywords of torch's optimizers that groups do not 
 
 
 def inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the AdamW companion takes over from the matrix rule, if it is not told otherwise."""
+    """Return the settings that the AdamW companion takes from the matrix rule by default."""
     keys = (
         "maximize", "nonfinite", "telemetry", "mantissa", "state_dtype", "stochastic_rounding",
     )  # fmt: skip

@@ -18,14 +18,14 @@ from .tensors import numbers
 
 
 class Side(NamedTuple):
-    """What a step leaves of one side of a matrix."""
+    """New state of one side of a matrix after a step; root is None if it is not due."""
 
     gram: Tensor
     root: Tensor | None = None
 
 
 class Shampoo(MatrixOptimizer):
-    """Preconditioning of both sides of a matrix.
+    """Gradients preconditioned on both sides of a matrix.
 
     W <- (1 - lr wd) W - lr L^(-1/4) U R^(-1/4), L <- L + G G^T, R <- R + G^T G.
     U is the gradient, or its momentum.
@@ -33,22 +33,24 @@ class Shampoo(MatrixOptimizer):
     Args:
         params: parameters, named parameters or param groups (`split_params(model)` makes them).
         lr, weight_decay: as Muon.
-        momentum, nesterov: of U; 0, as published, is the gradient itself.
-        beta2: 1, as published, sums G G^T; below, L <- beta2 L + (1-beta2) G G^T.
-        eps: L and R start as eps I (beta2 = 1), or eps I is added to them before the root.
+        momentum, nesterov: of U; momentum 0, as published, makes U the gradient.
+        beta2: 1, as published, sums G G^T; below 1, L <- beta2 L + (1-beta2) G G^T.
+        eps: eps I is added to L and R before the root, as if they had started there for beta2 = 1;
+            "study" adds eps to sqrt(V) only.
         precondition_frequency: steps between new roots.
         max_precond_dim: longer sides are not preconditioned.
-        variant: "textbook", or "study" (the code of arXiv:2510.25000): L and R are averages, over
-            the other side's length, of G / (sqrt(V) + eps), V <- beta2 V + (1-beta2) G^2, and so is
-            the bias-corrected momentum preconditioned, with roots of the step before, times the
-            mean root of R's diagonal; L and R are bias-corrected, and kept so, at each new root.
-            Its roots amplify rounding by 1e4 where L or R is singular, as they are for any but
-            square matrices until min(m, n) steps times their number reach the long side.
-        **common: what every optimizer takes, see `settings.Common`.
+        variant: "textbook", or "study" (the code of arXiv:2510.25000). The study divides G by
+            sqrt(V) + eps, V <- beta2 V + (1-beta2) G^2. L and R average the Gram matrices of the
+            result, each over the other side's length. They are bias-corrected at each new root, and
+            stored so. The bias-corrected momentum is divided in the same way, preconditioned with
+            the roots of the step before, and multiplied by the mean of sqrt(R_jj).
+            Its roots amplify rounding by 1e4 where L or R is singular. All but square matrices have
+            a singular one until steps times min(m, n) reach the long side.
+        **common: options of every optimizer, see `settings.Common`.
 
     State: `momentum_buffer`, `left_gram`, `right_gram`, `left_root`, `right_root`, `step`, and
-    `second_moment` for the study's; 4 (8) bytes per parameter in float32 and 8 (m^2 + n^2) per
-    matrix.
+    `second_moment` for "study"; in float32 4 bytes per parameter (8 for "study") and
+    8 (m^2 + n^2) per matrix.
 
     Source: arXiv:1802.09568.
     """
@@ -92,19 +94,18 @@ class Shampoo(MatrixOptimizer):
         return side_shapes(x, group, "gram", "root")
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], list[Side]]]:
-        """The averages of matrices of one shape and step with this gradient, and their roots where
-        these are due."""
+        """Return (indices, sides) per shape and step: averages with this gradient, roots if due."""
         beta, study = group["beta2"], group["variant"] == "study"
         found = []
-        for rows, t in alike(batch):
+        for indices, t in alike(batch):
             G, *old = (
-                stacked([values[i] for i in rows])
+                stacked([values[i] for i in indices])
                 for values in (batch.grads, *(batch.state[f"{side}_gram"] for side in SIDES))
             )
             m, n = G.shape[-2:]
             weights = (1 - beta, 1 - beta) if beta < 1 else (1.0, 1.0)
             if study:
-                V = stacked([batch.state["second_moment"][i] for i in rows])
+                V = stacked([batch.state["second_moment"][i] for i in indices])
                 V = beta * V + (1 - beta) * G * G
                 G, weights = G / (V.sqrt() + group["eps"]), ((1 - beta) / n, (1 - beta) / m)
             grams = averaged(old, side_grams(old, G), beta, weights)
@@ -115,18 +116,18 @@ class Shampoo(MatrixOptimizer):
                 sides = [Side(A, inverse_root(A, 0.25, 1e-8, 1e-30)) for A in grams]
             else:
                 sides = [Side(A, inverse_root(A, 0.25, 0.0, group["eps"])) for A in grams]
-            found.append((rows, sides))
+            found.append((indices, sides))
         return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
-        """The study preconditions by what the step before left."""
+        """Update weights and averages; "study" takes the roots that the step before left."""
         if group["variant"] == "study":
             super().update(batch, group)
-        for rows, sides in batch.prepared:
+        for indices, sides in batch.prepared:
             for name, side in zip(SIDES, sides, strict=True):
-                write_(batch.state[f"{name}_gram"], rows, side.gram)
+                write_(batch.state[f"{name}_gram"], indices, side.gram)
                 if side.root is not None:
-                    write_(batch.state[f"{name}_root"], rows, side.root)
+                    write_(batch.state[f"{name}_root"], indices, side.root)
         if group["variant"] == "textbook":
             super().update(batch, group)
 
@@ -144,7 +145,7 @@ class Shampoo(MatrixOptimizer):
         return Updates(out)
 
     def normalize_(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> None:
-        """U <- U / (1 - mu^t) / (sqrt(V) + eps), V with this gradient."""
+        """U <- U / (1 - mu^t) / (sqrt(V) + eps), after V has taken this gradient in."""
         beta, V, matrices = group["beta2"], batch.state["second_moment"], updates.matrices
         torch._foreach_mul_(V, beta)
         torch._foreach_addcmul_(V, batch.grads, batch.grads, value=1 - beta)

@@ -1,4 +1,4 @@
-"""What a rule says of matrices that several ranks hold parts of (DTensors under FSDP2 or TP)."""
+"""Methods of rules for matrices that are cut across ranks (DTensors under FSDP2 or TP)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .groups import Groups
 
 
 class Sharding(Groups):
-    """How the step of a cut matrix is made. Every rule works by the default; the rest saves bytes.
+    """Ways to update a cut matrix. Every rule works by the default; the others send fewer bytes.
 
     default: parameter, gradient and all state travel to one rank, which computes as if alone.
     `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
@@ -31,12 +31,17 @@ class Sharding(Groups):
     by_lines: ClassVar[bool] = False
 
     def iterates(self, p: Tensor, group: Mapping[str, Any]) -> bool:
-        """True if the direction of `p` takes an iteration, and so longer than sending it: ranks
-        that hold copies of `p` then share the work (distributed.share_work)."""
+        """True if the direction of `p` takes an iteration, which takes longer than sending it.
+
+        Ranks that hold copies of `p` then share the work (distributed.share_work).
+        """
         return False
 
     def polar_first(self, p: Tensor, group: dict[str, Any]) -> Polynomial | None:
-        """Return the polynomial of Newton-Schulz if `direction` is `after_polar` of its value."""
+        """Return the Newton-Schulz polynomial if `direction` is `after_polar` of its result.
+
+        Return None for other rules.
+        """
         return None
 
     def after_polar(self, parts: list[Part], spread: Spread, group: dict[str, Any]) -> Travel[None]:
@@ -44,9 +49,10 @@ class Sharding(Groups):
         yield from ()
 
     def sums(self, p: Tensor, group: dict[str, Any], step: int) -> Sums | None:
-        """Return what step number `step` sums over ranks if p's long side is cut; None: it cannot.
+        """Return what step number `step` sums over ranks if p's long side is cut.
 
-        `comm_report` predicts bytes by it, and the planner compares them with those of an owner.
+        None says that the rule cannot update it by sums. `comm_report` predicts bytes from the
+        result, and the planner compares them with the bytes that an owner would receive.
         """
         polynomial = self.polar_first(p, group)
         if polynomial is None or polynomial.scale != "frobenius":
@@ -55,7 +61,7 @@ class Sharding(Groups):
         return Sums((folded_size(min(p.shape)) * sum_dtype(p).itemsize,) * times, norms=1)
 
     def on_shards(self, group: dict[str, Any]) -> bool:
-        """True if ranks that hold rows of a matrix need its owner for the direction alone."""
+        """True if ranks that hold parts of a matrix need its owner for the direction alone."""
         return self.self_contained and elementwise_end(group)
 
     def on_lines(self, group: dict[str, Any]) -> bool:
@@ -64,5 +70,5 @@ class Sharding(Groups):
 
 
 def elementwise_end(group: Mapping[str, Any]) -> bool:
-    """Whether decay and constraint leave every entry of W to itself."""
+    """True if the group's decay acts on every entry of W alone, and it has no constraint."""
     return group["decay"] in ("decoupled", "cautious") and group["constraint"] is None

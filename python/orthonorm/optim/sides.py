@@ -1,7 +1,7 @@
-"""Two-sided preconditioners: the averages of G G^T and G^T G, and what is made of them.
+"""Two-sided preconditioners: averages of G G^T and G^T G, their eigenvectors and roots.
 
-Each matrix has a left (m x m) and a right (n x n) tensor of every kind; a side longer than
-`max_precond_dim` has none, and its tensors are empty.
+Each matrix has a left (m x m) and a right (n x n) tensor of every kind. A side longer than
+`max_precond_dim` is left out: its tensors are empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIDES = ("left", "right")
 
 
 def side_shapes(x: Tensor, group: dict[str, Any], *kinds: str) -> dict[str, tuple[int, ...]]:
-    """State shapes: {side}_{kind} for both sides of one matrix."""
+    """Return state names {side}_{kind} and shapes for both sides of one matrix."""
     shapes: dict[str, tuple[int, ...]] = {}
     for side, d in zip(SIDES, x.shape[-2:], strict=True):
         k = d if d <= group["max_precond_dim"] else 0
@@ -29,43 +29,49 @@ def side_shapes(x: Tensor, group: dict[str, Any], *kinds: str) -> dict[str, tupl
 
 
 def side_grams(grams: Sequence[Tensor], G: Tensor) -> list[Tensor]:
-    """G G^T, G^T G; empty for a side that is not there."""
+    """Return G G^T and G^T G; for a side left out, its empty tensor of `grams`."""
     return [gram.unchecked(X) if A.numel() else A for A, X in zip(grams, (G, G.mT), strict=True)]
 
 
 def averaged(
     grams: Sequence[Tensor], new: Sequence[Tensor], beta: float, weights: Sequence[float]
 ) -> list[Tensor]:
-    """beta L + weight G G^T, beta R + weight G^T G; a side that is not there stays empty."""
+    """Return beta L + weight G G^T and beta R + weight G^T G; a side left out stays empty."""
     return [
         beta * A + weight * B if A.numel() else A
         for A, B, weight in zip(grams, new, weights, strict=True)
     ]
 
 
-def average_(batch: Batch, rows: list[int], beta: float, weight: float) -> None:
-    """L <- beta L + weight G G^T, R <- beta R + weight G^T G, of matrices of one shape."""
-    G = stacked([batch.grads[i] for i in rows])
+def average_(batch: Batch, indices: list[int], beta: float, weight: float) -> None:
+    """L <- beta L + weight G G^T, R <- beta R + weight G^T G, for matrices of one shape."""
+    G = stacked([batch.grads[i] for i in indices])
     for side, X in zip(SIDES, (G, G.mT), strict=True):
-        with in_place([batch.state[f"{side}_gram"][i] for i in rows]) as A:
+        with in_place([batch.state[f"{side}_gram"][i] for i in indices]) as A:
             if A.numel():
                 gram_update_.unchecked(A, X.to(A.dtype), weight, beta)
 
 
 def between(left: Tensor, X: Tensor, right: Tensor) -> Tensor:
-    """left X right, by the sides there are; the right one first, so that rows stay rows."""
+    """Return left X right, without empty sides.
+
+    X right comes first: each of its rows depends on one row of X.
+    """
     X = apply.unchecked(X.mT, right.mT, 0.0).mT if right.numel() else X
     return apply.unchecked(X, left, 0.0) if left.numel() else X
 
 
 def eigenvectors(A: Tensor) -> Tensor:
-    """Of a Gram matrix, by descending eigenvalue, in float64; NaN where A is not finite."""
+    """Return eigenvectors of a Gram matrix by descending eigenvalue, in float64.
+
+    They are NaN where A is not finite.
+    """
     A64, unknown = finite(A)
     return torch.linalg.eigh(A64).eigenvectors.flip(-1) + unknown
 
 
 def inverse_root(A: Tensor, power: float, eps: float, ridge: float) -> Tensor:
-    """Q diag(1 / (|lambda|^power + eps)) Q^T of A + ridge I = Q diag(lambda) Q^T, in float64."""
+    """Return Q diag(1 / (|lambda|^power + eps)) Q^T, A + ridge I = Q diag(lambda) Q^T, float64."""
     A64, unknown = finite(A)
     values, Q = torch.linalg.eigh(A64)
     divisors = (values + ridge).abs() ** power + eps
@@ -73,7 +79,10 @@ def inverse_root(A: Tensor, power: float, eps: float, ridge: float) -> Tensor:
 
 
 def finite(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices in float64, the identity where one is not finite, and 0, or NaN there."""
+    """Return (B, unknown): B is A in float64, the identity where A is not finite.
+
+    `unknown` is NaN for those matrices, else 0; added to a result, it marks them.
+    """
     fine = A.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
     return torch.where(fine, A.double(), identity), torch.where(fine, 0.0, torch.nan).double()

@@ -23,7 +23,7 @@ class Signum(MatrixOptimizer):
     Args:
         params: parameters, named parameters or param groups.
         lr, weight_decay, momentum, nesterov: as Muon; the defaults are the study's.
-        **common: what every optimizer takes, see `settings.Common`.
+        **common: options of every optimizer, see `settings.Common`.
 
     State: `momentum_buffer`; 4 bytes per parameter in float32.
 
@@ -51,8 +51,10 @@ class Signum(MatrixOptimizer):
         return to_signs(updates)
 
     def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
-        """Decline half precision: updates are rounded there, on sharded parameters too, before they
-        lose all but their signs, and the op knows no rounded updates.
+        """Do the step by `signum_step_`, but decline half precision.
+
+        There updates are rounded before their signs are taken, also on sharded parameters. The op
+        takes signs of unrounded updates.
         """
         other = group["heavy_ball"] or group["decay"] != "decoupled" or self.probe(group)
         if other or batch.mantissas or any(p.dtype in HALF for p in batch.params):

@@ -1,4 +1,4 @@
-"""Which parameters are matrices: param groups for every optimizer here, from a model."""
+"""Split a model's parameters into param groups: hidden matrices, and all else for AdamW."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def split_params(
     heads: Mapping[str, int | Sequence[int]] | None = None,
     split: Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Param groups of a model: hidden matrices to rule="matrix", all else to rule="adamw".
+    """Return param groups of a model: hidden matrices with rule="matrix", all else "adamw".
 
-    To AdamW go vectors and scalars (gains, biases), embeddings and whatever is tied to them,
-    matrices with a side of 1, transposed convolutions, parameters with a path component that
-    matches a pattern of `adamw` (embeddings, heads), and the last Linear if its weight has the
-    shape of an embedding: it maps back to tokens, whatever its name. Convolution weights are
-    flattened to out x rest, 3-D weights are batches (expert stacks), nn.MultiheadAttention's fused
-    in_proj_weight is split into its three matrices.
+    AdamW gets vectors and scalars (gains, biases), embeddings and weights tied to them, matrices
+    with a side of 1, transposed convolutions, and parameters with a path component that matches a
+    pattern of `adamw` (embeddings, heads). It also gets the last Linear if its weight has the shape
+    of an embedding: it then maps back to tokens, whatever its name. Convolution weights are
+    flattened to out x rest, 3-D weights are batches (expert stacks), and nn.MultiheadAttention's
+    fused in_proj_weight is split into its three matrices.
 
     Args:
         model: its parameters that require gradients are grouped, each once, with their names.
-        adamw: shell patterns for path components that AdamW takes.
+        adamw: shell patterns of path components; AdamW gets the parameters that match.
         heads: {pattern: number of heads}: matching weights are one matrix per head. The pattern is
             matched against the dotted name ("*.attn.q_proj.weight").
         split: {pattern: row counts}: matching fused weights are split along dim 0; `heads` may then
             give one number per piece.
 
-    Returns: groups with `params` as (name, parameter) pairs; the rest comes from the optimizer.
+    Returns: groups with `params` as (name, parameter) pairs; the optimizer adds other settings.
     """
     return grouped(assign(model, adamw=adamw, heads=heads, split=split))
 
 
 class Assigned(NamedTuple):
-    """A parameter, its module, the keys of its matrix group, or the reason why AdamW takes it."""
+    """A parameter, its module, and the keys of its matrix group or the reason for AdamW."""
 
     name: str
     p: nn.Parameter
@@ -66,7 +66,7 @@ def assign(
     heads: Mapping[str, int | Sequence[int]] | None,
     split: Mapping[str, Sequence[int]] | None,
 ) -> list[Assigned]:
-    """What `split_params` says of every parameter, in the order of the model."""
+    """Return the assignment of every trained parameter, in the order of the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_params: model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(adamw, (list, tuple)) or not all(isinstance(x, str) for x in adamw):
@@ -98,7 +98,7 @@ def unembedding(model: nn.Module) -> nn.Module | None:
 
 
 def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
-    """Param groups, those of matrices first."""
+    """Return param groups, one per combination of rule and keys, matrix groups first."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for a in found:
         keys = {"rule": "adamw" if a.reason else "matrix", **a.keys}
@@ -110,12 +110,16 @@ def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
 def is_hidden(
     name: str, p: Tensor, owner: nn.Module | None = None, adamw: Sequence[str] = NOT_HIDDEN
 ) -> bool:
-    """Whether `split_params` gives a parameter of module `owner` to the matrix rule."""
+    """True if a parameter of module `owner` looks like a hidden matrix by name, shape and module.
+
+    `split_params` knows the model too: it also gives AdamW embeddings under other names, weights
+    tied to them, and a last Linear of the same shape.
+    """
     return not _not_hidden(name, p, owner, adamw)
 
 
 def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[str]) -> str:
-    """Why a parameter is not a hidden matrix; "" if it is."""
+    """Return the reason why a parameter is not a hidden matrix, or "" if it is one."""
     if p.dim() < 2:
         return "vector" if p.dim() else "scalar"
     if isinstance(owner, TRANSPOSED):

@@ -20,18 +20,19 @@ class SPlus(MatrixOptimizer):
     """Sign of the momentum in the eigenbasis of Shampoo's preconditioner.
 
     W <- (1 - lr wd) W - lr 2/(m+n) Q_L sign(Q_L^T B Q_R) Q_R^T, B <- mu B + (1-mu) G.
-    Q_L, Q_R are eigenvectors of L <- beta2 L + (1-beta2) G G^T and of R likewise for G^T G.
+    Q_L are eigenvectors of L <- beta2 L + (1-beta2) G G^T, Q_R of R, the same for G^T G.
 
     Args:
         params, lr, weight_decay, momentum, nesterov (False): as Muon.
-        beta2: of L and R.
-        precondition_frequency: steps between refreshes of the bases; there is one at the first.
+        beta2: decay rate of L and R.
+        precondition_frequency: steps between refreshes of the bases; the first step has one too.
         max_precond_dim: longer sides are not rotated.
-        **common: what every optimizer takes, see `settings.Common`.
+        **common: options of every optimizer, see `settings.Common`.
 
-    A basis serves from the step after its refresh; the first step is of sign(B). The authors decay
-    by lr 2/(m+n), the matrix-whitening study by lr, as here; the authors' average of the weights
-    is torch.optim.swa_utils's affair, their other rate for matrices that are too long a group's.
+    A basis is used from the step after its refresh on; the first step is along sign(B). The authors
+    decay by lr 2/(m+n), the matrix-whitening study by lr, as here. For the authors' average of the
+    weights use torch.optim.swa_utils; for their other rate of matrices with too long sides, a
+    group of its own.
     State: `momentum_buffer`, `left_gram`, `right_gram`, `left_basis`, `right_basis`, `step`; in
     float32 4 bytes per parameter and 8 (m^2 + n^2) per matrix.
 
@@ -68,28 +69,28 @@ class SPlus(MatrixOptimizer):
         return side_shapes(x, group, "gram", "basis")
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], Any]]:
-        """What matrices of one shape and step keep after the step where new bases are due."""
+        """Return (indices, new averages and bases) per shape and step; {} if none is due."""
         found = []
         beta2, frequency = group["beta2"], group["precondition_frequency"]
-        for rows, t in alike(batch):
+        for indices, t in alike(batch):
             new: dict[str, Tensor] = {}
             if t == 1 or t % frequency == 0:
-                old = [stacked([batch.state[f"{side}_gram"][i] for i in rows]) for side in SIDES]
-                G = stacked([batch.grads[i] for i in rows])
+                old = [stacked([batch.state[f"{side}_gram"][i] for i in indices]) for side in SIDES]
+                G = stacked([batch.grads[i] for i in indices])
                 grams = averaged(old, side_grams(old, G), beta2, (1 - beta2, 1 - beta2))
                 for side, A in zip(SIDES, grams, strict=True):
                     if A.numel():
                         new |= {f"{side}_gram": A, f"{side}_basis": eigenvectors(A)}
-            found.append((rows, new))
+            found.append((indices, new))
         return found
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         super().update(batch, group)
-        for rows, new in batch.prepared:
+        for indices, new in batch.prepared:
             for key, value in new.items():
-                write_(batch.state[key], rows, value)
+                write_(batch.state[key], indices, value)
             if not new:
-                average_(batch, rows, group["beta2"], 1 - group["beta2"])
+                average_(batch, indices, group["beta2"], 1 - group["beta2"])
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         bases = [beside(updates, started(batch, f"{side}_basis")) for side in SIDES]
@@ -103,7 +104,7 @@ class SPlus(MatrixOptimizer):
 
 
 def started(batch: Batch, key: str) -> list[Tensor]:
-    """The bases, the identity for matrices at their first step."""
+    """Return the bases; for matrices at their first step, the identity."""
     return [
         q if t > 1 else torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
         for q, t in zip(batch.state[key], batch.steps, strict=True)

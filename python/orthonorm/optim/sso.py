@@ -23,22 +23,24 @@ class SSO(Orthogonalizing):
     """Spectral sphere: steepest descent in the spectral norm among matrices of one spectral norm.
 
     W <- R W / sigma_1(W), W <- W - lr R polar(X + lambda u v^T), X = B / |B|_F.
-    R = radius sqrt(m/n); u, v are W's leading singular vectors, and lambda leaves sigma_1 as it is.
+    R = radius sqrt(m/n). u, v are W's leading singular vectors. lambda is such that the step does
+    not change sigma_1 to first order.
 
     Args:
         params, lr, momentum, nesterov: as Muon; lr is relative to W's norm.
-        weight_decay: as Muon; the sphere leaves it little to do.
+        weight_decay: as Muon; the sphere leaves it little effect.
         radius: R over sqrt(m/n).
-        power_steps: of the power iteration that follows u and v from step to step.
+        power_steps: power steps per step, which track u and v.
         bisections: halvings of the interval for lambda, each of which takes a polar factor.
-        retract: False leaves W's norm as it is; only the direction stays tangent.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz, here
+        retract: False does not bring W's norm back to R; the direction stays tangent.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz, here
             with ns_coefficients="polar_express".
 
-    lambda solves <u v^T, polar(X + lambda u v^T)> = 0. The left side is the derivative of
-    the convex |X + lambda u v^T|_*, so it grows and |lambda| <= 2 |X|_*: bisection asks nothing of
-    the device. The authors look for a bracket from 0 and stop at a tolerance, each of which waits
-    for it, and add 1e-8 to sigma_1. Defaults are a choice.
+    lambda solves <u v^T, polar(X + lambda u v^T)> = 0. The left side is the derivative of the
+    convex |X + lambda u v^T|_*, so it grows with lambda, and |lambda| <= 2 |X|_*. A fixed number of
+    bisections then needs no synchronization with the device. The authors search for a bracket from
+    0 and stop at a tolerance, which both synchronize, and add 1e-8 to sigma_1. Defaults are our
+    choice.
     State: `momentum_buffer`, `left_vector`, `right_vector`, `step`; 4 bytes per parameter and
     4 (m + n) per matrix in float32.
 
@@ -96,7 +98,7 @@ class SSO(Orthogonalizing):
         return self.tangent(Updates(X), Updates(tops), group)
 
     def retract_(self, params: list[Tensor], sigma: Tensor, group: dict[str, Any]) -> None:
-        """W <- R W / sigma, where sigma is a number above 0."""
+        """W <- R W / sigma; W stays the same where sigma is 0 or NaN."""
         counts = [math.prod(w.shape[:-2]) for w in params]
         radii = [
             group["radius"] * math.sqrt(w.shape[-2] / w.shape[-1])
@@ -110,7 +112,7 @@ class SSO(Orthogonalizing):
         torch._foreach_mul_(params, [r.view(*w.shape[:-2], 1, 1) for w, r in pairs])
 
     def tangent(self, X: Updates, tops: Updates, group: dict[str, Any]) -> Updates:
-        """polar(X + lambda u v^T), orthogonal to u v^T."""
+        """Return polar(X + lambda u v^T) with lambda such that it is orthogonal to u v^T."""
 
         def shifted(lam: Tensor) -> Updates:
             counts = [math.prod(x.shape[:-2]) for x in X.stacks]

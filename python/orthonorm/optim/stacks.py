@@ -1,9 +1,9 @@
-"""Matrices of one shape as one batch (k, ..., m, n): calls grow with shapes, not with matrices.
+"""Matrices of one shape as one batch (k, ..., m, n): one call per shape, not per matrix.
 
 With SOAP, 60 matrices of 64 x 64 and 30 of 64 x 128 take 7.3 ms a step instead of 13.7 one by one
-(2 threads, 2026-11). State that belongs to matrices is made in stacks (state.py), of which
-each has a view: their batch is then the memory they lie in. Copies of SOAP's bases took 7 of 57 ms
-(llama-3m). Tensors that lie elsewhere, as after some loads, are copied.
+(2 threads, 2026-11). State of matrices is allocated in stacks (batches.py), and each matrix has a
+view. Their batch is then the stack itself: copies of SOAP's bases took 7 of 57 ms (llama-3m).
+Tensors that lie elsewhere, as after some loads, are copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .state import Batch, Updates, by_step
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """Tensors of one shape as a batch: a view of them if they lie in a row, else a copy."""
+    """Return tensors of one shape as a batch: a view if they lie `in_a_row`, else a copy."""
     first = tensors[0]
     if len(tensors) == 1:
         return first.unsqueeze(0)
@@ -30,7 +30,7 @@ def stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def in_a_row(tensors: list[Tensor]) -> bool:
-    """Whether each is contiguous and begins in memory where the one before ends."""
+    """True if each is contiguous and begins in memory where the one before ends."""
     if torch.compiler.is_compiling():  # addresses cannot be traced
         return False
     first = tensors[0]
@@ -47,27 +47,27 @@ def in_a_row(tensors: list[Tensor]) -> bool:
 
 @contextmanager
 def in_place(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Their batch; what is written to it is written to them."""
+    """Yield the tensors as a batch; what is written to the batch reaches the tensors."""
     stack = stacked(tensors)
     yield stack
     if len(tensors) > 1 and not in_a_row(tensors):
         torch._foreach_copy_(tensors, list(stack.unbind()))
 
 
-def write_(tensors: list[Tensor], rows: list[int], stack: Tensor) -> None:
-    torch._foreach_copy_([tensors[i] for i in rows], list(stack.unbind()))
+def write_(tensors: list[Tensor], indices: list[int], stack: Tensor) -> None:
+    torch._foreach_copy_([tensors[i] for i in indices], list(stack.unbind()))
 
 
 def alike(batch: Batch) -> Iterator[tuple[list[int], int]]:
-    """The matrices of one shape and step, as many as fit one work buffer, and their step."""
+    """Yield (indices, step) of matrices of one shape and step, as many as fit a work buffer."""
     for part in work_parts(batch.params):
-        for rows in part:
-            for t, some in by_step([batch.steps[i] for i in rows]):
-                yield [rows[i] for i in some], t
+        for indices in part:
+            for t, some in by_step([batch.steps[i] for i in indices]):
+                yield [indices[i] for i in some], t
 
 
 def beside(updates: Updates, values: list[Tensor]) -> list[Tensor]:
-    """State of the updates' matrices, stacked as they are."""
+    """Return state of the updates' matrices, stacked as the updates are."""
     found, first = [], 0
     for u in updates.stacks:
         found.append(stacked(values[first : (first := first + len(u))]))

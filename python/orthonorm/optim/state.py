@@ -1,4 +1,4 @@
-"""State tensors of a parameter, and what rules see: batches of matrices, and their updates."""
+"""State tensors of a parameter, and the arguments of rules: batches of matrices and updates."""
 
 from __future__ import annotations
 
@@ -25,72 +25,74 @@ if TYPE_CHECKING:
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 MOMENTUM = "momentum_buffer"
 MANTISSA = "mantissa"
-BITS = torch.float16  # what state dicts have mantissas in where they are sharded
+BITS = torch.float16  # dtype of sharded mantissas in state dicts, the same bits (`gatherable`)
 
 
 def halved(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether `p` is half of a float32 weight, its state has the other half (ops/mantissa.py) and
-    is of float32 too."""
+    """True if `p` is one half of a float32 weight (ops/mantissa.py).
+
+    The other half is in its state, and the rest of its state is float32.
+    """
     return p.dtype == torch.bfloat16 and bool(group.get("mantissa"))
 
 
 def widened(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether state and updates of `p`, of 16 bits, are float32, as beside a float32 weight."""
+    """True if `p` has 16 bits, but state and updates in float32, as a float32 weight has."""
     if group["state_dtype"] == "float32":
         return p.dtype in (torch.bfloat16, torch.float16)
     return halved(p, group)
 
 
 def working_dtype(p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the updates of `p`, and of its state where `state_dtype` keeps it no smaller."""
+    """Return the dtype of the updates of `p`, and of its state unless `state_dtype` is smaller."""
     return torch.float32 if widened(p, group) else p.dtype
 
 
 class Batch(NamedTuple):
-    """What a rule sees: parallel lists over the matrices of a group."""
+    """Arguments of a rule: parallel lists over the matrices of a group."""
 
     params: list[Tensor]
     grads: list[Tensor]
     state: dict[str, list[Tensor]]
     owners: list[Tensor]  # the parameter each matrix is a view of
-    steps: list[int]  # of each matrix, this one included; 0 for rules that do not count
-    prepared: Any = None  # what `prepare` returned
-    halves: Sequence[Any] = ()  # mantissas of the `halved`, None for others; or nothing
-    kept: dict[str, list[Tensor]] | None = None  # where `state` is read from (storage.py)
-    spread: Spread | None = None  # the ranks of which this one has a part of every long side
+    steps: list[int]  # step number of each matrix, from 1; 0 for rules that do not count
+    prepared: Any = None  # the result of `prepare`
+    halves: Sequence[Any] = ()  # per matrix its mantissa, or None if not `halved`; may be empty
+    kept: dict[str, list[Tensor]] | None = None  # stored state that `state` is a copy of: storage
+    spread: Spread | None = None  # ranks that each hold a part of every matrix's long side
 
     @property
     def mantissas(self) -> list[Tensor] | None:
-        """The other halves of matrices that are alike, or None."""
+        """Mantissas of the matrices, or None; in such a batch all have one, or none has."""
         return list(self.halves) if self.halves and self.halves[0] is not None else None
 
     @property
     def weights(self) -> list[Tensor]:
-        """The numbers that the matrices stand for: in float32 where they have mantissas."""
+        """Weights at full precision: float32 where matrices have mantissas, else `params`."""
         if self.mantissas is None:
             return self.params
         return [joined(w, m) for w, m in zip(self.params, self.mantissas, strict=True)]
 
     def written_by_rules(self, group: Mapping[str, Any]) -> list[Tensor]:
-        """State that no op writes which knows when to leave it."""
+        """Return the state that rules write themselves, not by an op that obeys `found_inf`."""
         own = {k: v for k, v in self.state.items() if k != MOMENTUM or group["heavy_ball"]}
         return [t for tensors in own.values() for t in tensors]
 
-    def part(self, rows: list[int]) -> Batch:
+    def part(self, indices: list[int]) -> Batch:
         return Batch(
-            [self.params[i] for i in rows],
-            [self.grads[i] for i in rows],
-            {key: [values[i] for i in rows] for key, values in self.state.items()},
-            [self.owners[i] for i in rows],
-            [self.steps[i] for i in rows],
-            halves=[self.halves[i] for i in rows] if self.halves else (),
+            [self.params[i] for i in indices],
+            [self.grads[i] for i in indices],
+            {key: [values[i] for i in indices] for key, values in self.state.items()},
+            [self.owners[i] for i in indices],
+            [self.steps[i] for i in indices],
+            halves=[self.halves[i] for i in indices] if self.halves else (),
         )
 
 
 def by_step(steps: list[int]) -> list[tuple[int, list[int]]]:
-    """The steps there are, each with its indices: usually one, for all.
+    """Group indices by step number: (step, indices) pairs, usually one for all.
 
-    By comparisons, not hashing, which would have torch.compile make a graph for every step.
+    It compares and does not hash, since hashing makes torch.compile build a graph for every step.
     """
     found: list[tuple[int, list[int]]] = []
     rest = list(range(len(steps)))
@@ -102,22 +104,22 @@ def by_step(steps: list[int]) -> list[tuple[int, list[int]]]:
 
 
 class Updates(NamedTuple):
-    """The update of every matrix of a batch, in work buffers: a rule may write them.
+    """The update of every matrix of a batch, in work buffers that a rule may write.
 
     Equal shapes are stacked, (k, ..., m, n), so that products are batched.
     """
 
     stacks: list[Tensor]
-    norms: Tensor | None = None  # |U|_F of every matrix, float64, where momentum measured it
+    norms: Tensor | None = None  # |U|_F of every matrix, float64, if the momentum op measured it
 
     @property
     def matrices(self) -> list[Tensor]:
-        """The entries of the stacks, in the order of the batch."""
+        """Entries of the stacks, in the order of the batch."""
         return [u for stack in self.stacks for u in stack.unbind()]
 
 
 def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the state tensors of one parameter."""
+    """Return names and shapes of the state tensors of one parameter."""
     if group["rule"] == "adamw":
         found: dict[str, Any] = dict.fromkeys(ADAMW_STATE, check.shape(p)) | {"step": ()}
         found |= scales_of(whole(p).reshape(1, -1), ADAMW_STATE, group)
@@ -129,27 +131,29 @@ def shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> dict[str, 
 
 
 def scales_of(x: Tensor, keys: Iterable[str], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and shapes of the scales of the 8-bit state of one matrix."""
+    """Return names and shapes of the scales of one matrix's 8-bit state; {} for other dtypes."""
     if group["state_dtype"] != "8bit":
         return {}
     return dict.fromkeys((key + SCALES for key in keys), scales_shape(x.shape))
 
 
 def kept_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
-    """What state of the parameter's shape is kept in where that is smaller than it is computed
-    with, else None."""
+    """Return the dtype of state that is stored smaller than it is computed with, else None.
+
+    It concerns only state of the parameter's shape.
+    """
     return {"8bit": torch.uint8, "bfloat16": torch.bfloat16}.get(group["state_dtype"])
 
 
 def fit(opt: MatrixOptimizer, group: dict[str, Any]) -> None:
-    """Turn the loaded state of a group into what it keeps, and check it."""
+    """Convert the loaded state of a group to the form that its settings ask for, and check it."""
     for i, p in enumerate(group["params"]):
         refit(opt, p, group)
         check_state(opt, group, i)
 
 
 def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
-    """Turn loaded state of a parameter into what its group keeps."""
+    """Convert the loaded state of a parameter to the form that its group's settings ask for."""
     state: dict[str, Any] = opt.state.get(p, {})
     adamw = group["rule"] == "adamw"
     if not halved(p, group):
@@ -169,7 +173,7 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
         own = wanted or working_dtype(p, group)
         if not isinstance(t, Tensor) or t.shape != p.shape or t.dtype == own:
             continue
-        if t.layout != torch.strided:  # check_state refuses it
+        if t.layout != torch.strided:  # left for check_state to refuse
             continue
         scaled = numbered(key + SCALES, len(views_of(whole(t), whole(p), group)))
         if t.dtype != torch.uint8 and not state.keys().isdisjoint(scaled):
@@ -192,17 +196,17 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
 
 
 def numbered(name: str, count: int) -> list[str]:
-    """The keys of what each of a parameter's matrices has by this name."""
+    """Return the state keys of `name` for each of a parameter's `count` matrices."""
     return [name] if count == 1 else [f"{name}.{i}" for i in range(count)]
 
 
 def views_of(t: Tensor, p: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """State of the shape of `p` as the matrices whose elements are quantized together."""
+    """View state of the shape of `p` as the matrices that are quantized one by one."""
     return [t.reshape(1, -1)] if group["rule"] == "adamw" else matrices(t, p, group)
 
 
 def zeros_for(p: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-    """Of the shape of `p`, and such that its matrices are views."""
+    """Return zeros of the shape of `p`, in a memory layout that lets `views_of` return views."""
     flat = group["rule"] == "adamw" and group["state_dtype"] == "8bit"
     kind = torch.contiguous_format if flat else torch.preserve_format
     return torch.zeros_like(p, dtype=dtype, memory_format=kind)
@@ -212,9 +216,10 @@ Shapes = list[tuple[Tensor, list[tuple[str, str, tuple[int, ...]]]]]
 
 
 def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Shapes:
-    """The matrices of a parameter (whole, not to be read), each with its state: (name, key, shape).
+    """Return a parameter's matrices, each with (name, key, shape) of its state tensors.
 
-    The key in the state dict is the name, numbered where a parameter has several matrices.
+    The matrices are whole ones even if `p` is sharded; use their shapes only. The key in the state
+    dict is the name, numbered where a parameter has several matrices.
     """
     pieces = matrices(whole(p), whole(p), group)
     count = len(pieces)
@@ -225,8 +230,10 @@ def matrix_shapes(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Sha
 
 
 def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None:
-    """State, where there is one, is complete, dense and of the shapes it was made with; but that of
-    a constraint, which may be new."""
+    """Raise unless a parameter's state is empty, or complete, dense and of the right shapes.
+
+    State of a constraint may be missing, since the constraint may be new.
+    """
     p = group["params"][index]
     state, wanted = opt.state.get(p, {}), shapes(opt, p, group)
     label = f"{opt.name}: parameter {opt.label(group, index)}"
@@ -246,7 +253,7 @@ def check_state(opt: MatrixOptimizer, group: dict[str, Any], index: int) -> None
 
 
 class Seen(NamedTuple):
-    """A parameter, its gradient and its state as they were when they were checked."""
+    """Properties of a parameter, its gradient and its state when they were last checked."""
 
     shape: torch.Size
     device: torch.device
@@ -255,9 +262,9 @@ class Seen(NamedTuple):
     state: list[tuple[str, weakref.ref[Tensor], torch.Size]]
 
     def still(self, p: Tensor, state: Mapping[str, Any]) -> bool:
-        """True if state is the same tensors, and no `data` of other shape or device was set.
+        """True if the state tensors are the same and no shape or device has changed since.
 
-        Kernels for CPUs look themselves, so there the parameter's shape is enough.
+        On CPUs only the parameter's shape is compared, as kernels there check the rest themselves.
         """
         shape, device, on_cpu, keys, tensors = self
         if p.shape != shape:
@@ -277,19 +284,20 @@ class Seen(NamedTuple):
 
 
 def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int]) -> list[Tensor]:
-    """Parameters that have none. What was replaced, or set to other `data`, since it was checked is
-    checked: the ops of a step take it on trust.
+    """Return the parameters without state; check those that have changed since the last check.
 
-    `check_state` at every step would cost more than some steps (148 parameters: 1.0 ms, so 0.15 ms;
-    2026-11). A traced step is checked by its ops, before any of them runs.
+    Changed are parameters whose state was replaced, or whose `data` was set. They must be checked
+    because the ops of a step trust their arguments. Checking all with `check_state` at every step
+    took 1.0 ms for 148 parameters; this takes 0.15 ms (2026-11). In a traced step the ops check
+    their arguments, before any of them runs.
     """
-    found: list[Tensor] = []
+    stateless: list[Tensor] = []
     changed: list[int] = []
     for i in () if torch.compiler.is_compiling() else indices:
         p = group["params"][i]
         state, seen = opt.state.get(p, {}), opt._seen.get(id(p))
         if not state:
-            found.append(p)
+            stateless.append(p)
         if seen is None or not seen.still(p, state):
             changed.append(i)
     if changed:
@@ -302,10 +310,10 @@ def without_state(opt: MatrixOptimizer, group: dict[str, Any], indices: list[int
         check.same_device(label, parameter=[p], gradient=[p.grad])
         check_state(opt, group, i)
         state = opt.state.get(p, {})
-        kept = [(k, weakref.ref(t), t.shape) for k, t in state.items() if isinstance(t, Tensor)]
+        refs = [(k, weakref.ref(t), t.shape) for k, t in state.items() if isinstance(t, Tensor)]
         on_cpu = p.device.type == "cpu"
-        opt._seen[id(p)] = Seen(p.shape, p.device, on_cpu, len(state), kept)
-    return found
+        opt._seen[id(p)] = Seen(p.shape, p.device, on_cpu, len(state), refs)
+    return stateless
 
 
 def matrix_state_of(
@@ -315,7 +323,7 @@ def matrix_state_of(
     shapes: Shapes,
     zeros: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The state of a parameter, made where it is new: that of its matrices by key in `zeros`."""
+    """Return a parameter's state; make missing tensors, those of matrices from `zeros` by key."""
     state, dtype = opt.state[p], working_dtype(p, group)
     dtypes = dict.fromkeys(opt.elementwise_state(group), kept_dtype(group) or dtype)
     if halved(p, group):
@@ -336,14 +344,16 @@ def matrix_state_of(
 def named_state(
     opt: MatrixOptimizer, x: Tensor, group: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """All state that belongs to one matrix."""
+    """Return names and shapes of all state that belongs to one matrix."""
     scales = scales_of(x, opt.elementwise_state(group), group)
     return opt.matrix_state(x, group) | scales | constraint_state(x, group)
 
 
 def gatherable(saved: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose sharded mantissas are float16 of the same bits: torch's collectives, by
-    which others make whole tensors of it, know no int16."""
+    """Return the state dict with sharded mantissas as float16 of the same bits.
+
+    Others gather whole tensors by torch's collectives, which do not support int16.
+    """
     state = dict(saved["state"])
     for p, named in state.items():
         if is_distributed(named.get(MANTISSA)):
@@ -352,22 +362,24 @@ def gatherable(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 class Held:
-    """A tensor that torch's `load_state_dict` does not take for one, and so does not cast."""
+    """Wrapper that hides a tensor from torch's `load_state_dict`, which would cast it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def held(opt: MatrixOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with the tensors whose dtype may not be their parameter's (all but the step
-    counts) in `Held`, from which `refit` gets what was saved, and this optimizer's own settings of
-    how state is kept."""
+    """Return a state dict with its tensors in `Held`, all but the step counts.
+
+    Their dtype may differ from their parameter's; so `refit` gets them as they were saved. The
+    settings of how state is stored are replaced by this optimizer's own.
+    """
     state = {
         p: {k: Held(t) if isinstance(t, Tensor) and k != "step" else t for k, t in named.items()}
         for p, named in saved["state"].items()
     }
     groups = saved["param_groups"]
-    if len(groups) == len(opt.param_groups):  # else torch says what is wrong
+    if len(groups) == len(opt.param_groups):  # else torch raises an error
         names = ("state_dtype", "stochastic_rounding", MANTISSA)
         pairs = zip(groups, opt.param_groups, strict=True)
         groups = [{**theirs, **{k: ours[k] for k in names if k in ours}} for theirs, ours in pairs]
@@ -375,7 +387,7 @@ def held(opt: MatrixOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unheld(state: Mapping[Any, Any]) -> None:
-    """Take the tensors out again, to their parameter's device."""
+    """Take tensors out of `Held` in place, and move them to their parameter's device."""
     for p, named in state.items():
         for key, value in named.items():
             if isinstance(value, Held):

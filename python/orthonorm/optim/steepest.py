@@ -15,7 +15,7 @@ from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, one_of
 from .state import Batch, Updates
 
-SIZES = {  # |T| = 1 in the role's norm, over what `direction` makes
+SIZES = {  # norm -> factor of the matrix that `largest` returns, to make its norm 1
     "linear": lambda m, n: math.sqrt(m / n),
     "embedding": lambda m, n: math.sqrt(n),
     "head": lambda m, n: 1 / math.sqrt(n),
@@ -24,28 +24,28 @@ SIZES = {  # |T| = 1 in the role's norm, over what `direction` makes
 
 
 class SteepestDescent(Orthogonalizing):
-    """Each group goes down steepest in the norm of its role, at the length that the norm says.
+    """Steepest descent in the norm of each group's role, at the length that the norm gives.
 
     W <- (1 - lr wd) W - lr <U, T> T, T of norm 1 with <U, T> largest.
-    U = G, or its momentum. <U, T> is the dual norm of U: this minimizes <U, D> + |D|^2 / (2 lr)
-    over steps D, in the norm of the group's role.
+    U = G, or its momentum. <U, T> is the dual norm of U. The step D = -lr <U, T> T minimizes
+    <U, D> + |D|^2 / (2 lr) in the norm of the group's role.
 
     Args:
         params: parameters, named parameters or param groups with their `norm`.
         lr, weight_decay: as Muon; lr is one over the sharpness in that norm.
         momentum: 0, or mu of B <- mu B + (1-mu) G, U = B.
-        norm: of an m x n weight, with its T:
-            "linear": RMS -> RMS operator norm, sqrt(m/n) polar(U);
-            "embedding": l1 -> RMS of tables stored vocabulary x width, rows sqrt(n) U_i / |U_i|;
-            "head": RMS -> max, rows U_i / (sqrt(n) |U_i|);
-            "max": the largest entry, sign(U).
-        dual: False leaves <U, T> out: W - lr T, Modula's dualization; lr is then also the sum of
-            dual norms in a norm that is the largest over layers.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        norm: norm of an m x n weight; T follows from it:
+            "linear": RMS -> RMS operator norm; T = sqrt(m/n) polar(U).
+            "embedding": l1 -> RMS, tables stored vocabulary x width; T_i = sqrt(n) U_i / |U_i|.
+            "head": RMS -> max; T_i = U_i / (sqrt(n) |U_i|).
+            "max": the largest entry; T = sign(U).
+        dual: False leaves <U, T> out: W - lr T, Modula's dualization. If the norm of all weights is
+            the largest over layers, lr then also takes the place of the sum of their dual norms.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
     State: none while momentum is 0, else `momentum_buffer`, 4 bytes per parameter in float32.
 
-    Source: arXiv:2409.20325, github.com/modula-systems/modula at ede2ba72; lr is a choice.
+    Source: arXiv:2409.20325, github.com/modula-systems/modula at ede2ba72; lr is our choice.
     """
 
     self_contained = True
@@ -81,7 +81,7 @@ class SteepestDescent(Orthogonalizing):
         return lengthened(T, inner.unchecked(updates.stacks, T.stacks)) if group["dual"] else T
 
     def largest(self, updates: Updates, group: dict[str, Any]) -> Updates:
-        """T over its SIZES, in new stacks if the updates are needed again (`dual`)."""
+        """Return T without its factor of SIZES; with `dual` the updates are not overwritten."""
         if group["norm"] == "linear":
             return self.polar(updates, group, keep=group["dual"])
         if group["norm"] == "max":

@@ -1,7 +1,8 @@
-"""StiefelAdam: X <- polar(X + X xi + lr P V (X^T X)), Adam within the span of X and beside it.
+"""StiefelAdam: X <- polar(X + X xi + lr P V (X^T X)), Adam for matrices of orthonormal columns.
 
-X (d x k, d >= k, or its transpose) keeps orthonormal columns; xi = lr Y^ / (sqrt(p) + eps) is skew,
-P V what is left of V / (sqrt(q) + eps) beside the columns of X.
+X is d x k, d >= k, or its transpose. X xi is the step within the span of X, and
+xi = lr Y^ / (sqrt(p) + eps) is skew. P V is the part of V / (sqrt(q) + eps) that is orthogonal to
+the columns of X.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ from .state import Batch
 from .tensors import numbers
 
 NAMES = ("skew", "skew_sq", "normal", "normal_sq")
-STEPS = 12  # of Newton-Schulz: to rounding for singular values above 3e-4 |X|_F
+STEPS = 12  # of Newton-Schulz: exact to rounding for singular values above 3e-4 |X|_F
 
 
 class StiefelAdam(MatrixOptimizer):
-    """Adam on matrices with orthonormal columns (rows, where they are fewer).
+    """Adam on matrices with orthonormal columns (rows, if there are fewer rows than columns).
 
     With A = X^T G, gY = (1-b)/2 (A - A^T), gV = G - X A, b = a/(a-1):
         Y <- beta1 Y - (1-beta1) gY, p <- beta2 p + (1-beta2) gY^2, Y^ = Y / (1-beta1^t),
-        X' = X + X xi, p and q over 1-beta2^t under the roots;
+        X' = X + X xi; under the roots p and q are divided by 1-beta2^t;
         V <- beta1 V + (1 - 3a/2) lr V Y - (1-beta1) gV, q <- beta2 q + (1-beta2) gV^2,
         D = V / (sqrt(q) + eps), P V = D - X' (X'^T X')^-1 X'^T D,
         V <- V - lr X' (P V)^T V, X <- polar(X' + lr P V (X'^T X')).
 
     Args:
-        params: matrices or batches of them; what is not orthonormal is made so by the first step.
+        params: matrices or batches of them; the first step makes them orthonormal.
         lr: learning rate, a number or a one-element tensor.
-        betas, eps: of the averages; eps is added to the roots.
-        metric: a < 1, 1/2 the canonical metric, 0 the Euclidean one.
-        **common: what every optimizer takes, see `settings.Common`. There is no weight decay.
+        betas, eps: decay rates of the averages; eps is added to the roots.
+        metric: a < 1; 1/2 is the canonical metric, 0 the Euclidean one.
+        **common: options of every optimizer, see `settings.Common`. There is no weight decay.
 
-    Square X has no V. As in the authors' code V is not over 1-beta1^t, and xi acts by one Euler
-    step (their default of three). Their polar factor is by ten coupled iterations on X^T X, ours by
-    STEPS on X; their wide matrices are transposed along the batch. Where gradient and averages are
-    zero nothing moves.
+    Square X has no V. As in the authors' code, V is not divided by 1-beta1^t, and xi acts by one
+    Euler step (the default of their three choices). Their polar factor takes ten coupled iterations
+    on X^T X, ours STEPS on X. Their wide matrices are transposed along the batch. Where gradient
+    and averages are zero, X stays the same.
     State: `skew`, `skew_sq` (k x k), `normal`, `normal_sq` (d x k), `step`; 8 (d k + k^2) bytes per
     matrix in float32, 8 k^2 if it is square.
 
@@ -77,12 +78,12 @@ class StiefelAdam(MatrixOptimizer):
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         lr = self.scalar(group, "lr", batch.params[0].device)
-        for rows, t in alike(batch):
-            move_(batch.part(rows), t, lr, group)
+        for indices, t in alike(batch):
+            move_(batch.part(indices), t, lr, group)
 
 
 def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
-    """The step of matrices of one shape and step."""
+    """Update matrices of one shape and step number."""
     (beta1, beta2), eps, a = group["betas"], group["eps"], group["metric"]
     m, n = batch.params[0].shape[-2:]
     dtype, lr = accumulator(*batch.params), lr.to(accumulator(*batch.params))
@@ -118,7 +119,7 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
 
 
 def retracted(X: Tensor) -> Tensor:
-    """Over X."""
+    """Overwrite X by polar(X), and return it."""
     p = polynomial("polar_express", STEPS, precision="full")
     how = (p.coefficients, p.restarts, "auto", p.precision, p.scale, 0.0, p.safety)
     newton_schulz_.unchecked([X], *how)
@@ -128,21 +129,21 @@ def retracted(X: Tensor) -> Tensor:
 def averages(
     mean: Tensor, square: Tensor, slope: Tensor, group: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """beta1 mean - (1-beta1) slope, beta2 square + (1-beta2) slope^2."""
+    """Return beta1 mean - (1-beta1) slope and beta2 square + (1-beta2) slope^2."""
     beta1, beta2 = group["betas"]
-    # not addcmul_, nor add_ with alpha: torch.compile writes them as products that are rounded
-    # apart or in another order (torch 2.13; 2.11)
+    # not addcmul_, nor add_ with alpha: torch.compile rounds their products separately or in
+    # another order (torch 2.13; 2.11)
     squares = torch.mul(square, beta2).sub_(slope.square(), alpha=beta2 - 1)
     return torch.mul(mean, beta1).sub_(slope, alpha=1 - beta1), squares
 
 
 def direction(mean: Tensor, square: Tensor, correction: Tensor, eps: float) -> Tensor:
-    """mean / (sqrt(square / correction) + eps), and 0 where that is 0 / 0."""
+    """Return mean / (sqrt(square / correction) + eps), and 0 where that is 0 / 0."""
     below = (square / correction).sqrt_().add_(eps)
     found = mean / below
     return found if eps > 0 else torch.where(below == 0, 0.0, found)
 
 
 def nonzero(x: Tensor) -> Tensor:
-    """Whether each matrix has an entry that is not 0."""
+    """Return for each matrix whether an entry is not 0, shape (..., 1, 1)."""
     return (magnitude.unchecked([x]) != 0).view(*x.shape[:-2], 1, 1)

@@ -1,11 +1,11 @@
-"""State kept in another dtype than its parameter's: in float32 beside parameters of 16 bits, or
-smaller than it is computed with, in bfloat16 or in 8 bits by block-wise dynamic codes.
+"""State stored in another dtype than its parameter's.
 
-What 8 bits mean is said in `ops/blocks.py`.
+It may be float32 beside parameters of 16 bits. Or it is smaller than the arithmetic's dtype:
+bfloat16, or 8 bits by block-wise dynamic codes (`ops/blocks.py`).
 
-A step reads smaller state into float32 (one work buffer for as many matrices as fit one; where a
-rule has `prepare`, all of it), computes as it would with float32 state, and rounds once when it
-writes back.
+A step reads smaller state into float32, computes as with float32 state, and rounds once when it
+writes back. It reads as many matrices at a time as fit one work buffer, or all of them for a rule
+that has `prepare`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SCALES = "_scales"
 UNSIGNED = ("exp_avg_sq", "second_moment")
 SMALLER = ("bfloat16", "8bit")
 STATE_DTYPES = (None, "float32", *SMALLER)
-# Elements that a rule of single passes is given at a time: fewer new pages, which cost AdamW's step
-# on one thread a quarter (3 million elements, beside other work; 2026-11).
+# Elements at a time for an elementwise rule, so that few new memory pages are touched: these took
+# a quarter of AdamW's step on one thread (3 million elements, beside other work; 2026-11).
 PASS = 2**20
 
 
@@ -37,8 +37,10 @@ Rooms = dict[tuple[str, torch.dtype], Tensor]
 def opened(
     batch: Batch, keys: Sequence[str], group: Mapping[str, Any], rooms: Rooms | None = None
 ) -> Batch:
-    """With the state of these names read into float32, in float64 beside float64 weights; 8 bits
-    into memory in `rooms`, which calls use in turn."""
+    """Return the batch with the state of these names read into float32 (float64 for float64).
+
+    8-bit state is read into the memory in `rooms`, which the next call with it overwrites.
+    """
     state = dict(batch.state)
     dtype = torch.promote_types(batch.params[0].dtype, torch.float32)
     for key in keys:
@@ -52,8 +54,10 @@ def opened(
 
 
 def room(rooms: Rooms, kind: tuple[str, torch.dtype], like: list[Tensor]) -> list[Tensor]:
-    """Tensors of the shapes of others, in one piece of memory: new pages, which the system clears,
-    took longer than the passes over them."""
+    """Return uninitialized tensors of the shapes of `like` in one piece of memory of `rooms`.
+
+    It is reused: new pages, which the system clears, took longer than the passes over them.
+    """
     sizes = [t.numel() for t in like]
     if kind not in rooms or rooms[kind].numel() < sum(sizes):
         rooms[kind] = like[0].new_empty(sum(sizes), dtype=kind[1])
@@ -64,24 +68,24 @@ def room(rooms: Rooms, kind: tuple[str, torch.dtype], like: list[Tensor]) -> lis
 def parts(
     batch: Batch, keys: Sequence[str], group: Mapping[str, Any], most: int | None
 ) -> Iterator[Batch]:
-    """What is opened at a time: as much as fits one work buffer, unless `prepare` saw it all."""
+    """Yield parts of a batch, opened; the batch itself if nothing needs opening or all is open."""
     if not keys or batch.kept is not None or group["state_dtype"] not in SMALLER:
         yield batch
         return
     rooms: Rooms = {}
     for part in work_parts(batch.params, most):
-        yield opened(batch.part([i for rows in part for i in rows]), keys, group, rooms)
+        yield opened(batch.part([i for indices in part for i in indices]), keys, group, rooms)
 
 
 def write(batch: Batch, keys: Sequence[str], group: dict[str, Any]) -> None:
-    """Round the state of an opened batch to what is kept."""
+    """Round the state of an opened batch into the stored state."""
     if batch.kept is None:
         return
     for key in keys:
         kept, new = batch.kept[key], batch.state[key]
         if group["state_dtype"] == "8bit":
             quantize_blocks_.unchecked(kept, batch.kept[key + SCALES], new, key not in UNSIGNED)
-        elif group["stochastic_rounding"]:  # W <- 0 W + U, of the passes the one that rounds so
+        elif group["stochastic_rounding"]:  # W <- 0 W + U, by the pass that rounds stochastically
             one = torch.ones((), dtype=torch.float64, device=new[0].device)
             seed = group["rounding_seed"]
             decayed_update_.unchecked(kept, new, one, 1.0, [-1.0] * len(kept), seed)
@@ -96,7 +100,7 @@ def update(
     rule: Callable[[Batch, dict[str, Any]], None],
     elementwise: bool,
 ) -> None:
-    """`rule` on what is opened at a time; the matrices of a step share a seed."""
+    """Apply `rule` to one opened part after another; all matrices of a step share a seed."""
     for some in parts(batch, keys, group, PASS if elementwise else None):
         rule(some, group)
         write(some, keys, group)

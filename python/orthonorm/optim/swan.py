@@ -20,20 +20,21 @@ class SWAN(Orthogonalizing):
     """Gradients normalized by row, then whitened: an optimizer without any state.
 
     W <- (1 - lr wd) W - lr s(m, n) polar(Z), Z_i = (G_i - mean G_i) / (std G_i + eps).
-    Rows are centred and standardized, then the matrix is orthogonalized; no state.
+    Rows are centred and standardized, then the matrix is orthogonalized.
 
     Args:
         params, lr, weight_decay: as Muon.
-        rescale: give the factor the Frobenius norm of Z, as the paper offers.
+        rescale: give the factor the Frobenius norm of Z, an option of the paper.
         norm_eps: added to the standard deviation (over n, not n - 1) of a row.
         adjust_lr_fn: as Muon ("none").
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz, here
-            with ns_coefficients="polar_express": the paper whitens until it is exact.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz, here
+            with ns_coefficients="polar_express", since the paper iterates until the result is
+            exact.
 
-    A matrix of one column has only rows that are their own mean: it does not move.
+    A matrix of one column does not move: each of its rows is its own mean.
     State: none.
 
-    Source: arXiv:2412.13148; the defaults of lr and eps are a choice.
+    Source: arXiv:2412.13148; the defaults of lr and eps are our choice.
     """
 
     self_contained = True
@@ -67,7 +68,7 @@ class SWAN(Orthogonalizing):
 
 
 def standardized(G: Tensor, eps: float) -> Tensor:
-    """Z of a stack, in the dtype of G."""
+    """Return Z of a stack of gradients, in the dtype of G."""
     X = G.to(accumulator(G))
     X = X - X.mean(-1, keepdim=True)
     return row_normalize.unchecked(X, X.shape[-1] ** -0.5, eps).to(G.dtype)

@@ -1,20 +1,20 @@
-"""What a step knows of its group: norms and ranks, left on the device until they are asked for.
+"""Measures of a group's step: norms and ranks, kept on the device until they are read.
 
-Of the last step that was measured, over all matrices of the group that took part:
+They are of the last measured step, over all matrices of the group that took part:
 
     gradient_norm  (sum |G|_F^2)^(1/2)
-    momentum_norm  (sum |U|_F^2)^(1/2), U what `direction` is given: the (Nesterov) momentum, or G
-    sigma_1        the largest sigma_1(U), a lower bound: POWER_STEPS power steps, warm from the
-                   measurement before
+    momentum_norm  (sum |U|_F^2)^(1/2), U the input of `direction`: the (Nesterov) momentum, or G
+    sigma_1        the largest sigma_1(U), a lower bound: POWER_STEPS power steps that start where
+                   those of the measurement before ended
     stable_rank    the mean of |U|_F^2 / sigma_1^2, so an upper bound
-    nuclear_norm   sum <X, polar(X)>, X what a rule orthogonalizes, as exact as its polar factor
-    update_rms     lr (sum |s D|_F^2 / entries)^(1/2): of what the rule subtracts, decay apart
+    nuclear_norm   sum <X, polar(X)>, X the matrix that is orthogonalized; as exact as polar(X)
+    update_rms     lr (sum |s D|_F^2 / entries)^(1/2), s D the factor times the direction; no decay
     skipped        share of updates that nonfinite="skip" left out, over all steps with telemetry
 
-What a step of its own form does not show is absent: Conda and StiefelAdam have gradient_norm and
-skipped, AdamW momentum_norm too. Of sharded matrices a rank tells its part of the gradient, and
-nuclear_norm of those it owns, and nothing of those that are updated in parts (method="gram") but
-the gradient. A compiled step measures nothing.
+Measures that a rule's own `update` does not compute are absent: Conda and StiefelAdam have only
+gradient_norm and skipped, AdamW momentum_norm too. Of sharded matrices, a rank measures its part of
+the gradient, and the nuclear_norm of the matrices that it owns; of those updated in parts
+(method="gram") only the gradient. A compiled step measures nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ POWER_STEPS = 4
 
 
 class Steps(NamedTuple):
-    """|D|_F of the directions (1-D float64), their factors s, entries in all, and lr."""
+    """|D|_F of the directions (1-D float64), their factors s, their number of entries, and lr."""
 
     norms: Tensor
     factors: list[float]
@@ -43,7 +43,7 @@ class Steps(NamedTuple):
 
 
 class Probe:
-    """What one group measured: tensors on its device, one for each part of the group."""
+    """Measures of one group: lists of tensors on its device, one for each part of the group."""
 
     def __init__(self) -> None:
         self.on = False
@@ -59,7 +59,7 @@ class Probe:
         self.directions: list[Steps] = []
 
     def begin(self, every: int, updates: int, skipped: int) -> None:
-        """A step begins; `on` says whether it is one to measure."""
+        """Begin a step, and set `on` if it is to be measured."""
         self.on = self.steps % every == 0
         self.steps += 1
         self.updates += updates
@@ -71,11 +71,11 @@ class Probe:
         self.gradients.append(norms(grads))
 
     def add_momenta(self, momenta: list[Tensor]) -> None:
-        """Of a rule that shows no more."""
+        """Add the norms of momenta, for a rule that measures no more of its updates."""
         self.momenta.append(norms(momenta))
 
     def add_updates(self, updates: Updates) -> None:
-        """What a rule is given, before it may write it."""
+        """Measure the input of `direction`, before the rule may overwrite it."""
         stacks, part = updates.stacks, len(self.momenta)
         self.momenta.append(magnitude.unchecked(stacks) if updates.norms is None else updates.norms)
         v = self.vectors.get(part, [])
@@ -92,10 +92,10 @@ class Probe:
         each = [s for s, x in zip(factors, matrices, strict=True) for _ in range(count(x))]
         entries = sum(x.numel() for x in matrices)
         found = magnitude.unchecked(directions.stacks)
-        self.directions.append(Steps(found, each, entries, lr.clone()))  # schedules write lr
+        self.directions.append(Steps(found, each, entries, lr.clone()))  # schedules overwrite lr
 
     def values(self) -> dict[str, Tensor]:
-        """By name, 0-d float64."""
+        """Return the measures by name, each 0-d float64."""
         found = {}
         for name, parts in (("gradient_norm", self.gradients), ("momentum_norm", self.momenta)):
             if parts:
@@ -115,17 +115,17 @@ class Probe:
 
 
 def count(x: Tensor) -> int:
-    """Matrices in a batch."""
+    """Return the number of matrices in a batch (..., m, n)."""
     return math.prod(x.shape[:-2])
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """|X|_F of tensors of any shape."""
+    """Return |X|_F of each tensor, of any shape, as 1-D float64."""
     return magnitude.unchecked([x.reshape(1, 1, -1) for x in tensors])
 
 
 def read(probes: Sequence[Probe | None]) -> list[dict[str, float]]:
-    """Numbers, one synchronization for each device."""
+    """Return the measures of each probe as numbers, with one synchronization per device."""
     found: list[dict[str, float]] = [{} for _ in probes]
     by_device: dict[torch.device, list[tuple[int, str, Tensor]]] = {}
     for i, probe in enumerate(probes):
@@ -135,8 +135,8 @@ def read(probes: Sequence[Probe | None]) -> list[dict[str, float]]:
             found[i]["skipped"] = probe.skipped / probe.updates
         for name, value in probe.values().items():
             by_device.setdefault(value.device, []).append((i, name, value))
-    for rows in by_device.values():
-        numbers = torch.stack([value for *_, value in rows]).tolist()
-        for (i, name, _), number in zip(rows, numbers, strict=True):
+    for entries in by_device.values():
+        numbers = torch.stack([value for *_, value in entries]).tolist()
+        for (i, name, _), number in zip(entries, numbers, strict=True):
             found[i][name] = number
     return found

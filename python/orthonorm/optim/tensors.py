@@ -1,6 +1,6 @@
-"""DTensors as an optimizer sees them: local blocks, whole shapes, state laid out as its parameter.
+"""DTensors in an optimizer: local blocks, whole shapes, and state placed like its parameter.
 
-torch.distributed.tensor is imported where a DTensor has been met, so not by `import orthonorm`.
+torch.distributed.tensor is never imported here, but looked up: it is loaded if there are DTensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .views import flattens, heads_of
 
 
 def is_distributed(t: Any) -> bool:
-    """Whether `t` is a DTensor; compiled steps hold none."""
+    """True if `t` is a DTensor; False within compiled steps, which hold none."""
     if type(t) in PLAIN or torch.compiler.is_compiling():
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -29,12 +29,12 @@ def is_distributed(t: Any) -> bool:
 
 
 def local(t: Any) -> Any:
-    """This rank's block of a DTensor, sharing its memory; other tensors as they are."""
+    """Return this rank's block of a DTensor, sharing its memory; other tensors as they are."""
     return t.to_local() if is_distributed(t) else t
 
 
 def bits_as(t: Any, dtype: torch.dtype) -> Any:
-    """The same memory as numbers of another dtype of the same size."""
+    """View the memory of `t` as another dtype of the same size."""
     if not is_distributed(t):
         return t.view(dtype)
     kept = dict(run_check=False, shape=t.shape, stride=t.stride())
@@ -42,54 +42,55 @@ def bits_as(t: Any, dtype: torch.dtype) -> Any:
 
 
 def whole(t: Tensor) -> Tensor:
-    """Shape, strides and dtype of all of `t`, without memory."""
+    """Return `t`, or for a DTensor a meta tensor with the shape, strides and dtype of all of it."""
     if not is_distributed(t):
         return t
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def numbers(values: Sequence[float] | float, device: torch.device) -> Tensor:
-    """Numbers of the host as float64 on a device."""
+    """Return numbers of the host as a float64 tensor on a device."""
     return sent(torch.tensor(values, dtype=torch.float64), device)
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
-    """`t` on a device, where it may arrive late: any other copy would wait until the device has
-    done all that was asked of it before.
+    """Return `t` on a device, by a copy that does not wait for the device's earlier work.
 
-    CUDA reads memory that is not pinned before the call returns, so `t` may change afterwards. What
-    is pinned it reads when the copy runs, as for torch's own optimizers, which copy rates this way.
-    A copy to the host waits: the host would read a late one too early.
+    CUDA reads memory that is not pinned before the call returns, so `t` may change afterwards.
+    Pinned memory is read when the copy runs; torch's own optimizers copy rates the same way. A copy
+    to the host does wait, or the host could read it before it has arrived.
     """
     return t.to(device, non_blocking=device.type != "cpu")
 
 
 @functools.lru_cache(maxsize=64)
 def mesh_ranks(mesh: Any) -> Any:
-    """A mesh's ranks as nested lists, kept: torch 2.13 computes them anew when it is asked, which
-    for 148 parameters a step took 12 ms (2026-11)."""
+    """Return a mesh's ranks as nested lists, from a cache.
+
+    torch 2.13 computes them at every request: 12 ms a step for 148 parameters (2026-11).
+    """
     return mesh.mesh.tolist()
 
 
 @functools.lru_cache(maxsize=64)
 def mesh_places(mesh: Any) -> dict[int, tuple[int, ...]]:
-    """The coordinates of every rank of a mesh, kept as `mesh_ranks`."""
+    """Return {rank: coordinates} of a mesh, from a cache as in `mesh_ranks`."""
     coordinates = itertools.product(*map(range, mesh.shape))
     return dict(zip(mesh.mesh.flatten().tolist(), coordinates, strict=True))
 
 
 def is_cut(placement: Any) -> bool:
-    """Shard, or the strided one that FSDP2 makes of a weight that tensor parallelism has cut."""
-    return hasattr(placement, "dim")  # the strided one denies that it `is_shard` (torch 2.13)
+    """True for Shard, and for FSDP2's strided shard of a weight cut by tensor parallelism."""
+    return hasattr(placement, "dim")  # is_shard() is False for strided shards (torch 2.13)
 
 
 def sharded_dims(p: Any) -> list[int]:
-    """The mesh dimensions, of more than one rank, along which a DTensor is sharded."""
+    """Return the mesh dimensions, of more than one rank, along which a DTensor is sharded."""
     return [i for i, x in enumerate(p.placements) if is_cut(x) and p.device_mesh.size(i) > 1]
 
 
 def state_zeros(p: Any, shape: Sequence[int], batch_dims: int) -> Tensor:
-    """State of the parameter's matrices, `batch_dims` dimensions of which number them."""
+    """Return zeros for state of a parameter's matrices; the first `batch_dims` dims number them."""
     if not is_distributed(p):
         return p.new_zeros(shape)
     zeros = sys.modules["torch.distributed.tensor"].zeros
@@ -98,7 +99,10 @@ def state_zeros(p: Any, shape: Sequence[int], batch_dims: int) -> Tensor:
 
 
 def state_placements(p: Any, batch_dims: int) -> list[Any]:
-    """State is sharded along the stack that p is sharded along, in the same order, or dim 0."""
+    """Return placements of state: sharded along the batch dimension that p is, else along dim 0.
+
+    Strided shards stay strided, so that the order of blocks is that of p.
+    """
     shard = sys.modules["torch.distributed.tensor"].Shard
     places = []
     for x in p.placements:
@@ -112,13 +116,13 @@ Box = tuple[tuple[int, int], ...]  # (offset, length) in every dimension
 
 
 class Ranks(NamedTuple):
-    """The ranks that share a parameter: of a mesh that has everyone, or of one of its dimensions.
+    """Ranks that share a parameter: all of a mesh of the whole world, or one mesh dimension.
 
     `places` are their coordinates in the mesh, in the order of the group.
     """
 
     group: dist.ProcessGroup
-    rank: int  # this one's place in the group
+    rank: int  # index of this rank in the group
     mesh: tuple[int, ...]
     places: tuple[tuple[int, ...], ...]
 
@@ -127,9 +131,9 @@ class Ranks(NamedTuple):
         return len(self.places)
 
     def boxes(self, shape: Sequence[int], placements: Sequence[Any]) -> tuple[Box, ...]:
-        """What each rank holds of a tensor, cut as torch.chunk does."""
+        """Return the box of a tensor that each rank holds, cut as torch.chunk does."""
         cuts = [(i, x.dim % len(shape)) for i, x in enumerate(placements) if is_cut(x)]
-        # a strided cut comes after those that stand to the right of it
+        # a strided shard is cut after the placements to its right
         late = [c for c in cuts if strided(placements[c[0]])]
         order = [c for c in cuts if c not in late] + late[::-1]
         return tuple(self.box(shape, order, place) for place in self.places)
@@ -146,7 +150,7 @@ class Ranks(NamedTuple):
         return tuple(found)
 
     def replicas(self, placements: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """Ranks of equal entries hold a whole tensor together."""
+        """Return a key per rank; the ranks with equal keys hold one whole tensor together."""
         whole = [i for i, x in enumerate(placements) if not is_cut(x)]
         return tuple(tuple(place[i] for i in whole) for place in self.places)
 
@@ -167,7 +171,7 @@ def ranks_of(p: Any) -> Ranks:
 
 
 def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
-    """Whether matrices of `p` are cut, so that no rank has them whole."""
+    """True if matrices of `p` are cut across ranks, so that no rank has them whole."""
     if not is_distributed(p) or has_whole_heads(p, group):
         return False
     stacks = 0 if p.dim() < 3 or flattens(p.shape, group) else p.dim() - 2
@@ -175,7 +179,7 @@ def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
 
 
 def has_whole_heads(p: Any, group: Mapping[str, Any]) -> bool:
-    """Whether `p` is cut between heads: along its rows, among a divisor of their number."""
+    """True if `p` is cut between heads: along rows, by a number of ranks that divides `heads`."""
     if group.get("heads") is None or group.get("split") is not None:
         return False
     dims = sharded_dims(p)
@@ -185,7 +189,10 @@ def has_whole_heads(p: Any, group: Mapping[str, Any]) -> bool:
 
 
 def views_here(p: Any, group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The view keys of this rank's block of `p`, whose matrices are whole: of heads, its own."""
+    """Return the view keys for this rank's block of `p`, with the number of heads in the block.
+
+    The matrices of `p` must be whole on each rank.
+    """
     if not is_distributed(p) or not has_whole_heads(p, group):
         return group
     (heads,) = heads_of(group, [p])
@@ -193,7 +200,7 @@ def views_here(p: Any, group: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_placements(label: str, p: Any, cut: bool) -> None:
-    """Raise ValueError for placements that cannot be updated: partial sums, unknown cuts."""
+    """Raise ValueError for placements that cannot be updated: partial sums, unsupported cuts."""
     mesh, places = p.device_mesh, p.placements
     got = f"got {tuple(places)} on a mesh of shape {tuple(mesh.shape)}"
     if any(x.is_partial() for x in places):

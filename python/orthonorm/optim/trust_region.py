@@ -18,18 +18,18 @@ from .state import Batch, Updates
 class TrustRegion(Orthogonalizing):
     """Orthogonalized, sign or normalized momentum: steepest descent in a norm, of radius lr.
 
-    W <- argmin <B, X> + wd/2 |X|_F^2 over |X - W| <= lr, B <- mu B + (1-mu) G.
-    Without decay W - lr T, T the unit vector of the norm that <B, T> is largest for: polar(B) for
-    the spectral norm, sign(B) for the largest entry, B / |B|_F for the Frobenius norm.
+    W <- argmin_X <B, X> + wd/2 |X|_F^2 over |X - W| <= lr, B <- mu B + (1-mu) G.
+    Without decay that is W - lr T, T of norm 1 with <B, T> largest: polar(B) for the spectral norm,
+    sign(B) for the largest entry, B / |B|_F for the Frobenius norm.
 
     Args:
         params, lr, momentum: as Muon.
-        weight_decay: of the norm's `decay`, which may be "composite" beside those of every
-            optimizer: the exact minimizer of the model with wd/2 |X|_F^2 in it, which is
-            W - lr P((B + wd W) / (wd lr)), P the nearest point of the unit ball.
+        weight_decay: rate of the group's `decay`. Here `decay` may also be "composite": the exact
+            minimizer above, W - lr P((B + wd W) / (wd lr)), P the nearest point of the unit ball.
+            Others decay W apart from the step.
         norm: "spectral", "max" (sign) or "frobenius" (normalized).
         nesterov, adjust_lr_fn ("none"): as Muon.
-        **common: what every optimizer takes (settings.Common), and orthogonal.NewtonSchulz.
+        **common: options of every optimizer (settings.Common) and of orthogonal.NewtonSchulz.
 
     Composite steps of the spectral norm take two exact polar factors instead of one by
     Newton-Schulz.
@@ -71,7 +71,7 @@ class TrustRegion(Orthogonalizing):
         return to_unit(updates)
 
     def composite(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        """P((B + wd W) / (wd lr)), in float64 since the ratio may be large."""
+        """Return P((B + wd W) / (wd lr)); it is computed in float64, as the ratio may be large."""
         rate = group["weight_decay"]
         radius = rate * self.scalar(group, "lr", batch.params[0].device).double().clamp(min=1e-12)
         for u, w in zip(updates.matrices, batch.weights, strict=True):
@@ -79,7 +79,7 @@ class TrustRegion(Orthogonalizing):
         return updates
 
     def nearest(self, x: Tensor, norm: str) -> Tensor:
-        """The nearest point of the norm's unit ball."""
+        """Return the point of the norm's unit ball that is nearest to x."""
         if norm == "spectral":
             return hard_cap(x)
         if norm == "max":

@@ -1,4 +1,4 @@
-"""Parameters as the matrices an update works on: views, never copies of a parameter or its state.
+"""The matrices of a parameter: views, never copies, of the parameter and its state.
 
 Param-group keys, all optional, apply to every parameter of the group:
     flatten  True: (out, ...) becomes out x rest; False: leading dimensions are a batch; None: 4-D
@@ -20,7 +20,7 @@ VIEW_DEFAULTS: dict[str, Any] = {"flatten": None, "split": None, "heads": None}
 
 
 def heads_of(group: Mapping[str, Any], pieces: Sequence[Any]) -> Sequence[int]:
-    """The number of heads of every split piece."""
+    """Return the number of heads of every split piece."""
     heads = group.get("heads")
     if heads is None:
         return (1,) * len(pieces)
@@ -35,7 +35,7 @@ def flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
 def check_views(
     name: str, shape: Sequence[int], group: Mapping[str, Any], min_dim: int = 2
 ) -> None:
-    """Raise ValueError unless a parameter of this shape can be seen as the group's keys say."""
+    """Raise ValueError unless a parameter of this shape allows the views of the group's keys."""
     if len(shape) < min_dim:
         raise ValueError(
             f"{name} must have at least two dimensions to be a matrix, got shape {tuple(shape)}; "
@@ -59,7 +59,7 @@ def check_views(
 
 
 def check_counts(name: str, label: str, counts: object) -> Sequence[int]:
-    """`counts` as they are, if they are positive integers."""
+    """Return `counts` if they are positive integers, else raise TypeError or ValueError."""
     if not isinstance(counts, (tuple, list)):
         raise TypeError(f"{name}: {label} must be integers, got {counts!r}")
     for count in counts:
@@ -68,16 +68,16 @@ def check_counts(name: str, label: str, counts: object) -> Sequence[int]:
 
 
 def memory_order(t: Tensor) -> list[int]:
-    """Dimensions, trailing ones from the slowest to the fastest in memory (so channels_last)."""
+    """Return dimension 0, then the others from largest to smallest stride (for channels_last)."""
     return [0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)]
 
 
 def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
-    """`t` (parameter, gradient or state of `like`) as matrices (..., m, n).
+    """Return `t` (parameter, gradient or state of `like`) as matrices (..., m, n).
 
     A flattened weight's columns are in the memory order of `like`, the parameter, so that the
-    result is a view; polar factors and one-sided rotations do not depend on the order of columns.
-    A vector, for rules that take one, is a column.
+    result is a view. Polar factors and one-sided rotations do not depend on the columns' order.
+    A vector, for rules that take vectors, becomes one column.
     """
     if like.dim() < 2:
         return [t.reshape(-1, 1)]
