@@ -11,8 +11,7 @@ from torch import Tensor
 
 from . import elementwise as each
 from . import tables, tiles
-from .mantissa import joined, split
-from .rounding import rounded
+from .rounding import joined, rounded, split
 
 
 @triton.jit(do_not_specialize=["count"])
