@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -296,6 +297,18 @@ def set_grads(step: int, *lists: list[nn.Parameter]) -> None:
         g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         for params in lists:
             params[i].grad = g.to(params[i].dtype, copy=True)
+
+
+def reloaded(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    """Give b the state and the weights of a, through torch.save and load(weights_only=True)."""
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    b.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for ours, theirs in zip(a.param_groups, b.param_groups, strict=True):
+            for p, q in zip(ours["params"], theirs["params"], strict=True):
+                q.copy_(p)
 
 
 def snapshot(opt: torch.optim.Optimizer) -> list[Tensor]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
-from optimizer_rows import ROWS, Row, build, make, set_grads, snapshot
+from optimizer_rows import ROWS, Row, build, make, reloaded, set_grads, snapshot
 from orthonorm import optim
 from torch import Tensor, nn
 
@@ -73,13 +72,7 @@ def test_saving_goes_on_to_the_bit(row: Row) -> None:
     params, fresh = make(BF16, SHAPES), make(BF16, SHAPES)
     a, b = build(row, params, **FLOAT32), build(row, fresh, **FLOAT32)
     run(a, params, range(2))
-    file = io.BytesIO()
-    torch.save(a.state_dict(), file)
-    file.seek(0)
-    b.load_state_dict(torch.load(file, weights_only=True))
-    with torch.no_grad():
-        for p, q in zip(params, fresh, strict=True):
-            q.copy_(p)
+    reloaded(a, b)
     assert same(snapshot(a), snapshot(b))
     c = copy.deepcopy(a)
     for opt in (a, b, c):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
-from optimizer_rows import ROWS, Row, build, make, set_grads, snapshot
+from optimizer_rows import ROWS, Row, build, make, reloaded, set_grads, snapshot
 from orthonorm import ops, optim
 from orthonorm.ops import blocks, steps
 from torch import Tensor, nn
@@ -56,13 +55,7 @@ def test_saving_goes_on_to_the_bit(row: Row, kind: str) -> None:
     run(a, params, range(2))
     wanted = torch.uint8 if kind == "8bit" else torch.bfloat16
     assert all(t.dtype == wanted for ts in elementwise(a).values() for t in ts)
-    file = io.BytesIO()
-    torch.save(a.state_dict(), file)
-    file.seek(0)
-    b.load_state_dict(torch.load(file, weights_only=True))
-    with torch.no_grad():
-        for p, q in zip(params, fresh, strict=True):
-            q.copy_(p)
+    reloaded(a, b)
     assert same(snapshot(a), snapshot(b))
     c = copy.deepcopy(a)
     for opt in (a, b, c):
