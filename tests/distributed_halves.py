@@ -11,6 +11,8 @@ from distributed_pairs import OPTIMIZERS, counted, pair, parameters, same, set_g
 from distributed_registry import Context, case, device_mesh, put, raises, whole
 from orthonorm import optim
 from orthonorm.distributed import comm_report
+from orthonorm.ops.rounding import places as offsets
+from orthonorm.ops.rounding import stochastic
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -69,6 +71,35 @@ def float32_state_is_loaded_as_it_was_saved(context: Context) -> None:
         set_gradients(1, fresh, b)
         fresh.step()
         plain.load_state_dict(fresh.state_dict())
+
+
+@case(2)
+def weights_are_rounded_stochastically_where_they_lie(context: Context) -> None:
+    """Each rank's rows, by the places of its own memory; replicas alike, which is what DDP has."""
+    mesh = device_mesh("cpu", (2,))
+    for places in ([Shard(0)], [Shard(1)], [Replicate()]):
+        torch.manual_seed(0)
+        start = [torch.randn(s).to(BF16) for s in ((19, 16), (1, 24), (7, 5))]
+        halves, wide = (
+            [nn.Parameter(put(t.to(dtype), mesh, places)) for t in start]
+            for dtype in (BF16, torch.float32)
+        )
+        a, b = (
+            optim.Muon([{"params": ps[:2]}, {"params": ps[2:], "rule": "adamw"}], lr=1e-2, **kind)
+            for ps, kind in ((halves, dict(stochastic_rounding=True, **FLOAT32)), (wide, {}))
+        )
+        for step in range(2):
+            for p, q in zip(halves, wide, strict=True):
+                with torch.no_grad():
+                    q.to_local().copy_(p.to_local())
+                grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(BF16)
+                p.grad, q.grad = (put(grad.to(w.dtype), mesh, places) for w in (p, q))
+            a.step()
+            b.step()
+            for p, q in zip(halves, wide, strict=True):
+                mine, exact = p.detach().to_local(), q.detach().to_local()
+                want = stochastic(exact, torch.tensor(step), offsets(exact)).to(BF16)
+                assert torch.equal(mine, want), (places, p.shape)
 
 
 @case(2)

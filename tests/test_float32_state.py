@@ -193,8 +193,3 @@ def test_beside_mantissas() -> None:
     run(opt, params, range(2))
     assert [opt.state[p]["momentum_buffer"].dtype for p in params] == [F32, F32]
     assert ["mantissa" in opt.state[p] for p in params] == [True, False]
-
-
-def test_stochastic_rounding_has_nothing_to_round() -> None:
-    with pytest.raises(ValueError, match=r"Muon: .* unless state_dtype is 'bfloat16'"):
-        optim.Muon(make(BF16, SHAPES), stochastic_rounding=True, **FLOAT32)

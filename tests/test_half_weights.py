@@ -321,7 +321,11 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("make_one", [optim.AdamW, optim.Muon, optim.NorMuon])
-@pytest.mark.parametrize("kind", [{"mantissa": True}, {"state_dtype": "float32"}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [{"mantissa": True}, {"state_dtype": "float32"}, {"stochastic_rounding": True}],
+    ids=str,
+)
 def test_one_graph(make_one: Any, kind: dict[str, Any]) -> None:
     """For six rates in a tensor."""
     torch._dynamo.reset()

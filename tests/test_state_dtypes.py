@@ -319,8 +319,7 @@ def test_a_step_is_float32s_rounded_once(
 @pytest.mark.parametrize(
     ("settings", "word"),
     [({"state_dtype": "int8"}, "state_dtype must be one of"),
-     ({"stochastic_rounding": True}, "unless state_dtype is 'bfloat16'"),
-     ({"state_dtype": "8bit", "stochastic_rounding": True}, "unless state_dtype is 'bfloat16'"),
+     ({"stochastic_rounding": "yes"}, "stochastic_rounding must be one of"),
      ({"state_dtype": "8bit", "mantissa": True}, "None or .float32. with mantissa"),
      ({**KINDS["stochastic"], "capturable": True}, "capturable must be False")],
 )  # fmt: skip

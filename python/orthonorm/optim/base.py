@@ -272,6 +272,8 @@ class MatrixOptimizer(Sharding):
             elif params:
                 self._matrix_update(*plan, group)
                 self.finish(params, group)
+            if params and (seed := storage.seed_of(group)) is not None:
+                seed.add_(1)
             updated += params
         if updated:
             torch.autograd.graph.increment_version(updated)

@@ -50,7 +50,7 @@ def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> No
     adamw_step_.unchecked(
         params, batch.grads, first, second, batch.state["step"],
         opt.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
-        group["weight_decay"], group["decay_first"], group["correct_eps"], None,
+        group["weight_decay"], group["decay_first"], group["correct_eps"], storage.seed_of(group),
         *flags_of(opt, params[0].device), batch.mantissas,
     )  # fmt: skip
     if probe := opt.probe(group):

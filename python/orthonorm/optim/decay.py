@@ -18,6 +18,7 @@ from ..nn.lipschitz import hard_cap
 from ..ops import decayed_update_
 from ..ops.mantissa import joined
 from .constraints import size
+from .storage import seed_of
 
 
 def decayed_update(
@@ -31,7 +32,7 @@ def decayed_update(
     mantissas: list[Tensor] | None = None,
 ) -> None:
     """Apply updates and the group's kind of decay to `params`; `updates` may be overwritten."""
-    kind, rest = group["decay"], (None, found_inf, mantissas)
+    kind, rest = group["decay"], (seed_of(group), found_inf, mantissas)
     if weight_decay == 0 or kind == "decoupled":
         decayed_update_.unchecked(params, updates, lr, weight_decay, list(factors), *rest)
         return

@@ -185,14 +185,8 @@ class Groups(torch.optim.Optimizer):
         for key, value in group.items():
             if rule := self.rules.get(key) or RULES.get(key):
                 rule(self.name, key, value)
-        if group["stochastic_rounding"] and group["state_dtype"] != "bfloat16":
-            raise ValueError(
-                f"{self.name}: stochastic_rounding must be False unless state_dtype is 'bfloat16', "
-                f"got state_dtype={group['state_dtype']!r}"
-            )
         if group["stochastic_rounding"]:
-            params = group.get("params", ())
-            check.seed(self.name, "rounding_seed", group.get("rounding_seed"), params)
+            self._check_rounding(group)
         if group["state_dtype"] in SMALLER and group.get("mantissa"):
             raise ValueError(
                 f"{self.name}: state_dtype must be None or 'float32' with mantissa=True, "
@@ -207,6 +201,22 @@ class Groups(torch.optim.Optimizer):
             self.check_group(group)
             if any(group[key] is not None for key in VIEW_DEFAULTS):
                 self._check_views(group)
+
+    def _check_rounding(self, group: Mapping[str, Any]) -> None:
+        """Check a group that asks for stochastic rounding: there must be something to round."""
+        if group.get("mantissa"):
+            raise ValueError(
+                f"{self.name}: stochastic_rounding must be False with mantissa=True, which keeps "
+                "what rounding would lose"
+            )
+        own = group["rule"] == "matrix" and not self.mantissas
+        if own and group["state_dtype"] != "bfloat16":
+            raise ValueError(
+                f"{self.name}: stochastic_rounding must be False unless state_dtype is 'bfloat16', "
+                f"its step rounds weights to nearest, got state_dtype={group['state_dtype']!r}"
+            )
+        params = group.get("params", ())
+        check.seed(self.name, "rounding_seed", group.get("rounding_seed"), params)
 
     def _check_group_params(self, group: Mapping[str, Any]) -> None:
         params = group["params"]

@@ -13,6 +13,7 @@ from .amp import flags_of
 from .orthogonal import Orthogonalizing
 from .settings import Common
 from .state import Batch, Updates
+from .storage import seed_of
 
 
 class Muon(Orthogonalizing):
@@ -80,7 +81,7 @@ class Muon(Orthogonalizing):
             return False
         muon_step_.unchecked(
             batch.params, batch.grads, batch.state["momentum_buffer"],
-            *self.scheduled(batch, group), *self.iteration(group), None,
+            *self.scheduled(batch, group), *self.iteration(group), seed_of(group),
             *flags_of(self, batch.params[0].device), batch.mantissas,
         )  # fmt: skip
         return True

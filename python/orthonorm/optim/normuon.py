@@ -92,6 +92,7 @@ class NorMuon(Orthogonalizing):
     def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
         flags = flags_of(self, batch.params[0].device)
         other = group["axis"] != "row" or group["rescale"] != "norm" or self.in_parts(group)
+        other = other or group["stochastic_rounding"]
         if other or batch.mantissas or any(flag is not None for flag in flags):
             return False
         normuon_step_.unchecked(

@@ -37,8 +37,10 @@ class Common(TypedDict, total=False):
         weights at its end. "bfloat16" keeps state of the parameter's shape in 2 bytes per element,
         "8bit" in 1.016 (storage.py); both are refused for sharded parameters and with mantissa.
         The setting holds for the AdamW companion too. Loading a state dict does not change it.
-    stochastic_rounding: round bfloat16 state stochastically; group["rounding_seed"] counts steps
-        and is saved.
+    stochastic_rounding: round bfloat16 weights stochastically (ops/rounding.py), and the state of
+        state_dtype="bfloat16" too; numbers of other dtypes are rounded to nearest. It costs no
+        memory. group["rounding_seed"] counts steps and is saved. Conda, SSO and StiefelAdam do so
+        with their state only. Refused with mantissa. A constraint rounds to nearest after it.
     bound: bound of singular values over sqrt(m/n), for "clipped" decay and constraints.
     adamw: settings of groups with rule="adamw": lr (3e-4), betas (0.9, 0.95), eps (1e-8),
         weight_decay (0), and those of these options that AdamW takes.

@@ -53,6 +53,11 @@ def opened(
     return batch._replace(state=state, kept=batch.state)
 
 
+def seed_of(group: Mapping[str, Any]) -> Tensor | None:
+    """Return the seed of this step's stochastic rounding, which all its matrices share, or None."""
+    return group["rounding_seed"] if group["stochastic_rounding"] else None
+
+
 def room(rooms: Rooms, kind: tuple[str, torch.dtype], like: list[Tensor]) -> list[Tensor]:
     """Return uninitialized tensors of the shapes of `like` in one piece of memory of `rooms`.
 
@@ -85,9 +90,8 @@ def write(batch: Batch, keys: Sequence[str], group: dict[str, Any]) -> None:
         kept, new = batch.kept[key], batch.state[key]
         if group["state_dtype"] == "8bit":
             quantize_blocks_.unchecked(kept, batch.kept[key + SCALES], new, key not in UNSIGNED)
-        elif group["stochastic_rounding"]:  # W <- 0 W + U, by the pass that rounds stochastically
+        elif (seed := seed_of(group)) is not None:  # W <- 0 W + U, by the pass that rounds so
             one = torch.ones((), dtype=torch.float64, device=new[0].device)
-            seed = group["rounding_seed"]
             decayed_update_.unchecked(kept, new, one, 1.0, [-1.0] * len(kept), seed)
         else:
             torch._foreach_copy_(kept, new)
@@ -100,9 +104,7 @@ def update(
     rule: Callable[[Batch, dict[str, Any]], None],
     elementwise: bool,
 ) -> None:
-    """Apply `rule` to one opened part after another; all matrices of a step share a seed."""
+    """Apply `rule` to one opened part after another."""
     for some in parts(batch, keys, group, PASS if elementwise else None):
         rule(some, group)
         write(some, keys, group)
-    if group["stochastic_rounding"]:
-        group["rounding_seed"].add_(1)
