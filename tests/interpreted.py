@@ -25,6 +25,8 @@ from orthonorm.bench.cases import CASES, Case
 from orthonorm.bench.inputs import Inputs, copied
 from orthonorm.bench.makers import KELLER
 from test_ops import Shapes, check_numbers, first_member, made, run
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterOptions
 
 # `test_triton.py` runs this file in a process of its own; elsewhere it would test other kernels.
 assert LOADED.backend == "triton", "run tests/test_triton.py instead"
@@ -304,7 +306,10 @@ def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
     ("shape", "strides"),
     [((3, 5), (2**30 + 8, 1)), ((2, 8, 8), (2**31 + 16, 8, 1)), ((5, 3), (1, 2**30 + 8))],
 )
-def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+def test_offsets_beyond_32_bits(
+    shape: tuple[int, ...], strides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", InterpreterOptions())
     X = far(shape, strides)
     near = X.contiguous()
     for f in (orthonorm.ops.gram, orthonorm.ops.row_normalize, orthonorm.ops.column_normalize):

@@ -6,6 +6,8 @@ a GPU; a sum of bfloat16 is refused. For test processes under TRITON_INTERPRET=1
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from typing import Any
 
 import numpy as np
@@ -59,9 +61,45 @@ def _index_by_scalars() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _patch_once() -> None:
+    """Leave the language patched, where Triton patches it anew at every call within a kernel.
+
+    That was a third of the tests' time. Nothing in such a process needs the language as it was.
+    """
+    original, patched = interpreter._patch_lang, set()
+
+    def patch(fn: Any) -> Any:
+        found = {id(v) for v in fn.__globals__.values() if v is tl or v is tl.core}
+        if not found <= patched:
+            patched.update(found)
+            original(fn)
+        return types.SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch
+
+
+def _know_dtypes() -> None:
+    """Remember NumPy's dtype for each of Triton's, which are looked up for every operand."""
+    original, known = interpreter._get_np_dtype, {}
+
+    def get(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        name = "pointer" if scalar.is_ptr() else scalar.name
+        if name not in known:
+            known[name] = original(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = get
+
+
 def repair() -> None:
     """Install the repairs, once."""
     _index_by_scalars()
+    _patch_once()
+    _know_dtypes()
+    # every integer operation again in 64 bits, a third of the time: see test_offsets_beyond_32_bits
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     cast, dot, total = Builder.cast_impl, Builder.create_dot, interpreter.ReduceOps.sum
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
