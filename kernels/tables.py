@@ -52,10 +52,10 @@ class View:
         address, skip, row, column = fields
         self.order = 1 if column == 1 else (0 if row == 1 else 2)
         self.regular = address % 16 == 0 and skip % 8 == 0
-        whole = self.order < 2 and rows % 8 == columns % 8 == 0
-        even = all(s == 1 or (s % 8 == 0 and s < 2**22) for s in fields[1:])
-        self.aligned = whole and self.regular and even
         across, along = ((row, columns), (column, rows))[self.order == 0]
+        whole = self.order < 2 and rows % 8 == columns % 8 == 0
+        # `skip` has no bound: offsets of whole matrices are of 64 bits
+        self.aligned = whole and self.regular and across % 8 == 0 and across < 2**22
         self.dense = self.order < 2 and across == along
 
     @property
