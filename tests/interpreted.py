@@ -315,6 +315,24 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]
     assert torch.equal(orthonorm.ops.divide_each(X, norms, torch.float32), wanted)
 
 
+def test_overlapping_rows() -> None:
+    """Of a vector unfolded, where both strides are 1: rows begin at every element."""
+    X = torch.randn(63).unfold(0, 8, 1)
+    for f in (orthonorm.ops.gram, orthonorm.ops.row_normalize, orthonorm.ops.column_normalize):
+        assert torch.equal(f(X), f(X.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(2048, 4096), (3, 2048, 2048)])
+def test_large_matrices_are_aligned(shape: tuple[int, ...]) -> None:
+    """Tensors, and places of a workspace: else they are read by single elements."""
+    from orthonorm.kernels import tables
+
+    X = torch.empty(shape, dtype=torch.bfloat16)
+    for ((found,),) in (tables.views(X), tables.views(X.mT)):
+        own = tables.dense(X.dtype, found.batch, found.rows, found.columns, found.fields[0])
+        assert found.aligned and own.aligned
+
+
 @triton.jit
 def half_kernel(x, y, product, total, rounded, N: tl.constexpr):
     i = tl.arange(0, N)
