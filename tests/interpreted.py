@@ -289,7 +289,7 @@ def test_tables_are_written_exactly() -> None:
     """The way a table takes into a CUDA graph."""
     from orthonorm.kernels import tables
 
-    values = (1, -(2**63), 2**63 - 1, tables.bits(-0.1), 0)
+    values = (1, -(2**63), 2**63 - 1, 7, 7, 7, tables.bits(-0.1), 0, 0, 7)
     assert tuple(tables.written(values, torch.device("cpu")).tolist()) == values
 
 
