@@ -140,6 +140,16 @@ def number(bits: int) -> float:
     return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
+def doubles(numbers: Sequence[float]) -> bytes:
+    """Return float64 numbers as bytes."""
+    return struct.pack(f"<{len(numbers)}d", *numbers)
+
+
+def integers(data: bytes) -> tuple[int, ...]:
+    """Return bytes as int64."""
+    return struct.unpack(f"<{len(data) // 8}q", data)
+
+
 Entry = tuple[int, ...]  # number of tiles, then fields
 
 
@@ -180,12 +190,14 @@ class Entries:
         self, numbers: Sequence[float], device: torch.device, behind: Sequence[float] = ()
     ) -> Table:
         """Return the table with these numbers; `behind`, of any length, follow the entries."""
-        key = (tuple(numbers), device, tuple(behind))
+        # by bits: an address among the numbers is a denormal, which torch.set_flush_denormal makes
+        # equal to any other
+        key = (doubles(numbers), device, doubles(behind))
         found = self._tables.get(key)
         if found is None:
             if len(self._tables) == 8:  # numbers that change every step would fill it
                 self._tables.clear()
-            values = (*map(bits, numbers), *self._values, *map(bits, behind))
+            values = (*integers(key[0]), *self._values, *integers(key[2]))
             found = self._tables[key] = Table(values, device, self._sizes)
         return found
 

@@ -76,6 +76,22 @@ def test_a_table_that_is_dropped_leaves_the_device(monkeypatch: pytest.MonkeyPat
     assert kept() is None
 
 
+def test_tables_of_addresses_are_told_apart() -> None:
+    """Among a table's numbers they are denormals, which a process may flush to zero."""
+    from orthonorm.kernels import tables
+
+    entries = tables.Entries([(1, 4096, 3)])
+    torch.set_flush_denormal(True)
+    try:
+        made = [
+            entries.table((1.0, tables.number(address)), torch.device("cpu"))
+            for address in (0, 0x7F0012345600, 0x7F00ABCDEF00)
+        ]
+    finally:
+        torch.set_flush_denormal(False)
+    assert [int(t.data[1]) for t in made] == [0, 0x7F0012345600, 0x7F00ABCDEF00]
+
+
 SHARED = {
     "__init__", "tables", "tiles", "configs", "product", "ends", "elementwise", "lines", "probe",
     "rounding", "iterations",
