@@ -9,7 +9,6 @@ and part in the list, number of matrices. Then follow X and the moments (`tables
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -327,7 +326,7 @@ def groups(
     return groups_of(tables.items(X, *others), extras, *how)
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def groups_of(
     items: tuple[tables.Item, ...], extras: tuple[tables.Entry, ...], columns: bool, whole: bool,
     parts: bool, slots: Callable[[int], int] | None, device: torch.device,

@@ -15,7 +15,6 @@ program, which takes a process-wide allocator. And they serve one layout only, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -267,7 +266,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def launches(
     op: str, products: tuple[Factors, ...], device: torch.device, dtype: torch.dtype,
     precision: str, function: Any = ends.store, rounds: bool = False, symmetric: bool = False,

@@ -10,14 +10,18 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Hashable, Iterable, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache, lru_cache, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
+
+R = TypeVar("R")
 TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -74,11 +78,40 @@ Places = tuple[View, ...]
 # Sizes of caches keyed by addresses. A step that meets the same addresses again makes nothing anew;
 # a step whose gradients lie elsewhere each time leaves old entries behind. Each call in a step is
 # an entry: 9 for Muon's one group, 82 for its twelve, 84 for SOAP's four. An entry of a hundred
-# matrices takes some 100 KB on the host and 30 KB on the device. A step makes some 11 views of each
-# matrix, 1 KB each. (144 matrices, 2026-11)
+# matrices takes some 100 KB on the host and 30 KB on the device, and its key has some 700 PARTS. A
+# step makes some 11 views of each matrix, 1 KB each. (144 matrices, 2026-11)
 LAUNCHES = 128
+PARTS = 2**16
 VIEWS = 128 * LAUNCHES
 place = lru_cache(maxsize=VIEWS)(View)
+
+
+def parts(key: object) -> int:
+    """Return the number of values in nested tuples."""
+    return sum(map(parts, key)) if isinstance(key, tuple) else 1
+
+
+def kept(function: Callable[..., R]) -> _lru_cache_wrapper[R]:
+    """Decorator: keep results by arguments; all are dropped when they hold too much.
+
+    That is more than LAUNCHES entries and more than PARTS in their keys. A bound on entries alone
+    would be met by a step of many small groups, and each would drop what the next step needs
+    first. How many PARTS a step has does not depend on how its matrices are grouped.
+    """
+    held = 0
+
+    @cache
+    @wraps(function)
+    def made(*values: Any, **more: Any) -> R:
+        nonlocal held
+        entries = made.cache_info().currsize
+        if held > PARTS and entries >= LAUNCHES:
+            made.cache_clear()
+            entries = 0
+        held = (held if entries else 0) + parts((values, tuple(more.values())))
+        return function(*values, **more)
+
+    return made
 
 
 def dense(dtype: torch.dtype, batch: int, rows: int, columns: int, address: int) -> View:
@@ -203,19 +236,19 @@ class Entries:
 
 
 def upload(
-    values: tuple[int, ...], device: torch.device, kept: dict[int, Tensor] | None = None
+    values: tuple[int, ...], device: torch.device, earlier: dict[int, Tensor] | None = None
 ) -> Tensor:
-    """Return int64 on the device without waiting for it; `kept` has earlier results by stream."""
+    """Return int64 on the device without waiting for it; `earlier` has results by stream."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.int64)
     if torch.cuda.is_current_stream_capturing():
         return written(values, device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    if kept is None:
+    if earlier is None:
         return _uploaded(values, device, stream)
-    if stream not in kept:
-        kept[stream] = copied(values, device)
-    return kept[stream]
+    if stream not in earlier:
+        earlier[stream] = copied(values, device)
+    return earlier[stream]
 
 
 def written(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -231,7 +264,7 @@ def written(values: tuple[int, ...], device: torch.device) -> Tensor:
     return data
 
 
-@lru_cache(maxsize=LAUNCHES)
+@kept
 def _uploaded(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return copied(values, device)
 
