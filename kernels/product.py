@@ -33,6 +33,16 @@ VIEW = tl.constexpr(4)  # number of fields of a tensor
 
 
 @triton.jit
+def nearest(x):
+    """Return float32 rounded to TF32, ties away from zero.
+
+    Tensor cores only cut the last 13 bits off, which makes each factor smaller by some 2^-11.
+    """
+    bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def multiply(
     entries, count, entry, batch, i, j, M, N, K,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, A_ORDER: tl.constexpr, B_ORDER: tl.constexpr,
@@ -60,7 +70,10 @@ def multiply(
     for k in tl.range(0, K, BLOCK_K):
         x = tl.load(a + a_at, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
         y = tl.load(b + b_at, mask=(inner < K - k)[:, None] & (columns < N)[None, :], other=0.0)
-        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision=PRECISION)
+        x, y = x.to(DOT_TYPE), y.to(DOT_TYPE)
+        if PRECISION == "tf32":
+            x, y = nearest(x), nearest(y)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
         a += BLOCK_K * a_column
         b += BLOCK_K * b_row
     return acc

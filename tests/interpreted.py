@@ -24,6 +24,7 @@ from orthonorm._library import LOADED, OPS
 from orthonorm.bench.cases import CASES, Case
 from orthonorm.bench.inputs import Inputs, copied
 from orthonorm.bench.makers import KELLER
+from orthonorm.kernels import product
 from test_ops import Shapes, check_numbers, first_member, made, run
 
 # `test_triton.py` runs this file in a process of its own; elsewhere it would test other kernels.
@@ -341,6 +342,27 @@ def half_kernel(x, y, product, total, rounded, N: tl.constexpr):
     tl.store(product + at, tl.dot(a, b))
     tl.store(total + at, a + b)
     tl.store(rounded + at, tl.load(product + at).to(tl.bfloat16))
+
+
+@triton.jit
+def nearest_kernel(x, N: tl.constexpr):
+    at = x + tl.arange(0, N)
+    tl.store(at, product.nearest(tl.load(at)))
+
+
+def test_rounding_to_tf32() -> None:
+    """To 10 bits behind the point, as the same numbers do in float16, but ties go away from 0."""
+    x = torch.rand(4096) + 1
+    x = torch.cat([x, -x])
+    got = x.clone()
+    nearest_kernel[(1,)](got, x.numel())
+    tie = (x.view(torch.int32) & 0x1FFF) == 0x1000
+    assert torch.equal(got[~tie], x.half().float()[~tie])
+    odd = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 3 * 2**-11, 0.0, -0.0, torch.inf, -torch.inf])
+    odd = torch.cat([odd, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])
+    nearest_kernel[(1,)](odd, odd.numel())
+    wanted = [1 + 2**-10, -1 - 2**-10, 1 + 2**-9, 0.0, -0.0, torch.inf, -torch.inf, torch.nan]
+    torch.testing.assert_close(odd, torch.tensor(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit
