@@ -82,7 +82,10 @@ def device_of(device: torch.device) -> tuple[str, int]:
     if device.type == "cpu":
         return "cpu", 2
     properties = torch.cuda.get_device_properties(device)
-    return f"{properties.major}{properties.minor}", properties.multi_processor_count
+    arch = f"{properties.major}{properties.minor}"
+    if torch.version.hip:  # gfx942 would be "94", newer than a Hopper
+        arch = properties.gcnArchName.partition(":")[0]
+    return arch, properties.multi_processor_count
 
 
 def lanes(arch: str) -> int:

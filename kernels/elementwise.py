@@ -8,7 +8,6 @@ tensor (`tables.View`), then extras.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +152,7 @@ def groups(lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = (
     return groups_of(tables.items(*lists), tuple(extras), block_of(lists[0][0].device))
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def groups_of(
     items: tuple[tables.Item, ...], extras: tuple[tables.Entry, ...], block: int
 ) -> list[Group]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -67,7 +66,7 @@ def stride_of(x: View) -> int:
     return tables.cdiv(x.batch * x.rows * x.rows, 8) * 8
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def parts_size(X: Places) -> int:
     """Return the number of elements of all pieces' sums."""
     cut = [(x, pieces(x.rows, x.columns)) for x in X]
@@ -85,7 +84,7 @@ def sweep(X: Places, out: Places, parts: int, device: torch.device) -> None:
         )
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def planned(
     X: Places, out: Places, parts: int, device: torch.device, precision: str
 ) -> tuple[list[Launch], list[each.Group]]:

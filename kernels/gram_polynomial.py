@@ -18,7 +18,6 @@ take 93 for one matrix and 178 for 132. Outside of graphs the host's time decide
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -174,7 +173,7 @@ def schedule(
     return steps
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def scheduled(
     R: int, out: int, buffers: tuple[int, ...], n: int, triples: tuple[tuple[float, ...], ...]
 ) -> tables.Entries:
@@ -219,7 +218,7 @@ class Factor(NamedTuple):
     delta: float = 0.0
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def symmetric(
     A: View, B: View, C: View, out: View, device: torch.device, precision: str
 ) -> list[Launch]:
@@ -228,7 +227,7 @@ def symmetric(
     return launches("symmetric", products, device, A.dtype, precision, symmetric=True)
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def chained(
     R: int, buffers: tuple[int, ...], count: int, n: int, dtype: torch.dtype,
     triples: tuple[Triple, ...], device: torch.device, precision: str,

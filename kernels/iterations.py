@@ -8,7 +8,6 @@ launches. All matrices of a call have one short side n; their Gram matrices are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,7 @@ def whole(size: int) -> int:
     return tables.cdiv(size, GRAIN) * GRAIN
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def laid(X: Places, dtype: torch.dtype, address: int) -> Places:
     """Return dense matrices shaped like these, one after the other from an address on."""
     found = []
@@ -53,7 +52,7 @@ def laid(X: Places, dtype: torch.dtype, address: int) -> Places:
     return tuple(found)
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def cut(X: Places, dtype: torch.dtype, address: int) -> Places:
     """Return the stack of Gram matrices at an address, cut into the batches of the wide X."""
     found = []
@@ -63,7 +62,7 @@ def cut(X: Places, dtype: torch.dtype, address: int) -> Places:
     return tuple(found)
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def sizes(X: Places, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Return the number of matrices, and bytes of: a copy of all, a stack, the sums of `sweep`."""
     count = sum(x.batch for x in X)
@@ -98,7 +97,7 @@ class Workspace:
 # ---- words ---------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def applied(
     X: Places, Q: Places, out: Places, extras: tuple[Extra, ...], device: torch.device,
     precision: str, function: object, rounds: bool,
@@ -109,7 +108,7 @@ def applied(
     return launches("product", products, device, X[0].dtype, precision, function, rounds)
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def facing(out: Places) -> list[tuple[bool, tuple[int, ...]]]:
     """Return (True, indices of tall results) and (False, indices of others), if there are any."""
     groups = tables.grouped((o.rows > o.columns, i) for i, o in enumerate(out))
@@ -204,13 +203,13 @@ def iterate(
         words.gram_form(wide, parts)
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def paired(X: Places, Y: Places) -> tuple[tables.Item, ...]:
     """Return items of one place of each list."""
     return tuple((pair,) for pair in zip(X, Y, strict=True))
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def turned(X: Places) -> Places:
     """Return every place with its short side first."""
     return tuple(x.wide for x in X)

@@ -9,7 +9,6 @@ and part in the list, number of matrices. Then follow X and the moments (`tables
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from .configs import FUSION
 HEAD = tl.constexpr(8)
 PARTS, MATRICES = tl.constexpr(6), tl.constexpr(7)
 LANES = tl.constexpr(128)
+DEPTH = tl.constexpr(16)  # parts in flight: one after the other, each would wait for memory
 SUMS = tl.constexpr(3)  # per program: squares before, squares after, moments
 INSIDE, CLAMP = tl.constexpr(1), tl.constexpr(2)
 RAW = tl.constexpr(3)  # the moment itself, in place of a factor
@@ -60,14 +60,17 @@ def lane_block(entries, count, entry, blocks):
 
 @triton.jit
 def sum_of_parts(entries, count, entry, batch, length, parts, lane):
-    """Return a matrix's sums across at these lanes: the parts of its programs, added in order."""
+    """Return a matrix's sums across at these lanes: the parts of its programs, in one order."""
     size = tiles.field(entries, count, entry, 1)
-    at = parts + tiles.field(entries, count, entry, PARTS) + batch * size * length + lane
-    total = tl.zeros((LANES,), dtype=tl.float64)
-    for _ in tl.range(0, size):
-        total += tl.load(at, mask=lane < length, other=0.0).to(tl.float64)
-        at += length
-    return total
+    at = parts + tiles.field(entries, count, entry, PARTS) + batch * size * length
+    step = tl.arange(0, DEPTH)
+    at += tiles.square(step, lane, length, 1)
+    total = tl.zeros((DEPTH, LANES), dtype=tl.float64)
+    for start in tl.range(0, size, DEPTH):
+        mask = (step < size - start)[:, None] & (lane < length)[None, :]
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        at += DEPTH * length
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -232,9 +235,7 @@ def rescale_kernel(
     )  # fmt: skip
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
     x = tiles.corner(x, across, along, first, 0, ALIGNED)
-    scale(
-        x, across, along, x, across, along, lines, length, factor, LINES, ALONG, X_TYPE
-    )  # fmt: skip
+    scale(x, across, along, x, across, along, lines, length, factor, LINES, ALONG, X_TYPE)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -255,9 +256,7 @@ def normalize_kernel(
         entries, count, entry, batch, HEAD + 4, OUT_TYPE, X_ORDER, ALIGNED
     )
     out = tiles.corner(out, down, over, first, 0, ALIGNED)
-    scale(
-        x, across, along, out, down, over, lines, length, factor, LINES, ALONG, OUT_TYPE
-    )  # fmt: skip
+    scale(x, across, along, out, down, over, lines, length, factor, LINES, ALONG, OUT_TYPE)
 
 
 class Group(NamedTuple):
@@ -327,7 +326,7 @@ def groups(
     return groups_of(tables.items(X, *others), extras, *how)
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def groups_of(
     items: tuple[tables.Item, ...], extras: tuple[tables.Entry, ...], columns: bool, whole: bool,
     parts: bool, slots: Callable[[int], int] | None, device: torch.device,

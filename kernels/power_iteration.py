@@ -7,7 +7,6 @@ their part of A^T y. Parts are added in order, so nothing is atomic. "v_first" i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -274,7 +273,7 @@ class Plan(NamedTuple):
     lanes: tuple[int, int]  # grid of programs that own blocks of lanes
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def plans(items: tuple[tables.Item, ...], transposed: bool, device: torch.device) -> list[Plan]:
     """Return a plan for every launch."""
     made = []

@@ -23,7 +23,11 @@ def failure() -> str:
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     try:
         probe_kernel[(1,)](torch.zeros(1, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing compiler, driver or linker each raises its own
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise  # CUDA forbids to load kernels then, which says nothing of this machine
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
             f"orthonorm: Triton cannot compile here, torch serves: {reason}", stacklevel=2

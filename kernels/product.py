@@ -15,7 +15,6 @@ program, which takes a process-wide allocator. And they serve one layout only, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,16 @@ from .tables import View
 EXTRA = tl.constexpr(5)  # after fields first tile, tiles of a matrix, M, N, K: two of the end
 SIZES = tl.constexpr(7)  # after these: A, B, C, D and out
 VIEW = tl.constexpr(4)  # number of fields of a tensor
+
+
+@triton.jit
+def nearest(x):
+    """Return float32 rounded to TF32, ties away from zero.
+
+    Tensor cores only cut the last 13 bits off, which makes each factor smaller by some 2^-11.
+    """
+    bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -61,7 +70,10 @@ def multiply(
     for k in tl.range(0, K, BLOCK_K):
         x = tl.load(a + a_at, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
         y = tl.load(b + b_at, mask=(inner < K - k)[:, None] & (columns < N)[None, :], other=0.0)
-        acc = tl.dot(x.to(DOT_TYPE), y.to(DOT_TYPE), acc, input_precision=PRECISION)
+        x, y = x.to(DOT_TYPE), y.to(DOT_TYPE)
+        if PRECISION == "tf32":
+            x, y = nearest(x), nearest(y)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
         a += BLOCK_K * a_column
         b += BLOCK_K * b_row
     return acc
@@ -267,7 +279,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def launches(
     op: str, products: tuple[Factors, ...], device: torch.device, dtype: torch.dtype,
     precision: str, function: Any = ends.store, rounds: bool = False, symmetric: bool = False,

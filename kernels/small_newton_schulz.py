@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -135,7 +134,7 @@ def keyed(
             first += x.batch
 
 
-@lru_cache(maxsize=tables.LAUNCHES)
+@tables.kept
 def launches(
     items: tuple[tables.Item, ...], facing: tuple[Any, Any], extras: tuple[Extra, ...]
 ) -> list[tuple[Any, tuple[Any, ...], tables.Entries]]:

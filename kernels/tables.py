@@ -10,14 +10,18 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Hashable, Iterable, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache, lru_cache, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
+
+R = TypeVar("R")
 TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -52,10 +56,10 @@ class View:
         address, skip, row, column = fields
         self.order = 1 if column == 1 else (0 if row == 1 else 2)
         self.regular = address % 16 == 0 and skip % 8 == 0
-        whole = self.order < 2 and rows % 8 == columns % 8 == 0
-        even = all(s == 1 or (s % 8 == 0 and s < 2**22) for s in fields[1:])
-        self.aligned = whole and self.regular and even
         across, along = ((row, columns), (column, rows))[self.order == 0]
+        whole = self.order < 2 and rows % 8 == columns % 8 == 0
+        # `skip` has no bound: offsets of whole matrices are of 64 bits
+        self.aligned = whole and self.regular and across % 8 == 0 and across < 2**22
         self.dense = self.order < 2 and across == along
 
     @property
@@ -74,11 +78,40 @@ Places = tuple[View, ...]
 # Sizes of caches keyed by addresses. A step that meets the same addresses again makes nothing anew;
 # a step whose gradients lie elsewhere each time leaves old entries behind. Each call in a step is
 # an entry: 9 for Muon's one group, 82 for its twelve, 84 for SOAP's four. An entry of a hundred
-# matrices takes some 100 KB on the host and 30 KB on the device. A step makes some 11 views of each
-# matrix, 1 KB each. (144 matrices, 2026-11)
+# matrices takes some 100 KB on the host and 30 KB on the device, and its key has some 700 PARTS. A
+# step makes some 11 views of each matrix, 1 KB each. (144 matrices, 2026-11)
 LAUNCHES = 128
+PARTS = 2**16
 VIEWS = 128 * LAUNCHES
 place = lru_cache(maxsize=VIEWS)(View)
+
+
+def parts(key: object) -> int:
+    """Return the number of values in nested tuples."""
+    return sum(map(parts, key)) if isinstance(key, tuple) else 1
+
+
+def kept(function: Callable[..., R]) -> _lru_cache_wrapper[R]:
+    """Decorator: keep results by arguments; all are dropped when they hold too much.
+
+    That is more than LAUNCHES entries and more than PARTS in their keys. A bound on entries alone
+    would be met by a step of many small groups, and each would drop what the next step needs
+    first. How many PARTS a step has does not depend on how its matrices are grouped.
+    """
+    held = 0
+
+    @cache
+    @wraps(function)
+    def made(*values: Any, **more: Any) -> R:
+        nonlocal held
+        entries = made.cache_info().currsize
+        if held > PARTS and entries >= LAUNCHES:
+            made.cache_clear()
+            entries = 0
+        held = (held if entries else 0) + parts((values, tuple(more.values())))
+        return function(*values, **more)
+
+    return made
 
 
 def dense(dtype: torch.dtype, batch: int, rows: int, columns: int, address: int) -> View:
@@ -140,6 +173,16 @@ def number(bits: int) -> float:
     return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
+def doubles(numbers: Sequence[float]) -> bytes:
+    """Return float64 numbers as bytes."""
+    return struct.pack(f"<{len(numbers)}d", *numbers)
+
+
+def integers(data: bytes) -> tuple[int, ...]:
+    """Return bytes as int64."""
+    return struct.unpack(f"<{len(data) // 8}q", data)
+
+
 Entry = tuple[int, ...]  # number of tiles, then fields
 
 
@@ -180,43 +223,48 @@ class Entries:
         self, numbers: Sequence[float], device: torch.device, behind: Sequence[float] = ()
     ) -> Table:
         """Return the table with these numbers; `behind`, of any length, follow the entries."""
-        key = (tuple(numbers), device, tuple(behind))
+        # by bits: an address among the numbers is a denormal, which torch.set_flush_denormal makes
+        # equal to any other
+        key = (doubles(numbers), device, doubles(behind))
         found = self._tables.get(key)
         if found is None:
             if len(self._tables) == 8:  # numbers that change every step would fill it
                 self._tables.clear()
-            values = (*map(bits, numbers), *self._values, *map(bits, behind))
+            values = (*integers(key[0]), *self._values, *integers(key[2]))
             found = self._tables[key] = Table(values, device, self._sizes)
         return found
 
 
 def upload(
-    values: tuple[int, ...], device: torch.device, kept: dict[int, Tensor] | None = None
+    values: tuple[int, ...], device: torch.device, earlier: dict[int, Tensor] | None = None
 ) -> Tensor:
-    """Return int64 on the device without waiting for it; `kept` has earlier results by stream."""
+    """Return int64 on the device without waiting for it; `earlier` has results by stream."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.int64)
     if torch.cuda.is_current_stream_capturing():
         return written(values, device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    if kept is None:
+    if earlier is None:
         return _uploaded(values, device, stream)
-    if stream not in kept:
-        kept[stream] = copied(values, device)
-    return kept[stream]
+    if stream not in earlier:
+        earlier[stream] = copied(values, device)
+    return earlier[stream]
 
 
 def written(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 on a GPU, passed as arguments of kernels.
 
-    A CUDA graph keeps arguments. A copy in it would read host memory that may be gone by then.
+    A CUDA graph keeps arguments. A copy in it would read host memory that may be gone by then. A
+    kernel takes 96 of them, or 672 since CUDA 13, and runs in every replay. So equal neighbours,
+    as a field has of matrices of one shape, are one: a table of 72 products has 450, not 1951.
     """
     data = torch.zeros(len(values), dtype=torch.int64, device=device)
-    torch._foreach_add_(data.unbind(), list(values))
+    runs = [(value, len(list(run))) for value, run in itertools.groupby(values)]
+    torch._foreach_add_(data.split([length for _, length in runs]), [value for value, _ in runs])
     return data
 
 
-@lru_cache(maxsize=LAUNCHES)
+@kept
 def _uploaded(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return copied(values, device)
 

@@ -24,6 +24,7 @@ from orthonorm._library import LOADED, OPS
 from orthonorm.bench.cases import CASES, Case
 from orthonorm.bench.inputs import Inputs, copied
 from orthonorm.bench.makers import KELLER
+from orthonorm.kernels import product
 from test_ops import Shapes, check_numbers, first_member, made, run
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterOptions
@@ -291,7 +292,7 @@ def test_tables_are_written_exactly() -> None:
     """The way a table takes into a CUDA graph."""
     from orthonorm.kernels import tables
 
-    values = (1, -(2**63), 2**63 - 1, tables.bits(-0.1), 0)
+    values = (1, -(2**63), 2**63 - 1, 7, 7, 7, tables.bits(-0.1), 0, 0, 7)
     assert tuple(tables.written(values, torch.device("cpu")).tolist()) == values
 
 
@@ -320,6 +321,24 @@ def test_offsets_beyond_32_bits(
     assert torch.equal(orthonorm.ops.divide_each(X, norms, torch.float32), wanted)
 
 
+def test_overlapping_rows() -> None:
+    """Of a vector unfolded, where both strides are 1: rows begin at every element."""
+    X = torch.randn(63).unfold(0, 8, 1)
+    for f in (orthonorm.ops.gram, orthonorm.ops.row_normalize, orthonorm.ops.column_normalize):
+        assert torch.equal(f(X), f(X.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(2048, 4096), (3, 2048, 2048)])
+def test_large_matrices_are_aligned(shape: tuple[int, ...]) -> None:
+    """Tensors, and places of a workspace: else they are read by single elements."""
+    from orthonorm.kernels import tables
+
+    X = torch.empty(shape, dtype=torch.bfloat16)
+    for ((found,),) in (tables.views(X), tables.views(X.mT)):
+        own = tables.dense(X.dtype, found.batch, found.rows, found.columns, found.fields[0])
+        assert found.aligned and own.aligned
+
+
 @triton.jit
 def half_kernel(x, y, product, total, rounded, N: tl.constexpr):
     i = tl.arange(0, N)
@@ -328,6 +347,27 @@ def half_kernel(x, y, product, total, rounded, N: tl.constexpr):
     tl.store(product + at, tl.dot(a, b))
     tl.store(total + at, a + b)
     tl.store(rounded + at, tl.load(product + at).to(tl.bfloat16))
+
+
+@triton.jit
+def nearest_kernel(x, N: tl.constexpr):
+    at = x + tl.arange(0, N)
+    tl.store(at, product.nearest(tl.load(at)))
+
+
+def test_rounding_to_tf32() -> None:
+    """To 10 bits behind the point, as the same numbers do in float16, but ties go away from 0."""
+    x = torch.rand(4096) + 1
+    x = torch.cat([x, -x])
+    got = x.clone()
+    nearest_kernel[(1,)](got, x.numel())
+    tie = (x.view(torch.int32) & 0x1FFF) == 0x1000
+    assert torch.equal(got[~tie], x.half().float()[~tie])
+    odd = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 3 * 2**-11, 0.0, -0.0, torch.inf, -torch.inf])
+    odd = torch.cat([odd, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])
+    nearest_kernel[(1,)](odd, odd.numel())
+    wanted = [1 + 2**-10, -1 - 2**-10, 1 + 2**-9, 0.0, -0.0, torch.inf, -torch.inf, torch.nan]
+    torch.testing.assert_close(odd, torch.tensor(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit

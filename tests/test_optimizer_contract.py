@@ -162,6 +162,21 @@ def test_state_follows_parameters_to_another_dtype(row: Row) -> None:
 
 
 @ALL
+def test_state_follows_parameters_to_another_device(row: Row) -> None:
+    """Of a checkpoint read to the CPU, step counts of the companion included."""
+    params = make(torch.float32, (*SHAPES, (5,)))
+    fresh = [nn.Parameter(p.detach().to("meta")) for p in params]
+    a, b = (
+        build(row, [{"params": ps[:-1]}, {"params": ps[-1:], "rule": "adamw"}])
+        for ps in (params, fresh)
+    )
+    run(a, params, 1)
+    b.load_state_dict(a.state_dict())
+    found = [v for s in b.state.values() for v in s.values() if isinstance(v, Tensor)]
+    assert len(b.state[fresh[-1]]) == 3 and all(v.is_meta for v in found)
+
+
+@ALL
 def test_pickle_and_repr(row: Row) -> None:
     params = make(torch.float32, SHAPES)
     a = build(row, params)

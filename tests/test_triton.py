@@ -51,12 +51,34 @@ def test_what_is_kept_by_address_has_one_bound() -> None:
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for name, f in vars(module).items():
             if hasattr(f, "cache_info") and f.__module__ == module.__name__:
-                found[f"{info.name}.{name}"] = f.cache_info().maxsize
-    views = {"tables.view": tables.VIEWS, "tables.place": tables.VIEWS}
-    assert len(found) > 15 and {k: found.pop(k) for k in views} == views
-    few = {k for k, n in found.items() if k.startswith(("configs.", "probe."))}
-    assert {n for k, n in found.items() if k not in few} == {tables.LAUNCHES}
-    assert tables.LAUNCHES <= 128 and tables.VIEWS <= 2**14
+                found[f"{info.name}.{name}"] = f
+    views = {found.pop(f"tables.{name}").cache_info().maxsize for name in ("view", "place")}
+    assert len(found) > 15 and views == {tables.VIEWS}
+    few = {k for k in found if k.startswith(("configs.", "probe."))}
+    bounded = tables.kept(bool).__wrapped__.__code__
+    assert {f.__wrapped__.__code__ for k, f in found.items() if k not in few} == {bounded}
+    assert tables.LAUNCHES <= 128 and tables.VIEWS <= 2**14 and tables.PARTS <= 2**16
+
+
+def test_what_is_kept_is_bounded_by_what_it_holds() -> None:
+    """Few large entries or many small ones stay; new ones without end do not."""
+    from orthonorm.kernels import tables
+
+    @tables.kept
+    def total(numbers: tuple[int, ...], more: int = 0) -> int:
+        return sum(numbers) + more
+
+    def held(count: int, length: int, again: int = 1) -> int:
+        total.cache_clear()
+        for i in [*range(count)] * again:
+            assert total((i,) * length, more=1) == i * length + 1
+        return total.cache_info().currsize
+
+    large = 2 * tables.PARTS // tables.LAUNCHES
+    assert held(tables.LAUNCHES, large, again=2) == tables.LAUNCHES == total.cache_info().hits
+    few = 20 * tables.LAUNCHES
+    assert held(few, 9, again=2) == few == total.cache_info().hits
+    assert held(few, large) <= tables.LAUNCHES
 
 
 def test_a_table_that_is_dropped_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +96,22 @@ def test_a_table_that_is_dropped_leaves_the_device(monkeypatch: pytest.MonkeyPat
     del data, table, entries
     gc.collect()
     assert kept() is None
+
+
+def test_tables_of_addresses_are_told_apart() -> None:
+    """Among a table's numbers they are denormals, which a process may flush to zero."""
+    from orthonorm.kernels import tables
+
+    entries = tables.Entries([(1, 4096, 3)])
+    torch.set_flush_denormal(True)
+    try:
+        made = [
+            entries.table((1.0, tables.number(address)), torch.device("cpu"))
+            for address in (0, 0x7F0012345600, 0x7F00ABCDEF00)
+        ]
+    finally:
+        torch.set_flush_denormal(False)
+    assert [int(t.data[1]) for t in made] == [0, 0x7F0012345600, 0x7F00ABCDEF00]
 
 
 SHARED = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ SPILLS = {
     for op in ("normuon", "normuon-tall", "muon-rounded")
     for dtype in ("float16", "bfloat16")
 }
+# One register in excess of 128, where ptxas stops although 255 are to be had
+SPILLS |= {f"{op}-tf32-64x128x32-sm_100": 2 for op in ("muon", "muon-rounded", "conda-back")}
 
 
 def bounded(build: Build) -> bool:
@@ -124,6 +127,19 @@ def test_architectures_without_a_row() -> None:
     assert rows == [eighty, eighty, ninety, eighty, eighty]
     assert not configs.records("product", torch.float16, "75")
     assert not configs.records("product", torch.float16, "gfx90a")
+
+
+def test_amd_architectures_have_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    found = SimpleNamespace(
+        major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    cuda = torch.device("cuda", 0)
+    assert configs.device_of.__wrapped__(cuda) == ("94", 304)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert configs.device_of.__wrapped__(cuda) == ("gfx942", 304)
 
 
 @pytest.mark.parametrize(

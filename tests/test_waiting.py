@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from orthonorm import optim
 from orthonorm.distributed import agreement, comm_report, copies, exchange, share_work
+from orthonorm.optim import tensors
 from orthonorm.optim.tensors import mesh_places, mesh_ranks, numbers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -141,6 +142,19 @@ def test_distributed_step_waits_for_nothing(
         gathers = comm_report(optimizer).gathers
     assert gathers == (shared and name in SHARED)
     assert len(told) >= 2 or name in ("AdamW", "Signum")  # which exchange nothing
+
+
+@pytest.mark.parametrize("values", [0.1, [1e300, -0.3, float("inf")]])
+def test_a_graph_keeps_the_numbers_of_the_host(values: Any, monkeypatch: Any) -> None:
+    """It would read the source of a copy in every replay; no call here reads the host's memory."""
+    wanted = torch.tensor(values, dtype=torch.float64)
+    assert torch.equal(tensors.written(wanted, torch.device("cpu")), wanted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True), monkeypatch.context() as patch:
+        patch.setattr(tensors, "sent", None)
+        patch.setattr(tensors, "written", lambda made, device: torch.empty(3, device=device))
+        assert numbers(values, CUDA).shape == (3,)
 
 
 def test_waiting_is_seen() -> None:

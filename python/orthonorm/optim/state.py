@@ -387,9 +387,12 @@ def held(opt: MatrixOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unheld(state: Mapping[Any, Any]) -> None:
-    """Take tensors out of `Held` in place, and move them to their parameter's device."""
+    """Take tensors out of `Held` in place, and move them to their parameter's device.
+
+    Step counts too: torch leaves them where they were saved, and `torch.optim.AdamW` saves the
+    CPU's.
+    """
     for p, named in state.items():
         for key, value in named.items():
-            if isinstance(value, Held):
-                tensor = value.tensor
-                named[key] = tensor.to(p.device) if isinstance(tensor, Tensor) else tensor
+            tensor = value.tensor if isinstance(value, Held) else value
+            named[key] = tensor.to(p.device) if isinstance(tensor, Tensor) else tensor

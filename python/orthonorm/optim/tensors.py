@@ -50,7 +50,25 @@ def whole(t: Tensor) -> Tensor:
 
 def numbers(values: Sequence[float] | float, device: torch.device) -> Tensor:
     """Return numbers of the host as a float64 tensor on a device."""
-    return sent(torch.tensor(values, dtype=torch.float64), device)
+    made = torch.tensor(values, dtype=torch.float64)
+    return written(made, device) if captured(device) else sent(made, device)
+
+
+def captured(device: torch.device) -> bool:
+    """True if a CUDA graph is being made of what the device is told."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def written(made: Tensor, device: torch.device) -> Tensor:
+    """Return a copy whose numbers are arguments of kernels.
+
+    A CUDA graph keeps these. A copy in it reads `made` anew in every replay, when that is gone.
+    """
+    found = torch.zeros(made.shape, dtype=made.dtype, device=device)
+    torch._foreach_add_(found.view(-1).unbind(), made.view(-1).tolist())
+    return found
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
