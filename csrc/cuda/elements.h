@@ -130,6 +130,35 @@ struct Eight {
     }
   }
 
+  // The same of runs that are there; others are zeros, and stay where they are.
+  __device__ void load(const char* at, Element type, int first, int second,
+                       const bool (&there)[2]) {
+    const int size = size_of(type);
+    const uint4* a = reinterpret_cast<const uint4*>(at + int64_t{first} * size);
+    const uint4* b = reinterpret_cast<const uint4*>(at + int64_t{second} * size);
+#pragma unroll
+    for (int i = 0; i < accesses; ++i) raw[i] = {0, 0, 0, 0};
+    if (there[0]) raw[0] = a[0];
+    if (there[1] && size == 4) raw[1] = b[0];
+    if constexpr (sizeof(A) == 8) {
+      if (there[0] && size == 8) raw[1] = a[1];
+      if (there[1] && size == 8) raw[2] = b[0], raw[3] = b[1];
+    }
+  }
+
+  __device__ void store(char* at, Element type, int first, int second,
+                        const bool (&there)[2]) const {
+    const int size = size_of(type);
+    uint4* a = reinterpret_cast<uint4*>(at + int64_t{first} * size);
+    uint4* b = reinterpret_cast<uint4*>(at + int64_t{second} * size);
+    if (there[0]) a[0] = raw[0];
+    if (there[1] && size == 4) b[0] = raw[1];
+    if constexpr (sizeof(A) == 8) {
+      if (there[0] && size == 8) a[1] = raw[1];
+      if (there[1] && size == 8) b[0] = raw[2], b[1] = raw[3];
+    }
+  }
+
   __device__ void get(Element type, A (&x)[8], bool integers = false) const {
     if (integers) return get<int16_t>(x);
     switch (type) {
