@@ -16,6 +16,8 @@ double counted_on_host(const Tensor& step) {
 void check_steps(const TensorList& steps, const TensorList& params, bool flagged) {
   std::unordered_set<const void*> seen;
   for (const Tensor& step : steps) {
+    STD_TORCH_CHECK(step.is_cpu() || step.device() == params[0].device(),
+                    "adamw_step_: steps must be on the CPU or the device of params");
     STD_TORCH_CHECK(!flagged || step.device() == params[0].device(),
                     "adamw_step_: steps must be on the device of params ",
                     "where found_inf is given");

@@ -39,19 +39,33 @@ struct Device {
 };
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: else the next launch of anybody would be blamed for it
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 #ifdef __CUDACC__
+// Lets a kernel have `bytes` of dynamic shared memory on the current device: unasked, that and the
+// kernel's arrays of fixed size get 48 KiB together. All that the device has is asked for, whatever
+// `bytes`: threads that launch one kernel with different sizes would lower each other's limit.
+inline void allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes == 0) return;
+  cudaFuncAttributes has{};
+  check(cudaFuncGetAttributes(&has, kernel));
+  const int own = static_cast<int>(has.sharedSizeBytes);
+  if (own + bytes <= has.maxDynamicSharedSizeBytes) return;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - own));
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             const Device& device, const Arguments&... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) check(cudaErrorInvalidConfiguration);
-  if (shared_bytes > 48 * 1024) {  // more than a launch gets unasked
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)));
-  }
+  allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, device.stream>>>(arguments...);
   check(cudaGetLastError());
 }
@@ -62,8 +76,7 @@ void launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t blocks,
                      int64_t shared_bytes, const Device& device, const Arguments&... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) check(cudaErrorInvalidConfiguration);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes)));
+  allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};

@@ -58,6 +58,35 @@ __device__ inline A load(const char* at, Element type, bool integer = false) {
   }
 }
 
+// Eight elements, the k-th at `where(k)` if `is(k)`, else 0. All are loaded before any is used:
+// with a choice of types around each, every load would be waited for.
+template <class T, class A, class Is, class Where>
+__device__ inline void load_each(A (&x)[8], const Is& is, const Where& where) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
+  std::conditional_t<sizeof(T) == 2, uint32_t, T> raw[8] = {};  // a register each
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    if (is(k)) raw[k] = *reinterpret_cast<const Bits*>(where(k));
+  }
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    if constexpr (sizeof(T) == 2) {
+      x[k] = static_cast<A>(widened(T{static_cast<uint16_t>(raw[k])}));
+    } else {
+      x[k] = static_cast<A>(raw[k]);
+    }
+  }
+}
+template <class A, class Is, class Where>
+__device__ inline void load_each(Element type, A (&x)[8], const Is& is, const Where& where) {
+  switch (type) {
+    case Element::f16: return load_each<Fp16>(x, is, where);
+    case Element::bf16: return load_each<Bf16>(x, is, where);
+    case Element::f32: return load_each<float>(x, is, where);
+    default: return load_each<double>(x, is, where);
+  }
+}
+
 template <class A>
 __device__ inline void store(char* at, Element type, A x, bool integer = false) {
   if (integer) {
@@ -98,6 +127,35 @@ struct Eight {
     if (size == 4) b[0] = raw[1];
     if constexpr (sizeof(A) == 8) {
       if (size == 8) a[1] = raw[1], b[0] = raw[2], b[1] = raw[3];
+    }
+  }
+
+  // The same of runs that are there; others are zeros, and stay where they are.
+  __device__ void load(const char* at, Element type, int first, int second,
+                       const bool (&there)[2]) {
+    const int size = size_of(type);
+    const uint4* a = reinterpret_cast<const uint4*>(at + int64_t{first} * size);
+    const uint4* b = reinterpret_cast<const uint4*>(at + int64_t{second} * size);
+#pragma unroll
+    for (int i = 0; i < accesses; ++i) raw[i] = {0, 0, 0, 0};
+    if (there[0]) raw[0] = a[0];
+    if (there[1] && size == 4) raw[1] = b[0];
+    if constexpr (sizeof(A) == 8) {
+      if (there[0] && size == 8) raw[1] = a[1];
+      if (there[1] && size == 8) raw[2] = b[0], raw[3] = b[1];
+    }
+  }
+
+  __device__ void store(char* at, Element type, int first, int second,
+                        const bool (&there)[2]) const {
+    const int size = size_of(type);
+    uint4* a = reinterpret_cast<uint4*>(at + int64_t{first} * size);
+    uint4* b = reinterpret_cast<uint4*>(at + int64_t{second} * size);
+    if (there[0]) a[0] = raw[0];
+    if (there[1] && size == 4) b[0] = raw[1];
+    if constexpr (sizeof(A) == 8) {
+      if (there[0] && size == 8) a[1] = raw[1];
+      if (there[1] && size == 8) b[0] = raw[2], b[1] = raw[3];
     }
   }
 

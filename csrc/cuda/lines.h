@@ -61,7 +61,8 @@ struct Tile {
   int64_t matrix, row, column;  // of the tile's corner
   uint32_t down, over;
   int first, second;  // where a lane's runs of four columns begin
-  bool wide;          // whether its rows may be moved 16 bytes at a time
+  bool there[2];      // whether a lane's runs are columns of the matrix
+  bool wide;          // whether a lane's numbers may be moved 16 bytes at a time
 
   __device__ Tile(const LineEntry& e, uint32_t inside, const char* data, const int64_t* stride,
                   int size) {
@@ -73,7 +74,11 @@ struct Tile {
     const int lane = threadIdx.x % warp, own = size_of(e.type) == 2 ? 8 : 4;
     first = own * lane;
     second = first + (own == 8 ? 4 : tile_columns / 2);
-    wide = column + tile_columns <= e.lines[columns_side] && even(data, stride, size);
+    const int64_t left = e.lines[columns_side] - column;
+    there[0] = first < left, there[1] = second < left;
+    const bool cut = own == 8 ? there[0] && first + 8 > left
+                              : (there[0] && first + 4 > left) || (there[1] && second + 4 > left);
+    wide = !cut && even(data, stride, size);
   }
 
   __device__ static bool even(const char* data, const int64_t* stride, int size) {
@@ -98,7 +103,7 @@ __device__ inline void each_row(const LineEntry& e, const Tile& tile, const F& f
       const int64_t at = row + r * warps;
       if (!tile.wide || at >= e.lines[rows_side]) continue;
       const char* line = x + (at * e.x_stride[1] + tile.column) * size;
-      raw[r].load(line, e.type, tile.first, tile.second);
+      raw[r].load(line, e.type, tile.first, tile.second, tile.there);
     }
 #pragma unroll
     for (int r = 0; r < together; ++r) {
@@ -326,7 +331,7 @@ __global__ void __launch_bounds__(line_threads, sizeof(A) == 4 ? 2 : 1)
       Eight<A> raw;
       raw.put(e.out_type, y);
       raw.store(out + (row * e.out_stride[1] + tile.column) * size, e.out_type, tile.first,
-                tile.second);
+                tile.second, tile.there);
       return;
     }
 #pragma unroll

@@ -145,7 +145,7 @@ struct PowerMatrix {
     const int64_t j = int64_t{block} * power_threads + threadIdx.x;
     double z = 0;
     if (j < e.columns && n.y != 0) {
-#pragma unroll 4
+#pragma unroll 16  // loads in flight: a matrix has few such blocks
       for (uint32_t t = 0; t < e.tiles; ++t) {
         const Powers p = m.powers[t];
         z += scaled(m.sums[t * m.width + j], 2 * (p.shift - n.exponent) + p.y);

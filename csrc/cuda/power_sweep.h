@@ -47,6 +47,17 @@ struct Operand {
   }
   __device__ A scaled(A x) const { return shifted ? shift(x) : x; }
   __device__ A at(int64_t i, int64_t j) const { return scaled(load<A>(address(i, j), type)); }
+
+  // Eight elements of row i, every `apart`-th from column j on, 0 beyond the last.
+  __device__ void spread(int64_t i, int64_t j, int apart, A (&x)[8]) const {
+    const char* const first = address(i, j);
+    const int64_t step = apart * column * size_of(type);
+    load_each(
+        type, x, [&](int k) { return j + k * apart < columns; },
+        [&](int k) { return first + k * step; });
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x[k] = scaled(x[k]);
+  }
 };
 
 // Rows kept on chip: runs of eight elements, as they lie in memory, `runs` of each row.
@@ -59,23 +70,35 @@ struct Stage {
   }
 };
 
-// Eight elements of a row from column j on, 0 beyond the last; they go through the stage.
+// Eight elements of a row from column j on, that went through the stage if it has room for them.
 template <class A>
-__device__ inline void eight(const Operand<A>& w, int64_t i, int64_t j, bool wide, int row,
-                             const Stage& stage, bool staged, A (&x)[8]) {
-  if (!wide || j + 8 > w.columns) {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) x[k] = j + k < w.columns ? w.at(i, j + k) : A(0);
-    return;
-  }
+__device__ inline void again(const Operand<A>& w, int64_t i, int64_t j, int row,
+                             const Stage& stage, A (&x)[8]) {
   Eight<A> raw;
-  uint4* const kept = stage.at(row, j / 8, w.type);
-  const bool fits = j / 8 < stage.runs;
-  raw.load(staged && fits ? reinterpret_cast<const char*>(kept) : w.address(i, j), w.type, 0, 4);
-  if (!staged && fits) raw.store(reinterpret_cast<char*>(kept), w.type, 0, 4);
+  const char* const kept = reinterpret_cast<const char*>(stage.at(row, j / 8, w.type));
+  raw.load(j / 8 < stage.runs ? kept : w.address(i, j), w.type, 0, 4);
   raw.get(w.type, x);
 #pragma unroll
   for (int k = 0; k < 8; ++k) x[k] = w.scaled(x[k]);
+}
+
+// Eight numbers of scratch, where every eighth begins at 16 bytes.
+template <class A>
+__device__ inline void read_eight(const A* from, A (&x)[8]) {
+  constexpr int words = sizeof(A) / 2;
+  uint4 raw[words];
+#pragma unroll
+  for (int i = 0; i < words; ++i) raw[i] = reinterpret_cast<const uint4*>(from)[i];
+  memcpy(x, raw, sizeof x);
+}
+
+template <class A>
+__device__ inline void write_eight(A* to, const A (&x)[8]) {
+  constexpr int words = sizeof(A) / 2;
+  uint4 raw[words];
+  memcpy(raw, x, sizeof x);
+#pragma unroll
+  for (int i = 0; i < words; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
 }
 
 template <class T>
@@ -155,65 +178,110 @@ struct Sweeping {
     return before == lowest_power ? A(1) : static_cast<A>(std::ldexp(1.0, before - now));
   }
 
+  // total += x times eight numbers of `right` from column j on.
+  __device__ void add(const A (&x)[8], int64_t j, A& total) const {
+    A factors[8], part = 0;
+    read_eight(right + j, factors);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) part = std::fma(x[k], factors[k], part);
+    total += part;
+  }
+
+  // A warp's row times `right`, in every lane; whole runs of eight go to the stage. `together` of
+  // them are loaded before any is used.
+  __device__ A product(int64_t i, int row, bool wide) const {
+    constexpr int together = sizeof(A) == 8 ? 2 : 4, apart = 8 * warp;
+    const int64_t own = threadIdx.x % warp * 8, whole = wide ? w.columns - 7 : 0;
+    A x[8], total = 0;
+#pragma unroll 1
+    for (int64_t j = own; j < whole; j += together * apart) {
+      Eight<A> raw[together];
+#pragma unroll
+      for (int r = 0; r < together; ++r) {
+        const int64_t at = j + r * apart;
+        if (at < whole) raw[r].load(w.address(i, at), w.type, 0, 4);
+      }
+#pragma unroll
+      for (int r = 0; r < together; ++r) {
+        const int64_t at = j + r * apart;
+        if (at >= whole) break;
+        char* const kept = reinterpret_cast<char*>(stage.at(row, at / 8, w.type));
+        if (at / 8 < stage.runs) raw[r].store(kept, w.type, 0, 4);
+        raw[r].get(w.type, x);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) x[k] = w.scaled(x[k]);
+        add(x, at, total);
+      }
+    }
+    const int64_t done = own < whole ? (whole - 1 - own) / apart + 1 : 0;
+#pragma unroll 1
+    for (int64_t j = own + done * apart; j < w.columns; j += apart) {
+      w.spread(i, j, 1, x);
+      add(x, j, total);
+    }
+    return warp_sum(total);
+  }
+
   // A warp has a row; then a thread has runs of eight columns of all eight rows.
   __device__ void rows() {
     ORTHONORM_SHARED(A, found, power_warps);
-    const int own = threadIdx.x / warp, lane = threadIdx.x % warp;
+    const int own = threadIdx.x / warp;
     const bool wide = w.wide();
     for (int64_t row = first; row < end; row += power_warps) {
       const int count = static_cast<int>(end - row < power_warps ? end - row : power_warps);
-      A total = 0;
-      if (own < count) {
-#pragma unroll 2
-        for (int64_t j = 8 * lane; j < w.columns; j += 8 * warp) {
-          A x[8], part = 0;
-          eight(w, row + own, j, wide, own, stage, false, x);
-#pragma unroll
-          for (int k = 0; k < 8; ++k) part = std::fma(x[k], right[j + k], part);
-          total += part;
-        }
-      }
-      total = warp_sum(total);
-      if (lane == 0) found[own] = total;
+      const A total = own < count ? product(row + own, own, wide) : A(0);
+      if (threadIdx.x % warp == 0) found[own] = total;
       __syncthreads();
       const A kept = take(found, count, row);
       const power::Shift<A> unit(power == lowest_power ? 0 : power);
 #pragma unroll 1
       for (int64_t j = 8 * threadIdx.x; j < w.columns; j += 8 * power_threads) {
-        A sum[8];
+        A sum[8] = {};
+        if (row != first) {
+          read_eight(sums + j, sum);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sum[k] = row == first ? A(0) : sums[j + k] * kept;
-#pragma unroll 2
-        for (int r = 0; r < count; ++r) {
-          A x[8];
-          eight(w, row + r, j, wide, r, stage, true, x);
+          for (int k = 0; k < 8; ++k) sum[k] = sum[k] * kept;
+        }
+        A x[8];
+        const auto take_row = [&](int r) {
           const A factor = unit(found[r]);
 #pragma unroll
           for (int k = 0; k < 8; ++k) sum[k] = std::fma(x[k], factor, sum[k]);
+        };
+        const bool whole = wide && j + 8 <= w.columns;
+#pragma unroll 2
+        for (int r = 0; whole && r < count; ++r) {
+          again(w, row + r, j, r, stage, x);
+          take_row(r);
         }
+#pragma unroll 1
+        for (int r = 0; !whole && r < count; ++r) {
+          w.spread(row + r, j, 1, x);
+          take_row(r);
+        }
+        write_eight(sums + j, sum);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          sums[j + k] = sum[k];
-          sound = sound && finite(sum[k]);
-        }
+        for (int k = 0; k < 8; ++k) sound = sound && finite(sum[k]);
       }
       __syncthreads();  // before the next rows' y and stage
     }
   }
 
-  // A lane has a row, a warp every eighth column.
+  // A lane has a row, a warp every eighth column, eight of them at a time.
   __device__ void columns() {
     ORTHONORM_SHARED(A, parts, power_threads);
     ORTHONORM_SHARED(A, found, warp);
+    constexpr int together = 8 * power_warps;
     const int own = threadIdx.x / warp, lane = threadIdx.x % warp;
     const int count = static_cast<int>(end - first);
-    A total = 0;
-    for (int64_t j = own; j < w.columns && lane < count; j += 8 * power_warps) {
+    A x[8] = {}, total = 0;
+    for (int64_t j = own; j < w.columns && lane < count; j += together) {
       A part = 0;
+      w.spread(first + lane, j, power_warps, x);
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         const int64_t at = j + k * power_warps;
-        if (at < w.columns) part = std::fma(w.at(first + lane, at), right[at], part);
+        if (at < w.columns) part = std::fma(x[k], right[at], part);
       }
       total += part;
     }
@@ -227,11 +295,16 @@ struct Sweeping {
     take(found, count, first);
     const power::Shift<A> unit(power == lowest_power ? 0 : power);
     const A factor = unit(found[lane]);
-#pragma unroll 2
-    for (int64_t j = own; j < w.columns; j += power_warps) {
-      const A sum = warp_sum(lane < count ? w.at(first + lane, j) * factor : A(0));
-      if (lane == 0) sums[j] = sum;
-      sound = sound && finite(sum);
+#pragma unroll 1
+    for (int64_t j = own; j < w.columns; j += together) {
+      if (lane < count) w.spread(first + lane, j, power_warps, x);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const int64_t at = j + k * power_warps;
+        const A sum = warp_sum(lane < count && at < w.columns ? x[k] * factor : A(0));
+        if (lane == 0 && at < w.columns) sums[at] = sum;
+        sound = sound && finite(sum);
+      }
     }
     __syncthreads();
   }
