@@ -1,9 +1,16 @@
-"""Under TRITON_INTERPRET=1, which `test_triton.py` sets, Triton's interpreter is repaired first."""
+"""Every test on one thread, from the same seed; tests of threads choose their number.
+
+Under TRITON_INTERPRET=1, which `test_triton.py` sets, Triton's interpreter is repaired first.
+"""
 
 import os
-from collections.abc import Iterator
 
 import pytest
+
+# Before torch reads it, and for the processes that tests start. Two test processes with two threads
+# each on two cores wait for threads that are not running: they took four times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -20,16 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For files of many tiny products, where waking threads would be most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def alike() -> None:
     """The same numbers in every test, in whatever order and process it runs."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -64,17 +64,8 @@ def norm(c: Coefficients, dtype: torch.dtype, form: str, restarts: tuple[int, ..
     )
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Products this small lose more to two threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @ALL
-def test_what_is_allowed_in_half_precision_holds(c: Coefficients, one_thread: None) -> None:
+def test_what_is_allowed_in_half_precision_holds(c: Coefficients) -> None:
     for name in ("float16", "bfloat16"):
         if name in c.safe_dtypes("direct"):
             assert norm(c, getattr(torch, name), "direct") < 1.05
@@ -104,7 +95,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda r: "-".join(map(str, r[:5])))
-def test_what_is_refused_does_blow_up(row, one_thread: None) -> None:
+def test_what_is_refused_does_blow_up(row) -> None:
     name, steps, dtype, form, restarts, message = row
     c = resolve(name, steps)
     with pytest.raises(ValueError, match=f"^coefficients: .*{message}"):

@@ -23,7 +23,6 @@ from orthonorm.compat import (
 from torch import Tensor
 from torch.optim import _muon
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 Triples = tuple[tuple[float, float, float], ...]
 
 

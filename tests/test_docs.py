@@ -15,7 +15,6 @@ PAGES = sorted(DOCS.glob("*.md"))
 pytestmark = pytest.mark.skipif(not PAGES, reason="not run from a checkout")
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

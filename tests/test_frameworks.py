@@ -18,10 +18,7 @@ from orthonorm.compat.factory import create_optimizer
 from orthonorm.optim.configure import by_name
 from torch import Tensor, nn
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore"),  # theirs
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
 APART = Path(sys.prefix, "torchvision")  # a folder of its own, see Makefile

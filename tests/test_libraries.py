@@ -16,8 +16,6 @@ import torch
 from test_frameworks import needs
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def fits(ours: Any, theirs: Any) -> None:
     """Every call of theirs is one of ours: their parameters in their order, with their defaults."""

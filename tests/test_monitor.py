@@ -295,7 +295,6 @@ def test_bad_arguments(options: dict, text: str) -> None:
         Monitor(model(), **options)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_example_sees_the_alarm_first(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -12,7 +12,6 @@ from orthonorm import nn as on
 from polar_judge import matrix
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((1, 1), (1, 9), (9, 1), (30, 50), (50, 30), (40, 40), (120, 64))
 KINDS = ("gaussian", "log 1e-5", "power law", "rank n/2", "condition 1e-12", "clustered", "flat")
 

@@ -8,8 +8,6 @@ from orthonorm import nn as on
 from polar_judge import matrix
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

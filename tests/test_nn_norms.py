@@ -17,10 +17,7 @@ from orthonorm import nn as on
 from orthonorm import spectral_norm as sigma_1
 from torch import Tensor, nn
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 # Random cases of each bound; ORTHONORM_EXAMPLES=10000 for more.
 CASES = int(os.environ.get("ORTHONORM_EXAMPLES", "300"))
 

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---- compile, copies, removal --------------------------------------------------------------------
 def test_compiled_is_eager() -> None:

@@ -15,8 +15,6 @@ from orthonorm import nn as on
 from torch import Tensor, nn
 from torch.distributed import fsdp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def each(register: Callable[..., nn.Module]) -> Callable[[nn.Module], object]:
     return lambda m: [register(m[0]), register(m[2])]

@@ -23,8 +23,6 @@ from spectral_layers import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---- the same results as torch -------------------------------------------------------------------
 @EACH_LAYER

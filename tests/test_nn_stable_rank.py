@@ -10,10 +10,7 @@ from conv_layers import EACH_CONV, dense, made, randn
 from orthonorm import nn as on
 from torch import Tensor, nn
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
 def stable_rank(W: Tensor) -> Tensor:

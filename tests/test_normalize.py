@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,15 +34,6 @@ SHAPES = [(1, 1), (1, 7), (13, 1), (2, 2), (7, 5), (37, 53), (3, 11, 17), (2, 1,
 # More rows and columns than a unit of work has, in both directions.
 LARGE = [(300, 1100), (1100, 70), (9000, 8)]
 EMPTY = [(0, 3), (3, 0), (0, 0), (0, 2, 3), (2, 0, 3)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """References of small tensors would mostly wait for threads; results do not depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- the error rule ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -34,16 +34,6 @@ from moments import (
 from orthonorm import ops
 from orthonorm._library import OPS, has_kernel
 from torch import Tensor
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """References of small tensors would mostly wait for threads; results do not depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # ---- determinism ---------------------------------------------------------------------------------
 MANY = [(300, 1100), (5, 7), (1100, 300), (1, 40), (200, 64), (40, 1), (64, 4000)]

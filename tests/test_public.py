@@ -15,7 +15,6 @@ from orthonorm.bench.items import flat
 from orthonorm.bench.public import ITEMS, RESULTS
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODULES = {"nn": orthonorm.nn, "monitor": orthonorm.monitor}
 NAMES = [f"{m}.{name}" for m, module in MODULES.items() for name in module.__all__]
 SAYS = {
