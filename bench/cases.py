@@ -164,6 +164,10 @@ _ROWS = (
         shapes=("768x3072", "1024x4096", "12x768x768"),
     ),
     Case(
+        "polar_iteration", makers.polar_iteration, work.polar_iteration, scale_free=True,
+        shapes=("768x768", "64x128x128"), quick="64x128x128",
+    ),
+    Case(
         "scaled_polynomial_", makers.scaled_polynomial, work.direct_polynomial,
         variants=({"gram": True, "restarts": [2]}, {"coefficients": CUBIC}),
         shapes=("768x3072", "2048x2048", "12x768x768"),

@@ -78,6 +78,11 @@ def gram_form(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {**made, "X": inputs.put(X), "restarts": []}
 
 
+def polar_iteration(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    """Make a matrix far from singular: errors of a polar factor grow with the condition."""
+    return {"X": gram_form(shapes, inputs)["X"]}
+
+
 def apply(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     B = inputs.put(_symmetric(inputs, shapes[0]))
     return {"X": inputs.matrix("X", shapes[0]), "B": B, "a": 3.4445, "b": 0.75}

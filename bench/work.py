@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+from orthonorm.ops.polar_iteration import STEPS
 from torch import Tensor
 
 from .inputs import Arguments
@@ -46,6 +48,13 @@ def direct_polynomial(arguments: Arguments) -> float:
     """Return the FLOPs per step of X X^T, its square, and the product with X."""
     batch, n, m = sides(arguments["X"])
     return batch * 2.0 * n * n * (2 * m + n) * len(arguments["coefficients"]) / 3
+
+
+def polar_iteration(arguments: Arguments) -> float:
+    """Return the FLOPs of all its steps, as of `direct_polynomial`, without the power steps."""
+    batch, n, m = sides(arguments["X"])
+    steps = sum(STEPS[torch.float64 if arguments["X"].dtype == torch.float64 else torch.float32])
+    return batch * 2.0 * n * n * (2 * m + n) * steps
 
 
 def norm(arguments: Arguments) -> float:

@@ -87,7 +87,8 @@ CHANGES: dict[str, tuple[Any, type[Exception]]] = {
 }
 LONE = ("gram", "gram_polynomial", "direct_polynomial", "gram_form", "row_normalize",
         "column_normalize", "spectral_norm", "gram_iteration", "magnitude", "small_newton_schulz",
-        "newton_schulz", "newton_schulz_", "scaled_polynomial_", "sign_")  # fmt: skip
+        "newton_schulz", "newton_schulz_", "scaled_polynomial_", "polar_iteration",
+        "sign_")  # fmt: skip
 FREE_RANK = ("rotated_adam_", "decayed_update_", "adamw_step_", "sign_")
 # any number of columns goes with B, with a Gram matrix, one moment per row, one number per matrix
 WIDER = (("apply", "X"), ("gram_update_", "X"), ("row_moment_", "X"), ("divide_each", "X"),

@@ -70,7 +70,7 @@ class Op(Generic[P, R]):
         ]
         # Without results the fake needs no body, which may slice by sizes; a graph must not.
         if schema.endswith("-> ()"):
-            torch.library.register_fake(self.overload, self._fake_update, lib=_library)
+            self.fake(lambda *args, **kwargs: None)  # type: ignore[arg-type]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling() and _within.on:
@@ -109,6 +109,11 @@ class Op(Generic[P, R]):
     def check(self, function: Callable[P, None]) -> Callable[P, None]:
         """Decorator of a function that raises for wrong arguments, before anything is written."""
         self._check = function
+        return function
+
+    def fake(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorator of a function that makes results without values, for a body long to trace."""
+        torch.library.register_fake(self.overload, self.checked(function), lib=_library)
         return function
 
     def serves_part(self, words: str) -> Callable[[Callable[P, bool]], Callable[P, bool]]:
@@ -153,10 +158,6 @@ class Op(Generic[P, R]):
     def definition(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the body alone; ops in it dispatch. Kernels call it for inputs they do not serve."""
         return self._body(*args, **kwargs)
-
-    def _fake_update(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self._check is not None and not _within.on:
-            self._check(*args, **kwargs)
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the definition in plain torch, whatever kernels are loaded: oracle and baseline."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..exact import LIFT, POLISH, STEPS
 from ..ops import column_normalize
+from ..ops.polar_iteration import LIFT, POLISH, STEPS
 from ..polar import polar
 
 

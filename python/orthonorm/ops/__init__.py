@@ -25,6 +25,7 @@ from .normalize import (
     row_normalize,
 )
 from .passes import adamw_step_, decayed_update_, muon_prologue_, sign_
+from .polar_iteration import polar_iteration
 from .rotations import rotate_, rotate_back_
 from .scaling import divide_each, inner, magnitude
 from .spectral import gram_iteration, power_iteration_, spectral_norm
@@ -66,6 +67,7 @@ __all__ = [
     "newton_schulz_",
     "normalize_columns_",
     "normuon_step_",
+    "polar_iteration",
     "power_iteration_",
     "quantize_blocks_",
     "rotate_",
