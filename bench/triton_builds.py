@@ -261,7 +261,7 @@ def reductions(arch: str) -> Iterator[Build]:
             )  # fmt: skip
         yield Build(
             "factored_columns", module("factored_moment").columns_kernel,
-            {"V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False, doubles,
+            {"STEPS": 7, "V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False, doubles,
             wide=False,
         )  # fmt: skip
 
@@ -269,11 +269,11 @@ def reductions(arch: str) -> Iterator[Build]:
 # by kernel of power iteration: its types and further constants
 POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "step_kernel": (("W_TYPE",), {"STEPS": 7, "ALIGNED": True, "SECOND": True}),
-    "back_kernel": (("W_TYPE",), {}),
-    "vectors_kernel": ((), {}),
-    "start_kernel": (("U_TYPE", "V_TYPE"), {}),
-    "end_kernel": (("U_TYPE", "V_TYPE"), {"MOVED": True}),
-    "norms_kernel": ((), {"CHUNK": 256, "ROOT": True}),
+    "back_kernel": (("W_TYPE",), {"STEPS": 7}),
+    "vectors_kernel": ((), {"STEPS": 7}),
+    "start_kernel": (("U_TYPE", "V_TYPE"), {"STEPS": 7}),
+    "end_kernel": (("U_TYPE", "V_TYPE"), {"STEPS": 7, "MOVED": True}),
+    "norms_kernel": ((), {"STEPS": 7, "CHUNK": 256, "ROOT": True}),
 }
 
 

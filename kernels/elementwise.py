@@ -1,8 +1,8 @@
 """Elementwise passes over lists of tensors: one launch per set of dtypes, and shared arithmetic.
 
 An entry's fields: first tile, tiles of a matrix, elements of a matrix, columns, number of its first
-matrix in the list, number of its item in the list, number of its matrices. Then follow 4 fields per
-tensor (`tables.View`), then extras.
+matrix in the list, number of its item in the list, matrices of the launch before. Then follow 4
+fields per tensor (`tables.View`), then extras.
 """
 
 from __future__ import annotations
@@ -130,11 +130,6 @@ class Group(NamedTuple):
         return self.entries.table(numbers, device)
 
     @property
-    def most_matrices(self) -> int:
-        """The number of matrices of the largest entry."""
-        return max(entry[6] for entry in self.entries.entries)
-
-    @property
     def constants(self) -> tuple[Any, ...]:
         """The constants that every kernel takes after STEPS."""
         return (*self.types, self.wide, self.flat, self.block)
@@ -178,5 +173,5 @@ def groups_of(
     for (dtypes, flat), entries in tables.grouped(keyed).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
         types = tuple(tables.TYPES[d] for d in dtypes)
-        made.append(Group(types, wide, flat, block, tables.Entries(entries)))
+        made.append(Group(types, wide, flat, block, tables.Entries(entries, MATRICES.value)))
     return made

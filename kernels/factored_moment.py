@@ -20,14 +20,14 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def columns_kernel(
-    table, count, blocks, parts, moments, V_TYPE: tl.constexpr, WIDE: tl.constexpr
+    table, count, blocks, parts, moments, STEPS: tl.constexpr, V_TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write c <- beta2 c + (1 - beta2) mean for every column, from the sums of all programs."""
     entries = table + 3
-    entry = tl.program_id(1)
-    batch, block, real = lines.lane_block(entries, count, entry, blocks)
+    entry, batch, block = lines.lane_block(entries, count, blocks, STEPS)
     length = tiles.field(entries, count, entry, 3)
-    if real & (block * lines.LANES < length):
+    if block * lines.LANES < length:
         lane = block * lines.LANES + tl.arange(0, lines.LANES)
         total = lines.sum_of_parts(entries, count, entry, batch, length, parts, lane)
         v, _, step = tiles.matrix(entries, count, entry, batch, lines.HEAD + 8, V_TYPE, 2, False)
@@ -116,10 +116,10 @@ def factored_moment_(
             *common, rows, sums, parts, *steps, lines.RAW.value, **lines.options(*group.blocks)
         )
         blocks = tables.cdiv(max(entry[3] for entry in group.entries.entries), lines.LANES.value)
-        most = max(entry[7] for entry in group.entries.entries)
-        columns_kernel[(most * blocks, table.count)](
-            *common, blocks, parts, columns, group.types[2], group.wide, **lines.OPTIONS
-        )
+        columns_kernel[(table.matrices * blocks,)](
+            *common, blocks, parts, columns, table.steps, group.types[2], group.wide,
+            **lines.OPTIONS,
+        )  # fmt: skip
         for write in (False, True) if keep_norm else (True,):
             factored_kernel[(table.tiles,)](
                 *common, rows, columns, sums, *steps, lines.EPS_AT[eps_at], keep_norm, write,

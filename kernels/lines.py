@@ -3,7 +3,7 @@
 A program owns some lines of one matrix and walks along them. So sums need no atomics and do not
 depend on company. A program may also leave a sum for every place across its lines, its parts. An
 entry's fields: first program, programs of a matrix, lines, their length, first line, place across
-and part in the list, number of matrices. Then follow X and the moments (`tables.View`).
+and part in the list, matrices of the launch before. Then follow X and the moments (`tables.View`).
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def part(entries, count, entry, length, parts):
 
 
 @triton.jit
-def lane_block(entries, count, entry, blocks):
-    """Return matrix, block of lanes and if the matrix exists; grid (matrices x blocks, entries)."""
+def lane_block(entries, count, blocks, STEPS: tl.constexpr):
+    """Return this program's entry, matrix and block of lanes; each matrix has `blocks` of them."""
     program = tl.program_id(0).to(tl.int64)
-    batch = program // blocks
-    return batch, program % blocks, batch < tiles.field(entries, count, entry, MATRICES)
+    entry, batch = tiles.locate_matrix(entries, count, program // blocks, MATRICES, STEPS)
+    return entry, batch, program % blocks
 
 
 @triton.jit
@@ -351,7 +351,8 @@ def groups_of(
     for (dtypes, order, aligned, blocks), entries in tables.grouped(keyed).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
         types = tuple(tables.TYPES[d] for d in dtypes)
-        launches.append(Group(types, wide, order, aligned, blocks, tables.Entries(entries)))
+        made = tables.Entries(entries, MATRICES.value)
+        launches.append(Group(types, wide, order, aligned, blocks, made))
     return launches, sizes
 
 

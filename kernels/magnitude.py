@@ -34,31 +34,30 @@ def squares_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr, ROOT: tl.constexpr):
+def norms_kernel(
+    entries, count, sums, norms, STEPS: tl.constexpr, CHUNK: tl.constexpr, ROOT: tl.constexpr
+):  # fmt: skip
     """Write norms[first matrix + batch]: the sum over a matrix's tiles, or its root."""
-    batch = tl.program_id(0).to(tl.int64)
-    entry = tl.program_id(1)
+    matrix = tl.program_id(0).to(tl.int64)
+    entry, batch = tiles.locate_matrix(entries, count, matrix, each.MATRICES, STEPS)
     first = tiles.field(entries, count, entry, 0)
     size = tiles.field(entries, count, entry, 1)
-    matrices = tiles.field(entries, count, entry, each.MATRICES)
-    if batch < matrices:
-        at = sums + first + batch * size
-        total = tl.zeros((CHUNK,), dtype=tl.float64)
-        local = tl.arange(0, CHUNK)
-        for start in range(0, size, CHUNK):
-            total += tl.load(at + start + local, mask=local < size - start, other=0.0)
-        norm = tl.sum(total, axis=0)
-        if ROOT:
-            norm = tl.sqrt(norm)
-        tl.store(norms + tiles.field(entries, count, entry, 4) + batch, norm)
+    at = sums + first + batch * size
+    total = tl.zeros((CHUNK,), dtype=tl.float64)
+    local = tl.arange(0, CHUNK)
+    for start in range(0, size, CHUNK):
+        total += tl.load(at + start + local, mask=local < size - start, other=0.0)
+    norm = tl.sum(total, axis=0)
+    if ROOT:
+        norm = tl.sqrt(norm)
+    tl.store(norms + tiles.field(entries, count, entry, 4) + batch, norm)
 
 
-def norms_of(
-    table: tables.Table, group: each.Group, sums: Tensor, norms: Tensor, root: bool = True
-) -> None:
+def norms_of(table: tables.Table, sums: Tensor, norms: Tensor, root: bool = True) -> None:
     """Write every matrix's norm from sums of squares by tile; without `root`, its sum."""
-    grid = (group.most_matrices, table.count)
-    norms_kernel[grid](table.data, table.count, sums, norms, CHUNK, root, num_warps=4, **FUSION)
+    norms_kernel[(table.matrices,)](
+        table.data, table.count, sums, norms, table.steps, CHUNK, root, num_warps=4, **FUSION
+    )
 
 
 def empty_norms(X: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -77,5 +76,5 @@ def magnitude(X: list[Tensor]) -> Tensor:
         squares_kernel[(table.tiles,)](
             table.data, table.count, sums, table.steps, *group.constants, **each.OPTIONS
         )
-        norms_of(table, group, sums, norms)
+        norms_of(table, sums, norms)
     return norms
