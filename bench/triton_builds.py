@@ -227,7 +227,7 @@ LINES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
 def reductions(arch: str) -> Iterator[Build]:
     """Yield the reductions along rows (order 1) and columns (order 0) in bfloat16 and float32."""
     tables, lines = module("tables"), module("lines")
-    names = ("factors", "sums", "row_moments", "column_moments", "parts", "moments")
+    names = "factors sums row_moments column_moments parts moments whole totals".split()
     doubles = tuple((n, "*fp64") for n in names)
     for dtype in (lines.torch.bfloat16, lines.torch.float32):
         t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
@@ -261,8 +261,12 @@ def reductions(arch: str) -> Iterator[Build]:
             )  # fmt: skip
         yield Build(
             "factored_columns", module("factored_moment").columns_kernel,
-            {"STEPS": 7, "V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False, doubles,
-            wide=False,
+            {"STEPS": 7, "V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False,
+            doubles, wide=False,
+        )  # fmt: skip
+        yield Build(
+            "totals", module("totals").totals_kernel, {"STEPS": 7, "NUMBERS": 3}, lines.OPTIONS,
+            arch, label, False, doubles, wide=False,
         )  # fmt: skip
 
 
