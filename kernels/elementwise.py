@@ -58,8 +58,16 @@ def elements(
         columns = tiles.field(entries, count, entry, 3)
         row = tiles.field(entries, count, entry, HEAD + 4 * k + 2)
         column = tiles.field(entries, count, entry, HEAD + 4 * k + 3)
-        index = start + local
-        return address + batch * skip + index // columns * row + index % columns * column
+        # GPUs divide 64-bit integers by a subroutine: once a program. Elements divide in 32 bits,
+        # as if no row were longer than a program, which then begins one row at most
+        first = start % columns
+        address += batch * skip + start // columns * row
+        short = tl.minimum(columns, local.shape[0]).to(tl.int32)
+        before = short - tl.minimum(columns - first, local.shape[0]).to(tl.int32)
+        index = before + local
+        down = index // short
+        address += tl.where(down == 0, (first - before) * column, 0)
+        return address + (down * row + index % short * column)
 
 
 @triton.jit
