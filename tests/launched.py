@@ -128,6 +128,17 @@ def test_long_lists_fit_the_grid(name: str) -> None:
     assert {launch.grid for launch in LAUNCHES} == {(MANY, 1, 1)}
 
 
+@pytest.mark.parametrize("name", ["gram", "gram_polynomial", "small_newton_schulz"])
+def test_old_architectures_are_left_to_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There Triton multiplies without tensor cores, on chip too."""
+    arguments = made(CASES[name], ((40, 40),), Inputs.named("float16"))
+    for arch, ours in (("75", False), ("80", True)):
+        monkeypatch.setattr(configs, "device_of", lambda device, arch=arch: (arch, PROCESSORS))
+        LAUNCHES.clear()
+        OPS[name](**arguments)
+        assert bool(LAUNCHES) == ours
+
+
 def test_a_step_of_many_groups_fits_what_is_kept() -> None:
     """Else all of it would be made anew, step by step. Muon calls most functions for each group."""
     caches = [product.launches, elementwise.groups_of, iterations.applied, iterations.cut,
