@@ -173,6 +173,7 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
     ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
     "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
+    "magnitude_peaks": ("peaks_kernel", ("X",), (("peaks", "*i32"),), {}),
     "inner": ("products_kernel", ("X", "Y"), (("sums", "*fp64"),), {}),
     "elementwise_moment": (
         "elementwise_moment_kernel", ("V", "X"),
@@ -201,7 +202,7 @@ def passes(arch: str) -> Iterator[Build]:
             constants = dict(
                 STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
             )  # fmt: skip
-            kernel = getattr(module(re.sub("_fold|_rounded|_halves", "", op)), name)
+            kernel = getattr(module(re.sub("_fold|_rounded|_halves|_peaks", "", op)), name)
             yield Build(
                 op, kernel, constants, each.OPTIONS, arch,
                 str(dtype).removeprefix("torch."), False, arguments,
@@ -227,8 +228,8 @@ LINES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
 def reductions(arch: str) -> Iterator[Build]:
     """Yield the reductions along rows (order 1) and columns (order 0) in bfloat16 and float32."""
     tables, lines = module("tables"), module("lines")
-    names = ("factors", "sums", "row_moments", "column_moments", "parts", "moments")
-    doubles = tuple((n, "*fp64") for n in names)
+    names = ("factors", "sums", "row_moments", "column_moments", "parts", "moments", "whole")
+    doubles = tuple((n, "*fp64") for n in (*names, "totals"))
     for dtype in (lines.torch.bfloat16, lines.torch.float32):
         t, label = tables.TYPES[dtype], str(dtype).removeprefix("torch.")
         for op, (name, kernel, own, many) in LINES.items():
@@ -261,26 +262,31 @@ def reductions(arch: str) -> Iterator[Build]:
             )  # fmt: skip
         yield Build(
             "factored_columns", module("factored_moment").columns_kernel,
-            {"V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False, doubles,
-            wide=False,
+            {"STEPS": 7, "V_TYPE": t, "WIDE": lines.tl.float32}, lines.OPTIONS, arch, label, False,
+            doubles, wide=False,
+        )  # fmt: skip
+        yield Build(
+            "totals", module("totals").totals_kernel, {"STEPS": 7, "NUMBERS": 3}, lines.OPTIONS,
+            arch, label, False, doubles, wide=False,
         )  # fmt: skip
 
 
 # by kernel of power iteration: its types and further constants
 POWER: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "step_kernel": (("W_TYPE",), {"STEPS": 7, "ALIGNED": True, "SECOND": True}),
-    "back_kernel": (("W_TYPE",), {}),
-    "vectors_kernel": ((), {}),
-    "start_kernel": (("U_TYPE", "V_TYPE"), {}),
-    "end_kernel": (("U_TYPE", "V_TYPE"), {"MOVED": True}),
-    "norms_kernel": ((), {"CHUNK": 256, "ROOT": True}),
+    "back_kernel": (("W_TYPE",), {"STEPS": 7}),
+    "vectors_kernel": ((), {"STEPS": 7}),
+    "start_kernel": (("U_TYPE", "V_TYPE"), {"STEPS": 7}),
+    "end_kernel": (("U_TYPE", "V_TYPE"), {"STEPS": 7, "MOVED": True}),
+    "norms_kernel": ((), {"STEPS": 7, "CHUNK": 256, "ROOT": True}),
+    "powers_kernel": ((), {"STEPS": 7, "CHUNK": 256}),
 }
 
 
 def power(arch: str) -> Iterator[Build]:
     """Yield the kernels of power iteration on rows (order 1) and columns (order 0) of W."""
     tables, kernels = module("tables"), module("power_iteration")
-    doubles = tuple((n, "*fp64") for n in ("sizes", "y_squares", "z_squares", "sums", "norms"))
+    doubles = tuple((n, "*fp64") for n in ("powers", "y_squares", "z_squares", "sums", "norms"))
     device = kernels.torch.device("cuda")
     for name, (types, own) in POWER.items():
         for dtype in (kernels.torch.bfloat16, kernels.torch.float32):
@@ -294,7 +300,7 @@ def power(arch: str) -> Iterator[Build]:
                     f"power-{name.removesuffix('_kernel')}{'' if order else '_across'}",
                     getattr(home, name), constants, kernels.lines.OPTIONS, arch,
                     str(dtype).removeprefix("torch."), False,
-                    (*doubles, ("replaced", "*i32")), name == "step_kernel",
+                    (*doubles, ("replaced", "*i32"), ("peaks", "*i32")), name == "step_kernel",
                 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Elementwise passes over lists of tensors: one launch per set of dtypes, and shared arithmetic.
 
 An entry's fields: first tile, tiles of a matrix, elements of a matrix, columns, number of its first
-matrix in the list, number of its item in the list, number of its matrices. Then follow 4 fields per
-tensor (`tables.View`), then extras.
+matrix in the list, number of its item in the list, matrices of the launch before. Then follow 4
+fields per tensor (`tables.View`), then extras.
 """
 
 from __future__ import annotations
@@ -58,8 +58,16 @@ def elements(
         columns = tiles.field(entries, count, entry, 3)
         row = tiles.field(entries, count, entry, HEAD + 4 * k + 2)
         column = tiles.field(entries, count, entry, HEAD + 4 * k + 3)
-        index = start + local
-        return address + batch * skip + index // columns * row + index % columns * column
+        # GPUs divide 64-bit integers by a subroutine: once a program. Elements divide in 32 bits,
+        # as if no row were longer than a program, which then begins one row at most
+        first = start % columns
+        address += batch * skip + start // columns * row
+        short = tl.minimum(columns, local.shape[0]).to(tl.int32)
+        before = short - tl.minimum(columns - first, local.shape[0]).to(tl.int32)
+        index = before + local
+        down = index // short
+        address += tl.where(down == 0, (first - before) * column, 0)
+        return address + (down * row + index % short * column)
 
 
 @triton.jit
@@ -130,11 +138,6 @@ class Group(NamedTuple):
         return self.entries.table(numbers, device)
 
     @property
-    def most_matrices(self) -> int:
-        """The number of matrices of the largest entry."""
-        return max(entry[6] for entry in self.entries.entries)
-
-    @property
     def constants(self) -> tuple[Any, ...]:
         """The constants that every kernel takes after STEPS."""
         return (*self.types, self.wide, self.flat, self.block)
@@ -178,5 +181,5 @@ def groups_of(
     for (dtypes, flat), entries in tables.grouped(keyed).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
         types = tuple(tables.TYPES[d] for d in dtypes)
-        made.append(Group(types, wide, flat, block, tables.Entries(entries)))
+        made.append(Group(types, wide, flat, block, tables.Entries(entries, MATRICES.value)))
     return made

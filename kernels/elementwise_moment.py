@@ -60,5 +60,5 @@ def elementwise_moment_(
             table.data, table.count, corrections, sums, table.steps, *group.constants,
             **each.OPTIONS,
         )  # fmt: skip
-        norms_of(group.table((), device), group, sums, norms)  # a table without numbers
+        norms_of(group.table((), device), sums, norms)  # a table without numbers
     return norms

@@ -13,21 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise as each
-from . import lines, tables, tiles
+from . import lines, tables, tiles, totals
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def columns_kernel(
-    table, count, blocks, parts, moments, V_TYPE: tl.constexpr, WIDE: tl.constexpr
+    table, count, blocks, parts, moments, sums, whole, STEPS: tl.constexpr, V_TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write c <- beta2 c + (1 - beta2) mean for every column, from the sums of all programs."""
+    """Write c <- beta2 c + (1 - beta2) mean for every column, from the sums of all programs.
+
+    The first block of a matrix also adds up what else its programs have summed.
+    """
     entries = table + 3
-    entry = tl.program_id(1)
-    batch, block, real = lines.lane_block(entries, count, entry, blocks)
+    entry, batch, block = lines.lane_block(entries, count, blocks, STEPS)
+    if block == 0:
+        totals.add_up(entries, count, entry, batch, sums, whole)
     length = tiles.field(entries, count, entry, 3)
-    if real & (block * lines.LANES < length):
+    if block * lines.LANES < length:
         lane = block * lines.LANES + tl.arange(0, lines.LANES)
         total = lines.sum_of_parts(entries, count, entry, batch, length, parts, lane)
         v, _, step = tiles.matrix(entries, count, entry, batch, lines.HEAD + 8, V_TYPE, 2, False)
@@ -42,7 +47,7 @@ def columns_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def factored_kernel(
-    table, count, row_moments, column_moments, sums, STEPS: tl.constexpr,
+    table, count, row_moments, column_moments, sums, whole, STEPS: tl.constexpr,
     X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, EPS_AT: tl.constexpr,
     KEEP_NORM: tl.constexpr, WRITE: tl.constexpr,
@@ -59,14 +64,12 @@ def factored_kernel(
     rows = tiles.field(entries, count, entry, 2)
     row_moments += tiles.field(entries, count, entry, 4) + batch * rows + first
     column_moments += tiles.field(entries, count, entry, 5) + batch * length
-    mean = lines.matrix_sum(entries, count, entry, batch, sums, 2, 128) / rows
+    mean = totals.total(entries, count, entry, batch, whole, 2) / rows
     ratio = tl.load(row_moments + line, mask=line < left, other=0.0) / mean
     ratio = tl.where(mean == 0, 0.0, ratio).to(WIDE)
     norm = mean * 0 + 1.0
     if KEEP_NORM and WRITE:
-        before = lines.matrix_sum(entries, count, entry, batch, sums, 0, 128)
-        after = lines.matrix_sum(entries, count, entry, batch, sums, 1, 128)
-        norm = tl.where(after == 0, 0.0, tl.sqrt(before / after))
+        norm = totals.norm_ratio(entries, count, entry, batch, whole)
     x, across, along = tiles.matrix(
         entries, count, entry, batch, lines.HEAD, X_TYPE, X_ORDER, ALIGNED
     )
@@ -89,7 +92,7 @@ def factored_kernel(
         x += ALONG * along
     if not WRITE:
         squares = tl.sum(tl.sum(total, axis=1), axis=0)
-        tl.store(sums + tl.program_id(0).to(tl.int64) * lines.SUMS + 1, squares)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * totals.SUMS + 1, squares)
 
 
 def factored_moment_(
@@ -110,18 +113,20 @@ def factored_moment_(
     rows, columns, parts = (torch.empty(n, dtype=torch.float64, device=device) for n in sizes)
     for group in launches:
         table = group.entries.table(numbers, device)
-        sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
+        sums, whole = totals.memory(table, device)
         common, steps = (table.data, table.count), (table.steps, *group.constants(0, 1))
         lines.moments_kernel[(table.tiles,)](
             *common, rows, sums, parts, *steps, lines.RAW.value, **lines.options(*group.blocks)
         )
         blocks = tables.cdiv(max(entry[3] for entry in group.entries.entries), lines.LANES.value)
-        most = max(entry[7] for entry in group.entries.entries)
-        columns_kernel[(most * blocks, table.count)](
-            *common, blocks, parts, columns, group.types[2], group.wide, **lines.OPTIONS
-        )
+        columns_kernel[(table.matrices * blocks,)](
+            *common, blocks, parts, columns, sums, whole, table.steps, group.types[2], group.wide,
+            **lines.OPTIONS,
+        )  # fmt: skip
         for write in (False, True) if keep_norm else (True,):
+            if write and keep_norm:
+                totals.write(table, len(numbers), sums, whole)
             factored_kernel[(table.tiles,)](
-                *common, rows, columns, sums, *steps, lines.EPS_AT[eps_at], keep_norm, write,
+                *common, rows, columns, sums, whole, *steps, lines.EPS_AT[eps_at], keep_norm, write,
                 **lines.options(*group.blocks),
             )  # fmt: skip

@@ -293,13 +293,13 @@ def by_products(R: Tensor, triples: Triples) -> Tensor:
 
 def gram_polynomial(R: Tensor, coefficients: list[float]) -> Tensor:
     triples, n = triples_of(coefficients), R.shape[-1]
-    if R.numel() == 0 or R.dtype == torch.float64:
+    if R.numel() == 0 or not served("symmetric", R.dtype, R):
         return ops.gram_polynomial.definition(R, coefficients)
     if n > SIDE or R.dtype not in HALF:
         arch, _ = configs.device_of(R.device)
         if records := configs.records("chain", R.dtype, arch, n):
             return chain(R, triples, records[0])
-        if len(triples) > 1 and served("symmetric", R.dtype, R):
+        if len(triples) > 1:
             return by_products(R, triples)
         return ops.gram_polynomial.definition(R, coefficients)
     R, out = R.contiguous(), torch.empty_like(R, memory_format=torch.contiguous_format)

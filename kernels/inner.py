@@ -36,5 +36,5 @@ def inner(X: list[Tensor], Y: list[Tensor]) -> Tensor:
         products_kernel[(table.tiles,)](
             table.data, table.count, sums, table.steps, *group.constants, **each.OPTIONS
         )
-        norms_of(table, group, sums, totals, root=False)
+        norms_of(table, sums, totals, root=False)
     return totals

@@ -3,7 +3,7 @@
 A program owns some lines of one matrix and walks along them. So sums need no atomics and do not
 depend on company. A program may also leave a sum for every place across its lines, its parts. An
 entry's fields: first program, programs of a matrix, lines, their length, first line, place across
-and part in the list, number of matrices. Then follow X and the moments (`tables.View`).
+and part in the list, matrices of the launch before. Then follow X and the moments (`tables.View`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise as each
-from . import tables, tiles
+from . import tables, tiles, totals
 from .configs import FUSION
+from .totals import MATRICES, SUMS
 
 HEAD = tl.constexpr(8)
-PARTS, MATRICES = tl.constexpr(6), tl.constexpr(7)
+PARTS = tl.constexpr(6)
 LANES = tl.constexpr(128)
 DEPTH = tl.constexpr(16)  # parts in flight: one after the other, each would wait for memory
-SUMS = tl.constexpr(3)  # per program: squares before, squares after, moments
 INSIDE, CLAMP = tl.constexpr(1), tl.constexpr(2)
 RAW = tl.constexpr(3)  # the moment itself, in place of a factor
 EPS_AT = {"outside": 0, "inside": 1, "clamp": 2}
@@ -51,11 +51,11 @@ def part(entries, count, entry, length, parts):
 
 
 @triton.jit
-def lane_block(entries, count, entry, blocks):
-    """Return matrix, block of lanes and if the matrix exists; grid (matrices x blocks, entries)."""
+def lane_block(entries, count, blocks, STEPS: tl.constexpr):
+    """Return this program's entry, matrix and block of lanes; each matrix has `blocks` of them."""
     program = tl.program_id(0).to(tl.int64)
-    batch = program // blocks
-    return batch, program % blocks, batch < tiles.field(entries, count, entry, MATRICES)
+    entry, batch = tiles.locate_matrix(entries, count, program // blocks, MATRICES, STEPS)
+    return entry, batch, program % blocks
 
 
 @triton.jit
@@ -193,37 +193,26 @@ def moments_kernel(
 
 
 @triton.jit
-def matrix_sum(entries, count, entry, batch, sums, which, LANES: tl.constexpr):
-    """Return sum `which` over all programs of a matrix, added in order."""
-    size = tiles.field(entries, count, entry, 1)
-    at = sums + (tiles.field(entries, count, entry, 0) + batch * size) * SUMS + which
-    lane = tl.arange(0, LANES)
-    total = tl.zeros((LANES,), dtype=tl.float64)
-    for start in tl.range(0, size, LANES):
-        total += tl.load(at + (start + lane) * SUMS, mask=start + lane < size, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
 def factor_of(
-    entries, count, entry, batch, first, lines, factors, sums,
+    entries, count, entry, batch, first, lines, factors, whole,
     LINES: tl.constexpr, KEEP_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Return the factors of this program's lines; with KEEP_NORM the matrix keeps its norm."""
+    """Return the factors of this program's lines; with KEEP_NORM the matrix keeps its norm.
+
+    `whole` are sums of matrices, which KEEP_NORM needs.
+    """
     line = tl.arange(0, LINES)
     slot = tiles.field(entries, count, entry, 4)
     slot += batch * tiles.field(entries, count, entry, 2) + first
     factor = tl.load(factors + slot + line, mask=line < lines, other=0.0)
     if KEEP_NORM:
-        before = matrix_sum(entries, count, entry, batch, sums, 0, 128)
-        after = matrix_sum(entries, count, entry, batch, sums, 1, 128)
-        factor = factor * tl.where(after == 0, 0.0, tl.sqrt(before / after))
+        factor = factor * totals.norm_ratio(entries, count, entry, batch, whole)
     return factor
 
 
 @triton.jit(do_not_specialize=["count"])
 def rescale_kernel(
-    table, count, factors, sums, STEPS: tl.constexpr,
+    table, count, factors, whole, STEPS: tl.constexpr,
     X_TYPE: tl.constexpr, V_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr, KEEP_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +220,7 @@ def rescale_kernel(
     entries = table + 3
     entry, batch, first, lines, length = place(entries, count, STEPS, ALIGNED, LINES)
     factor = factor_of(
-        entries, count, entry, batch, first, lines, factors, sums, LINES, KEEP_NORM
+        entries, count, entry, batch, first, lines, factors, whole, LINES, KEEP_NORM
     )  # fmt: skip
     x, across, along = tiles.matrix(entries, count, entry, batch, HEAD, X_TYPE, X_ORDER, ALIGNED)
     x = tiles.corner(x, across, along, first, 0, ALIGNED)
@@ -351,7 +340,8 @@ def groups_of(
     for (dtypes, order, aligned, blocks), entries in tables.grouped(keyed).items():
         wide = tl.float64 if torch.float64 in dtypes else tl.float32
         types = tuple(tables.TYPES[d] for d in dtypes)
-        launches.append(Group(types, wide, order, aligned, blocks, tables.Entries(entries)))
+        made = tables.Entries(entries, MATRICES.value)
+        launches.append(Group(types, wide, order, aligned, blocks, made))
     return launches, sizes
 
 
@@ -359,7 +349,10 @@ def moment(
     moments: Sequence[Tensor], X: Sequence[Tensor], columns: bool, numbers: tuple[float, ...],
     eps_at: str, keep_norm: bool,
 ) -> None:  # fmt: skip
-    """Compute `row_moment_`, or `column_moment_` if `columns`: two launches, two passes over X."""
+    """Compute `row_moment_`, or `column_moment_` if `columns`: two passes over X.
+
+    They are a launch each; one between them adds up norms, if these are kept.
+    """
     if not X:
         return
     device = X[0].device
@@ -367,13 +360,15 @@ def moment(
     factors = torch.empty(sizes.lines, dtype=torch.float64, device=device)
     for group in launches:
         table = group.entries.table(numbers, device)
-        sums = torch.empty(table.tiles, SUMS.value, dtype=torch.float64, device=device)
+        sums, whole = totals.memory(table, device)
         steps = (table.steps, *group.constants(0, 1))
         moments_kernel[(table.tiles,)](
             table.data, table.count, factors, sums, None, *steps, EPS_AT[eps_at], **OPTIONS
         )
+        if keep_norm:
+            totals.write(table, len(numbers), sums, whole)
         rescale_kernel[(table.tiles,)](
-            table.data, table.count, factors, sums, *steps, keep_norm, **OPTIONS
+            table.data, table.count, factors, whole, *steps, keep_norm, **OPTIONS
         )
 
 

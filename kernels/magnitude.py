@@ -2,6 +2,10 @@
 
 Each matrix is cut into tiles alone, and these are added in order. So results do not depend on
 company.
+
+Where a scale is all that is needed, the power of two at a matrix's largest magnitude is one.
+Magnitudes are compared as bits. So nothing overflows, and nothing is converted to double, in which
+many GPUs are slow.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from . import tables, tiles
 from .configs import FUSION
 
 CHUNK = 256  # sums of tiles added at a time
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # the bits of a float32 but for its sign
+EXPONENT = tl.constexpr(0x7FF0000000000000)  # of a float64
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -34,31 +40,30 @@ def squares_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def norms_kernel(entries, count, sums, norms, CHUNK: tl.constexpr, ROOT: tl.constexpr):
+def norms_kernel(
+    entries, count, sums, norms, STEPS: tl.constexpr, CHUNK: tl.constexpr, ROOT: tl.constexpr
+):  # fmt: skip
     """Write norms[first matrix + batch]: the sum over a matrix's tiles, or its root."""
-    batch = tl.program_id(0).to(tl.int64)
-    entry = tl.program_id(1)
+    matrix = tl.program_id(0).to(tl.int64)
+    entry, batch = tiles.locate_matrix(entries, count, matrix, each.MATRICES, STEPS)
     first = tiles.field(entries, count, entry, 0)
     size = tiles.field(entries, count, entry, 1)
-    matrices = tiles.field(entries, count, entry, each.MATRICES)
-    if batch < matrices:
-        at = sums + first + batch * size
-        total = tl.zeros((CHUNK,), dtype=tl.float64)
-        local = tl.arange(0, CHUNK)
-        for start in range(0, size, CHUNK):
-            total += tl.load(at + start + local, mask=local < size - start, other=0.0)
-        norm = tl.sum(total, axis=0)
-        if ROOT:
-            norm = tl.sqrt(norm)
-        tl.store(norms + tiles.field(entries, count, entry, 4) + batch, norm)
+    at = sums + first + batch * size
+    total = tl.zeros((CHUNK,), dtype=tl.float64)
+    local = tl.arange(0, CHUNK)
+    for start in range(0, size, CHUNK):
+        total += tl.load(at + start + local, mask=local < size - start, other=0.0)
+    norm = tl.sum(total, axis=0)
+    if ROOT:
+        norm = tl.sqrt(norm)
+    tl.store(norms + tiles.field(entries, count, entry, 4) + batch, norm)
 
 
-def norms_of(
-    table: tables.Table, group: each.Group, sums: Tensor, norms: Tensor, root: bool = True
-) -> None:
+def norms_of(table: tables.Table, sums: Tensor, norms: Tensor, root: bool = True) -> None:
     """Write every matrix's norm from sums of squares by tile; without `root`, its sum."""
-    grid = (group.most_matrices, table.count)
-    norms_kernel[grid](table.data, table.count, sums, norms, CHUNK, root, num_warps=4, **FUSION)
+    norms_kernel[(table.matrices,)](
+        table.data, table.count, sums, norms, table.steps, CHUNK, root, num_warps=4, **FUSION
+    )
 
 
 def empty_norms(X: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -77,5 +82,49 @@ def magnitude(X: list[Tensor]) -> Tensor:
         squares_kernel[(table.tiles,)](
             table.data, table.count, sums, table.steps, *group.constants, **each.OPTIONS
         )
-        norms_of(table, group, sums, norms)
+        norms_of(table, sums, norms)
     return norms
+
+
+@triton.jit(do_not_specialize=["count"])
+def peaks_kernel(
+    table, count, peaks, STEPS: tl.constexpr, X_TYPE: tl.constexpr, WIDE: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the largest magnitude of every tile as bits, which are NaN's if it has one."""
+    entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
+    x_at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
+    x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(peaks + tl.program_id(0), tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE, axis=0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def powers_kernel(entries, count, peaks, powers, STEPS: tl.constexpr, CHUNK: tl.constexpr):
+    """Write every matrix's power of two: not above its peak; 0 of 0, infinity if not finite."""
+    matrix = tl.program_id(0).to(tl.int64)
+    entry, batch = tiles.locate_matrix(entries, count, matrix, each.MATRICES, STEPS)
+    size = tiles.field(entries, count, entry, 1)
+    at = peaks + tiles.field(entries, count, entry, 0) + batch * size
+    peak = tl.zeros((CHUNK,), dtype=tl.int32)
+    local = tl.arange(0, CHUNK)
+    for start in tl.range(0, size, CHUNK):
+        peak = tl.maximum(peak, tl.load(at + start + local, mask=local < size - start, other=0))
+    value = tl.max(peak, axis=0).to(tl.float32, bitcast=True).to(tl.float64)
+    power = (value.to(tl.int64, bitcast=True) & EXPONENT).to(tl.float64, bitcast=True)
+    tl.store(powers + tiles.field(entries, count, entry, 4) + batch, power)
+
+
+def powers_of(X: list[Tensor]) -> Tensor:
+    """Return the power of two of every matrix, float64."""
+    device = X[0].device
+    powers = empty_norms(X, device)
+    for group in each.groups([X]):
+        table = group.table((), device)
+        peaks = torch.empty(table.tiles, dtype=torch.int32, device=device)
+        peaks_kernel[(table.tiles,)](
+            table.data, table.count, peaks, table.steps, *group.constants, **each.OPTIONS
+        )
+        powers_kernel[(table.matrices,)](
+            table.data, table.count, peaks, powers, table.steps, CHUNK, num_warps=4, **FUSION
+        )
+    return powers

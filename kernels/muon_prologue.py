@@ -63,5 +63,5 @@ def muon_prologue_(
             table.data, table.count, momentum, *flags, sums, table.steps, *group.constants,
             nesterov, **each.OPTIONS,
         )  # fmt: skip
-        norms_of(table, group, sums, norms)
+        norms_of(table, sums, norms)
     return norms

@@ -21,7 +21,7 @@ from .ends import End, Extra
 from .iterations import Goal, iterate
 from .magnitude import magnitude
 from .product import served
-from .small_newton_schulz import HALF, on_chip, small_iterations
+from .small_newton_schulz import on_chip, small_iterations
 
 
 class Target(NamedTuple):
@@ -53,7 +53,7 @@ class Iteration(NamedTuple):
         if self.scale != "frobenius" or x.numel() == 0 or x.dtype == torch.float64:
             return None
         if how.small and max(x.shape[-2:]) <= SMALL:  # longer ones are small for CPUs only
-            return (0, how.dtype, "small") if how.dtype in HALF and on_chip(x) else None
+            return (0, how.dtype, "small") if on_chip(x, how.dtype) else None
         if how.form == "gram" and how.dtype == torch.bfloat16:  # its Gram matrices must be float32
             return None
         if not served("product", how.dtype, x):

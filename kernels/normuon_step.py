@@ -16,7 +16,7 @@ from orthonorm import ops
 from orthonorm.ops.steps import ACCELERATOR_WORK
 from torch import Tensor
 
-from . import ends, lines, tables, tiles
+from . import ends, lines, tables, tiles, totals
 from .muon_prologue import muon_prologue_
 from .newton_schulz import Iteration, Target
 
@@ -53,14 +53,14 @@ def row_moments_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def normalized_update_kernel(
-    table, count, factors, sums, lr, STEPS: tl.constexpr, W_TYPE: tl.constexpr,
+    table, count, factors, whole, lr, STEPS: tl.constexpr, W_TYPE: tl.constexpr,
     X_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
     """Write W <- (1 - lr weight_decay) W - lr factor O, with each row of O times its own factor."""
     entries = table + NUMBERS
     entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
-    factor = lines.factor_of(entries, count, entry, batch, first, left, factors, sums, LINES, True)
+    factor = lines.factor_of(entries, count, entry, batch, first, left, factors, whole, LINES, True)
     rate = tl.load(lr).to(tl.float64)
     kept = (1.0 - rate * tiles.number(table, 3)).to(WIDE)
     scale = tiles.field(entries, count, entry, FACTOR).to(tl.float64, bitcast=True)
@@ -141,7 +141,7 @@ def update_(
     params: list[Tensor], polars: list[Tensor], moments: list[Tensor], squares: Tensor, lr: Tensor,
     numbers: tuple[float, ...], factors: list[float],
 ) -> None:  # fmt: skip
-    """Write moments from sums of squares, then weights: two launches, one pass over matrices."""
+    """Write moments from sums of squares, then weights: three launches, one pass over matrices."""
     device = params[0].device
     launches, sizes = lines.groups(
         params, polars, moments, columns=False, whole=True, slots=ends.slots,
@@ -150,12 +150,13 @@ def update_(
     scales = torch.empty(sizes.lines, dtype=torch.float64, device=device)
     for group in launches:
         table = group.entries.table(numbers, device)
-        sums = torch.empty(table.tiles, lines.SUMS.value, dtype=torch.float64, device=device)
+        sums, whole = totals.memory(table, device)
         row_moments_kernel[(table.tiles,)](
             table.data, table.count, squares, scales, sums, table.steps, group.types[2],
             group.blocks[0], **lines.OPTIONS,
         )  # fmt: skip
+        totals.write(table, len(numbers), sums, whole)
         normalized_update_kernel[(table.tiles,)](
-            table.data, table.count, scales, sums, lr, table.steps, *group.constants(0, 1),
+            table.data, table.count, scales, whole, lr, table.steps, *group.constants(0, 1),
             **lines.OPTIONS,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 A program owns some lines of one matrix. It forms y = A x for them and, while they are in the cache,
 their part of A^T y. Parts are added in order, so nothing is atomic. "v_first" is "u_first" on W^T.
+A is W over a power of two that brings its largest magnitude near 1. So A is exact, and products of
+float32 stay in range: the elements of W never meet double.
 """
 
 from __future__ import annotations
@@ -16,24 +18,37 @@ from orthonorm import ops
 from torch import Tensor
 
 from . import lines, tables, tiles
-from .magnitude import magnitude
+from .magnitude import powers_of
 
 # fields after the head of `lines`: W, u and v as columns, number of the first matrix
 U, V = tl.constexpr(lines.HEAD.value + 4), tl.constexpr(lines.HEAD.value + 8)
 FIRST = tl.constexpr(lines.HEAD.value + 12)
 LANES = lines.LANES
+LARGE = tl.constexpr(2.0**120)
 
 
 @triton.jit
-def unit(entries, count, entry, batch, sizes):
-    """Return 1 / |W|_F, or 0 for a zero matrix."""
-    size = tl.load(sizes + tiles.field(entries, count, entry, FIRST) + batch)
-    return tl.where(size == 0, 0.0, 1.0 / size)
+def unit(entries, count, entry, batch, powers):
+    """Return what times W is A, in double; 0 for a zero matrix and for one that is not finite."""
+    power = tl.load(powers + tiles.field(entries, count, entry, FIRST) + batch)
+    return tl.where(power == 0, 0.0, 1.0 / power)
+
+
+@triton.jit
+def scaled(w, inverse):
+    """Return elements of W as elements of A, exact but where the result is a denormal.
+
+    The inverse may be above float32's range: what is, is multiplied second. Infinity times 0 is
+    NaN.
+    """
+    inside = tl.minimum(inverse, LARGE).to(tl.float32)
+    above = tl.maximum(inverse / LARGE, 1.0).to(tl.float32)
+    return w.to(tl.float32) * inside * above
 
 
 @triton.jit
 def clamped(norm, eps, inverse):
-    """Return max(norm, eps / |W|_F); NaN stays."""
+    """Return max(norm, eps over the power of two); NaN stays."""
     return tl.where(norm < eps * inverse, eps * inverse, norm)
 
 
@@ -57,14 +72,14 @@ def y_norm(entries, count, entry, batch, y_squares):
 
 @triton.jit(do_not_specialize=["count"])
 def step_kernel(
-    table, count, sizes, right, y, parts, y_squares, STEPS: tl.constexpr,
+    table, count, powers, right, y, parts, y_squares, STEPS: tl.constexpr,
     W_TYPE: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     LINES: tl.constexpr, ALONG: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Write y = A v, A = W / |W|_F, and by program sums of y^2 and, if SECOND, parts of A^T y."""
+    """Write y = A v, and by program sums of y^2 and, if SECOND, parts of A^T y."""
     entries = table + 1
     entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
-    inverse = unit(entries, count, entry, batch, sizes)
+    inverse = unit(entries, count, entry, batch, powers)
     w, across, along = tiles.matrix(
         entries, count, entry, batch, lines.HEAD, W_TYPE, ORDER, ALIGNED
     )
@@ -80,7 +95,7 @@ def step_kernel(
         mask = (line < left)[:, None] & inside[None, :]
         w_at = tiles.corner(w, across, along, 0, tl.cast(start, tl.int64), ALIGNED)
         a = tl.load(w_at + at, mask=mask, other=0.0)
-        total += (a.to(tl.float64) * inverse).to(tl.float32) * x[None, :]
+        total += scaled(a, inverse) * x[None, :]
     result = tl.sum(total, axis=1)
     y += tiles.field(entries, count, entry, 4) + first
     y += batch * tiles.field(entries, count, entry, 2)
@@ -93,23 +108,21 @@ def step_kernel(
             inside = step < length - start
             mask = (line < left)[:, None] & inside[None, :]
             w_at = tiles.corner(w, across, along, 0, tl.cast(start, tl.int64), ALIGNED)
-            a = tl.load(w_at + at, mask=mask, other=0.0)
-            a = (a.to(tl.float64) * inverse).to(tl.float32)
+            a = scaled(tl.load(w_at + at, mask=mask, other=0.0), inverse)
             tl.store(parts + start + step, tl.sum(a * result[:, None], axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def back_kernel(
-    table, count, blocks, sizes, left, z, parts, y_squares, z_squares,
-    W_TYPE: tl.constexpr,
+    table, count, blocks, powers, left, z, parts, y_squares, z_squares,
+    STEPS: tl.constexpr, W_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Write z = A^T u and sums of z^2: from parts over |y|, or from the old u where y is zero."""
     entries = table + 1
-    entry = tl.program_id(1)
-    batch, block, real = lines.lane_block(entries, count, entry, blocks)
+    entry, batch, block = lines.lane_block(entries, count, blocks, STEPS)
     length = tiles.field(entries, count, entry, 3)
-    if real & (block * LANES < length):
-        inverse = unit(entries, count, entry, batch, sizes)
+    if block * LANES < length:
+        inverse = unit(entries, count, entry, batch, powers)
         lane = block * LANES + tl.arange(0, LANES)
         norm = y_norm(entries, count, entry, batch, y_squares)
         total = tl.zeros((LANES,), dtype=tl.float64)
@@ -145,103 +158,98 @@ def replace(old_at, new_at, norm, divisor, mask):
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def vectors_kernel(
-    table, count, blocks, sizes, left, right, y, z, y_squares, z_squares, replaced,
+    table, count, blocks, powers, left, right, y, z, y_squares, z_squares, replaced,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """Write u <- y / max(|y|, eps) and v <- z / max(|z|, eps) in scratch, and mark them replaced.
 
     Where y or z is zero, the old vector stays.
     """
     entries = table + 1
-    entry = tl.program_id(1)
-    batch, block, real = lines.lane_block(entries, count, entry, blocks)
-    if real:
-        inverse = unit(entries, count, entry, batch, sizes)
-        eps = tiles.number(table, 0)
-        rows = tiles.field(entries, count, entry, 2)
-        length = tiles.field(entries, count, entry, 3)
-        matrix = tiles.field(entries, count, entry, FIRST) + batch
-        y_size = y_norm(entries, count, entry, batch, y_squares)
-        z_size = tl.sqrt(ordered_sum(z_squares + matrix * blocks, blocks))
-        lane = block * LANES + tl.arange(0, LANES)
-        at = tiles.field(entries, count, entry, 4) + batch * rows + lane
-        divisor = clamped(y_size, eps, inverse)
-        replace(left + at, y + at, y_size, divisor, lane < rows)
-        at = tiles.field(entries, count, entry, 5) + batch * length + lane
-        divisor = clamped(z_size, eps, inverse)
-        replace(right + at, z + at, z_size, divisor, lane < length)
-        if block == 0:
-            old = tl.load(replaced + 2 * matrix)
-            tl.store(replaced + 2 * matrix, tl.where(y_size == 0, old, 1))
-            old = tl.load(replaced + 2 * matrix + 1)
-            tl.store(replaced + 2 * matrix + 1, tl.where(z_size == 0, old, 1))
+    entry, batch, block = lines.lane_block(entries, count, blocks, STEPS)
+    inverse = unit(entries, count, entry, batch, powers)
+    eps = tiles.number(table, 0)
+    rows = tiles.field(entries, count, entry, 2)
+    length = tiles.field(entries, count, entry, 3)
+    matrix = tiles.field(entries, count, entry, FIRST) + batch
+    y_size = y_norm(entries, count, entry, batch, y_squares)
+    z_size = tl.sqrt(ordered_sum(z_squares + matrix * blocks, blocks))
+    lane = block * LANES + tl.arange(0, LANES)
+    at = tiles.field(entries, count, entry, 4) + batch * rows + lane
+    divisor = clamped(y_size, eps, inverse)
+    replace(left + at, y + at, y_size, divisor, lane < rows)
+    at = tiles.field(entries, count, entry, 5) + batch * length + lane
+    divisor = clamped(z_size, eps, inverse)
+    replace(right + at, z + at, z_size, divisor, lane < length)
+    if block == 0:
+        old = tl.load(replaced + 2 * matrix)
+        tl.store(replaced + 2 * matrix, tl.where(y_size == 0, old, 1))
+        old = tl.load(replaced + 2 * matrix + 1)
+        tl.store(replaced + 2 * matrix + 1, tl.where(z_size == 0, old, 1))
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def start_kernel(
-    table, count, blocks, left, right, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    table, count, blocks, left, right, STEPS: tl.constexpr, U_TYPE: tl.constexpr,
+    V_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Copy u and v into scratch."""
     entries = table + 1
-    entry = tl.program_id(1)
-    batch, block, real = lines.lane_block(entries, count, entry, blocks)
-    if real:
-        rows = tiles.field(entries, count, entry, 2)
-        length = tiles.field(entries, count, entry, 3)
-        lane = block * LANES + tl.arange(0, LANES)
-        u, step, _ = tiles.matrix(entries, count, entry, batch, U, U_TYPE, 2, False)
-        v, skip, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
-        left += tiles.field(entries, count, entry, 4) + batch * rows
-        right += tiles.field(entries, count, entry, 5) + batch * length
-        x = tl.load(u + lane * step, mask=lane < rows, other=0.0)
-        tl.store(left + lane, x.to(tl.float32), mask=lane < rows)
-        x = tl.load(v + lane * skip, mask=lane < length, other=0.0)
-        tl.store(right + lane, x.to(tl.float32), mask=lane < length)
+    entry, batch, block = lines.lane_block(entries, count, blocks, STEPS)
+    rows = tiles.field(entries, count, entry, 2)
+    length = tiles.field(entries, count, entry, 3)
+    lane = block * LANES + tl.arange(0, LANES)
+    u, step, _ = tiles.matrix(entries, count, entry, batch, U, U_TYPE, 2, False)
+    v, skip, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
+    left += tiles.field(entries, count, entry, 4) + batch * rows
+    right += tiles.field(entries, count, entry, 5) + batch * length
+    x = tl.load(u + lane * step, mask=lane < rows, other=0.0)
+    tl.store(left + lane, x.to(tl.float32), mask=lane < rows)
+    x = tl.load(v + lane * skip, mask=lane < length, other=0.0)
+    tl.store(right + lane, x.to(tl.float32), mask=lane < length)
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def end_kernel(
-    table, count, blocks, sizes, left, right, y, z_squares, replaced, sigmas,
-    U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, MOVED: tl.constexpr,
+    table, count, blocks, powers, left, right, y, z_squares, replaced, sigmas,
+    STEPS: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     """Write sigma; write u and v from scratch where steps replaced them and sigma is finite."""
     entries = table + 1
-    entry = tl.program_id(1)
-    batch, block, real = lines.lane_block(entries, count, entry, blocks)
-    if real:
-        rows = tiles.field(entries, count, entry, 2)
-        length = tiles.field(entries, count, entry, 3)
-        matrix = tiles.field(entries, count, entry, FIRST) + batch
-        left += tiles.field(entries, count, entry, 4) + batch * rows
-        right += tiles.field(entries, count, entry, 5) + batch * length
-        local = tl.arange(0, LANES)
-        if MOVED:  # u^T A v = |z|^2 / max(|z|, eps)
-            inverse = unit(entries, count, entry, batch, sizes)
-            norm = tl.sqrt(ordered_sum(z_squares + matrix * blocks, blocks))
-            divisor = clamped(norm, tiles.number(table, 0), inverse)
-            sigma = tl.where(norm == 0, 0.0, norm * norm / divisor)
-        else:  # y = A v
-            y += tiles.field(entries, count, entry, 4) + batch * rows
-            total = tl.zeros((LANES,), dtype=tl.float64)
-            for start in tl.range(0, rows, LANES):
-                mask = start + local < rows
-                u = tl.load(left + start + local, mask=mask, other=0.0).to(tl.float64)
-                total += u * tl.load(y + start + local, mask=mask, other=0.0).to(tl.float64)
-            sigma = tl.sum(total, axis=0)
-        finite = (sigma - sigma) == 0
-        if block == 0:
-            size = tl.load(sizes + matrix)
-            value = tl.where(finite, sigma * size, sigma - sigma)
-            tl.store(sigmas + matrix, value.to(sigmas.dtype.element_ty))
-        if MOVED:
-            lane = block * LANES + local
-            some = tl.where(finite, rows, 0) * tl.load(replaced + 2 * matrix)
-            u, step, _ = tiles.matrix(entries, count, entry, batch, U, U_TYPE, 2, False)
-            x = tl.load(left + lane, mask=lane < some, other=0.0)
-            tl.store(u + lane * step, x.to(U_TYPE), mask=lane < some)
-            some = tl.where(finite, length, 0) * tl.load(replaced + 2 * matrix + 1)
-            v, step, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
-            x = tl.load(right + lane, mask=lane < some, other=0.0)
-            tl.store(v + lane * step, x.to(V_TYPE), mask=lane < some)
+    entry, batch, block = lines.lane_block(entries, count, blocks, STEPS)
+    rows = tiles.field(entries, count, entry, 2)
+    length = tiles.field(entries, count, entry, 3)
+    matrix = tiles.field(entries, count, entry, FIRST) + batch
+    left += tiles.field(entries, count, entry, 4) + batch * rows
+    right += tiles.field(entries, count, entry, 5) + batch * length
+    local = tl.arange(0, LANES)
+    if MOVED:  # u^T A v = |z|^2 / max(|z|, eps)
+        inverse = unit(entries, count, entry, batch, powers)
+        norm = tl.sqrt(ordered_sum(z_squares + matrix * blocks, blocks))
+        divisor = clamped(norm, tiles.number(table, 0), inverse)
+        sigma = tl.where(norm == 0, 0.0, norm * norm / divisor)
+    else:  # y = A v
+        y += tiles.field(entries, count, entry, 4) + batch * rows
+        total = tl.zeros((LANES,), dtype=tl.float64)
+        for start in tl.range(0, rows, LANES):
+            mask = start + local < rows
+            u = tl.load(left + start + local, mask=mask, other=0.0).to(tl.float64)
+            total += u * tl.load(y + start + local, mask=mask, other=0.0).to(tl.float64)
+        sigma = tl.sum(total, axis=0)
+    finite = (sigma - sigma) == 0
+    if block == 0:
+        value = tl.where(finite, sigma * tl.load(powers + matrix), sigma - sigma)
+        tl.store(sigmas + matrix, value.to(sigmas.dtype.element_ty))
+    if MOVED:
+        lane = block * LANES + local
+        some = tl.where(finite, rows, 0) * tl.load(replaced + 2 * matrix)
+        u, step, _ = tiles.matrix(entries, count, entry, batch, U, U_TYPE, 2, False)
+        x = tl.load(left + lane, mask=lane < some, other=0.0)
+        tl.store(u + lane * step, x.to(U_TYPE), mask=lane < some)
+        some = tl.where(finite, length, 0) * tl.load(replaced + 2 * matrix + 1)
+        v, step, _ = tiles.matrix(entries, count, entry, batch, V, V_TYPE, 2, False)
+        x = tl.load(right + lane, mask=lane < some, other=0.0)
+        tl.store(v + lane * step, x.to(V_TYPE), mask=lane < some)
 
 
 def keyed(
@@ -270,7 +278,6 @@ class Plan(NamedTuple):
     entries: tables.Entries
     scratch: lines.Sizes
     blocks: int  # number of blocks of LANES lanes per matrix
-    lanes: tuple[int, int]  # grid of programs that own blocks of lanes
 
 
 @tables.kept
@@ -288,53 +295,54 @@ def plans(items: tuple[tables.Item, ...], transposed: bool, device: torch.device
             before = before.and_of(batch, height, width, size * width)
         constants = (types[0], order, aligned, *blocks)
         across = tables.cdiv(max(max(e[2:4]) for e in entries), LANES.value)
-        lanes = (max(e[0] // e[1] for e in entries) * across, len(entries))
-        entries = tables.Entries(entries)
-        made.append(Plan(tuple(types), constants, entries, before, across, lanes))
+        entries = tables.Entries(entries, lines.MATRICES.value)
+        made.append(Plan(tuple(types), constants, entries, before, across))
     return made
 
 
 class Group:
     """A plan with the scratch memory of its kernels; `run` launches them."""
 
-    def __init__(self, plan: Plan, eps: float, sizes: Tensor):
-        self.types, self.constants, entries, before, self.blocks, self.lanes = plan
-        self.sizes = sizes
-        self.table = entries.table((eps,), sizes.device)
+    def __init__(self, plan: Plan, eps: float, powers: Tensor):
+        self.types, self.constants, entries, before, self.blocks = plan
+        self.powers = powers
+        self.table = entries.table((eps,), powers.device)
+        self.lanes = (self.table.matrices * self.blocks,)  # of programs that own blocks of lanes
 
         def scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(count, dtype=dtype, device=sizes.device)
+            return torch.zeros(count, dtype=dtype, device=powers.device)
 
         self.left, self.y = scratch(before.lines), scratch(before.lines)
         self.right, self.z = scratch(before.across), scratch(before.across)
         self.parts = scratch(before.parts)
         self.y_squares = scratch(self.table.tiles, torch.float64)
-        self.z_squares = scratch(sizes.numel() * self.blocks, torch.float64)
-        self.replaced = scratch(2 * sizes.numel(), torch.int32)
+        self.z_squares = scratch(powers.numel() * self.blocks, torch.float64)
+        self.replaced = scratch(2 * powers.numel(), torch.int32)
 
     def run(self, steps: int, sigmas: Tensor) -> None:
-        data, count, sizes = self.table.data, self.table.count, self.sizes
+        data, count, search = self.table.data, self.table.count, self.table.steps
+        powers = self.powers
         left, right, y, z = self.left, self.right, self.y, self.z
         start_kernel[self.lanes](
-            data, count, self.blocks, left, right, *self.types[1:], **lines.OPTIONS
+            data, count, self.blocks, left, right, search, *self.types[1:], **lines.OPTIONS
         )
         for _ in range(max(steps, 1)):
             step_kernel[(self.table.tiles,)](
-                data, count, sizes, right, y, self.parts, self.y_squares, self.table.steps,
+                data, count, powers, right, y, self.parts, self.y_squares, search,
                 *self.constants, steps > 0, **lines.OPTIONS,
             )  # fmt: skip
             if steps > 0:
                 back_kernel[self.lanes](
-                    data, count, self.blocks, sizes, left, z, self.parts, self.y_squares,
-                    self.z_squares, self.types[0], **lines.OPTIONS,
+                    data, count, self.blocks, powers, left, z, self.parts, self.y_squares,
+                    self.z_squares, search, self.types[0], **lines.OPTIONS,
                 )  # fmt: skip
                 vectors_kernel[self.lanes](
-                    data, count, self.blocks, sizes, left, right, y, z, self.y_squares,
-                    self.z_squares, self.replaced, **lines.OPTIONS,
+                    data, count, self.blocks, powers, left, right, y, z, self.y_squares,
+                    self.z_squares, self.replaced, search, **lines.OPTIONS,
                 )  # fmt: skip
         end_kernel[self.lanes](
-            data, count, self.blocks, sizes, left, right, y, self.z_squares, self.replaced,
-            sigmas, *self.types[1:], steps > 0, **lines.OPTIONS,
+            data, count, self.blocks, powers, left, right, y, self.z_squares, self.replaced,
+            sigmas, search, *self.types[1:], steps > 0, **lines.OPTIONS,
         )  # fmt: skip
 
 
@@ -348,9 +356,9 @@ def power_iteration_(
 ) -> Tensor:
     if not W or any(w.dtype == torch.float64 for w in W):
         return ops.power_iteration_.definition(W, u, v, steps, order, eps)
-    sizes = magnitude(W)
-    sigmas = torch.zeros(sizes.numel(), dtype=torch.float32, device=sizes.device)
+    powers = powers_of(W)
+    sigmas = torch.zeros(powers.numel(), dtype=torch.float32, device=powers.device)
     columns = ([x.unsqueeze(-1) for x in some] for some in (u, v))
-    for plan in plans(tables.items(W, *columns), order == "v_first", sizes.device):
-        Group(plan, eps, sizes).run(steps, sigmas)
+    for plan in plans(tables.items(W, *columns), order == "v_first", powers.device):
+        Group(plan, eps, powers).run(steps, sigmas)
     return sigmas

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import configs, ends, tables, tiles
 from .configs import FUSION
 from .ends import End, Extra
+from .product import served
 
 EXTRA = tl.constexpr(4)  # after fields first program, short and long side, first matrix: the end's
 HEAD = tl.constexpr(6)  # after these: X and out
@@ -158,9 +159,12 @@ def warps(arch: str, short: int, long: int) -> int:
     return max(1, min(256, short * long // 32) // configs.lanes(arch))
 
 
-def on_chip(x: Tensor) -> bool:
-    """True if both sides are small enough for this kernel."""
-    return max(x.shape[-2:]) <= SMALL
+def on_chip(x: Tensor, dtype: torch.dtype) -> bool:
+    """True if both sides are small enough for this kernel, and products are Triton's.
+
+    On older architectures Triton would multiply without tensor cores.
+    """
+    return dtype in HALF and max(x.shape[-2:]) <= SMALL and served("product", dtype, x)
 
 
 def small_newton_schulz(
@@ -172,8 +176,7 @@ def small_newton_schulz(
     safety: float = 1.0,
     norms: Tensor | None = None,
 ) -> list[Tensor]:
-    served = dtype in HALF and all(x.dtype != torch.float64 and on_chip(x) for x in X)
-    if not X or not served:
+    if not X or not all(on_chip(x, dtype) for x in X):
         arguments = (X, coefficients, dtype, scale, eps, safety, norms)
         return ops.small_newton_schulz.definition(*arguments)
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in X]

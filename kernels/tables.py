@@ -189,12 +189,12 @@ Entry = tuple[int, ...]  # number of tiles, then fields
 class Table:
     """A table, and what a launch needs to know of it.
 
-    That is `count`, the number of entries; `tiles`, the number of all tiles; and `steps` of a
-    binary search among entries.
+    That is `count`, the number of entries; `tiles`, the number of all tiles; `steps` of a binary
+    search among entries; and `matrices`, the number of all matrices.
     """
 
-    def __init__(self, values: tuple[int, ...], device: torch.device, sizes: tuple[int, int, int]):
-        self.count, self.tiles, self.steps = sizes
+    def __init__(self, values: tuple[int, ...], device: torch.device, sizes: tuple[int, ...]):
+        self.count, self.tiles, self.steps, self.matrices = sizes
         self._values, self._device = values, device
         self._on: dict[int, Tensor] = {}
 
@@ -207,16 +207,21 @@ class Table:
 class Entries:
     """Entries of one launch, and tables made of them.
 
-    The first value of an entry is its number of tiles. Tables are kept, because steps meet the same
-    tensors again and again.
+    The first value of an entry is its number of tiles; value `matrices`, if given, its number of
+    matrices. In the table they are those of all entries before. Tables are kept, because steps meet
+    the same tensors again and again.
     """
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], matrices: int = 0) -> None:
         self.entries = tuple(entries)
-        ends = list(itertools.accumulate(entry[0] for entry in self.entries))
-        rest = zip(*(entry[1:] for entry in self.entries), strict=True)
-        self._values = tuple(itertools.chain((0, *ends[:-1]), *rest))
-        self._sizes = (len(ends), ends[-1], (len(ends) - 1).bit_length())
+        fields = list(zip(*self.entries, strict=True))
+        totals = {}
+        for which in {0, matrices}:
+            *before, totals[which] = itertools.accumulate(fields[which], initial=0)
+            fields[which] = tuple(before)
+        self._values = tuple(itertools.chain(*fields))
+        count = len(self.entries)
+        self._sizes = (count, totals[0], (count - 1).bit_length(), totals[matrices])
         self._tables: dict[Any, Table] = {}
 
     def table(

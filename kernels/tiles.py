@@ -34,6 +34,17 @@ def locate(entries, count, tile, STEPS: tl.constexpr):
 
 
 @triton.jit
+def locate_matrix(entries, count, matrix, which, STEPS: tl.constexpr):
+    """Return the entry of a launch's matrix, and which of the entry's it is.
+
+    Field `which` is the number of matrices before an entry. So matrices of all entries lie on one
+    axis of the grid, the one that takes more than 65535.
+    """
+    entry = locate(entries + which * count, count, matrix, STEPS)
+    return entry, matrix - field(entries, count, entry, which)
+
+
+@triton.jit
 def side(entries, count, entry, which, ALIGNED: tl.constexpr):
     """Return a side of an entry's matrices, int32."""
     value = field(entries, count, entry, which).to(tl.int32)

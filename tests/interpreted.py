@@ -66,6 +66,13 @@ def test_layout(case: Case, layout: str) -> None:
     check_numbers(case, ((2, 2, 19, 33),), Inputs.named(dtype, layout=layout))
 
 
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_rows_longer_than_a_program(layout: str) -> None:
+    """Programs begin and end anywhere in a row."""
+    shapes = ((3, 1500), (1500, 3), (2, 1024), (2, 1025))
+    check_numbers(CASES["muon_prologue_"], shapes, Inputs.named("float32", layout=layout))
+
+
 @EACH
 def test_dense_and_aligned(case: Case) -> None:
     """Sides that are multiples of 8: the wide accesses and 32-bit offsets of the fast path."""

@@ -99,6 +99,8 @@ SERVED = [CASES[name] for name, key in LOADED.served if key == "CPU"]
 # dense and not, batches, one row, tall and wide, in one launch and in several words
 LIST = ((40, 40), (2, 64, 96), (13, 29), (1, 70), (640, 300))
 
+# more than the 65535 programs that a GPU takes along the second and third axis of a grid
+MANY = 2**16 + 1
 LIKE_GPT2 = ((136, 136), (136, 408), (136, 544), (544, 136))
 
 
@@ -109,12 +111,32 @@ def test_launches(case: Case) -> None:
     OPS[case.name](**made(case, LIST if case.takes_list else LIST[1:2], Inputs.named("bfloat16")))
     assert LAUNCHES
     for launch in {launch.metadata.hash: launch for launch in LAUNCHES}.values():
-        assert all(size > 0 for size in launch.grid)
+        assert launch.grid[0] > 0 and launch.grid[1:] == (1, 1)
         names = launch.source.fn.arg_names
         constants = {names[at[0]]: value for at, value in launch.source.constants.items()}
         if constants.get("ALIGNED") or constants.get("FLAT"):
             found = measured(launch.binary, ARCH)
             assert found["spills"] == 0, (launch.metadata.name, constants)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "power_iteration_", "factored_moment_"])
+def test_long_lists_fit_the_grid(name: str) -> None:
+    """One launch has all matrices, along the axis that takes 2^31 - 1 programs."""
+    arguments = made(CASES[name], ((3, 5),), Inputs.named("bfloat16"))
+    LAUNCHES.clear()
+    OPS[name](**{k: v * MANY if isinstance(v, list) else v for k, v in arguments.items()})
+    assert {launch.grid for launch in LAUNCHES} == {(MANY, 1, 1)}
+
+
+@pytest.mark.parametrize("name", ["gram", "gram_polynomial", "small_newton_schulz"])
+def test_old_architectures_are_left_to_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There Triton multiplies without tensor cores, on chip too."""
+    arguments = made(CASES[name], ((40, 40),), Inputs.named("float16"))
+    for arch, ours in (("75", False), ("80", True)):
+        monkeypatch.setattr(configs, "device_of", lambda device, arch=arch: (arch, PROCESSORS))
+        LAUNCHES.clear()
+        OPS[name](**arguments)
+        assert bool(LAUNCHES) == ours
 
 
 def test_a_step_of_many_groups_fits_what_is_kept() -> None:

@@ -116,7 +116,7 @@ def test_tables_of_addresses_are_told_apart() -> None:
 
 SHARED = {
     "__init__", "tables", "tiles", "configs", "product", "ends", "elementwise", "lines", "probe",
-    "rounding", "iterations",
+    "rounding", "iterations", "totals",
 }  # fmt: skip
 
 
