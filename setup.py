@@ -27,7 +27,7 @@ NVCC_FLAGS = [
     "-O3", "-std=c++20", "-DUSE_CUDA", "--fmad=false", "-Xcompiler=-fvisibility=hidden",
     "-diag-suppress=20013,20015",
 ]  # fmt: skip
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0")
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # code of x.0 serves x.y too
 
 
 def architectures(cuda_home: str, has_gpu: bool) -> str:
@@ -37,13 +37,11 @@ def architectures(cuda_home: str, has_gpu: bool) -> str:
             import torch
 
             found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-            # 9.0 and 10.0 have instructions of their own, which their forward-compatible names lack
-            names = [f"{a}.{b}{'a' if a in (9, 10) else ''}" for a, b in sorted(found)]
+            names = [f"{a}.{b}" for a, b in sorted(found)]
         else:
             command = [os.path.join(cuda_home, "bin", "nvcc"), "--list-gpu-code"]
             known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            codes = {a: f"sm_{a.rstrip('a').replace('.', '')}" for a in ARCHITECTURES}
-            names = [a for a, code in codes.items() if code in known.split()]
+            names = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known.split()]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
 

@@ -22,7 +22,7 @@ from . import sass
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "cuda" / "CMakeFiles" / "_C_cuda.dir" / "csrc" / "cuda"
 RESULTS = Path(__file__).resolve().parent / "results" / "cuda_compile.json"
-ARCHES = ("sm_80", "sm_90a", "sm_100a")
+ARCHES = ("sm_80", "sm_90", "sm_100")
 INSTRUCTIONS = {  # instructions that are counted in the machine code of a kernel
     "loads_16": r"\bLDG\.E\.(?:\w+\.)*128",
     "stores_16": r"\bSTG\.E\.(?:\w+\.)*128",

@@ -16,7 +16,7 @@ from orthonorm.bench import cuda_report as report
 from orthonorm.bench.compiled import CUDA_TILES, CUDA_WARPS, kernels
 
 ROWS: list[dict[str, Any]] = json.loads(report.RESULTS.read_text())
-SHARED = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448}  # bytes of a block (CUDA guide)
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of a block (CUDA guide)
 # Kernels of small sums, of double arithmetic (a division's slow path is a call) or of one number a
 # thread: not what a step waits for.
 NOT_HOT = (

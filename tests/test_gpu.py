@@ -9,7 +9,7 @@ import pytest
 import test_ops
 import torch
 from guards import check_bands
-from orthonorm import optim
+from orthonorm import ops, optim
 from orthonorm._library import LOADED, library_part, triton_kernel
 from orthonorm.bench.cases import CASES, Case, tensors
 from orthonorm.bench.inputs import Arguments, Inputs, copied
@@ -174,6 +174,20 @@ def test_graph(case: Case) -> None:
     torch.cuda.synchronize()
     for name, values in outputs.items():
         assert all(torch.equal(a, b) for a, b in zip(values, wanted[name], strict=True)), name
+
+
+@pytest.mark.skipif(
+    LOADED.served.get(("divide_each", "CUDA")) != "CUDA", reason="needs the CUDA library"
+)
+def test_numbers_of_the_host_in_a_graph() -> None:
+    """What the graph would copy from the host's memory in every replay is refused."""
+    X, divisors = torch.randn(3, 4, 5, device="cuda"), torch.ones(3, dtype=torch.float64)
+    graph = torch.cuda.CUDAGraph()
+    rule = r"divide_each: divisors must be on the device of X.0. in a CUDA graph, got 3 numbers"
+    with torch.cuda.graph(graph):
+        X.add_(1)  # torch warns of empty graphs
+        with pytest.raises(RuntimeError, match=rule):
+            ops.divide_each.overload(X, divisors, torch.float32)
 
 
 @EACH

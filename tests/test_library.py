@@ -88,7 +88,7 @@ def test_a_library_that_does_not_fit_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "_C_cuda.so"
-    path.write_bytes(b"\0\0orthonorm built for: torch 2.13.0, CUDA 13.0, sm 8.0 9.0a;\0")
+    path.write_bytes(b"\0\0orthonorm built for: torch 2.13.0, CUDA 13.0, sm 8.0 9.0;\0")
     loaded = Loaded()
     loaded.backend = "auto"
     for capability in ((8, 0), (8, 9), (9, 0)):
@@ -107,7 +107,8 @@ def test_a_library_that_does_not_fit_is_not_loaded(
     ("architecture", "capability", "runs"),
     [("8.0", (8, 6), True), ("8.6", (8, 0), False), ("8.0", (9, 0), False),
      ("9.0a", (9, 0), True), ("10.0a", (10, 3), False), ("8.0+PTX", (12, 0), True),
-     ("12.0", (12, 1), True)],
+     ("12.0", (12, 1), True), ("9.0", (10, 0), False), ("10.0", (10, 3), True),
+     ("10.0", (12, 0), False)],
 )  # fmt: skip
 def test_architectures(architecture: str, capability: tuple[int, int], runs: bool) -> None:
     assert _gpus.covers(architecture, capability) is runs

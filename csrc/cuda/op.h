@@ -164,11 +164,15 @@ class Call {
     return t ? number(name, *t) : Number(otherwise);
   }
 
-  // Numbers to be read on the device, brought there if they are not.
+  // Numbers to be read on the device, brought there if they are not: several of the host's by a
+  // copy, which is refused where it would go into a graph.
   Number numbers(const char* name, const Tensor& t) {
     const Strided s = strided(op_, name, t);
     if (size() == 0 || t.device() == device()) return {s.data, s.type, t.dim() ? s.strides[0] : 0};
     if (t.is_cpu() && t.numel() == 1) return {host_value(s)};
+    // A graph's copy reads its source in every replay: the caller may have freed it by then.
+    STD_TORCH_CHECK(!t.is_cpu() || !captured(), op_, ": ", name, " must be on the device of ",
+                    lists_[0].name, "[0] in a CUDA graph, got ", t.numel(), " numbers on the CPU");
     const Tensor& there = kept_.emplace_back(torch::stable::to(t, device(), true));
     return {static_cast<char*>(there.data_ptr()), s.type, there.dim() ? there.stride(0) : 0};
   }
@@ -261,8 +265,9 @@ class Call {
     }
   }
 
-  template <class Launches>
-  void with_device(const Launches& launches) {
+  // Calls `use(stream)`, with the lists' device as the current one.
+  template <class Use>
+  auto with_stream(const Use& use) const {
     cudaStream_t stream = nullptr;
 #ifdef __CUDACC__
     const int32_t index = lists_[0].tensors[0].get_device_index();
@@ -271,11 +276,27 @@ class Call {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
 #endif
-    launches(Device{stream, [this](int64_t bytes) {
-                      kept_.push_back(torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
-                                                           device()));
-                      return kept_.back().data_ptr();
-                    }});
+    return use(stream);
+  }
+
+  // Whether launches go into a CUDA graph; the stable ABI has no question of its own for it.
+  bool captured() const {
+    return with_stream([](cudaStream_t stream) {
+      cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+      check(cudaStreamIsCapturing(stream, &status));
+      return status != cudaStreamCaptureStatusNone;
+    });
+  }
+
+  template <class Launches>
+  void with_device(const Launches& launches) {
+    with_stream([&](cudaStream_t stream) {
+      launches(Device{stream, [this](int64_t bytes) {
+                        kept_.push_back(torch::stable::empty({bytes}, ScalarType::Byte,
+                                                             std::nullopt, device()));
+                        return kept_.back().data_ptr();
+                      }});
+    });
   }
 
   const char* op_;

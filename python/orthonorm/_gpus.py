@@ -13,7 +13,7 @@ Capability = tuple[int, int]
 def built_for(path: Path) -> str:
     """Return the build note of a library (setup.py and csrc/cuda/op.h write it), or "".
 
-    For example " (built for torch 2.13.0, CUDA 13.0, sm 8.0 9.0a)".
+    For example " (built for torch 2.13.0, CUDA 13.0, sm 8.0 9.0)".
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         note = re.search(rb"orthonorm built for: ([^;\0]*);", content)
@@ -23,7 +23,8 @@ def built_for(path: Path) -> str:
 def covers(architecture: str, capability: Capability) -> bool:
     """True if code for an architecture runs on a GPU of this compute capability.
 
-    The architecture is written as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "12.0+PTX".
+    The architecture is written as in TORCH_CUDA_ARCH_LIST: "8.0", "12.0+PTX", or
+    "9.0a", which runs on 9.0 alone.
     """
     number, *marks = re.split(r"(a|\+PTX)", architecture)
     major, minor = number.split(".")
