@@ -143,7 +143,7 @@ def test_a_step_of_many_groups_fits_what_is_kept() -> None:
     """Else all of it would be made anew, step by step. Muon calls most functions for each group."""
     caches = [product.launches, elementwise.groups_of, iterations.applied, iterations.cut,
               iterations.laid, iterations.sizes, iterations.paired, lines.groups_of]  # fmt: skip
-    params = [torch.nn.Parameter(torch.zeros(s)) for _ in range(24) for s in LIKE_GPT2]
+    params = [torch.nn.Parameter(torch.zeros(s)) for _ in range(48) for s in LIKE_GPT2]
     groups = [{"params": params[i : i + 4]} for i in range(0, len(params), 4)]
     opt = optim.Muon(groups)
     for _ in range(2):
