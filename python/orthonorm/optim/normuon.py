@@ -81,7 +81,7 @@ class NorMuon(Orthogonalizing):
         factors = self.polar(updates, group)
         sides: tuple[list[Any], list[Any]] = ([], [])
         for pair in zip(batch.state["row_moment"], factors.matrices, strict=True):
-            sides[self.columns(pair[1], group)].append(pair)
+            sides[int(self.columns(pair[1], group))].append(pair)  # for torch 2.11
         keep = group["rescale"] == "norm"
         for op, pairs in zip((row_moment_, column_moment_), sides, strict=True):
             if pairs:
