@@ -59,18 +59,24 @@ def lane_block(entries, count, blocks, STEPS: tl.constexpr):
 
 
 @triton.jit
+def added(at, lane, inside, size, apart, DEPTH: tl.constexpr):
+    """Return the float64 sums, in one order, of `size` numbers `apart` at these lanes `inside`."""
+    step = tl.arange(0, DEPTH)
+    at += tiles.square(step, lane, apart, 1)
+    total = tl.zeros((DEPTH, lane.shape[0]), dtype=tl.float64)
+    for start in tl.range(0, size, DEPTH):
+        mask = (step < size - start)[:, None] & inside[None, :]
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        at += DEPTH * apart
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def sum_of_parts(entries, count, entry, batch, length, parts, lane):
-    """Return a matrix's sums across at these lanes: the parts of its programs, in one order."""
+    """Return a matrix's sums across at these lanes: the parts of its programs."""
     size = tiles.field(entries, count, entry, 1)
     at = parts + tiles.field(entries, count, entry, PARTS) + batch * size * length
-    step = tl.arange(0, DEPTH)
-    at += tiles.square(step, lane, length, 1)
-    total = tl.zeros((DEPTH, LANES), dtype=tl.float64)
-    for start in tl.range(0, size, DEPTH):
-        mask = (step < size - start)[:, None] & (lane < length)[None, :]
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        at += DEPTH * length
-    return tl.sum(total, axis=0)
+    return added(at, lane, lane < length, size, length, DEPTH)
 
 
 @triton.jit

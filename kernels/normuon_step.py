@@ -35,16 +35,9 @@ def row_moments_kernel(
     entry, batch, first, left, length = lines.place(entries, count, STEPS, False, LINES)
     rows = tiles.field(entries, count, entry, 2)
     line = tl.arange(0, LINES)
-    slot = tl.arange(0, SLOTS)
     slots = tl.cdiv(length, ends.GRAIN)
     at = parts + tiles.field(entries, count, entry, lines.PARTS) + batch * slots * rows + first
-    at += tiles.square(slot, line, rows, 1)
-    total = tl.zeros((SLOTS, LINES), dtype=tl.float64)
-    for start in tl.range(0, slots, SLOTS):
-        mask = (slot < slots - start)[:, None] & (line < left)[None, :]
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        at += SLOTS * rows
-    total = tl.sum(total, axis=0)
+    total = lines.added(at, line, line < left, slots, rows, SLOTS)
     lines.average(
         table, entries, count, entry, batch, first, left, length, total, factors, sums,
         V, V_TYPE, tl.float32, LINES, 0,
