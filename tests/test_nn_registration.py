@@ -196,6 +196,24 @@ def test_functional_gradients() -> None:
         torch.testing.assert_close(got[name], p.grad)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_gradients_of_each_sample(together: bool) -> None:
+    m = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    for part in [m] if together else [m[0], m[2]]:
+        (on.spectral_norm_ if together else on.spectral_norm)(part)
+    x, params = torch.randn(6, 4, dtype=torch.float64), dict(m.eval().named_parameters())
+
+    def loss(params: dict[str, torch.Tensor], one: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(m, params, (one,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    got = each({k: v.detach() for k, v in params.items()}, x)
+    for i, one in enumerate(x):
+        want = torch.autograd.grad(loss(params, one), list(params.values()))
+        for name, gradient in zip(params, want, strict=True):
+            torch.testing.assert_close(got[name][i], gradient)
+
+
 def test_tied_weights_and_attention() -> None:
     """A tied parameter stays one parameter; attention's packed projection by its name."""
     embedding, head = nn.Embedding(9, 5), nn.Linear(5, 9, bias=False)

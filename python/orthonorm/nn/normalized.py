@@ -42,6 +42,8 @@ class _Normalize(torch.autograd.Function):
     this node. `s` and `vectors` (u_1, v_1, u_2, ...) are those of `spectral_normalization_`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         dims: list[int], made: list[Tensor], s: Tensor, vectors: Tensor, *W: Tensor
