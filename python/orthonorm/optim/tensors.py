@@ -70,8 +70,7 @@ class Numbers:
         """
         if torch.compiler.is_compiling() or captured(device):
             return self._product(value, device)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key = (value, device, stream)
+        key = (value, device, stream_of(device))
         if key not in self._kept:
             if len(self._kept) == self.KEPT:
                 self._kept.clear()
@@ -87,6 +86,13 @@ class Numbers:
         if device not in self._ones:
             self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
         return self._ones[device] * value
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the current stream of a GPU that is in use, else 0."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def captured(device: torch.device) -> bool:
