@@ -71,11 +71,12 @@ class Numbers:
         if torch.compiler.is_compiling() or captured(device):
             return self._product(value, device)
         key = (value, device, stream_of(device))
-        if key not in self._kept:
+        found = self._kept.get(key)
+        if found is None:
             if len(self._kept) == self.KEPT:
                 self._kept.clear()
-            self._kept[key] = self._product(value, device)
-        return self._kept[key]
+            found = self._kept[key] = self._product(value, device)
+        return found
 
     def _product(self, value: float, device: torch.device) -> Tensor:
         """Return the number by a product with 1, not by a fill.
