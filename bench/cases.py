@@ -263,16 +263,17 @@ _ROWS = (
     ),
     Case(
         "decayed_update_", makers.decayed_update, dtypes=_STATES, shapes=_MODEL,
-        variants=({"weight_decay": 0.0, "factors": makers.factors}, {"rounding": makers.seed}),
-    ),
-    Case(
-        "adamw_step_", makers.adamw_step, dtypes=_STATES,
-        variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0},
+        variants=({"weight_decay": makers.no_decay, "factors": makers.factors},
                   {"rounding": makers.seed}),
     ),
     Case(
+        "adamw_step_", makers.adamw_step, dtypes=_STATES,
+        variants=({"decay_first": False, "correct_eps": False},
+                  {"weight_decay": makers.no_decay, "eps": 0.0}, {"rounding": makers.seed}),
+    ),
+    Case(
         "signum_step_", makers.signum_step, dtypes=_STATES,
-        variants=({"nesterov": True, "weight_decay": 0.0, "factors": makers.factors},),
+        variants=({"nesterov": True, "weight_decay": makers.no_decay, "factors": makers.factors},),
     ),
     Case(
         "muon_step_", makers.muon_step, work.polynomial, dtypes=_STATES,
@@ -287,7 +288,8 @@ _ROWS = (
     ),
     Case(
         "conda_step_", makers.conda_step, work.rotation, dtypes=_STATES,
-        variants=({"weight_decay": 0.0},), shapes=("gpt2-small-3", "llama-3m"), quick="llama-3m",
+        variants=({"weight_decay": makers.no_decay},), shapes=("gpt2-small-3", "llama-3m"),
+        quick="llama-3m",
     ),
 )  # fmt: skip
 CASES: dict[str, Case] = {case.name: case for case in _ROWS}

@@ -206,6 +206,10 @@ def factors(arguments: Arguments) -> list[float]:
     return [0.5 + 0.25 * i for i in range(len(arguments["params"]))]
 
 
+def no_decay(arguments: Arguments) -> Tensor:
+    return torch.zeros_like(arguments["lr"])
+
+
 def seed(arguments: Arguments) -> Tensor:
     """Return a seed of stochastic rounding that has bits in both 32-bit halves."""
     return torch.tensor(-0x123456789ABCDEF, device=arguments["lr"].device)
@@ -216,7 +220,7 @@ def decayed_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         "params": each(inputs.matrix, "params", shapes),
         "updates": each(inputs.state, "updates", shapes),
         "lr": inputs.number(0.02),
-        "weight_decay": 0.1,
+        "weight_decay": inputs.number(0.1),
         "factors": [1.0] * len(shapes),
     }
 
@@ -232,7 +236,7 @@ def adamw_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         "beta1": 0.9,
         "beta2": 0.95,
         "eps": 1e-8,
-        "weight_decay": 0.1,
+        "weight_decay": inputs.number(0.1),
     }
 
 
@@ -243,7 +247,7 @@ def muon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         "momentum_buffers": each(inputs.state, "momentum_buffers", shapes),
         "lr": inputs.number(0.02),
         "momentum": inputs.number(0.95),
-        "weight_decay": 0.1,
+        "weight_decay": inputs.number(0.1),
         "factors": [1.0] * len(shapes),
         "coefficients": list(KELLER),
         "restarts": [],  # those that Muon finds safe for these coefficients in float32
@@ -305,7 +309,7 @@ def conda_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
         "beta1": 0.9,
         "beta2": 0.99,
         "eps": 1e-8,
-        "weight_decay": 0.1,
+        "weight_decay": inputs.number(0.1),
     }
 
 

@@ -81,8 +81,8 @@ def _torch_muon_step(case: Case, calls: list[Arguments]) -> Running:
     if any(w.dim() != 2 for w in a["params"]):
         raise Unavailable("torch.optim.Muon takes 2-D parameters only")
     settings: dict[str, Any] = dict(
-        weight_decay=a["weight_decay"], momentum=float(a["momentum"]), eps=1e-7, has_complex=False,
-        nesterov=a.get("nesterov", True), ns_coefficients=triple, ns_steps=steps,
+        weight_decay=float(a["weight_decay"]), momentum=float(a["momentum"]), eps=1e-7,
+        has_complex=False, nesterov=a.get("nesterov", True), ns_coefficients=triple, ns_steps=steps,
     )  # fmt: skip
     if any(factor != 1.0 for factor in a["factors"]):
         raise Unavailable("torch.optim.Muon has no factor per matrix")
@@ -102,7 +102,8 @@ def _torch_adamw(case: Case, calls: list[Arguments], fused: bool) -> Running:
     call = functools.partial(
         adamw, a["params"], a["grads"], a["exp_avg"], a["exp_avg_sq"], [], a["steps"],
         fused=fused, foreach=False, amsgrad=False, maximize=False, beta1=a["beta1"],
-        beta2=a["beta2"], lr=float(a["lr"]), weight_decay=a["weight_decay"], eps=a["eps"],
+        beta2=a["beta2"], lr=float(a["lr"]), weight_decay=float(a["weight_decay"]),
+        eps=a["eps"],
     )  # fmt: skip
     return Running(call, lambda _: {n: a[n] for n in ("params", "exp_avg", "exp_avg_sq")})
 
@@ -148,7 +149,7 @@ def _eager_conda(case: Case, calls: list[Arguments]) -> Running:
     momenta = [
         m @ q.mT if t else q @ m for m, q, t in zip(a["exp_avg"], a["bases"], tall, strict=True)
     ]
-    decay = 1 - float(a["lr"]) * a["weight_decay"]
+    decay = 1 - float(a["lr"]) * float(a["weight_decay"])
     sizes, beta1, beta2 = a["scales"].tolist(), a["beta1"], a["beta2"]
     entries = list(
         zip(a["params"], a["grads"], momenta, a["exp_avg_sq"], a["bases"], sizes, tall, strict=True)
@@ -161,7 +162,7 @@ def _eager_conda(case: Case, calls: list[Arguments]) -> Running:
             v.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
             normalized = direction / v.sqrt().add_(a["eps"])
             w.add_(normalized @ q.mT if right else q @ normalized, alpha=-size)
-            if a["weight_decay"]:
+            if decay != 1:
                 w.mul_(decay)
 
     return Running(call, lambda _: {"params": a["params"], "exp_avg_sq": a["exp_avg_sq"]})
@@ -205,13 +206,13 @@ def _torch_update(
     params: list[Tensor],
     updates: list[Tensor],
     lr: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
 ) -> None:
     """Do the decay and the update of torch.optim.Muon, its last two lines."""
-    rate = float(lr)
+    rate, decay = float(lr), float(weight_decay)
     for w, u, factor in zip(params, updates, factors, strict=True):
-        w.mul_(1 - rate * weight_decay)
+        w.mul_(1 - rate * decay)
         w.add_(u, alpha=-rate * factor)
 
 

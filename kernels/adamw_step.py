@@ -16,18 +16,18 @@ from .rounding import joined, rounded, split
 
 @triton.jit(do_not_specialize=["count"])
 def adamw_kernel(
-    table, count, lr, seed, grad_scale, found_inf, STEPS: tl.constexpr,
+    table, count, lr, weight_decay, seed, grad_scale, found_inf, STEPS: tl.constexpr,
     W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     R_TYPE: tl.constexpr, T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr,
     BLOCK: tl.constexpr, DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
 ):  # fmt: skip
     """Write weights, averages and mantissas of one AdamW step; R_TYPE is None without mantissas.
 
-    Numbers: beta1, 1 - beta1, log beta1; the same of beta2; eps; weight decay. Extras: address of
-    the step count, address of the weight's first element.
+    Numbers: beta1, 1 - beta1, log beta1; the same of beta2; eps. Extras: address of the step count,
+    address of the weight's first element.
     """
     extras: tl.constexpr = each.HEAD + (16 if R_TYPE is None else 20)
-    entries = table + 8
+    entries = table + 7
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)
     g_at = each.elements(entries, count, entry, batch, start, local, 1, G_TYPE, FLAT)
@@ -39,7 +39,7 @@ def adamw_kernel(
     correct1 = 1.0 - tl.exp(t * tiles.number(table, 2))
     correct2 = tl.sqrt(1.0 - tl.exp(t * tiles.number(table, 5)))
     size = (rate * correct2 / correct1).to(WIDE)
-    decay = (1.0 - rate * tiles.number(table, 7)).to(WIDE)
+    decay = (1.0 - rate * tl.load(weight_decay).to(tl.float64)).to(WIDE)
     eps = tiles.number(table, 6)
     if CORRECT_EPS:
         eps = eps * correct2
@@ -80,7 +80,7 @@ def adamw_step_(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: Tensor,
     decay_first: bool = True,
     correct_eps: bool = True,
     rounding: Tensor | None = None,
@@ -96,7 +96,7 @@ def adamw_step_(
     else:
         torch._foreach_add_(steps, (found_inf.reshape(()) == 0).to(steps[0].dtype))
     steps = [s.to(device) for s in steps]  # torch's optimizers keep step counts on the CPU
-    lr = lr.to(device)
+    lr, weight_decay = lr.to(device), weight_decay.to(device)
     flags = (rounding, grad_scale, found_inf)
     seed, grad_scale, found_inf = (t if t is None else t.to(device) for t in flags)
     given = [params, grads, exp_avg, exp_avg_sq]
@@ -107,10 +107,11 @@ def adamw_step_(
         lists = [[values[i] for i in indices] for values in given]
         extras = [(steps[i].data_ptr(), params[i].data_ptr()) for i in indices]
         for group in each.groups(lists, extras):
-            table = group.table((*numbers, eps, weight_decay), device)
+            table = group.table((*numbers, eps), device)
             *types, wide, flat, block = group.constants
             types += [None] * (5 - len(types))
             adamw_kernel[(table.tiles,)](
-                table.data, table.count, lr, seed, grad_scale, found_inf, table.steps, *types,
-                tables.TYPES[dtype], wide, flat, block, decay_first, correct_eps, **each.OPTIONS,
+                table.data, table.count, lr, weight_decay, seed, grad_scale, found_inf, table.steps,
+                *types, tables.TYPES[dtype], wide, flat, block, decay_first, correct_eps,
+                **each.OPTIONS,
             )  # fmt: skip

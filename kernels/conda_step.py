@@ -28,11 +28,12 @@ def conda_step_(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: Tensor,
 ) -> None:
     if not params:
         return
-    lr, scales = (t.to(params[0].device) for t in (lr, scales))
+    lr, scales, weight_decay = (t.to(params[0].device) for t in (lr, scales, weight_decay))
+    weight_decay = weight_decay.to(torch.float64)  # kept alive here: `last` holds its address
     lists = (params, grads, exp_avg, exp_avg_sq, bases)
     mine: list[int] = []
     rest: list[int] = []

@@ -14,21 +14,21 @@ from .rounding import rounded
 
 @triton.jit(do_not_specialize=["count"])
 def decayed_update_kernel(
-    table, count, lr, seed, found_inf, STEPS: tl.constexpr,
+    table, count, lr, weight_decay, seed, found_inf, STEPS: tl.constexpr,
     W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, WIDE: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write w <- (1 - lr weight_decay) w - lr factor u, unless an infinity was found.
 
-    Number: weight decay. Extras: factor as bits, address of the weight's first element.
+    Extras: factor as bits, address of the weight's first element.
     """
-    entries = table + 1
+    entries = table
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)
     u_at = each.elements(entries, count, entry, batch, start, local, 1, U_TYPE, FLAT)
     rate = tl.load(lr).to(tl.float64)
     factor = tiles.field(entries, count, entry, each.HEAD + 8).to(tl.float64, bitcast=True)
-    decay = (1.0 - rate * tiles.number(table, 0)).to(WIDE)
+    decay = (1.0 - rate * tl.load(weight_decay).to(tl.float64)).to(WIDE)
     step = (rate * factor).to(WIDE)
     w = tl.load(w_at, mask=mask, other=0.0).to(WIDE)
     u = tl.load(u_at, mask=mask, other=0.0).to(WIDE)
@@ -41,7 +41,7 @@ def decayed_update_(
     params: list[Tensor],
     updates: list[Tensor],
     lr: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     rounding: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -52,15 +52,16 @@ def decayed_update_(
     if mantissas is not None:
         arguments = (params, updates, lr, weight_decay, factors, rounding, found_inf, mantissas)
         return ops.decayed_update_.definition(*arguments)
-    lr = lr.to(params[0].device)
+    lr, weight_decay = (t.to(params[0].device) for t in (lr, weight_decay))
     seed, found_inf = (t if t is None else t.to(params[0].device) for t in (rounding, found_inf))
     extras = [(tables.bits(f), w.data_ptr()) for f, w in zip(factors, params, strict=True)]
     for group in each.groups([params, updates], extras):
-        table = group.table((weight_decay,), params[0].device)
+        table = group.table((), params[0].device)
         decayed_update_kernel[(table.tiles,)](
             table.data,
             table.count,
             lr,
+            weight_decay,
             seed,
             found_inf,
             table.steps,

@@ -20,7 +20,7 @@ from . import elementwise as each
 from . import tables, tiles
 from .rounding import rounded
 
-NUMBERS = tl.constexpr(5)
+NUMBERS = tl.constexpr(6)
 GRAIN = tl.constexpr(32)  # no two tiles of a launch begin in the same GRAIN places of a line
 
 
@@ -40,16 +40,20 @@ def update(
 ):  # fmt: skip
     """Write out <- kept out - step value, unless an infinity was found.
 
-    With numbers n: kept = n0 + n1 first[0], step = (n2 + n3 first[0]) factor second[item], n4 the
-    address of found_inf or 0. Without `first` or `second`, first[0] is 0, second[item] 1. factor
-    and item are the entry's extras. If `second` is a seed (int64), bfloat16 is rounded by it
-    instead; item is then the address of the weight's first element.
+    With numbers n: kept = n0 left + n1 first[0], step = (n2 left + n3 first[0]) factor
+    second[item], left = 1 - first[0] decay. n4 is the address of found_inf or 0, n5 that of decay
+    (float64) or 0. Without an address, `first` or `second`, found_inf, decay and first[0] are 0,
+    second[item] 1. factor and item are the entry's extras. If `second` is a seed (int64), bfloat16
+    is rounded by it instead; item is then the address of the weight's first element.
     """
     rate = 0.0
     if first is not None:
         rate = tl.load(first).to(tl.float64)
-    kept = (tiles.number(numbers, 0) + tiles.number(numbers, 1) * rate).to(tl.float32)
-    step = tiles.number(numbers, 2) + tiles.number(numbers, 3) * rate
+    decay = tl.load(numbers + 5, volatile=True)
+    decay_at = decay.to(tl.pointer_type(tl.float64))
+    left = 1.0 - rate * tl.load(decay_at, mask=decay != 0, other=0.0)
+    kept = (tiles.number(numbers, 0) * left + tiles.number(numbers, 1) * rate).to(tl.float32)
+    step = tiles.number(numbers, 2) * left + tiles.number(numbers, 3) * rate
     step *= tiles.field(entries, count, entry, EXTRA).to(tl.float64, bitcast=True)
     item = tiles.field(entries, count, entry, EXTRA + 1)
     SEEDED: tl.constexpr = second is not None and second.dtype.element_ty == tl.int64
@@ -148,16 +152,20 @@ Extra = tuple[int, int]  # factor as bits, item
 PLAIN: Extra = (tables.bits(1.0), 0)
 
 
+def addresses(*tensors: Tensor | None) -> tuple[float, ...]:
+    """Return addresses, 0 for None, as numbers of an end; the caller keeps the tensors alive."""
+    return tuple(tables.number(0 if t is None else t.data_ptr()) for t in tensors)
+
+
 def muon(
-    lr: Tensor, weight_decay: float, seed: Tensor | None = None, found_inf: Tensor | None = None
+    lr: Tensor, weight_decay: Tensor, seed: Tensor | None = None, found_inf: Tensor | None = None
 ) -> End:
-    """Return the end W <- (1 - lr weight_decay) W - lr factor value.
+    """Return the end W <- (1 - lr weight_decay) W - lr factor value, of float64 decay.
 
     It writes nothing if `found_inf` (float32) is not 0. With a seed, bfloat16 weights are rounded
     stochastically; items are then addresses of the weights' first elements.
     """
-    flag = 0 if found_inf is None else found_inf.data_ptr()
-    return End(update, (1.0, -weight_decay, 0.0, 1.0, tables.number(flag)), lr, seed)
+    return End(update, (1.0, 0.0, 0.0, 1.0, *addresses(found_inf, weight_decay)), lr, seed)
 
 
 def squares(sums: Tensor) -> End:
@@ -170,9 +178,9 @@ def slots(length: int) -> int:
     return tables.cdiv(length, GRAIN.value)
 
 
-def conda(lr: Tensor, weight_decay: float, scales: Tensor) -> End:
-    """Return the end W <- (1 - lr weight_decay) (W - scales[item] value)."""
-    return End(update, (1.0, -weight_decay, 1.0, -weight_decay), lr, scales)
+def conda(lr: Tensor, weight_decay: Tensor, scales: Tensor) -> End:
+    """Return the end W <- (1 - lr weight_decay) (W - scales[item] value), of float64 decay."""
+    return End(update, (1.0, 0.0, 1.0, 0.0, *addresses(None, weight_decay)), lr, scales)
 
 
 def decayed(decay: Tensor | None) -> End:

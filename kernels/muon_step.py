@@ -22,7 +22,7 @@ def muon_step_(
     momentum_buffers: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     coefficients: list[float],
     restarts: list[int],
@@ -46,11 +46,12 @@ def muon_step_(
             *arguments, nesterov, *iteration[2:], rounding, grad_scale, found_inf, mantissas
         )
     device = params[0].device
-    lr = lr.to(device)
+    lr, weight_decay = lr.to(device), weight_decay.to(device, torch.float64)
     grad_scale, rounding = (t if t is None else t.to(device) for t in (grad_scale, rounding))
     if found_inf is not None:
-        found_inf = (found_inf.to(device) != 0).float()  # kept alive here: `end` holds its address
+        found_inf = (found_inf.to(device) != 0).float()
     seed = rounding if any(w.dtype == torch.bfloat16 for w in params) else None
+    # of weight_decay and found_inf `end` holds addresses only: they are kept alive here
     end = ends.muon(lr, weight_decay, seed, found_inf)
     items = [0 if seed is None else w.data_ptr() for w in params]
     extras = [(tables.bits(factor), item) for factor, item in zip(factors, items, strict=True)]

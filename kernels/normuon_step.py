@@ -21,7 +21,7 @@ from .muon_prologue import muon_prologue_
 from .newton_schulz import Iteration, Target
 
 SLOTS = tl.constexpr(16)  # sums of a line that a program has in flight
-NUMBERS = tl.constexpr(4)  # beta2, 1 - beta2, eps, weight decay
+NUMBERS = tl.constexpr(3)  # beta2, 1 - beta2, eps
 W, X, V, FACTOR = (tl.constexpr(lines.HEAD.value + k) for k in (0, 4, 8, 12))  # first fields
 
 
@@ -46,7 +46,7 @@ def row_moments_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def normalized_update_kernel(
-    table, count, factors, whole, lr, STEPS: tl.constexpr, W_TYPE: tl.constexpr,
+    table, count, factors, whole, lr, weight_decay, STEPS: tl.constexpr, W_TYPE: tl.constexpr,
     X_TYPE: tl.constexpr, WIDE: tl.constexpr, X_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def normalized_update_kernel(
     entry, batch, first, left, length = lines.place(entries, count, STEPS, ALIGNED, LINES)
     factor = lines.factor_of(entries, count, entry, batch, first, left, factors, whole, LINES, True)
     rate = tl.load(lr).to(tl.float64)
-    kept = (1.0 - rate * tiles.number(table, 3)).to(WIDE)
+    kept = (1.0 - rate * tl.load(weight_decay).to(tl.float64)).to(WIDE)
     scale = tiles.field(entries, count, entry, FACTOR).to(tl.float64, bitcast=True)
     steps = (rate * scale * factor).to(WIDE)
     w, w_across, w_along = tiles.matrix(entries, count, entry, batch, W, W_TYPE, X_ORDER, ALIGNED)
@@ -82,7 +82,7 @@ def normuon_step_(
     row_moments: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     beta2: float,
     norm_eps: float,
@@ -114,9 +114,9 @@ def normuon_step_(
         updates = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
         norms = muon_prologue_(G, B, updates, momentum, nesterov)
         sums = polars_(iteration, updates, norms)
-        numbers = (beta2, 1 - beta2, norm_eps, weight_decay)
         scales = [factors[i] for i in mine[part]]
-        update_(weights, updates, moments, sums, lr.to(sums.device), numbers, scales)
+        rates = (lr.to(sums.device), weight_decay.to(sums.device))
+        update_(weights, updates, moments, sums, rates, (beta2, 1 - beta2, norm_eps), scales)
 
 
 def polars_(iteration: Iteration, X: list[Tensor], norms: Tensor) -> Tensor:
@@ -131,10 +131,13 @@ def polars_(iteration: Iteration, X: list[Tensor], norms: Tensor) -> Tensor:
 
 
 def update_(
-    params: list[Tensor], polars: list[Tensor], moments: list[Tensor], squares: Tensor, lr: Tensor,
-    numbers: tuple[float, ...], factors: list[float],
+    params: list[Tensor], polars: list[Tensor], moments: list[Tensor], squares: Tensor,
+    rates: tuple[Tensor, Tensor], numbers: tuple[float, ...], factors: list[float],
 ) -> None:  # fmt: skip
-    """Write moments from sums of squares, then weights: three launches, one pass over matrices."""
+    """Write moments from sums of squares, then weights: three launches, one pass over matrices.
+
+    `rates` are the learning rate and the weight decay.
+    """
     device = params[0].device
     launches, sizes = lines.groups(
         params, polars, moments, columns=False, whole=True, slots=ends.slots,
@@ -150,6 +153,6 @@ def update_(
         )  # fmt: skip
         totals.write(table, len(numbers), sums, whole)
         normalized_update_kernel[(table.tiles,)](
-            table.data, table.count, scales, whole, lr, table.steps, *group.constants(0, 1),
+            table.data, table.count, scales, whole, *rates, table.steps, *group.constants(0, 1),
             **lines.OPTIONS,
         )  # fmt: skip

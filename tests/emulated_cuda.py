@@ -150,16 +150,17 @@ def test_written_twice_is_refused(case: Case) -> None:
 
 def test_shared_memory_is_refused() -> None:
     """Of two tensors that are written; columns of one matrix share none."""
-    memory, u, one = torch.randn(24), torch.randn(4, 4), torch.tensor(1.0)
+    memory, u = torch.randn(24), torch.randn(4, 4)
+    numbers = (torch.tensor(1.0), torch.tensor(0.0))
     parts = [memory[8:].view(4, 4), memory[:16].view(4, 4)]
     before = memory.clone()
     rule = r"params.0. is written and must not share memory with params.1., which is written too"
     with pytest.raises(RuntimeError, match=f"decayed_update_: {rule}"):
-        ops.decayed_update_(parts, [u, u], one, 0.0, [1.0, 1.0])
+        ops.decayed_update_(parts, [u, u], *numbers, [1.0, 1.0])
     assert torch.equal(memory, before)
     columns = list(torch.randn(4, 8).split(4, dim=1))
     wanted = [c - u for c in columns]
-    ops.decayed_update_(columns, [u, u], one, 0.0, [1.0, 1.0])
+    ops.decayed_update_(columns, [u, u], *numbers, [1.0, 1.0])
     assert all(torch.equal(c, w) for c, w in zip(columns, wanted, strict=True))
 
 

@@ -44,9 +44,10 @@ class Row(NamedTuple):
     state: Callable[[int, int], int] = lambda m, n: m * n  # elements per m x n matrix
 
 
+RATE: list[Any] = [-1, math.nan, math.inf, "x", None, True, (1e-3,), torch.ones(2), torch.tensor(1),
+                   torch.tensor(1j), torch.ones((), device="meta")]  # fmt: skip
 NUMBERS: dict[str, list[Any]] = {  # every optimizer; a row's `bad` says more of its own
-    "lr": [-1, math.nan, math.inf, "x", None, True, (1e-3,), torch.ones(2), torch.tensor(1),
-           torch.tensor(1j), torch.ones((), device="meta")],
+    "lr": RATE,
     "nonfinite": ["ignore", None, True, ["skip"]],
     "maximize": ["yes", None, 2],
 }  # fmt: skip
@@ -74,7 +75,7 @@ MOMENTUM: list[Any] = [
     torch.ones(2),
     torch.ones((), device="meta"),
 ]
-ADAM: dict[str, list[Any]] = {"betas": BETAS, "eps": NUMBER, "weight_decay": NUMBER}
+ADAM: dict[str, list[Any]] = {"betas": BETAS, "eps": NUMBER, "weight_decay": RATE}
 NEWTON_SCHULZ: dict[str, list[Any]] = {
     "eps": NUMBER,
     "ns_steps": [0, -1, 100, 2**70, 1.5, "5", True],
@@ -90,7 +91,7 @@ EXPRESS = {
     "ns_coefficients": NEWTON_SCHULZ["ns_coefficients"][:10]
 }  # four steps are as many as any
 POLAR: dict[str, list[Any]] = {
-    "momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **NEWTON_SCHULZ,
+    "momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": RATE, **NEWTON_SCHULZ,
 }  # fmt: skip
 SCION: dict[str, list[Any]] = {
     "momentum": MOMENTUM, "norm": ["l2", None], "scale": NUMBER, "norm_eps": NUMBER,
@@ -141,7 +142,7 @@ ROWS = [
         "Signum",
         dict(lr=0.01, weight_decay=0.1),
         oracle(signum, lr=0.01, weight_decay=0.1),
-        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **MATRIX},
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": RATE, **MATRIX},
     ),
     Row(
         "TrustRegion",
@@ -160,7 +161,7 @@ ROWS = [
         "Shampoo",
         dict(lr=0.1, weight_decay=0.1, precondition_frequency=2, eps=0.01, max_precond_dim=64),
         oracle(shampoo, lr=0.1, weight_decay=0.1, frequency=2, eps=0.01, longest=64),
-        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, "eps": NUMBER,
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": RATE, "eps": NUMBER,
          "beta2": [-0.1, 1.1, math.nan, "x", None], "precondition_frequency": WHOLE,
          "max_precond_dim": [-1, 1.5, None, "a", True], "variant": ["x", None], **MATRIX},
         state=lambda m, n: m * n + 2 * (m * m + n * n),
@@ -186,7 +187,7 @@ ROWS = [
         "AuON",
         dict(lr=0.1, weight_decay=0.1),
         oracle(auon, lr=0.1, weight_decay=0.1),
-        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, **MATRIX, **AUON},
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": RATE, **MATRIX, **AUON},
     ),
     Row(
         "HybridAuON",
@@ -217,7 +218,7 @@ ROWS = [
         "SWAN",
         dict(lr=0.02, precision="full"),
         oracle(swan, lr=0.02),
-        {"weight_decay": NUMBER, **NEWTON_SCHULZ, **EXPRESS, "norm_eps": NUMBER, "rescale": FLAG,
+        {"weight_decay": RATE, **NEWTON_SCHULZ, **EXPRESS, "norm_eps": NUMBER, "rescale": FLAG,
          "adjust_lr_fn": ["rms"]},
         state=lambda m, n: 0,
     ),
@@ -225,14 +226,14 @@ ROWS = [
         "SPlus",
         dict(lr=0.1, precondition_frequency=3, max_precond_dim=0),
         oracle(splus, lr=0.1, frequency=3, longest=0),
-        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": NUMBER, "beta2": BETA,
+        {"momentum": MOMENTUM, "nesterov": FLAG, "weight_decay": RATE, "beta2": BETA,
          "precondition_frequency": WHOLE, "max_precond_dim": [-1, 1.5, None, "a", True], **MATRIX},
     ),
     Row(
         "SteepestDescent",
         dict(lr=1e-3, norm="head"),
         oracle(steepest, lr=1e-3, norm="head"),
-        {"momentum": MOMENTUM, "weight_decay": NUMBER, **NEWTON_SCHULZ, "norm": ["rows", None],
+        {"momentum": MOMENTUM, "weight_decay": RATE, **NEWTON_SCHULZ, "norm": ["rows", None],
          "dual": FLAG},
         state=lambda m, n: 0,
     ),
@@ -240,14 +241,14 @@ ROWS = [
         "Dion",
         dict(lr=0.02, rank_fraction=0.3),
         oracle(dion, lr=0.02, rank_fraction=0.3),
-        {"momentum": MOMENTUM, "weight_decay": NUMBER, "rank_fraction": [0, *NUMBER], **MATRIX},
+        {"momentum": MOMENTUM, "weight_decay": RATE, "rank_fraction": [0, *NUMBER], **MATRIX},
         state=lambda m, n: m * n + n * math.ceil(0.3 * min(m, n)),
     ),
     Row(
         "Dion2",
         dict(lr=0.02, precision="full"),
         oracle(dion2, lr=0.02),
-        {"momentum": MOMENTUM, "weight_decay": NUMBER, **NEWTON_SCHULZ, **EXPRESS,
+        {"momentum": MOMENTUM, "weight_decay": RATE, **NEWTON_SCHULZ, **EXPRESS,
          "adjust_lr_fn": ["rms"], "fraction": [0, 1.1, *NUMBER],
          "beta2": BETA[:-1], "norm_eps": NUMBER},
     ),
@@ -273,7 +274,7 @@ ROWS = [
         "SCALE",
         dict(lr=0.02),
         oracle(scale, lr=0.02),
-        {"momentum": MOMENTUM, "weight_decay": NUMBER, **MATRIX, "norm_eps": NUMBER},
+        {"momentum": MOMENTUM, "weight_decay": RATE, **MATRIX, "norm_eps": NUMBER},
         state=lambda m, n: 0,
     ),
 ]  # fmt: skip

@@ -40,14 +40,14 @@ VARIANTS: dict[str, tuple[Arguments, ...]] = {
     ),
     "decayed_update_": (
         {},
-        {"weight_decay": 0.0},
+        {"weight_decay": torch.tensor(0.0)},
         {"rounding": torch.tensor(7 << 40)},
         {"found_inf": torch.tensor(1.0)},
     ),
     "adamw_step_": (
         {},
         {"decay_first": False, "correct_eps": False},
-        {"weight_decay": 0.0, "eps": 0.0, "lr": torch.tensor(0.01)},
+        {"weight_decay": torch.tensor(0.0), "eps": 0.0, "lr": torch.tensor(0.01)},
         {"rounding": torch.tensor(7)},
         {"grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(0.0)},
         {"found_inf": torch.tensor(1.0), "rounding": torch.tensor(7)},
@@ -99,12 +99,12 @@ def make(
     if name == "muon_prologue_":
         made["momentum"] = torch.tensor(0.95, dtype=F64)
     if name == "decayed_update_":
-        made |= {"lr": torch.tensor(0.02, dtype=F64), "weight_decay": 0.3}
+        made |= {"lr": torch.tensor(0.02, dtype=F64), "weight_decay": torch.tensor(0.3, dtype=F64)}
         made["factors"] = [0.1 + 0.3 * i for i in range(n)]
     if name == "adamw_step_":
         made["steps"] = [torch.tensor(float(i), dtype=(F32, F64)[i % 2]) for i in range(n)]
         made |= {"lr": torch.tensor(0.01, dtype=F64), "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-        made["weight_decay"] = 0.1
+        made["weight_decay"] = torch.tensor(0.1, dtype=F64)
     return made | VARIANTS[name][variant]
 
 

@@ -56,7 +56,8 @@ def check_flags_in_parts() -> None:
     if kernel := sys.modules.get("orthonorm.kernels.muon_step"):
         places.append((kernel, "ACCELERATOR_WORK"))
     limits = [getattr(*place) for place in places]
-    numbers = (torch.tensor(0.02), torch.tensor(0.95), 0.1, [1.0] * len(SHAPES), [1.5, -0.5, 0.0])
+    rates = map(torch.tensor, (0.02, 0.95, 0.1))
+    numbers = (*rates, [1.0] * len(SHAPES), [1.5, -0.5, 0.0])
     given = make("muon_prologue_", SHAPES)
     for place in places:
         setattr(*place, 64)
@@ -105,7 +106,8 @@ def check_halves() -> None:
         whole = [w.float() for w in halves]
         for step in range(5):
             updates = [torch.randn(w.shape, generator=generator).to(dtype) for w in whole]
-            given = (updates, torch.tensor(0.01 * step), 0.1, [0.7] * len(whole), None)
+            rates = (torch.tensor(0.01 * step), torch.tensor(0.1))
+            given = (updates, *rates, [0.7] * len(whole), None)
             OPS["decayed_update_"](halves, *given, torch.tensor(0.0), mantissas)
             OPS["decayed_update_"](whole, *given)
         for w, m, x in zip(halves, mantissas, whole, strict=True):
@@ -124,7 +126,7 @@ def test_halves() -> None:
 
 def test_opcheck() -> None:
     w, m = torch.randn(5, 7).to(BF16), torch.zeros(5, 7, dtype=torch.int16)
-    numbers = (torch.tensor(0.1), 0.1, [1.0], None, torch.tensor(0.0))
+    numbers = (torch.tensor(0.1), torch.tensor(0.1), [1.0], None, torch.tensor(0.0))
     torch.library.opcheck(
         OPS["decayed_update_"].overload, ([w], [torch.randn(5, 7)], *numbers, [m])
     )
@@ -157,7 +159,7 @@ def test_split_is_nearest_and_exact() -> None:
 def test_errors(given: dict[str, Any], error: type[Exception], match: str) -> None:
     arguments: dict[str, Any] = {
         "params": [torch.ones(3, 4, dtype=BF16)], "updates": [torch.ones(3, 4)],
-        "lr": torch.tensor(0.1), "weight_decay": 0.0, "factors": [1.0],
+        "lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.0), "factors": [1.0],
         "mantissas": [torch.zeros(3, 4, dtype=torch.int16)], **given,
     }  # fmt: skip
     before = arguments["params"][0].clone()

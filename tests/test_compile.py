@@ -2,7 +2,8 @@
 
 Ops alone are compiled in test_op_calls.py. The backend is aot_eager, which traces as Inductor does.
 The counter sees a graph twice where AOTAutograd starts over to make a number a tensor, so counts
-are compared: once a step has been traced with its state, no rate or shape may add a graph.
+are compared: once a step has been traced with its state, no rate, weight decay or shape may add a
+graph.
 """
 
 from __future__ import annotations
@@ -31,21 +32,28 @@ def compiled(
     return torch.compile(f, fullgraph=True, backend=counter, **options), counter
 
 
-def both_rules(row: Row, tensor_rate: bool) -> tuple[Any, list[nn.Parameter]]:
+def both_rules(row: Row, tensors: bool) -> tuple[Any, list[nn.Parameter]]:
     """Matrices, and gains and an embedding in a second group, by the companion AdamW."""
     matrices, others = make(torch.float32, SHAPES), make(torch.float32, ((11,), (12, 5)))
     groups = [{"params": matrices}, {"params": others, "rule": "adamw"}]
-    for group in groups:
-        group["lr"] = torch.tensor(0.01, dtype=torch.float64) if tensor_rate else 0.01
-    return build(row, groups), [*matrices, *others]
+    opt = build(row, groups)
+    for group in opt.param_groups if tensors else ():
+        for key in RATES & group.keys():
+            group[key] = torch.tensor(0.01, dtype=torch.float64)
+    return opt, [*matrices, *others]
 
 
-def set_rate(opt: Any, rate: float) -> None:
+RATES = {"lr", "weight_decay"}
+
+
+def set_rates(opt: Any, i: int) -> None:
     for group in opt.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        for key in RATES & group.keys():
+            rate = 0.01 / (1 + i) if key == "lr" else 0.1 + 0.01 * i
+            if isinstance(group[key], Tensor):
+                group[key].fill_(rate)
+            else:
+                group[key] = rate
 
 
 WHOLE = ("AdamW", "Conda", "Muon")  # compiled as Inductor would; the others are traced only
@@ -55,14 +63,14 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("row", "kind"), KINDS, ids=lambda x: x if isinstance(x, str) else x.name)
-def test_ten_rates_one_graph(row: Row, kind: str) -> None:
+def test_ten_rates_and_decays_one_graph(row: Row, kind: str) -> None:
     (ours, mine), (eager, theirs) = (both_rules(row, kind == "tensor") for _ in range(2))
     step, counter = compiled(ours.step, "aot_eager" if row.name in WHOLE else "eager")
     graphs = 0
     for i in range(WARM_UP + 10):
         set_grads(i, mine, theirs)
         for opt in (ours, eager):
-            set_rate(opt, 0.01 / (1 + i))
+            set_rates(opt, i)
         step()
         eager.step()
         for a, b in zip(snapshot(ours), snapshot(eager), strict=True):
@@ -72,14 +80,19 @@ def test_ten_rates_one_graph(row: Row, kind: str) -> None:
     assert counter.frame_count == graphs > 0
 
 
-def test_momentum_is_scheduled_without_a_graph() -> None:
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [("momentum", {}), ("weight_decay", dict(decay="cautious")),
+     ("weight_decay", dict(decay="clipped"))],
+)  # fmt: skip
+def test_others_are_scheduled_without_a_graph(key: str, settings: dict[str, Any]) -> None:
     params = make(torch.float32, SHAPES)
-    opt = orthonorm.optim.Muon(params, lr=0.01)
+    opt = orthonorm.optim.Muon(params, lr=0.01, **settings)
     step, counter = compiled(opt.step)
     graphs = 0
     for i in range(6):
         set_grads(i, params)
-        opt.param_groups[0]["momentum"] = 0.85 + 0.02 * i
+        opt.param_groups[0][key] = 0.85 + 0.02 * i
         step()
         graphs = graphs if i > 2 else counter.frame_count
     assert counter.frame_count == graphs

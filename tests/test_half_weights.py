@@ -288,7 +288,7 @@ def arguments(**given: Any) -> dict[str, Any]:
     found: dict[str, Any] = dict(
         params=[torch.ones(3, 4, dtype=BF16)], grads=[torch.ones(3, 4)],
         exp_avg=[torch.zeros(3, 4)], exp_avg_sq=[torch.zeros(3, 4)], steps=[torch.tensor(0.0)],
-        lr=torch.tensor(0.1), beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0,
+        lr=torch.tensor(0.1), beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=torch.tensor(0.0),
         mantissas=[torch.zeros(3, 4, dtype=torch.int16)],
     )  # fmt: skip
     return found | given

@@ -69,8 +69,8 @@ def step(shapes: list[tuple[int, int]], rows: list[int], precision: str) -> list
     tensors = [matrix("gaussian", *s, seed=i).float() for i, s in enumerate(shapes)]
     params, momenta = ([t.clone() for t in tensors] for _ in "wm")
     picked = [[values[i] for i in rows] for values in (params, tensors, momenta)]
-    lr, momentum = torch.tensor(0.02), torch.tensor(0.95)
-    muon_step_(*picked, lr, momentum, 0.1, [0.5] * len(rows), KELLER, [], precision=precision)
+    rates = map(torch.tensor, (0.02, 0.95, 0.1))
+    muon_step_(*picked, *rates, [0.5] * len(rows), KELLER, [], precision=precision)
     return picked[0] + picked[2]
 
 
@@ -205,7 +205,7 @@ def test_unaligned_overlapping_and_denormal() -> None:
 
 def test_overlapping_weights_are_refused_before_anything_is_written() -> None:
     w, g = torch.zeros(1, 9).expand(5, 9), torch.ones(5, 9)
-    b = torch.zeros(5, 9)
+    b, rates = torch.zeros(5, 9), map(torch.tensor, (0.1, 0.9, 0.0))
     with pytest.raises((ValueError, RuntimeError), match="expanded"):
-        muon_step_([w], [g], [b], torch.tensor(0.1), torch.tensor(0.9), 0.0, [1.0], KELLER, [])
+        muon_step_([w], [g], [b], *rates, [1.0], KELLER, [])
     assert not w.any()

@@ -62,10 +62,10 @@ def test_what_bfloat16_has_is_kept() -> None:
 def test_small_updates_are_not_lost() -> None:
     """1000 updates of 2^-12: rounded to nearest each is lost, stochastically they add up."""
     nearest, kept = torch.ones(4096, dtype=BF16), torch.ones(4096, dtype=BF16)
-    update, rate = torch.full((4096,), -(2.0**-12)), torch.tensor(1.0)
+    update, numbers = torch.full((4096,), -(2.0**-12)), (torch.tensor(1.0), torch.tensor(0.0))
     for step in range(1000):
-        ops.decayed_update_([nearest], [update], rate, 0.0, [1.0])
-        ops.decayed_update_([kept], [update], rate, 0.0, [1.0], torch.tensor(step))
+        ops.decayed_update_([nearest], [update], *numbers, [1.0])
+        ops.decayed_update_([kept], [update], *numbers, [1.0], torch.tensor(step))
     assert bool((nearest == 1).all())
     # the mean of 4096 walks of 1000 steps up by 2^-7 with probability 2^-5
     deviation = (1000 * 2**-5 / 4096) ** 0.5 * 2**-7
@@ -85,7 +85,8 @@ def check_same_bits(op: Callable[..., Any]) -> None:
             params = weights(layout)
             mine, theirs = ([place(w.clone(), layout) for w in params] for _ in range(2))
             updates = [torch.randn_like(w, dtype=torch.float32) for w in params]
-            given = (torch.tensor(0.25), 0.0, [0.5] * len(params), torch.tensor(seed))
+            numbers = (torch.tensor(0.25), torch.tensor(0.0))
+            given = (*numbers, [0.5] * len(params), torch.tensor(seed))
             op(mine, updates, *given)
             ops.decayed_update_.reference(theirs, updates, *given)
             for a, b in zip(mine, theirs, strict=True):
@@ -101,7 +102,8 @@ def test_places_beyond_32_bits() -> None:
     stride = 2**32 + 8
     mine, theirs = (torch.empty(stride + 3, dtype=BF16).as_strided((2, 3), (stride, 1)).fill_(1)
                     for _ in range(2))  # fmt: skip
-    given = ([torch.randn(2, 3)], torch.tensor(0.5), 0.0, [1.0], torch.tensor(5))
+    numbers = (torch.tensor(0.5), torch.tensor(0.0))
+    given = ([torch.randn(2, 3)], *numbers, [1.0], torch.tensor(5))
     ops.decayed_update_([mine], *given)
     ops.decayed_update_.reference([theirs], *given)
     assert torch.equal(mine, theirs)
@@ -112,8 +114,9 @@ def test_other_dtypes_are_rounded_to_nearest() -> None:
         inputs = Inputs(dtype)
         w, u = inputs.matrix("w", (33, 65)), inputs.matrix("u", (33, 65))
         plain, seeded = w.clone(), w.clone()
-        ops.decayed_update_([plain], [u], torch.tensor(0.1), 0.1, [1.0])
-        ops.decayed_update_([seeded], [u], torch.tensor(0.1), 0.1, [1.0], torch.tensor(3))
+        given = ([u], torch.tensor(0.1), torch.tensor(0.1), [1.0])
+        ops.decayed_update_([plain], *given)
+        ops.decayed_update_([seeded], *given, torch.tensor(3))
         assert torch.equal(plain, seeded)
 
 
@@ -124,6 +127,7 @@ def test_other_dtypes_are_rounded_to_nearest() -> None:
 )  # fmt: skip
 def test_bad_seeds(seed: Any, error: type[Exception]) -> None:
     w = torch.ones(3, 4, dtype=BF16)
+    given = ([torch.ones(3, 4)], torch.tensor(0.1), torch.tensor(0.0), [1.0])
     with pytest.raises(error, match="decayed_update_: rounding must"):
-        ops.decayed_update_([w], [torch.ones(3, 4)], torch.tensor(0.1), 0.0, [1.0], rounding=seed)
+        ops.decayed_update_([w], *given, rounding=seed)
     assert bool((w == 1).all())

@@ -106,7 +106,7 @@ def test_layouts(name: str, layout: str, mix: str) -> None:
 def test_memory_between_strides_is_left_alone() -> None:
     wide = torch.full((64, 50), 5.0)
     w, u = wide[::2, 1:40:3], torch.randn(32, 13)
-    ops.decayed_update_([w], [u], torch.tensor(1.0), 1.0, [1.0])
+    ops.decayed_update_([w], [u], torch.tensor(1.0), torch.tensor(1.0), [1.0])
     assert torch.equal(wide[::2, 1:40:3], -u)
     wide[::2, 1:40:3] = 5.0
     assert torch.equal(wide, torch.full((64, 50), 5.0))
@@ -127,9 +127,9 @@ def test_parameters_that_require_grad_and_views_of_one_storage() -> None:
     views = [flat[:400].view(20, 20), flat[400:].view(30, 20)]
     params = [torch.nn.Parameter(v) for v in views]
     updates = [torch.ones_like(v) for v in views]
-    wanted = flat - 0.5
+    wanted, numbers = flat - 0.5, (torch.tensor(0.5), torch.tensor(0.0))
     with torch.no_grad():
-        ops.decayed_update_(params, updates, torch.tensor(0.5), 0.0, [1.0, 1.0])
+        ops.decayed_update_(params, updates, *numbers, [1.0, 1.0])
     assert torch.equal(flat, wanted)
 
 
@@ -190,8 +190,7 @@ def adamw_weights(dtype: torch.dtype, ours: bool, steps: int = 6, **keywords: An
         G = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
         if optimizer is None:
             beta1, beta2 = keywords["betas"]
-            rate = torch.tensor(1e-2, dtype=F64)
-            decay = keywords["weight_decay"]
+            rate, decay = (torch.tensor(x, dtype=F64) for x in (1e-2, keywords["weight_decay"]))
             ops.adamw_step_(W, G, M, V, counts, rate, beta1, beta2, keywords["eps"], decay)
         else:
             for w, g in zip(W, G, strict=True):

@@ -116,7 +116,8 @@ def test_zero_over_zero_is_zero() -> None:
     ops.rotated_adam_([M], [V], [X], 0.9, 0.99, 0.0)
     assert torch.equal(X, torch.zeros(9, 40))
     W, G, step = torch.ones(9, 40), torch.zeros(9, 40), torch.zeros(())
-    ops.adamw_step_([W], [G], [M], [V], [step], torch.tensor(0.1), 0.9, 0.99, 0.0, 0.0)
+    rate, decay = torch.tensor(0.1), torch.tensor(0.0)
+    ops.adamw_step_([W], [G], [M], [V], [step], rate, 0.9, 0.99, 0.0, decay)
     assert torch.equal(W, torch.ones(9, 40))
 
 
@@ -141,7 +142,7 @@ def test_float64_is_rounded_once_to_half_precision() -> None:
         above = 1 + unit / 2 + 2.0**-40
         w = torch.full((3, 100), 1.0, dtype=dtype)
         u = torch.full((3, 100), 1.0 - above, dtype=F64)
-        ops.decayed_update_([w], [u], torch.tensor(1.0, dtype=F64), 0.0, [1.0])
+        ops.decayed_update_([w], [u], torch.tensor(1.0, dtype=F64), torch.tensor(0.0), [1.0])
         assert torch.equal(w, torch.full((3, 100), 1 + unit, dtype=dtype))
 
 
@@ -150,11 +151,11 @@ def test_conversions_are_those_of_torch(dtype: torch.dtype) -> None:
     """Every 16-bit pattern read, every neighbourhood of a rounding boundary written."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     zeros = torch.zeros(2**16)
-    wide = torch.zeros(2**16)
-    ops.decayed_update_([wide], [every], torch.tensor(-1.0), 0.0, [1.0])
+    wide, numbers = torch.zeros(2**16), (torch.tensor(-1.0), torch.tensor(0.0))
+    ops.decayed_update_([wide], [every], *numbers, [1.0])
     assert same(wide, zeros + every.float())
     between = wide.view(torch.int32)[:, None] + torch.tensor([-1, 0, 1, 0x1000, 0x7FFF, 0x8000])
     values = between.to(torch.int32).view(F32).reshape(-1)
     back = torch.zeros(values.shape, dtype=dtype)
-    ops.decayed_update_([back], [values], torch.tensor(-1.0), 0.0, [1.0])
+    ops.decayed_update_([back], [values], *numbers, [1.0])
     assert same(back, (0.0 + values).to(dtype))

@@ -55,11 +55,11 @@ void check_steps(const TensorList& steps, size_t count) {
 
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
                  const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
-                 double beta1, double beta2, double eps, double weight_decay, bool decay_first,
-                 bool correct_eps, const std::optional<Tensor>& rounding,
+                 double beta1, double beta2, double eps, const Tensor& weight_decay,
+                 bool decay_first, bool correct_eps, const std::optional<Tensor>& rounding,
                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                  const std::optional<TensorList>& mantissas) {
-  const AdamWRule rule{item(lr),    beta1,       beta2, eps, weight_decay,
+  const AdamWRule rule{item(lr),    beta1,       beta2, eps, item(weight_decay),
                        decay_first, correct_eps, item_or(1, grad_scale)};
   const bool found = item_or(0, found_inf) != 0;
   if (mantissas) {

@@ -25,20 +25,20 @@ void update_halves(const TensorList& params, const TensorList& updates, const Te
 }
 
 void decayed_update_(const TensorList& params, const TensorList& updates, const Tensor& lr,
-                     double weight_decay, const std::vector<double>& factors,
+                     const Tensor& weight_decay, const std::vector<double>& factors,
                      const std::optional<Tensor>& rounding, const std::optional<Tensor>& found_inf,
                      const std::optional<TensorList>& mantissas) {
   STD_TORCH_CHECK(factors.size() == params.size(), "decayed_update_: factors must have ",
                   params.size(), " numbers, got ", factors.size());
-  const double rate = item(lr);
+  const double rate = item(lr), decay = item(weight_decay);
   if (mantissas) {
-    return update_halves(params, updates, *mantissas, rate, weight_decay, factors, found_inf);
+    return update_halves(params, updates, *mantissas, rate, decay, factors, found_inf);
   }
   const Pass<2> pass("decayed_update_", Unit::tensor,
                      {{{"params", params, Use::update}, {"updates", updates, Use::read}}}, rounding);
   if (item_or(0, found_inf) != 0) return;
   pass.run([&]<class A>(const Part<2>& part, int64_t, const std::array<A*, 2>& at, int64_t count) {
-    const DecayedUpdate<A> c(rate, weight_decay, factors[part.entry]);
+    const DecayedUpdate<A> c(rate, decay, factors[part.entry]);
     specialized([=] {
       A* __restrict w = at[0];
       const A* __restrict u = at[1];

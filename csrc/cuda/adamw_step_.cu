@@ -40,8 +40,8 @@ void update(const Call& call, const Device& device, const Op& op) {
 
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
                  const TensorList& exp_avg_sq, const TensorList& steps, const Tensor& lr,
-                 double beta1, double beta2, double eps, double weight_decay, bool decay_first,
-                 bool correct_eps, const std::optional<Tensor>& rounding,
+                 double beta1, double beta2, double eps, const Tensor& weight_decay,
+                 bool decay_first, bool correct_eps, const std::optional<Tensor>& rounding,
                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                  const std::optional<TensorList>& mantissas) {
   std::vector<NamedList> lists{{"params", params, true}};
@@ -54,8 +54,9 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
   if (mantissas) call.halves();
   call.same_length("steps", steps.size());
   check_steps(steps, params, found_inf.has_value());
-  const AdamWRule rule{0, beta1, beta2, eps, weight_decay, decay_first, correct_eps};
-  const AdamWNumbers numbers{call.number("lr", lr), call.number("grad_scale", grad_scale, 1),
+  const AdamWRule rule{0, beta1, beta2, eps, 0, decay_first, correct_eps};
+  const AdamWNumbers numbers{call.number("lr", lr), call.number("weight_decay", weight_decay),
+                             call.number("grad_scale", grad_scale, 1),
                              call.number("found_inf", found_inf, 0)};
   const Seed seed = call.seed(rounding);
   call.run([&](const Device& device) {

@@ -59,7 +59,7 @@ struct HalvesAdamWOp {
 
 // The numbers of a list that are read on the device.
 struct AdamWNumbers {
-  Number lr, grad_scale = 1, found_inf = 0;
+  Number lr, weight_decay, grad_scale = 1, found_inf = 0;
 };
 
 // Adds 1 to every step count on the device, but for an infinity that was found, and makes each
@@ -80,6 +80,7 @@ __global__ void advance_kernel(ORTHONORM_CONSTANT(Table<1>) table,
     }
   }
   rule.lr = numbers.lr.read();
+  rule.weight_decay = numbers.weight_decay.read();
   rule.grad_scale = numbers.grad_scale.read();
   made[entry.item] = AdamWStep<double>(rule, t);
 }

@@ -17,7 +17,7 @@ void update(Call& call, const Op& op, const std::vector<double>& factors) {
 }
 
 void decayed_update_(const TensorList& params, const TensorList& updates, const Tensor& lr,
-                     double weight_decay, const std::vector<double>& factors,
+                     const Tensor& weight_decay, const std::vector<double>& factors,
                      const std::optional<Tensor>& rounding, const std::optional<Tensor>& found_inf,
                      const std::optional<TensorList>& mantissas) {
   std::vector<NamedList> lists{{"params", params, true}};
@@ -26,7 +26,8 @@ void decayed_update_(const TensorList& params, const TensorList& updates, const 
   Call call("decayed_update_", lists);
   call.same_shapes(0);
   call.same_length("factors", factors.size());
-  const UpdateNumbers numbers{call.number("lr", lr), weight_decay};
+  const UpdateNumbers numbers{call.number("lr", lr),
+                              call.number("weight_decay", weight_decay)};
   const Number inf = call.number("found_inf", found_inf, 0);
   if (!mantissas) {
     return update(call, DecayedUpdateOp{numbers, call.seed(rounding), inf}, factors);

@@ -10,12 +10,11 @@ namespace orthonorm::cuda {
 
 // What the entries of a launch share. An entry's extra is the item's factor.
 struct UpdateNumbers {
-  Number lr;
-  double weight_decay;
+  Number lr, weight_decay;
 
   template <class A>
   __device__ DecayedUpdate<A> of(int64_t factor) const {
-    return {lr.read(), weight_decay, bit_cast<double>(factor)};
+    return {lr.read(), weight_decay.read(), bit_cast<double>(factor)};
   }
 };
 

@@ -124,7 +124,7 @@ void test_adamw() {
   Memory memory;
   const Device device = memory.device();
   for (size_t i = 0; i < shapes.size(); ++i) made.emplace_back(rule, 0);
-  auto counts = counted(device, {Number(rule.lr)}, rule, made.data());
+  auto counts = counted(device, {Number(rule.lr), Number(rule.weight_decay)}, rule, made.data());
   for (float& t : steps) counts.add({{reinterpret_cast<char*>(&t), f32, 0, nullptr, nullptr}});
   counts.finish();
   for (const float t : steps) near(t, 5, 0, "adamw_step_ steps");
@@ -263,7 +263,7 @@ void test_found_inf() {
   auto counted_steps = made;
   Memory memory;
   const Device device = memory.device();
-  auto counts = counted(device, {Number(0.1), Number(1), inf}, rule, counted_steps.data());
+  auto counts = counted(device, {Number(0.1), Number(0.5), Number(1), inf}, rule, counted_steps.data());
   for (float& t : steps) counts.add({{reinterpret_cast<char*>(&t), f32, 0, nullptr, nullptr}});
   counts.finish();
   for (const float t : steps) near(t, 4, 0, "adamw_step_ steps, skipped");

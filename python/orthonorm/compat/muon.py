@@ -92,7 +92,7 @@ class SingleDeviceMuon(optim.Muon, abstract=True):
         self,
         params: Any,
         lr: Any = 0.02,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: float = 0.95,
         **settings: Any,
     ) -> None:

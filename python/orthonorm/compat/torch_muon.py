@@ -73,7 +73,7 @@ def muon(
     *,
     foreach: bool | None = None,
     lr: Any,
-    weight_decay: float,
+    weight_decay: Any,
     momentum: float,
     nesterov: bool,
     ns_coefficients: tuple[float, float, float],
@@ -101,12 +101,12 @@ def muon(
     device = params[0].device
     # numbers become tensors by a product, so torch.compile does not recompile for each value
     one = torch.ones((), dtype=torch.float64, device=device)
+    rates = (x.reshape(()) if isinstance(x, Tensor) else x for x in (lr, momentum, weight_decay))
     p = polynomial(ns_coefficients, ns_steps, device=device)
     s = ADJUST[adjust_lr_fn or "original"]
     muon_step_.overload(
-        params, grads, muon_momentum_bufs,
-        *(one * (x.reshape(()) if isinstance(x, Tensor) else x) for x in (lr, momentum)),
-        weight_decay, [s(*w.shape) for w in params], p.coefficients, p.restarts, nesterov,
-        "auto", p.precision, p.scale, eps, p.safety,
+        params, grads, muon_momentum_bufs, *(one * x for x in rates),
+        [s(*w.shape) for w in params], p.coefficients, p.restarts, nesterov, "auto", p.precision,
+        p.scale, eps, p.safety,
     )  # fmt: skip
     torch.autograd.graph.increment_version(params)

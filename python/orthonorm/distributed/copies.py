@@ -68,8 +68,8 @@ def update(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> Trave
             read(data, sent(opt, bucket, r, owned[r], results, group))
     updates, factors = [results[i] for i in range(len(batch.params))], opt.factors(batch, group)
     decayed_update(
-        batch.params, updates, lr, opt.weight_decay(group), factors, group, flags.found_inf,
-        batch.mantissas,
+        batch.params, updates, lr, opt.weight_decay(group, device), factors, group,
+        flags.found_inf, batch.mantissas,
     )  # fmt: skip
     constrain_(batch.params, group, batch.state)
 

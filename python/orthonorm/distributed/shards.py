@@ -124,7 +124,7 @@ def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> 
     elif rows.params:
         updates = opt.direction(updates, rows, group)
     if rows.params:
-        lr, rate = opt.scalar(group, "lr", device), opt.weight_decay(group)
+        lr, rate = opt.scalar(group, "lr", device), opt.weight_decay(group, device)
         decayed_update(rows.params, updates.matrices, lr, rate, factors, group)
 
 

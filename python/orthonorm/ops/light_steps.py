@@ -20,7 +20,7 @@ from .steps import parts, stacks_in_turn, work_parts
 
 @op(
     "signum_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, "
-    "Tensor momentum, float weight_decay, float[] factors, bool nesterov=False, "
+    "Tensor momentum, Tensor weight_decay, float[] factors, bool nesterov=False, "
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     composite=True,
 )
@@ -30,7 +30,7 @@ def signum_step_(
     momentum_buffers: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     nesterov: bool = False,
     grad_scale: Tensor | None = None,
@@ -61,7 +61,7 @@ def _(
     momentum_buffers: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     nesterov: bool = False,
     grad_scale: Tensor | None = None,
@@ -73,9 +73,8 @@ def _(
         check.tensors(name, label, values, min_dim=2)
     check.same_shapes(name, **lists)
     check.same_lengths(name, params=params, factors=factors)
-    for label, value in (("lr", lr), ("momentum", momentum)):
+    for label, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         check.scalar(name, label, value, params)
-    check.number(name, "weight_decay", weight_decay, 0.0)
     check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
 
 

@@ -1,7 +1,7 @@
 """Passes over lists of tensors, of which optimizer steps are made.
 
-Scheduled numbers (`lr`, `momentum`) are one-element tensors on the parameters' device, so changing
-them neither recompiles nor synchronizes. No op writes a gradient.
+Scheduled numbers (`lr`, `momentum`, `weight_decay`) are one-element tensors on the parameters'
+device, so changing them neither recompiles nor synchronizes. No op writes a gradient.
 
 The two numbers of torch.amp.GradScaler are such tensors too. The gradients given are the true ones
 times `grad_scale`. If `found_inf` is not 0, weights, state and step counts stay as they are, to the
@@ -114,7 +114,7 @@ def _(X: list[Tensor]) -> None:
 
 
 @op(
-    "decayed_update_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float weight_decay, "
+    "decayed_update_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, Tensor weight_decay, "
     "float[] factors, Tensor? rounding=None, Tensor? found_inf=None, "
     "Tensor(b!)[]? mantissas=None) -> ()"
 )
@@ -122,7 +122,7 @@ def decayed_update_(
     params: list[Tensor],
     updates: list[Tensor],
     lr: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     rounding: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -141,7 +141,8 @@ def decayed_update_(
         old = w if mantissas is None else joined(w, mantissas[i])
         dtype = accumulator(old, u)
         rate = lr.to(torch.float64)
-        decay, step = (1 - rate * weight_decay).to(dtype), (rate * factor).to(dtype)
+        decay = (1 - rate * weight_decay.to(torch.float64)).to(dtype)
+        step = (rate * factor).to(dtype)
         new = kept(found_inf, old, decay * old.to(dtype) - step * u.to(dtype))
         if mantissas is None:
             write(w, new, rounding)
@@ -154,7 +155,7 @@ def _(
     params: list[Tensor],
     updates: list[Tensor],
     lr: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     rounding: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -166,7 +167,7 @@ def _(
     check.same_shapes(name, params=params, updates=updates)
     check.same_lengths(name, params=params, factors=factors)
     check.scalar(name, "lr", lr, params)
-    check.number(name, "weight_decay", weight_decay, 0.0)
+    check.scalar(name, "weight_decay", weight_decay, params)
     check.seed(name, "rounding", rounding, params)
     check_flags(name, params, found_inf=found_inf)
     if mantissas is not None:
@@ -189,7 +190,7 @@ def check_halves(
 @op(
     "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
     "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool decay_first=True, bool correct_eps=True, "
+    "Tensor weight_decay, bool decay_first=True, bool correct_eps=True, "
     "Tensor? rounding=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
     "Tensor(e!)[]? mantissas=None) -> ()"
 )
@@ -203,7 +204,7 @@ def adamw_step_(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: Tensor,
     decay_first: bool = True,
     correct_eps: bool = True,
     rounding: Tensor | None = None,
@@ -237,7 +238,7 @@ def adamw_step_(
         denominator = new_v.sqrt() + (eps * correct2 if correct_eps else rate * 0 + eps).to(dtype)
         update = size * new_m / denominator
         update = torch.where(denominator == 0, 0.0, update)
-        decay = (1 - rate * weight_decay).to(dtype)
+        decay = (1 - rate * weight_decay.to(torch.float64)).to(dtype)
         old = whole.to(dtype)
         new = decay * old - update if decay_first else decay * (old - update)
         new = kept(found_inf, whole, new)
@@ -260,7 +261,7 @@ def _(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: Tensor,
     decay_first: bool = True,
     correct_eps: bool = True,
     rounding: Tensor | None = None,
@@ -281,7 +282,7 @@ def _(
     check.fraction(name, "beta1", beta1)
     check.fraction(name, "beta2", beta2)
     check.number(name, "eps", eps, 0.0)
-    check.number(name, "weight_decay", weight_decay, 0.0)
+    check.scalar(name, "weight_decay", weight_decay, params)
     check.seed(name, "rounding", rounding, params)
     check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
     if mantissas is not None:

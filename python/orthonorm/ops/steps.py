@@ -1,7 +1,7 @@
 """Fused optimizer steps on lists of parameters: passes of `passes.py` around products.
 
-Scheduled numbers (`lr`, `momentum`) are one-element tensors on the parameters' device, so changing
-them neither recompiles nor synchronizes. No op writes a gradient.
+Scheduled numbers (`lr`, `momentum`, `weight_decay`) are one-element tensors on the parameters'
+device, so changing them neither recompiles nor synchronizes. No op writes a gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .rotations import rotate_, rotate_back_
 
 @op(
     "muon_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, "
-    "Tensor momentum, float weight_decay, float[] factors, float[] coefficients, int[] restarts, "
+    "Tensor momentum, Tensor weight_decay, float[] factors, float[] coefficients, int[] restarts, "
     'bool nesterov=True, str form="auto", str precision="auto", str scale="frobenius", '
     "float eps=0.0, float safety=1.0, Tensor? rounding=None, Tensor? grad_scale=None, "
     "Tensor? found_inf=None, Tensor(c!)[]? mantissas=None) -> ()",
@@ -34,7 +34,7 @@ def muon_step_(
     momentum_buffers: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     coefficients: list[float],
     restarts: list[int],
@@ -89,7 +89,7 @@ def _polars(
 
 @op(
     "normuon_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
-    "Tensor(c!)[] row_moments, Tensor lr, Tensor momentum, float weight_decay, float[] factors, "
+    "Tensor(c!)[] row_moments, Tensor lr, Tensor momentum, Tensor weight_decay, float[] factors, "
     "float beta2, float norm_eps, float[] coefficients, int[] restarts, bool nesterov=True, "
     'str form="auto", str precision="auto", str scale="frobenius", float eps=0.0, '
     "float safety=1.0) -> ()",
@@ -102,7 +102,7 @@ def normuon_step_(
     row_moments: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     beta2: float,
     norm_eps: float,
@@ -219,7 +219,7 @@ def _check_muon(
     lists: dict[str, list[Tensor]],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     how: tuple[list[float], list[int], str, str, str, float, float],
 ) -> None:
@@ -228,9 +228,8 @@ def _check_muon(
     params = lists["params"]
     check.same_shapes(name, **lists)
     check.same_lengths(name, params=params, factors=factors)
-    for label, value in (("lr", lr), ("momentum", momentum)):
+    for label, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         check.scalar(name, label, value, params)
-    check.number(name, "weight_decay", weight_decay, 0.0)
     check_iteration(name, lists["grads"], *how)
 
 
@@ -241,7 +240,7 @@ def _(
     momentum_buffers: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     coefficients: list[float],
     restarts: list[int],
@@ -273,7 +272,7 @@ def _(
     row_moments: list[Tensor],
     lr: Tensor,
     momentum: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: list[float],
     beta2: float,
     norm_eps: float,
@@ -297,7 +296,7 @@ def _(
 @op(
     "conda_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
     "Tensor(c!)[] exp_avg_sq, Tensor[] bases, Tensor scales, Tensor lr, float beta1, float beta2, "
-    "float eps, float weight_decay) -> ()",
+    "float eps, Tensor weight_decay) -> ()",
     composite=True,
 )
 def conda_step_(
@@ -311,7 +310,7 @@ def conda_step_(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: Tensor,
 ) -> None:
     """W <- (1 - lr wd) (W - scale Q N), N = M / (sqrt(V) + eps) in the rotated basis: a Conda step.
 
@@ -328,7 +327,7 @@ def conda_step_(
     )
     dtypes = dict.fromkeys(m.dtype for m in exp_avg)
     buffers = {dtype: lr.new_empty(largest, dtype=dtype) for dtype in dtypes}
-    decay = 1 - lr.to(torch.float64) * weight_decay
+    decay = 1 - lr.to(torch.float64) * weight_decay.to(torch.float64)
     steps = scales * decay
     for i, cut in enumerate(cuts):
         for dim, begin, length in cut:
@@ -366,7 +365,7 @@ def _(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: Tensor,
 ) -> None:
     name = "conda_step_"
     lists = dict(params=params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
@@ -382,8 +381,9 @@ def _(
     check.tensor(name, "scales", scales)
     check.equal_shape(name, "scales", scales, (len(params),))
     check.scalar(name, "lr", lr)
-    check.same_device(name, params=params, bases=bases, scales=[scales], lr=[lr])
+    check.scalar(name, "weight_decay", weight_decay)
+    rates = [scales, lr, weight_decay]
+    check.same_device(name, params=params, bases=bases, rates=rates)
     check.fraction(name, "beta1", beta1)
     check.fraction(name, "beta2", beta2)
     check.number(name, "eps", eps, 0.0)
-    check.number(name, "weight_decay", weight_decay, 0.0)

@@ -44,7 +44,7 @@ class AdaGO(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 0.05,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: float = 0.95,
         *,
         gamma: float = 10.0,

@@ -53,7 +53,7 @@ class AdaMuon(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 0.02,
-        weight_decay: float = 0.01,
+        weight_decay: Any = 0.01,
         momentum: float = 0.95,
         beta2: float = 0.999,
         *,

@@ -18,7 +18,7 @@ class AdamW(MatrixOptimizer):
         params: parameters, named parameters or param groups. All use the AdamW rule: rule and views
             of the groups of `split_params` are ignored.
         lr: learning rate, a number or a one-element tensor.
-        betas, eps, weight_decay: as torch.optim.AdamW.
+        betas, eps, weight_decay: as torch.optim.AdamW; the decay may be a tensor, as lr.
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
         maximize: step along the gradient instead of against it.
@@ -39,7 +39,7 @@ class AdamW(MatrixOptimizer):
         lr: Any = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: Any = 1e-2,
         *,
         nonfinite: str = "propagate",
         maximize: bool = False,

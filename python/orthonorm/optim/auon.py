@@ -51,7 +51,7 @@ class AuON(MatrixOptimizer):
         self,
         params: Any,
         lr: Any = 0.24,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: float = 0.95,
         *,
         nesterov: bool = True,

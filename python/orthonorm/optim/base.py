@@ -40,7 +40,7 @@ from .state import (
     without_state,
 )
 from .telemetry import Probe, read
-from .tensors import is_distributed, local, sent
+from .tensors import Numbers, is_distributed, local, sent
 
 REGISTRY: dict[str, type[MatrixOptimizer]] = {}
 # Methods that compute a direction. A subclass that overrides one does not inherit `at_once`.
@@ -95,7 +95,7 @@ class MatrixOptimizer(Sharding):
             REGISTRY[cls.__name__] = cls  # but no wrapper (Lightning's): its first base is another
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._ones: dict[torch.device, Tensor] = {}
+        self.number = Numbers()
         self._seen: dict[int, Any] = {}  # id of a parameter -> state.Seen
         self.plans: dict[int, Any] = {}
         self._probes: dict[int, Probe] = {}
@@ -119,7 +119,8 @@ class MatrixOptimizer(Sharding):
         unheld(state["state"])
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {**ADAMW_DEFAULTS, **self.companion})
-        self._ones, self._settled, self._seen, self.plans, self._probes = {}, {}, {}, {}, {}
+        self.number = Numbers()
+        self._settled, self._seen, self.plans, self._probes = {}, {}, {}, {}
         try:
             for group in self.param_groups:
                 for key, value in self.group_defaults(group).items():
@@ -168,9 +169,9 @@ class MatrixOptimizer(Sharding):
         """Return mu as a 0-d tensor."""
         return self.scalar(group, "momentum", device)
 
-    def weight_decay(self, group: dict[str, Any]) -> float:
-        """Return the weight decay rate that the group's `decay` applies."""
-        return group["weight_decay"]
+    def weight_decay(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        """Return the rate of the group's `decay` as a 0-d tensor."""
+        return self.scalar(group, "weight_decay", device)
 
     def prepare(self, batch: Batch, group: dict[str, Any]) -> Any:
         """Compute what `update` finds in `batch.prepared`. It may raise, and writes nothing."""
@@ -205,7 +206,7 @@ class MatrixOptimizer(Sharding):
         device = batch.params[0].device
         flags = flags_of(self, device)
         dtype = torch.float32 if widened(batch.owners[0], group) else None
-        lr = self.scalar(group, "lr", device)
+        lr, rate = self.scalar(group, "lr", device), self.weight_decay(group, device)
         mu = self.momentum(group, device) if MOMENTUM in batch.state else None
         probe = self.probe(group)
         by_part = work_parts(batch.params)
@@ -217,8 +218,8 @@ class MatrixOptimizer(Sharding):
             if probe:
                 probe.add_directions(updates, factors, lr)
             decayed_update(
-                some.params, updates.matrices, lr, self.weight_decay(group), factors, group,
-                flags.found_inf, some.mantissas,
+                some.params, updates.matrices, lr, rate, factors, group, flags.found_inf,
+                some.mantissas,
             )  # fmt: skip
 
     def directed(
@@ -376,14 +377,8 @@ class MatrixOptimizer(Sharding):
         return [i for i in indices if i not in set(bad)]
 
     def scalar(self, group: dict[str, Any], key: str, device: torch.device) -> Tensor:
-        """Return group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already.
-
-        It is a product with 1, not a fill. torch.compile makes tensor arithmetic of it, so one
-        graph serves every value; `fill_` and `full` compile a graph for each (torch 2.13).
-        """
+        """Return group[key] as a 0-d tensor on `device`, float64 unless it is a tensor already."""
         value = group[key]
         if isinstance(value, Tensor):
             return sent(value.detach(), device).reshape(())
-        if device not in self._ones:
-            self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
-        return self._ones[device] * value
+        return self.number(value, device)

@@ -47,11 +47,12 @@ def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> No
     params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
     if group["state_dtype"] == "8bit":  # opened state has the shape (1, elements)
         first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
+    device = params[0].device
     adamw_step_.unchecked(
-        params, batch.grads, first, second, batch.state["step"],
-        opt.scalar(group, "lr", params[0].device), *group["betas"], group["eps"],
-        group["weight_decay"], group["decay_first"], group["correct_eps"], storage.seed_of(group),
-        *flags_of(opt, params[0].device), batch.mantissas,
+        params, batch.grads, first, second, batch.state["step"], opt.scalar(group, "lr", device),
+        *group["betas"], group["eps"], opt.scalar(group, "weight_decay", device),
+        group["decay_first"], group["correct_eps"], storage.seed_of(group),
+        *flags_of(opt, device), batch.mantissas,
     )  # fmt: skip
     if probe := opt.probe(group):
         probe.add_momenta(first)

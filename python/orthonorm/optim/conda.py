@@ -63,7 +63,7 @@ class Conda(MatrixOptimizer):
         lr: Any = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         *,
         update_proj_gap: int = 2000,
         scale: float = 0.25,
@@ -110,15 +110,16 @@ class Conda(MatrixOptimizer):
             old, m = (stacked([values[i] for i in indices]) for values in (bases, momenta))
             write_(momenta, indices, turned(m, old, new))
             write_(bases, indices, new)
-        lr = self.scalar(group, "lr", batch.params[0].device)
+        device = batch.params[0].device
+        lr = self.scalar(group, "lr", device)
         corrections = [
             math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
         ]
-        scales = lr * numbers(corrections, lr.device)
+        scales = lr * numbers(corrections, device)
         bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # differ if opened
         conda_step_.unchecked(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
-            beta1, beta2, group["eps"], group["weight_decay"],
+            beta1, beta2, group["eps"], self.weight_decay(group, device),
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def decayed_update(
     params: list[Tensor],
     updates: list[Tensor],
     lr: Tensor,
-    weight_decay: float,
+    weight_decay: Tensor,
     factors: Sequence[float],
     group: Mapping[str, Any],
     found_inf: Tensor | None = None,
@@ -33,15 +33,25 @@ def decayed_update(
 ) -> None:
     """Apply updates and the group's kind of decay to `params`; `updates` may be overwritten."""
     kind, rest = group["decay"], (seed_of(group), found_inf, mantissas)
-    if weight_decay == 0 or kind == "decoupled":
+    if kind not in ("cautious", "clipped"):
         decayed_update_.unchecked(params, updates, lr, weight_decay, list(factors), *rest)
         return
+    # a tensor is not asked, as the host would wait for it: with a 0 in it the bits are the same
+    known = group.get("weight_decay")
+    decays = isinstance(known, Tensor) or known != 0
     for i, (w, u, factor) in enumerate(zip(params, updates, factors, strict=True)):
-        w = w if mantissas is None else joined(w, mantissas[i])
-        if kind == "cautious":
-            kept = torch.where(u * w >= 0, w, 0.0)
+        if decays:
+            w = w if mantissas is None else joined(w, mantissas[i])
+            lost = decayed(w, u, group).to(torch.promote_types(u.dtype, torch.float32))
+            u.mul_(factor).add_(lost.mul_(weight_decay))
         else:
-            kept = w - hard_cap(w, size(w, group["bound"]))
-        # not add_: torch.compile rounds its product separately (torch 2.11)
-        u.mul_(factor).sub_(kept, alpha=-weight_decay)
-    decayed_update_.unchecked(params, updates, lr, 0.0, [1.0] * len(updates), *rest)
+            u.mul_(factor)
+    zero = torch.zeros_like(weight_decay)
+    decayed_update_.unchecked(params, updates, lr, zero, [1.0] * len(updates), *rest)
+
+
+def decayed(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return D(W), what the group's decay takes a part of."""
+    if group["decay"] == "cautious":
+        return torch.where(u * w >= 0, w, 0.0)
+    return w - hard_cap(w, size(w, group["bound"]))

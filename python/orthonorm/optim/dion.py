@@ -48,7 +48,7 @@ class Dion(MatrixOptimizer):
         self,
         params: Any,
         lr: Any = 0.01,
-        weight_decay: float = 0.01,
+        weight_decay: Any = 0.01,
         momentum: Any = 0.95,
         rank_fraction: float = 1.0,
         **common: Unpack[Common],

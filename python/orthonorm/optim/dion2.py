@@ -56,7 +56,7 @@ class Dion2(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 0.01,
-        weight_decay: float = 0.01,
+        weight_decay: Any = 0.01,
         momentum: Any = 0.95,
         fraction: float = 0.25,
         *,
@@ -90,8 +90,8 @@ class Dion2(Orthogonalizing):
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
         residuals = batch.state["residual_buffer"]
-        one = torch.ones((), dtype=torch.float64, device=residuals[0].device)
-        decayed_update_.unchecked(residuals, batch.grads, one, 0.0, [-1.0] * len(residuals))
+        one, zero = (self.number(x, residuals[0].device) for x in (1.0, 0.0))
+        decayed_update_.unchecked(residuals, batch.grads, one, zero, [-1.0] * len(residuals))
         torch._foreach_copy_(updates.matrices, residuals)
         places = [largest(B, group) for B in updates.stacks]
         pairs = list(zip(updates.stacks, places, strict=True))

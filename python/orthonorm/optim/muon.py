@@ -24,7 +24,8 @@ class Muon(Orthogonalizing):
     Args:
         params: parameters, named parameters or param groups (`split_params(model)` makes them).
         lr: learning rate of matrix groups, a number or a one-element tensor.
-        weight_decay: decoupled, W <- (1 - lr weight_decay) W before the update.
+        weight_decay: decoupled, W <- (1 - lr weight_decay) W before the update; a number or a
+            one-element tensor.
         momentum: mu of B <- mu B + (1-mu) G.
         nesterov: orthogonalize mu B + (1-mu) G instead of B.
         ns_coefficients: a name of `orthonorm.coefficients.COEFFICIENTS`, one (a, b, c) or a list.
@@ -50,7 +51,7 @@ class Muon(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: Any = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: Any = (3.4445, -4.7750, 2.0315),

@@ -42,7 +42,7 @@ class MuonEq(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: Any = 0.1,
         momentum: float = 0.95,
         *,
         nesterov: bool = True,

@@ -52,7 +52,7 @@ class NorMuon(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 0.02,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: float = 0.95,
         beta2: float = 0.95,
         *,

@@ -95,7 +95,7 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
         """Return a fused op's arguments lr, momentum, weight_decay and factors."""
         device = batch.params[0].device
         numbers = (self.scalar(group, "lr", device), self.momentum(group, device))
-        return (*numbers, group["weight_decay"], self.factors(batch, group))
+        return (*numbers, self.weight_decay(group, device), self.factors(batch, group))
 
     def iteration(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Return a fused op's arguments from `coefficients` to `safety`."""

@@ -44,7 +44,7 @@ class PolarGrad(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 0.02,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: float = 0.95,
         *,
         polar_first: bool = False,

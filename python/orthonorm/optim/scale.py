@@ -40,7 +40,7 @@ class SCALE(MatrixOptimizer):
         self,
         params: Any,
         lr: Any = 1e-3,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: Any = 0.0,
         *,
         norm_eps: float = 1e-8,

@@ -101,8 +101,8 @@ class Scion(Orthogonalizing):
     def momentum(self, group: dict[str, Any], device: torch.device) -> Tensor:
         return 1.0 - self.scalar(group, "momentum", device)
 
-    def weight_decay(self, group: dict[str, Any]) -> float:
-        return 0.0 if group["unconstrained"] else 1.0
+    def weight_decay(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        return self.number(0.0 if group["unconstrained"] else 1.0, device)
 
     def alike(self, p: Tensor, group: dict[str, Any]) -> Any:
         return norm_of(p, group)

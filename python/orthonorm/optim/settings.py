@@ -164,7 +164,7 @@ def betas(name: str, key: str, value: Any) -> None:
 FLAG = one_of(True, False)
 RULES: dict[str, Rule] = {  # checks of keys that mean the same in every optimizer that has them
     "lr": scheduled(0.0, 1e30),
-    "weight_decay": lambda name, key, value: check.number(name, key, value, 0.0, 1e30),
+    "weight_decay": scheduled(0.0, 1e30),
     "nonfinite": one_of(*NONFINITE),
     "maximize": FLAG,
     "heavy_ball": FLAG,

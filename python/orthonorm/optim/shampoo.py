@@ -68,7 +68,7 @@ class Shampoo(MatrixOptimizer):
         self,
         params: Any,
         lr: Any = 1e-3,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: float = 0.0,
         beta2: float = 1.0,
         eps: float = 1e-6,

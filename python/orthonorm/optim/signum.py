@@ -38,7 +38,7 @@ class Signum(MatrixOptimizer):
         self,
         params: Any,
         lr: Any = 1.77e-4,
-        weight_decay: float = 3.162,
+        weight_decay: Any = 3.162,
         momentum: float = 0.9,
         *,
         nesterov: bool = False,
@@ -62,7 +62,8 @@ class Signum(MatrixOptimizer):
         device = batch.params[0].device
         signum_step_.unchecked(
             batch.params, batch.grads, batch.state["momentum_buffer"],
-            self.scalar(group, "lr", device), self.momentum(group, device), group["weight_decay"],
-            self.factors(batch, group), group["nesterov"], *flags_of(self, device),
+            self.scalar(group, "lr", device), self.momentum(group, device),
+            self.weight_decay(group, device), self.factors(batch, group), group["nesterov"],
+            *flags_of(self, device),
         )  # fmt: skip
         return True

@@ -78,7 +78,7 @@ class SOAP(MatrixOptimizer):
         betas: tuple[float, float] = (0.95, 0.95),
         shampoo_beta: float | None = None,
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: Any = 0.01,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
         *,

@@ -50,7 +50,7 @@ class SPlus(MatrixOptimizer):
         self,
         params: Any,
         lr: Any = 0.1,
-        weight_decay: float = 0.01,
+        weight_decay: Any = 0.01,
         momentum: float = 0.9,
         beta2: float = 0.999,
         precondition_frequency: int = 100,

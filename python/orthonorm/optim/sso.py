@@ -57,7 +57,7 @@ class SSO(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 1e-3,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: float = 0.9,
         *,
         nesterov: bool = True,

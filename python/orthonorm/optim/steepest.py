@@ -56,7 +56,7 @@ class SteepestDescent(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 0.01,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         momentum: Any = 0.0,
         norm: str = "linear",
         *,

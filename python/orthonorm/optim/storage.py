@@ -92,7 +92,7 @@ def write(batch: Batch, keys: Sequence[str], group: dict[str, Any]) -> None:
             quantize_blocks_.unchecked(kept, batch.kept[key + SCALES], new, key not in UNSIGNED)
         elif (seed := seed_of(group)) is not None:  # W <- 0 W + U, by the pass that rounds so
             one = torch.ones((), dtype=torch.float64, device=new[0].device)
-            decayed_update_.unchecked(kept, new, one, 1.0, [-1.0] * len(kept), seed)
+            decayed_update_.unchecked(kept, new, one, one, [-1.0] * len(kept), seed)
         else:
             torch._foreach_copy_(kept, new)
 

@@ -44,7 +44,7 @@ class SWAN(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 1e-3,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         *,
         rescale: bool = False,
         norm_eps: float = 1e-8,

@@ -54,6 +54,48 @@ def numbers(values: Sequence[float] | float, device: torch.device) -> Tensor:
     return written(made, device) if captured(device) else sent(made, device)
 
 
+class Numbers:
+    """Numbers of the host on devices, kept for later steps; nobody may write the tensors."""
+
+    KEPT = 64  # of schedules' numbers each is used once
+
+    def __init__(self) -> None:
+        self._ones: dict[torch.device, Tensor] = {}
+        self._kept: dict[tuple[float, torch.device, int], Tensor] = {}  # by number, device, stream
+
+    def __call__(self, value: float, device: torch.device) -> Tensor:
+        """Return a number as a 0-d float64 tensor on a device.
+
+        A CUDA graph gets its own: one that is kept here may be dropped before it is replayed.
+        """
+        if torch.compiler.is_compiling() or captured(device):
+            return self._product(value, device)
+        key = (value, device, stream_of(device))
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) == self.KEPT:
+                self._kept.clear()
+            found = self._kept[key] = self._product(value, device)
+        return found
+
+    def _product(self, value: float, device: torch.device) -> Tensor:
+        """Return the number by a product with 1, not by a fill.
+
+        torch.compile makes tensor arithmetic of it, so one graph serves every value; `fill_` and
+        `full` compile a graph for each (torch 2.13).
+        """
+        if device not in self._ones:
+            self._ones[device] = torch.ones((), dtype=torch.float64, device=device)
+        return self._ones[device] * value
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the current stream of a GPU that is in use, else 0."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def captured(device: torch.device) -> bool:
     """True if a CUDA graph is being made of what the device is told."""
     if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():

@@ -47,7 +47,7 @@ class TrustRegion(Orthogonalizing):
         self,
         params: Any,
         lr: Any = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: Any = 0.1,
         momentum: float = 0.95,
         norm: str = "spectral",
         *,
@@ -62,8 +62,12 @@ class TrustRegion(Orthogonalizing):
         super().__init__(params, settings, common)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        if group["decay"] == "composite" and group["weight_decay"] > 0:
+        if group["decay"] == "composite":
             return self.composite(updates, batch, group)
+        return self.largest(updates, group)
+
+    def largest(self, updates: Updates, group: dict[str, Any]) -> Updates:
+        """Return T of every matrix, the step without decay; it may overwrite the updates."""
         if group["norm"] == "spectral":
             return self.polar(updates, group)
         if group["norm"] == "max":
@@ -71,11 +75,30 @@ class TrustRegion(Orthogonalizing):
         return to_unit(updates)
 
     def composite(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        """Return P((B + wd W) / (wd lr)); it is computed in float64, as the ratio may be large."""
-        rate = group["weight_decay"]
-        radius = rate * self.scalar(group, "lr", batch.params[0].device).double().clamp(min=1e-12)
-        for u, w in zip(updates.matrices, batch.weights, strict=True):
-            u.copy_(self.nearest((u.double() + rate * w.double()) / radius, group["norm"]))
+        """Return P((B + wd W) / (wd lr)), or T for a wd of 0.
+
+        It is computed in float64, as the ratio may be large. The host must not read a tensor's wd,
+        so the device chooses between both.
+        """
+        known, device = not isinstance(group["weight_decay"], Tensor), batch.params[0].device
+        if known and group["weight_decay"] == 0:
+            return self.largest(updates, group)
+        lr, rate = (self.scalar(group, key, device).double() for key in ("lr", "weight_decay"))
+        decays, rate = rate > 0, rate if known else torch.where(rate > 0, rate, 1.0)
+        radius = rate * lr.clamp(min=1e-12)
+
+        def found(u: Tensor, w: Tensor) -> Tensor:
+            return self.nearest((u.double() + rate * w.double()) / radius, group["norm"])
+
+        pairs = zip(updates.matrices, batch.weights, strict=True)
+        if known:
+            for u, w in pairs:
+                u.copy_(found(u, w))
+            return updates
+        every = [found(u, w) for u, w in pairs]
+        updates = self.largest(updates, group)
+        for u, x in zip(updates.matrices, every, strict=True):
+            u.copy_(torch.where(decays, x, u.double()))
         return updates
 
     def nearest(self, x: Tensor, norm: str) -> Tensor:
@@ -87,5 +110,7 @@ class TrustRegion(Orthogonalizing):
         size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         return x / size.clamp(min=1)
 
-    def weight_decay(self, group: dict[str, Any]) -> float:
-        return 0.0 if group["decay"] == "composite" else group["weight_decay"]
+    def weight_decay(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        if group["decay"] == "composite":
+            return self.number(0.0, device)
+        return super().weight_decay(group, device)
