@@ -48,7 +48,9 @@ class Net(nn.Module):
         return DTensor.from_local(mine, mesh, [Partial()]).full_tensor()
 
 
-FUSED: dict[str, Any] = dict(split={"*qkv.weight": (32, 40)}, heads={"*qkv.weight": (2, 1)})
+FUSED: dict[str, Any] = dict(
+    split={"*qkv.weight": (32, 40), "*experts": (3, 5)}, heads={"*qkv.weight": (2, 1)}
+)
 
 
 def optimizer_of(name: str, model: nn.Module) -> Any:

@@ -305,6 +305,9 @@ def what_sharded_parameters_cannot_have_is_refused(context: Context) -> None:
                 raises(swapped.step, *words, "'w'", "sharded parameters")
                 unchanged(swapped, before)
                 assert not swapped.state
+    (named_stack,) = named(mesh, [Shard(1)], "e", (3, 8, 6))
+    group = dict(params=[named_stack], split=(5, 3))
+    raises(lambda: optim.Muon([group]), "split and heads of a stack must be None", "'e'")
 
 
 @case(2, 4)

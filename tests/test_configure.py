@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from orthonorm import optim
+from orthonorm.optim.configure import by_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -144,6 +145,86 @@ def test_every_weight_goes_where_it_belongs_and_trains(kind: str) -> None:
     total = sum(p.numel() for p in model.parameters())
     counts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said[0])]
     assert sum(counts) == total and said[0].startswith("NorMuon: ")
+
+
+def matrices_of(model: nn.Module) -> dict[str, Any]:
+    opt = optim.configure(model, "muon", lr=0.02, report=None)
+    return {n: g["split"] for g in opt.param_groups if g["rule"] == "matrix"
+            for n in g["param_names"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3", "GptOss"])
+def test_stacks_of_experts_in_transformers(kind: str) -> None:
+    """Gate and up are matrices of their own, but where inputs x outputs are stored (GptOss)."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        n_group=1, topk_group=1, first_k_dense_replace=1, num_experts=4, num_local_experts=4,
+        n_routed_experts=4, num_experts_per_tok=2, layer_types=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    found = matrices_of(model)
+    stacks = {n: s for n, s in found.items() if n.endswith("gate_up_proj")}
+    assert stacks and set(stacks.values()) == {None if kind == "GptOss" else (24, 24)}
+    assert not any("embed" in n or "lm_head" in n for n in found)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "SOAP", "Conda"])
+def test_a_split_stack_steps_as_its_matrices(name: str) -> None:
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(3, 12, 5, dtype=torch.float64))
+    alone = [nn.Parameter(w.clone()) for e in stack.detach() for w in e.split((8, 4))]
+    whole = by_name(name)([{"params": [stack], "split": (8, 4)}])
+    each = type(whole)(alone)
+    for _ in range(3):
+        stack.grad = torch.randn_like(stack)
+        for p, g in zip(alone, (g for e in stack.grad for g in e.split((8, 4))), strict=True):
+            p.grad = g.clone()
+        whole.step()
+        each.step()
+    got = [w for e in stack.detach() for w in e.split((8, 4))]
+    for a, b in zip(got, alone, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_tables_gates_and_depthwise_kernels() -> None:
+    model = nn.ModuleDict({
+        "rnn": nn.LSTM(6, 4), "gru": nn.GRU(6, 4), "tanh": nn.RNN(6, 4),
+        "depthwise": nn.Conv1d(6, 12, 4, groups=6), "grouped": nn.Conv2d(6, 4, 3, groups=2),
+        "kv_proj": nn.Conv2d(6, 8, 1), "out": nn.Linear(4, 9),
+    })  # fmt: skip
+    for table in ("A_log", "relative_position_bias_table", "register_tokens", "latents"):
+        model.register_parameter(table, nn.Parameter(torch.randn(8, 4)))
+    assert matrices_of(model) == {
+        "rnn.weight_ih_l0": (4,) * 4, "rnn.weight_hh_l0": (4,) * 4,
+        "gru.weight_ih_l0": (4,) * 3, "gru.weight_hh_l0": (4,) * 3,
+        "tanh.weight_ih_l0": None, "tanh.weight_hh_l0": None,
+        "grouped.weight": None, "kv_proj.weight": None, "out.weight": None,
+    }  # fmt: skip
+
+
+def test_a_group_for_each_device() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4).to("meta"))
+    groups = optim.split_params(model)
+    places = [{p.device.type for _, p in g["params"]} for g in groups]
+    assert places == [{"cpu"}, {"meta"}] * 2
+    assert [g["rule"] for g in groups] == ["matrix"] * 2 + ["adamw"] * 2
+
+
+def test_unfreezing_adds_groups() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    opt = optim.Muon(optim.split_params(model[1]), lr=0.02)
+    opt.add_param_group({"params": [model[0].weight]})
+    opt.add_param_group({"params": model[0].bias, "rule": "adamw"})
+    assert [g["param_names"] for g in opt.param_groups[2:]] == [["added.2"], ["added.3"]]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+    opt.load_state_dict(opt.state_dict())
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -6,18 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from ..optim import AdamW, MatrixOptimizer, split_params
-from ..optim.configure import by_name
+from ..optim import AdamW, MatrixOptimizer
+from ..optim.configure import by_name, routed
+from ..optim.split import grouped
 
 
 def groups_of(model: nn.Module, cls: type[MatrixOptimizer], **options: Any) -> list[dict[str, Any]]:
-    """Return param groups by `split_params`; for AdamW, which has no matrix rule, a single group.
+    """Return param groups as `optim.configure` makes them.
 
-    The single group has all parameters that require gradients, with their names.
+    AdamW has no matrix rule: one group has all parameters that require gradients, with their names.
     """
     if issubclass(cls, AdamW):
         return [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}]
-    return split_params(model, **options)
+    return grouped(routed(model, **options))
 
 
 def create_optimizer(

@@ -32,7 +32,8 @@ def configure(
     It serves transformers (dense, MoE, MLA), ConvNets and MLPs. Matrices are hidden weights,
     convolutions (out x rest), expert stacks (batches), routers and low-rank projections. Weights
     with a name in FUSED are split: into q, k, v if they have three times as many rows as columns,
-    into two (as gate, up) if their number of rows is even. Embeddings, vectors and heads go to
+    into two (as gate, up) if their number of rows is even. Stacks of gate and up are split if
+    `down_proj` beside them shows that their rows are both. Embeddings, vectors and heads go to
     AdamW. If no matrix goes there by its name or by an embedding's type or shape, the last Linear
     or convolution is taken for the head. It is not, if `names` are given.
 
@@ -47,12 +48,7 @@ def configure(
     nothing, or settings that the class does not take.
     """
     cls = by_name(optimizer)
-    found = assign(model, adamw=names, heads=heads, split=split)
-    told = ("named", "embedding", "shape of")
-    outside = any(a.reason.startswith(told) and a.p.dim() > 1 for a in found)
-    if names is NOT_HIDDEN and not outside:
-        found = without_last(found)
-    found = [pieces(a) for a in found]
+    found = routed(model, names, heads, split)
     groups = grouped(found)
     if cls is AdamW:
         groups = [{"params": [(a.name, a.p) for a in found]}]
@@ -60,6 +56,21 @@ def configure(
     if report is not None:
         report(describe(found, made))
     return made
+
+
+def routed(
+    model: nn.Module,
+    adamw: Sequence[str] = NOT_HIDDEN,
+    heads: Mapping[str, int | Sequence[int]] | None = None,
+    split: Mapping[str, Sequence[int]] | None = None,
+) -> list[Assigned]:
+    """Return what `split_params` assigns, with a last layer for AdamW and fused weights split."""
+    found = assign(model, adamw=adamw, heads=heads, split=split)
+    told = ("named", "embedding", "shape of")
+    outside = any(a.reason.startswith(told) and a.p.dim() > 1 for a in found)
+    if adamw is NOT_HIDDEN and not outside:
+        found = without_last(found)
+    return [pieces(a) for a in found]
 
 
 def by_name(name: object) -> type[MatrixOptimizer]:
@@ -86,11 +97,21 @@ def without_last(found: list[Assigned]) -> list[Assigned]:
 def pieces(a: Assigned) -> Assigned:
     """Add the split of a fused weight, if its name and shape are those of one."""
     count = next((FUSED[part] for part in a.name.split(".") if part in FUSED), 0)
-    rows = a.p.shape[0] if a.p.dim() == 2 else 0
-    even = rows % count == 0 if count == 2 else count == 3 and rows == 3 * a.p.shape[-1]
-    if a.reason or a.keys or not count or not even:
+    if a.reason or a.keys or not count or not fused(a, count):
         return a
-    return a._replace(keys={"split": (rows // count,) * count})
+    return a._replace(keys={"split": (a.p.shape[-2] // count,) * count})
+
+
+def fused(a: Assigned, count: int) -> bool:
+    """True if the rows of a weight, or of every matrix of a stack, are `count` matrices' rows."""
+    if a.p.dim() == 2:
+        rows, columns = a.p.shape
+        return rows % 2 == 0 if count == 2 else rows == 3 * columns
+    down = getattr(a.owner, "down_proj", None)  # other stacks are stored as inputs x outputs
+    if count != 2 or a.p.dim() != 3 or not isinstance(down, nn.Parameter):
+        return False
+    _, rows, columns = a.p.shape
+    return down.shape[1:] == (columns, rows // 2) and rows % 2 == 0
 
 
 def describe(found: list[Assigned], optimizer: MatrixOptimizer) -> str:

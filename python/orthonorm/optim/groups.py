@@ -13,7 +13,7 @@ from .. import _checks as check
 from .settings import ADAMW_DEFAULTS, COMMON, DECAYS, RULES, TORCH, Rule, inherited
 from .storage import SMALLER
 from .tensors import check_placements, is_distributed, meets_owner
-from .views import VIEW_DEFAULTS, check_views
+from .views import VIEW_DEFAULTS, check_views, cuts_stacks
 
 # Keys of a group that are no settings: torch and its schedulers add them; `seeded` adds the last.
 FOREIGN = ("params", "param_names", "initial_lr", "name", "rounding_seed")
@@ -98,7 +98,7 @@ class Groups(torch.optim.Optimizer):
             )
         for key, value in known.items():
             group.setdefault(key, value)
-        super().add_param_group(group)
+        super().add_param_group(self._named(group))
         added = self.param_groups[-1]
         try:
             for key in set(self.defaults) - set(known):
@@ -116,6 +116,17 @@ class Groups(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self.met = False
+
+    def _named(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Name the parameters of a group by their numbers, if they have no names and others do."""
+        if not (self.param_groups and "param_names" in self.param_groups[0]):
+            return group
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        first = sum(len(g["params"]) for g in self.param_groups)
+        if all(isinstance(p, Tensor) for p in params):
+            params = [(f"added.{first + i}", p) for i, p in enumerate(params)]
+        return {**group, "params": params}
 
     def _without_torchs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
         """Check and remove torch.optim keywords; return (other keywords, those given as true)."""
@@ -253,6 +264,11 @@ class Groups(torch.optim.Optimizer):
                         f"got {group[key]!r} for parameter {self.label(group, i)}"
                     )
             cut = group["rule"] == "matrix" and meets_owner(p, group)
+            if cut and cuts_stacks(p.shape, group):
+                raise ValueError(
+                    f"{self.name}: split and heads of a stack must be None where ranks cut its "
+                    f"matrices, got {tuple(p.placements)} for parameter {self.label(group, i)}"
+                )
             check_placements(f"{self.name}: parameter {self.label(group, i)}", p, cut)
 
     def _with_gradients(self, group: dict[str, Any]) -> list[int]:

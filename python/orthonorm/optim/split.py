@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from .views import check_counts
 
-# Names (a component of the dotted path) of weights that map to or from tokens and classes.
+# Names (a component of the dotted path) of weights that map to or from tokens and classes, and of
+# tables: learned tokens, position biases, the decay rates of state-space models.
 NOT_HIDDEN = (
-    "*embed*", "wte", "wpe", "tok_emb*", "pos_emb*", "*_token", "lm_head", "head", "output_layer",
-    "classifier", "unembed*", "score", "logits",
+    "*embed*", "wte", "wpe", "tok_emb*", "pos_emb*", "*_token", "*_tokens", "latents",
+    "*bias_table*", "A_log", "lm_head", "head", "output_layer", "classifier", "unembed*", "score",
+    "logits",
 )  # fmt: skip
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+GATED = {(nn.LSTM, nn.LSTMCell): 4, (nn.GRU, nn.GRUCell): 3}
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -30,19 +33,20 @@ def split_params(
     """Return param groups of a model: hidden matrices with rule="matrix", all else "adamw".
 
     AdamW gets vectors and scalars (gains, biases), embeddings and weights tied to them, matrices
-    with a side of 1, transposed convolutions, and parameters with a path component that matches a
-    pattern of `adamw` (embeddings, heads). It also gets the last Linear if its weight has the shape
-    of an embedding: it then maps back to tokens, whatever its name. Convolution weights are
-    flattened to out x rest, 3-D weights are batches (expert stacks), and nn.MultiheadAttention's
-    fused in_proj_weight is split into its three matrices.
+    with a side of 1, transposed and depthwise convolutions, and parameters with a path component
+    that matches a pattern of `adamw` (embeddings, heads). It also gets the last Linear if its
+    weight has the shape of an embedding: it then maps back to tokens. Convolution weights are
+    flattened to out x rest, 3-D weights are batches (expert stacks), and the matrices of
+    nn.MultiheadAttention's in_proj_weight and of the gates of nn.LSTM and nn.GRU are split. No
+    group spans devices.
 
     Args:
         model: its parameters that require gradients are grouped, each once, with their names.
         adamw: shell patterns of path components; AdamW gets the parameters that match.
         heads: {pattern: number of heads}: matching weights are one matrix per head. The pattern is
             matched against the dotted name ("*.attn.q_proj.weight").
-        split: {pattern: row counts}: matching fused weights are split along dim 0; `heads` may then
-            give one number per piece.
+        split: {pattern: row counts}: matching fused weights are split along their rows; `heads` may
+            then give one number per piece.
 
     Returns: groups with `params` as (name, parameter) pairs; the optimizer adds other settings.
     """
@@ -98,11 +102,11 @@ def unembedding(model: nn.Module) -> nn.Module | None:
 
 
 def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
-    """Return param groups, one per combination of rule and keys, matrix groups first."""
+    """Return param groups, one per rule, keys and device, matrix groups first."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for a in found:
         keys = {"rule": "adamw" if a.reason else "matrix", **a.keys}
-        slot = tuple(sorted((k, str(v)) for k, v in keys.items()))
+        slot = (a.p.device, *sorted((k, str(v)) for k, v in keys.items()))
         groups.setdefault(slot, {"params": [], **keys})["params"].append((a.name, a.p))
     return sorted(groups.values(), key=lambda g: str(g["rule"]) == "adamw")
 
@@ -124,6 +128,8 @@ def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[s
         return "vector" if p.dim() else "scalar"
     if isinstance(owner, TRANSPOSED):
         return "transposed convolution"
+    if isinstance(owner, CONVOLUTIONS) and 1 < owner.groups == owner.in_channels:
+        return "depthwise convolution"
     rows, cols = (p.shape[0], p[0].numel()) if isinstance(owner, CONVOLUTIONS) else p.shape[-2:]
     if min(rows, cols) < 2:
         return "side of 1"
@@ -148,9 +154,19 @@ def _views(
         for pattern, value in patterns.items():
             if fnmatchcase(name, pattern):
                 keys[label] = value if isinstance(value, int) else tuple(value)
-    if "split" not in keys and name.endswith("in_proj_weight") and p.shape[0] % 3 == 0:
-        keys["split"] = (p.shape[0] // 3,) * 3
+    count = gates(name, owner)
+    if "split" not in keys and count and p.shape[0] % count == 0:
+        keys["split"] = (p.shape[0] // count,) * count
     return keys
+
+
+def gates(name: str, owner: nn.Module) -> int:
+    """Return the number of matrices that torch's own modules fuse in a weight; 0 if it is one."""
+    if name.endswith("in_proj_weight"):
+        return 3
+    if name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")):
+        return next((n for kinds, n in GATED.items() if isinstance(owner, kinds)), 0)
+    return 0
 
 
 def _check_patterns(model: nn.Module, **patterns: Mapping[str, Any] | None) -> None:

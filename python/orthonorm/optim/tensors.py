@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import PLAIN
-from .views import flattens, heads_of
+from .views import cuts_stacks, flattens, heads_of
 
 
 def is_distributed(t: Any) -> bool:
@@ -240,7 +240,7 @@ def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
 
 def has_whole_heads(p: Any, group: Mapping[str, Any]) -> bool:
     """True if `p` is cut between heads: along rows, by a number of ranks that divides `heads`."""
-    if group.get("heads") is None or group.get("split") is not None:
+    if group.get("heads") is None or group.get("split") is not None or cuts_stacks(p.shape, group):
         return False
     dims = sharded_dims(p)
     (heads,) = heads_of(group, [p])

@@ -3,7 +3,8 @@
 Param-group keys, all optional, apply to every parameter of the group:
     flatten  True: (out, ...) becomes out x rest; False: leading dimensions are a batch; None: 4-D
              and 5-D weights (convolutions) are flattened, 3-D ones (expert stacks) are batches.
-    split    row counts of the matrices fused along dim 0, as (d, d_kv, d_kv) of a QKV weight.
+    split    row counts of the matrices fused along their rows, as (d, d_kv, d_kv) of a QKV weight;
+             of a batch, every matrix is cut so.
     heads    number of equal row blocks that are matrices of their own, or one per split piece.
 """
 
@@ -28,8 +29,15 @@ def heads_of(group: Mapping[str, Any], pieces: Sequence[Any]) -> Sequence[int]:
 
 
 def flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+    """True if a parameter of this shape becomes out x rest."""
     flatten = group.get("flatten")
     return len(shape) > 3 if flatten is None else bool(flatten) and len(shape) > 2
+
+
+def cuts_stacks(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+    """True if every matrix of a batch is cut into several."""
+    cut = group.get("split") is not None or group.get("heads") is not None
+    return cut and len(shape) > 2 and not flattens(shape, group)
 
 
 def check_views(
@@ -45,11 +53,12 @@ def check_views(
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:
         return
-    if len(shape) < 2 or (len(shape) > 2 and not flattens(shape, group)):
-        raise ValueError(f"{name}: split and heads need a 2-D weight, got shape {tuple(shape)}")
-    pieces = (shape[0],) if split is None else check_counts(name, "split", split)
-    if sum(pieces) != shape[0]:
-        raise ValueError(f"{name}: split must be row counts that add up to {shape[0]}, got {split}")
+    if len(shape) < 2:
+        raise ValueError(f"{name}: split and heads need matrices, got shape {tuple(shape)}")
+    rows = shape[0] if flattens(shape, group) else shape[-2]
+    pieces = (rows,) if split is None else check_counts(name, "split", split)
+    if sum(pieces) != rows:
+        raise ValueError(f"{name}: split must be row counts that add up to {rows}, got {split}")
     counts = check_counts(name, "heads", heads_of(group, pieces))
     if len(counts) != len(pieces):
         raise ValueError(f"{name}: heads must be one number or one per split piece, got {heads}")
@@ -86,8 +95,8 @@ def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:
         return [t]
-    pieces = [t] if split is None else list(t.split(list(split)))
+    pieces = [t] if split is None else list(t.split(list(split), -2))
     return [
-        piece if count == 1 and heads is None else piece.unflatten(0, (count, -1))
+        piece if count == 1 and heads is None else piece.unflatten(-2, (count, -1))
         for piece, count in zip(pieces, heads_of(group, pieces), strict=True)
     ]
