@@ -265,6 +265,12 @@ _ROWS = (
         "decayed_update_", makers.decayed_update, dtypes=_STATES, shapes=_MODEL,
         variants=({"weight_decay": 0.0, "factors": makers.factors}, {"rounding": makers.seed}),
     ),
+    Case("accumulate_", makers.accumulate, written=("sizes",), dtypes=_STATES),
+    Case("take_rows_", makers.take_rows, written=("out",)),
+    Case(
+        "update_rows_", makers.update_rows, dtypes=_STATES,
+        variants=({"weight_decay": 0.0, "factors": makers.factors},),
+    ),
     Case(
         "adamw_step_", makers.adamw_step, dtypes=_STATES,
         variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0},
