@@ -266,6 +266,12 @@ _ROWS = (
         variants=({"weight_decay": makers.no_decay, "factors": makers.factors},
                   {"rounding": makers.seed}),
     ),
+    Case("accumulate_", makers.accumulate, written=("sizes",), dtypes=_STATES),
+    Case("take_rows_", makers.take_rows, written=("out",)),
+    Case(
+        "update_rows_", makers.update_rows, dtypes=_STATES,
+        variants=({"weight_decay": makers.no_decay, "factors": makers.factors},),
+    ),
     Case(
         "adamw_step_", makers.adamw_step, dtypes=_STATES,
         variants=({"decay_first": False, "correct_eps": False},

@@ -225,6 +225,33 @@ def decayed_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     }
 
 
+def accumulate(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    sizes = [inputs.put(torch.zeros(s[:-1]), torch.float64) for s in shapes]
+    sums, X = each(inputs.state, "sums", shapes), each(inputs.matrix, "X", shapes)
+    return {"sums": sums, "X": X, "sizes": sizes}
+
+
+def _rows(shapes: Sequence[Shape], inputs: Inputs) -> tuple[list[Tensor], list[Shape]]:
+    """Return indices of half of the rows of each matrix, and the shapes of these rows."""
+    drawn = [inputs.normal(f"rows[{i}]", s[:-1]).argsort(-1) for i, s in enumerate(shapes)]
+    some = [d[..., : (d.shape[-1] + 1) // 2] for d in drawn]
+    pairs = zip(some, shapes, strict=True)
+    return [inputs.put(r, torch.int64) for r in some], [(*r.shape, s[-1]) for r, s in pairs]
+
+
+def take_rows(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    rows, taken = _rows(shapes, inputs)
+    X = each(inputs.matrix, "X", shapes)
+    out = [torch.zeros_like(y) for y in each(inputs.matrix, "out", taken)]
+    return {"X": X, "rows": rows, "factor": inputs.number(0.75), "out": out}
+
+
+def update_rows(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    rows, taken = _rows(shapes, inputs)
+    made = decayed_update(shapes, inputs)
+    return {**made, "rows": rows, "updates": each(inputs.state, "updates", taken)}
+
+
 def adamw_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {
         "params": each(inputs.matrix, "params", shapes),

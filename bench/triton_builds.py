@@ -215,6 +215,8 @@ LINES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "row_moment": ("lines", "moments_kernel", {"EPS_AT": 0, "parts": None}, False),
     "rescale": ("lines", "rescale_kernel", {"KEEP_NORM": True}, False),
     "row_normalize": ("lines", "normalize_kernel", {"EPS_AT": 0}, False),
+    "accumulate": ("accumulate", "accumulate_kernel", {}, False),
+    "take_rows": ("take_rows", "take_kernel", {}, False),
     "factored_sums": ("lines", "moments_kernel", {"EPS_AT": 3}, True),
     "factored_norm": (
         "factored_moment", "factored_kernel", {"EPS_AT": 0, "KEEP_NORM": True, "WRITE": False}, True
@@ -235,7 +237,10 @@ def reductions(arch: str) -> Iterator[Build]:
         for op, (name, kernel, own, many) in LINES.items():
             for order in (1, 0):
                 across, along = lines.blocks_of(lines.torch.device("cuda"), order, many)
-                second = {"OUT_TYPE": t} if op == "row_normalize" else {"V_TYPE": t}
+                second = {
+                    "row_normalize": {"OUT_TYPE": t}, "take_rows": {"OUT_TYPE": t},
+                    "accumulate": {"S_TYPE": t, "Z_TYPE": lines.tl.float64},
+                }.get(op, {"V_TYPE": t})  # fmt: skip
                 constants = dict(
                     STEPS=7, X_TYPE=t, **second, WIDE=lines.tl.float32, X_ORDER=order,
                     ALIGNED=True, LINES=across, ALONG=along, **own,
@@ -244,6 +249,7 @@ def reductions(arch: str) -> Iterator[Build]:
                     op if order else op.replace("row", "column") + "_across",
                     getattr(module(name), kernel), constants,
                     lines.options(across, along), arch, label, False, doubles,
+                    wide=order == 1 or op != "take_rows",  # columns here and there are not wide
                 )  # fmt: skip
         for order in (1, 0):
             across, along = lines.blocks_of(lines.torch.device("cuda"), order)

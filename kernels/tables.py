@@ -29,6 +29,7 @@ TYPES = {
     torch.float64: tl.float64,
     torch.uint8: tl.uint8,
     torch.int16: tl.int16,
+    torch.int64: tl.int64,
 }
 
 

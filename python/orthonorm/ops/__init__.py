@@ -27,6 +27,7 @@ from .normalize import (
 from .passes import adamw_step_, decayed_update_, muon_prologue_, sign_
 from .polar_iteration import polar_iteration
 from .rotations import rotate_, rotate_back_
+from .rows import accumulate_, take_rows_, update_rows_
 from .scaling import divide_each, inner, magnitude
 from .spectral import gram_iteration, power_iteration_, spectral_norm
 from .spectral_normalization import spectral_normalization_, spectral_normalization_gradient
@@ -42,6 +43,7 @@ from .words import (
 )
 
 __all__ = [
+    "accumulate_",
     "adamw_step_",
     "apply",
     "column_moment_",
@@ -83,4 +85,6 @@ __all__ = [
     "spectral_normalization_",
     "spectral_normalization_gradient",
     "symmetric_update",
+    "take_rows_",
+    "update_rows_",
 ]

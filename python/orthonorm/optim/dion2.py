@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -10,15 +11,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import _checks as check
-from ..ops import decayed_update_, row_moment_
-from ..ops.normalize import accumulator
+from ..ops import accumulate_, row_moment_, take_rows_, update_rows_
+from ..ops.steps import stacks_in_turn, work_parts
 from .amp import Flags
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import Rule, at_least, optional, part, scheduled
 from .stacks import beside, write_beside_
 from .state import Batch, Updates
-
-PIECE = 2**17  # elements whose absolute values are taken at a time
 
 
 class Dion2(Orthogonalizing):
@@ -89,73 +88,61 @@ class Dion2(Orthogonalizing):
         return self.direction(Updates(stacks), batch, group)
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        residuals = batch.state["residual_buffer"]
-        one, zero = (self.number(x, residuals[0].device) for x in (1.0, 0.0))
-        decayed_update_.unchecked(residuals, batch.grads, one, zero, [-1.0] * len(residuals))
-        torch._foreach_copy_(updates.matrices, residuals)
-        places = [largest(B, group) for B in updates.stacks]
-        pairs = list(zip(updates.stacks, places, strict=True))
-        used = Updates([taken(B, dim, K) for B, (dim, K) in pairs])
-        keep_(residuals, pairs, self.momentum(group, residuals[0].device))
-        factors = self.polar(used, group)
-        if group["beta2"] is not None:
-            normalize_(factors, [K for _, K in places], batch, group)
-        for (B, (dim, K)), X in zip(pairs, factors.stacks, strict=True):
-            put_(B.zero_(), dim, K, X)
+        matrices = [by_rows(u, group) for u in updates.matrices]
+        one, zero = (self.number(x, matrices[0].device) for x in (1.0, 0.0))
+        torch._foreach_zero_(updates.stacks)
+        for indices, K, X in self.used(batch, group):
+            some = [matrices[i] for i in indices]
+            update_rows_.unchecked(some, K, X, one, zero, [-1.0] * len(some))
         return updates
 
+    def at_once(self, batch: Batch, group: dict[str, Any]) -> bool:
+        """Update the rows K of the weights, without a matrix that is zero elsewhere."""
+        if self.in_parts(group) or batch.mantissas or group["stochastic_rounding"]:
+            return False
+        lr, _, weight_decay, factors = self.scheduled(batch, group)
+        for indices, K, X in self.used(batch, group):
+            some = [by_rows(batch.params[i], group) for i in indices]
+            update_rows_.unchecked(some, K, X, lr, weight_decay, [factors[i] for i in indices])
+        return True
 
-def largest(B: Tensor, group: dict[str, Any]) -> tuple[int, Tensor]:
-    """Return (dimension, K): select lines along it, those in K (..., count), the largest by |.|_1.
+    def used(
+        self, batch: Batch, group: dict[str, Any]
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Update M; yield (indices, rows K, polar(B_K)) of the matrices of one part at a time.
 
-    The dimension is -2 for rows, -1 for columns.
-    """
-    m, n = B.shape[-2:]
-    dim, length = (-2, m) if m <= n or group["beta2"] is not None else (-1, n)
-    count = min(length, math.ceil(group["fraction"] * length))
-    # torch.linalg.vector_norm makes no |B|, but takes 1.5 ms instead of 0.6 (llama-3m, 2026-11).
-    # Small pieces of |B| stay in the cache; new memory for all of it costs as much as the sums.
-    few = max(1, PIECE // max(1, m * n))
-    sizes = [b.abs().sum(-3 - dim, dtype=accumulator(B)) for b in B.split(few)]
-    return dim, torch.cat(sizes).topk(count, -1).indices
-
-
-def taken(B: Tensor, dim: int, K: Tensor) -> Tensor:
-    """Return the lines K of every matrix; not by `gather` for rows: it takes ten times as long."""
-    if dim == -2:
-        return B.flatten(0, -2).index_select(0, flat(B, K)).view(*K.shape, B.shape[-1])
-    return B.gather(dim, entries(B, K))
-
-
-def put_(B: Tensor, dim: int, K: Tensor, X: Tensor) -> None:
-    """Write X into the lines K of every matrix: the reverse of `taken`."""
-    if dim == -2:
-        B.flatten(0, -2).index_copy_(0, flat(B, K), X.flatten(0, -2))
-    else:
-        B.scatter_(dim, entries(B, K), X)
-
-
-def flat(B: Tensor, K: Tensor) -> Tensor:
-    """Return the indices of rows K of every matrix among the rows of the whole stack, 1-D."""
-    firsts = torch.arange(K.shape[:-1].numel(), device=K.device) * B.shape[-2]
-    return (K + firsts.view(*K.shape[:-1], 1)).flatten()
-
-
-def entries(B: Tensor, K: Tensor) -> Tensor:
-    """Return K, columns of every matrix, expanded to the shape of an index of `gather`."""
-    return K.unsqueeze(-2).expand(*B.shape[:-1], K.shape[-1])
+        The factors lie in the part's work buffer, so they are valid until the next part.
+        """
+        residuals = [by_rows(M, group) for M in batch.state["residual_buffer"]]
+        grads = [by_rows(g, group) for g in batch.grads]
+        mu = self.momentum(group, residuals[0].device)
+        by_part = work_parts(residuals)
+        rooms = [M.narrow(-2, 0, math.ceil(group["fraction"] * M.shape[-2])) for M in residuals]
+        for chunk, stacks in zip(by_part, stacks_in_turn(rooms, by_part), strict=True):
+            indices = [i for some in chunk for i in some]
+            B, G = [residuals[i] for i in indices], [grads[i] for i in indices]
+            sizes = [
+                b.new_empty((len(some), *b.shape[:-1]), dtype=torch.float64)
+                for some, b in ((some, residuals[some[0]]) for some in chunk)
+            ]
+            accumulate_.unchecked(B, G, unstacked(sizes))
+            pairs = zip(sizes, stacks, strict=True)
+            places = [z.topk(X.shape[-2], -1).indices for z, X in pairs]
+            K, largest = unstacked(places), Updates(stacks)
+            take_rows_.unchecked(B, K, mu, largest.matrices)
+            factors = self.polar(largest, group)
+            if group["beta2"] is not None:
+                normalize_(factors, places, batch.part(indices), group)
+            yield indices, K, factors.matrices
 
 
-def keep_(
-    residuals: list[Tensor], pairs: list[tuple[Tensor, tuple[int, Tensor]]], mu: Tensor
-) -> None:
-    """Multiply the used lines of the residuals by mu, and keep the others."""
-    kept: list[Tensor] = []
-    for B, (dim, K) in pairs:
-        ones = torch.ones(*B.shape[:-2], B.shape[dim], dtype=accumulator(B), device=B.device)
-        factors = ones.scatter_(-1, K, mu.to(ones.dtype).expand(K.shape))
-        kept += factors.unsqueeze(-3 - dim).unbind()
-    torch._foreach_mul_(residuals, kept)
+def by_rows(x: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return a view of x that has the lines of which some are used as its rows."""
+    return x.mT if x.shape[-2] > x.shape[-1] and group["beta2"] is None else x
+
+
+def unstacked(stacks: list[Tensor]) -> list[Tensor]:
+    return [x for stack in stacks for x in stack.unbind()]
 
 
 def normalize_(factors: Updates, places: list[Tensor], batch: Batch, group: dict[str, Any]) -> None:

@@ -63,9 +63,9 @@ class MuonEq(Orthogonalizing):
 
 
 def equilibrated(U: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """Return R U C of a stack, in the dtype of U."""
+    """Return R U C of a stack, in the dtype of U; U may be overwritten."""
     X = U.to(accumulator(U))
     squares = [torch.linalg.vector_norm(X, dim=d, keepdim=True).square() for d in dims]
     for s in squares:
-        X = X * inverse(s, eps, "inside")
+        X.mul_(inverse(s, eps, "inside"))
     return X.to(U.dtype)

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from .. import _checks as check
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, whole
-from .sides import SIDES, averaged, between, inverse_root, side_grams, side_shapes
+from .sides import SIDES, averaged_with, between, inverse_root, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
 from .tensors import numbers
@@ -108,7 +108,7 @@ class Shampoo(MatrixOptimizer):
                 V = stacked([batch.state["second_moment"][i] for i in indices])
                 V = beta * V + (1 - beta) * G * G
                 G, weights = G / (V.sqrt() + group["eps"]), ((1 - beta) / n, (1 - beta) / m)
-            grams = averaged(old, side_grams(old, G), beta, weights)
+            grams = averaged_with(old, G, beta, weights)
             if (t - 1) % group["precondition_frequency"]:
                 sides = [Side(A) for A in grams]
             elif study:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import apply, gram, gram_update_
+from ..ops import apply, gram, gram_update_, magnitude
 from .stacks import in_place, stacked
 from .state import Batch
 
@@ -41,6 +41,17 @@ def averaged(
         beta * A + weight * B if A.numel() else A
         for A, B, weight in zip(grams, new, weights, strict=True)
     ]
+
+
+def averaged_with(
+    grams: Sequence[Tensor], G: Tensor, beta: float, weights: Sequence[float]
+) -> list[Tensor]:
+    """Return `averaged` of `side_grams`; the Gram matrices of G are added to copies of averages."""
+    found = [A.clone() for A in grams]
+    for A, X, weight in zip(found, (G, G.mT), weights, strict=True):
+        if A.numel():
+            gram_update_.unchecked(A, X.to(A.dtype), weight, beta)
+    return found
 
 
 def average_(batch: Batch, indices: list[int], beta: float, weight: float) -> None:
@@ -83,6 +94,6 @@ def finite(A: Tensor) -> tuple[Tensor, Tensor]:
 
     `unknown` is NaN for those matrices, else 0; added to a result, it marks them.
     """
-    fine = A.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    fine = magnitude.unchecked([A]).isfinite().view(*A.shape[:-2], 1, 1)
     identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
     return torch.where(fine, A.double(), identity), torch.where(fine, 0.0, torch.nan).double()

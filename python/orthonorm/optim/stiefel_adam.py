@@ -18,7 +18,7 @@ from ..ops.normalize import accumulator
 from ..polar import polynomial
 from .base import MatrixOptimizer
 from .settings import Common, Rule, number_below
-from .stacks import alike, stacked
+from .stacks import alike, in_a_row, stacked
 from .state import Batch
 from .tensors import numbers
 
@@ -87,35 +87,32 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
     (beta1, beta2), eps, a = group["betas"], group["eps"], group["metric"]
     m, n = batch.params[0].shape[-2:]
     dtype, lr = accumulator(*batch.params), lr.to(accumulator(*batch.params))
-    W, G, Y, p, V, q = (
-        stacked(values).to(dtype)
-        for values in (batch.params, batch.grads, *(batch.state[name] for name in NAMES))
-    )
+    state = [batch.state[name] for name in NAMES]
+    W, G, Y, p, V, q = (stacked(values).to(dtype) for values in (batch.params, batch.grads, *state))
     X, G = (W, G) if m >= n else (W.mT, G.mT)
     first, second = numbers([1 - beta1**t, 1 - beta2**t], W.device).to(dtype).unbind()
     A = X.mT @ G
-    slope = (A - A.mT).mul_((1 - a / (a - 1)) / 2)
-    Y, p = averages(Y, p, slope, group)
+    average_(Y, p, (A.mT - A).mul_((1 - a / (a - 1)) / 2), group)
     xi = direction(Y, p, second, eps).mul_(lr / first)
     moved = nonzero(G) | nonzero(xi)
-    new = X + X @ xi
+    new = (X @ xi).add_(X)
     if m != n:
-        slope = G - X @ A
-        turn = (1 - 1.5 * a) * lr * V @ Y if beta1 else 0.0
-        V, q = averages(V, q, slope, group)
+        turn = V @ ((1 - 1.5 * a) * lr * Y) if beta1 else 0.0
+        average_(V, q, (X @ A).sub_(G), group)
         V += turn
         D = direction(V, q, second, eps)
         S = new.mT @ new
         # Not linalg.solve: batched LU from n = 200 fails once torch.set_num_threads(2) was called
         # (torch 2.13, oneMKL 2024.2: "pivots given to lu_solve"), and S is positive definite.
         D -= new @ torch.cholesky_solve(new.mT @ D, torch.linalg.cholesky_ex(S).L)
-        V = V - lr * new @ (D.mT @ V)
+        V -= new @ (lr * (D.mT @ V))
         moved = moved | nonzero(D)
-        new = new + lr * D @ S
+        new += D @ (lr * S)
     new = torch.where(moved, retracted(new), X)
     torch._foreach_copy_(batch.params, list((new if m >= n else new.mT).unbind()))
-    for name, value in zip(NAMES, (Y, p, V, q), strict=True):
-        torch._foreach_copy_(batch.state[name], list(value.unbind()))
+    for tensors, value in zip(state, (Y, p, V, q), strict=True):
+        if tensors[0].dtype != dtype or not in_a_row(tensors):  # else `value` is their memory
+            torch._foreach_copy_(tensors, list(value.unbind()))
 
 
 def retracted(X: Tensor) -> Tensor:
@@ -126,22 +123,21 @@ def retracted(X: Tensor) -> Tensor:
     return X
 
 
-def averages(
-    mean: Tensor, square: Tensor, slope: Tensor, group: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Return beta1 mean - (1-beta1) slope and beta2 square + (1-beta2) slope^2."""
+def average_(mean: Tensor, square: Tensor, descent: Tensor, group: dict[str, Any]) -> None:
+    """Average the descent, minus the slope, and its square; it is overwritten."""
     beta1, beta2 = group["betas"]
     # not addcmul_, nor add_ with alpha: torch.compile rounds their products separately or in
     # another order (torch 2.13; 2.11)
-    squares = torch.mul(square, beta2).sub_(slope.square(), alpha=beta2 - 1)
-    return torch.mul(mean, beta1).sub_(slope, alpha=1 - beta1), squares
+    mean.mul_(beta1).sub_(descent, alpha=beta1 - 1)
+    square.mul_(beta2).sub_(descent.square_(), alpha=beta2 - 1)
 
 
 def direction(mean: Tensor, square: Tensor, correction: Tensor, eps: float) -> Tensor:
     """Return mean / (sqrt(square / correction) + eps), and 0 where that is 0 / 0."""
     below = (square / correction).sqrt_().add_(eps)
-    found = mean / below
-    return found if eps > 0 else torch.where(below == 0, 0.0, found)
+    if eps > 0:
+        return torch.div(mean, below, out=below)
+    return torch.where(below == 0, 0.0, mean / below)
 
 
 def nonzero(x: Tensor) -> Tensor:

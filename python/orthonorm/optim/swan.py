@@ -68,7 +68,7 @@ class SWAN(Orthogonalizing):
 
 
 def standardized(G: Tensor, eps: float) -> Tensor:
-    """Return Z of a stack of gradients, in the dtype of G."""
+    """Return Z of a stack of gradients, in the dtype of G; G may be overwritten."""
     X = G.to(accumulator(G))
-    X = X - X.mean(-1, keepdim=True)
+    X.sub_(X.mean(-1, keepdim=True))
     return row_normalize.unchecked(X, X.shape[-1] ** -0.5, eps).to(G.dtype)
