@@ -271,6 +271,11 @@ _ROWS = (
                   {"rounding": makers.seed}),
     ),
     Case(
+        "coded_adamw_step_", makers.coded_adamw_step, dtypes=BOTH,
+        variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0},
+                  {"rounding": makers.seed}),
+    ),
+    Case(
         "signum_step_", makers.signum_step, dtypes=_STATES,
         variants=({"nesterov": True, "weight_decay": 0.0, "factors": makers.factors},),
     ),
