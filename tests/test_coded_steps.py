@@ -94,10 +94,11 @@ def unfused(
 
 def same(a: Arguments, b: Arguments, note: Any = "") -> None:
     """Bit for bit but for the sign of NaN."""
-    for name, values in a.items():
-        for i, (x, y) in enumerate(zip(values, b[name], strict=True) if name in LISTS else ()):
+    for name in [n for n in LISTS if n in a]:
+        for i, (x, y) in enumerate(zip(a[name], b[name], strict=True)):
+            assert x.dtype == y.dtype, (note, name, i)
             torch.testing.assert_close(
-                x, y, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{note} {name}[{i}]: {m}"
+                x, y, rtol=0, atol=0, equal_nan=True, msg=f"{note} {name}[{i}]: {x} is not {y}"
             )
 
 

@@ -58,7 +58,7 @@ def coded_adamw_step_(
         for x, (codes, s, signed) in zip(moments, coded, strict=True):
             dequantize_blocks_([by_scales(x, s)], [by_scales(codes, s)], [s], signed)
         adamw_step_(
-            [w], [g], *([x] for x in moments), [step], lr, beta1, beta2, eps, weight_decay,
+            [w], [g], [moments[0]], [moments[1]], [step], lr, beta1, beta2, eps, weight_decay,
             decay_first, correct_eps, rounding, grad_scale, found_inf,
         )  # fmt: skip
         for x, (codes, s, signed) in zip(moments, coded, strict=True):
