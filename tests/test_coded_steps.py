@@ -122,6 +122,19 @@ def test_bits(dtypes: tuple[torch.dtype, torch.dtype], kind: str) -> None:
         check_bits(arguments(dtypes=dtypes, kind=kind) | option, i)
 
 
+def check_kernels() -> None:
+    """Less of the same, for kernels that are emulated; some go to the definition."""
+    shapes = [*SHAPES[:8], (3, 8, 96), (1030,)]
+    for (kind, option), dtypes in zip(
+        itertools.product(("usual", "nan", "1e-40"), OPTIONS), itertools.cycle(DTYPES[:5])
+    ):
+        check_bits(arguments(shapes, dtypes, kind) | option, (kind, option))
+    made = arguments([(6, 5, 11, 3), (4, 7, 3, 8), (48, 64), (33, 50)], (BF16, BF16))
+    made["params"] = [LAYOUTS["cut"](t) for t in made["params"]]
+    made["grads"] = [t.mT.contiguous().mT for t in made["grads"]]
+    check_bits(made | {"rounding": torch.tensor(3)})
+
+
 def cut(t: Tensor) -> Tensor:
     """The same numbers in every second column of wider rows."""
     wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 1)
