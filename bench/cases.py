@@ -44,6 +44,7 @@ class Case:
         shapes: benchmark workloads by name; dtypes: benchmark dtypes by name.
         quotients: outputs that are divided by result0, one number per matrix, and share its error.
             They are judged after multiplication by it.
+        rounded: outputs of codes that results of arithmetic are rounded to.
         limit: longest side that all kernels of the op take.
         polar: True if the result approximates the polar factor of "X".
         quick: workload of the quick suite; empty takes the first of `shapes`.
@@ -60,6 +61,7 @@ class Case:
     shapes: tuple[str, ...] = ("gpt2-small-3",)
     dtypes: tuple[str, ...] = BOTH
     quotients: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
     limit: int | None = None
     polar: bool = False
     quick: str = ""
@@ -276,6 +278,11 @@ _ROWS = (
         "adamw_step_", makers.adamw_step, dtypes=_STATES,
         variants=({"decay_first": False, "correct_eps": False},
                   {"weight_decay": makers.no_decay, "eps": 0.0}, {"rounding": makers.seed}),
+    ),
+    Case(
+        "coded_adamw_step_", makers.coded_adamw_step, rounded=("exp_avg", "exp_avg_sq"),
+        variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0},
+                  {"rounding": makers.seed}),
     ),
     Case(
         "signum_step_", makers.signum_step, dtypes=_STATES,

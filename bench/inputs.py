@@ -204,7 +204,7 @@ def copied(arguments: Arguments) -> Arguments:
 def doubled(arguments: Arguments) -> Arguments:
     """Return the arguments of the oracle: the same numbers in float64, with float64 products."""
     wide: Arguments = map_tensors(
-        arguments, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t
+        arguments, lambda t: t.to(torch.float64 if t.is_floating_point() else t.dtype, copy=True)
     )
     if "dtype" in wide:
         wide["dtype"] = torch.float64

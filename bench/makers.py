@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -307,15 +308,31 @@ def quantize_blocks(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     return {"codes": codes, "scales": _scales(inputs, shapes), "X": X}
 
 
+def _codes(inputs: Inputs, tag: str, shape: Shape) -> Tensor:
+    return inputs.put((128 + 40 * inputs.normal(tag, shape)).clamp(0, 255), torch.uint8)
+
+
 def dequantize_blocks(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
-    codes = [
-        (128 + 40 * inputs.normal(f"codes[{i}]", s)).clamp(0, 255) for i, s in enumerate(shapes)
-    ]
     return {
         "out": [torch.zeros_like(x) for x in each(inputs.matrix, "X", shapes)],
-        "codes": [inputs.put(c, torch.uint8) for c in codes],
+        "codes": each(partial(_codes, inputs), "codes", shapes),
         "scales": _scales(inputs, shapes),
     }
+
+
+def coded_adamw_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
+    made = adamw_step(shapes, inputs)
+    coded = {
+        name: each(partial(_codes, inputs), name, shapes) for name in ("exp_avg", "exp_avg_sq")
+    }
+    scales = {f"{name}_scales": _scales(inputs, shapes) for name in coded}
+    first = ("params", "grads")
+    return (
+        {name: made.pop(name) for name in first}
+        | coded
+        | scales
+        | {name: value for name, value in made.items() if name not in coded}
+    )
 
 
 def normuon_step(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:

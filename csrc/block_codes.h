@@ -14,9 +14,10 @@ inline constexpr int64_t code_block = 256;  // elements that share a scale
 
 // The 256 values of one map, and what finds the nearest of them.
 //
-// The code of y is the number of edges below it. The upper 16 bits of a float leave it an interval
-// with one edge at most, so that the number of edges below the interval's least float, from a
-// table of all of them, and one comparison give it: of [-1, 1] the table's part in use is 6 KB.
+// The code of y is the number of edges below it, edges being the means of neighbouring values. The
+// upper 16 bits of |y| leave it an interval with one edge at most. A table has for every interval
+// how many edges lie below it, and the lower 16 bits of its edge: one look-up and one comparison of
+// integers, in loops that vectorize. Of the table the part in use is some 11 KB.
 class CodeMap {
  public:
   static const CodeMap& of(bool is_signed) {
@@ -24,23 +25,47 @@ class CodeMap {
     return both[is_signed];
   }
 
-  float value(uint8_t code) const { return values_[code]; }
+  float value(int32_t code) const { return values_[code]; }
   const float* values() const { return values_.data(); }
 
-  // Of a NaN the last one.
-  uint8_t code(float y) const {
-    const uint8_t below = below_[bit_cast<uint32_t>(y) >> 16];
-    return static_cast<uint8_t>(below + (y > edges_[below] ? 1 : 0));
-  }
+  // The code of |y| <= 1, or of NaN the last one. Values are symmetric around 0 but for the last, 1:
+  // edges below -y are those above y. What is negative in an unsigned map has the code of 0.
+  int32_t code(float y) const { return found(y, table_[place(y)], zero_); }
 
-  // The same by counting, which the table is made with.
-  int64_t count_below(float y) const {
-    if (y != y) return 255;
-    return std::lower_bound(edges_.begin(), edges_.begin() + 255, y) - edges_.begin();
+  // The same of `count` <= code_block numbers, x / scale: vectors but for the look-ups, as what
+  // gathers cost differs widely among processors.
+  template <class Code>
+  void codes(const float* x, float scale, int64_t count, Code* __restrict to) const {
+    alignas(64) float y[code_block];
+    alignas(64) int32_t at[code_block];
+    const int32_t zero = zero_;
+    for (int64_t i = 0; i < count; ++i) {
+      y[i] = x[i] / scale;
+      at[i] = place(y[i]);
+    }
+    const int32_t* const table = table_.data();
+    for (int64_t i = 0; i < count; ++i) at[i] = table[at[i]];
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Code>(found(y[i], at[i], zero));
   }
 
  private:
-  explicit CodeMap(bool is_signed) : below_(65536) {
+  static constexpr int32_t upper_of_one = 0x3f80, no_edge = 0x1ffff;
+
+  static int32_t place(float y) {
+    return std::min((bit_cast<int32_t>(y) & 0x7fffffff) >> 16, upper_of_one);
+  }
+
+  static int32_t found(float y, int32_t interval, int32_t zero) {
+    const int32_t bits = bit_cast<int32_t>(y), size = bits & 0x7fffffff;
+    const int32_t sign = bits >> 31;  // -1 or 0
+    // on an edge the lower code: of a negative number the one away from 0
+    const int32_t past = (interval & no_edge) - (size & 0xffff) + sign;  // negative: past the edge
+    const int32_t below = size == 0 ? 0 : (interval >> 17) - (past >> 31);
+    const int32_t code = std::max(zero + ((below ^ sign) - sign), 0);
+    return size > 0x7f800000 ? 255 : code;
+  }
+
+  explicit CodeMap(bool is_signed) : zero_(is_signed ? 127 : 0), table_(upper_of_one + 1) {
     constexpr double decades[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
     int64_t made = 0;
     values_[made++] = 0.0f;
@@ -54,18 +79,23 @@ class CodeMap {
       }
     }
     std::sort(values_.begin(), values_.end());
-    for (int64_t i = 0; i < 255; ++i) edges_[i] = (values_[i] + values_[i + 1]) / 2;
-    if (!is_signed) edges_[0] = 0;  // what is positive is not rounded to 0
-    edges_[255] = 1;                // above all that is looked up
-    for (uint32_t upper = 0; upper < 65536; ++upper) {
-      const uint32_t least = upper << 16 | (upper >> 15 ? 0xffff : 0);  // of negative floats
-      below_[upper] = static_cast<uint8_t>(
-          (upper & 0x7f80) == 0x7f80 ? 255 : count_below(bit_cast<float>(least)));
+    int32_t code = zero_, below = 0;
+    if (!is_signed) ++code, ++below;  // what is positive is not rounded to 0
+    for (int32_t upper = 0; upper <= upper_of_one; ++upper) {
+      int32_t edge = no_edge;
+      const int32_t before = below;
+      for (; code < 255; ++code, ++below) {
+        const int32_t bits = bit_cast<int32_t>((values_[code] + values_[code + 1]) / 2);
+        if (bits >> 16 != upper) break;
+        edge = bits & 0xffff;
+      }
+      table_[upper] = before << 17 | edge;
     }
   }
 
-  std::array<float, 256> values_, edges_;
-  std::vector<uint8_t> below_;
+  std::array<float, 256> values_;
+  int32_t zero_;
+  std::vector<int32_t> table_;
 };
 
 // The largest magnitude; NaN if there is one.
@@ -77,23 +107,23 @@ inline float block_scale(const float* x, int64_t count) {
   return bit_cast<float>(peak);
 }
 
-// The codes of a block of at most code_block elements, and its scale.
-inline float encode_block(const CodeMap& map, const float* x, int64_t count, uint8_t* codes) {
+// The codes of a block of at most code_block elements, as numbers of any type, and its scale.
+template <class Code>
+inline float encode_block(const CodeMap& map, const float* x, int64_t count, Code* codes) {
   const float scale = block_scale(x, count);
   if (scale == 0) {
-    std::fill(codes, codes + count, map.code(0));
+    std::fill(codes, codes + count, static_cast<Code>(map.code(0)));
     return scale;
   }
-  alignas(64) float y[code_block];
-  for (int64_t i = 0; i < count; ++i) y[i] = x[i] / scale;
-  for (int64_t i = 0; i < count; ++i) codes[i] = map.code(y[i]);
+  map.codes(x, scale, count, codes);
   return scale;
 }
 
-inline void decode_block(const CodeMap& map, const uint8_t* codes, float scale, int64_t count,
+template <class Code>
+inline void decode_block(const CodeMap& map, const Code* codes, float scale, int64_t count,
                          float* x) {
-  const float* values = map.values();
-  for (int64_t i = 0; i < count; ++i) x[i] = values[codes[i]] * scale;
+  const float* const values = map.values();
+  for (int64_t i = 0; i < count; ++i) x[i] = values[static_cast<int32_t>(codes[i])] * scale;
 }
 
 }  // namespace orthonorm

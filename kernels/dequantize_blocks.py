@@ -10,7 +10,7 @@ from orthonorm.ops.blocks import table_of
 from torch import Tensor
 
 from . import elementwise as each
-from .quantize_blocks import GRAIN, coded, scales_at
+from .quantize_blocks import coded, decoded, scales_at
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -22,9 +22,9 @@ def dequantize_kernel(
     entry, batch, start, local, mask = each.place(table, count, STEPS, FLAT, BLOCK)
     codes_at = each.elements(table, count, entry, batch, start, local, 1, CODES_TYPE, FLAT)
     code = tl.load(codes_at, mask=mask, other=0).to(tl.int32)
-    at, inside = scales_at(table, count, entry, batch, start, SCALES_TYPE, BLOCK)
+    at, inside = scales_at(table, count, entry, batch, start, 2, SCALES_TYPE, BLOCK)
     scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    value = tl.reshape(tl.load(values + code), (BLOCK // GRAIN, GRAIN)) * scale[:, None]
+    value = decoded(code, scale, values)
     x_at = each.elements(table, count, entry, batch, start, local, 0, X_TYPE, FLAT)
     tl.store(x_at, tl.reshape(value, (BLOCK,)).to(X_TYPE), mask=mask)
 
@@ -35,7 +35,7 @@ def dequantize_blocks_(
     if not out or any(t.dtype == torch.float64 for t in (*out, *scales)):
         return ops.dequantize_blocks_.definition(out, codes, scales, signed)
     values = table_of(signed, out[0].device)
-    for group in coded(out, codes, scales):
+    for group in coded((out, codes), (scales,)):
         table = group.table((), out[0].device)
         dequantize_kernel[(table.tiles,)](
             table.data, table.count, values, table.steps, *group.constants, **each.OPTIONS

@@ -13,6 +13,7 @@ from typing import Any
 import orthonorm
 import pytest
 import test_amp
+import test_coded_steps
 import test_ops
 import test_rounding
 import test_state_dtypes
@@ -293,6 +294,10 @@ def test_long_rows_in_pieces() -> None:
 @pytest.mark.parametrize(("kind", "signed"), [("ties", True), ("ties", False), ("nan", False)])
 def test_codes_are_the_definitions(kind: str, signed: bool) -> None:
     test_state_dtypes.test_kernels_codes_are_the_definitions(kind, signed)
+
+
+def test_fused_codes_are_those_of_three_ops() -> None:
+    test_coded_steps.check_kernels()
 
 
 def test_tables_are_written_exactly() -> None:

@@ -263,7 +263,7 @@ def test_a_first_step_may_be_skipped() -> None:
         lambda p: optim.Muon(p, fused=True, constraint="normalize"),
         lambda p: optim.Muon(p, fused=True, state_dtype="8bit"),
         lambda p: optim.Muon(p, fused=True, state_dtype="bfloat16"),
-        lambda p: optim.AdamW(p, fused=True, state_dtype="8bit"),
+        lambda p: optim.AdamW(p, fused=True, state_dtype="bfloat16"),
         lambda p: optim.Muon(p),
     ],
 )

@@ -1,32 +1,8 @@
-#include "../adamw_step.h"
-
+#include "adamw_counts.h"
 #include "elementwise.h"
 
 namespace orthonorm {
 namespace {
-
-// Adds 1 to every step count and returns what each parameter's step multiplies by. The powers are
-// taken once for a run of equal counts, the usual case.
-std::vector<AdamWStep<double>> advance(const TensorList& steps, const AdamWRule& rule) {
-  std::vector<AdamWStep<double>> made;
-  made.reserve(steps.size());
-  double last = -1;
-  for (const Tensor& step : steps) {
-    if (step.scalar_type() == ScalarType::Double) {
-      *static_cast<double*>(step.data_ptr()) += 1;
-    } else {
-      *static_cast<float*>(step.data_ptr()) += 1;
-    }
-    const double t = item(step);
-    if (made.empty() || t != last) {
-      made.emplace_back(rule, t);
-    } else {
-      made.push_back(made.back());
-    }
-    last = t;
-  }
-  return made;
-}
 
 // Of float32 weights that are kept as halves.
 void update_halves(const Pass<5>& pass, const std::vector<AdamWStep<double>>& made) {
@@ -39,18 +15,6 @@ void update_halves(const Pass<5>& pass, const std::vector<AdamWStep<double>>& ma
       for (int64_t i = 0; i < count; ++i) adamw_step(c, w[i], g[i], m[i], v[i], rest[i]);
     });
   });
-}
-
-void check_steps(const TensorList& steps, size_t count) {
-  STD_TORCH_CHECK(steps.size() == count, "adamw_step_: lists must have equal lengths, got ", count,
-                  " params and ", steps.size(), " steps");
-  for (const Tensor& step : steps) {
-    STD_TORCH_CHECK(step.numel() == 1, "adamw_step_: steps must have one element, got ",
-                    step.numel());
-    const ScalarType dtype = step.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                    "adamw_step_: steps must be float32 or float64");
-  }
 }
 
 void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avg,
@@ -69,7 +33,7 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
                          {"exp_avg", exp_avg, Use::update},
                          {"exp_avg_sq", exp_avg_sq, Use::update},
                          {"mantissas", *mantissas, Use::update, ScalarType::Short}}});
-    check_steps(steps, params.size());
+    check_steps("adamw_step_", steps, params.size());
     if (!found) update_halves(pass, advance(steps, rule));
     return;
   }
@@ -79,7 +43,7 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
                        {"exp_avg", exp_avg, Use::update},
                        {"exp_avg_sq", exp_avg_sq, Use::update}}},
                      rounding);
-  check_steps(steps, params.size());
+  check_steps("adamw_step_", steps, params.size());
   if (found) return;
   const std::vector<AdamWStep<double>> made = advance(steps, rule);
   pass.run([&]<class A>(const Part<4>& part, int64_t, const std::array<A*, 4>& at, int64_t count) {

@@ -20,6 +20,7 @@ inline int64_t element_size(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return 8;
     case ScalarType::Float: return 4;
+    case ScalarType::Byte: return 1;
     default: return 2;
   }
 }
@@ -162,6 +163,7 @@ inline void load_into(const void* data, ScalarType dtype, int64_t stride, int64_
     case ScalarType::BFloat16: gather(static_cast<const BFloat16*>(data), stride, count, to); break;
     case ScalarType::Half: gather(static_cast<const Half*>(data), stride, count, to); break;
     case ScalarType::Short: gather(static_cast<const int16_t*>(data), stride, count, to); break;
+    case ScalarType::Byte: gather(static_cast<const uint8_t*>(data), stride, count, to); break;
     default: refuse();
   }
 }
@@ -190,6 +192,7 @@ inline void store(const A* values, void* data, ScalarType dtype, int64_t stride,
     case ScalarType::BFloat16: scatter(values, static_cast<BFloat16*>(data), stride, count); break;
     case ScalarType::Half: scatter(values, static_cast<Half*>(data), stride, count); break;
     case ScalarType::Short: scatter(values, static_cast<int16_t*>(data), stride, count); break;
+    case ScalarType::Byte: scatter(values, static_cast<uint8_t*>(data), stride, count); break;
     default: refuse();
   }
 }

@@ -45,8 +45,10 @@ struct NamedList {
   const char* name;
   const TensorList& tensors;
   Use use;
-  std::optional<ScalarType> only = std::nullopt;  // bfloat16 or int16, where it is not free
+  std::optional<ScalarType> only = std::nullopt;  // bfloat16, int16 or uint8, where it is not free
 };
+
+inline constexpr int64_t piece = 1024, part_block = 8192;  // elements
 
 // One tensor of each list, or one matrix of each.
 template <int N>
@@ -61,24 +63,28 @@ struct Part {
   int64_t layout;       // index of what is not linear, or -1
   bool wide;            // arithmetic in double
   bool direct;          // every tensor is linear and in the dtype of the arithmetic
+
+  // The block of an element, among those of all parts.
+  int64_t block(int64_t element) const { return first_block + element / part_block; }
 };
 
-enum class Unit { tensor, matrix };
-
-inline constexpr int64_t piece = 1024;
+// What a part is: a tensor; a matrix of a batch; or what the leading dimensions of a tensor of
+// `scales` leave of a tensor, whose elements are then taken in their own order, not in memory's.
+enum class Unit { tensor, matrix, blocks };
 
 template <int N>
 class Pass {
  public:
-  static constexpr int64_t block = 8192;
+  static constexpr int64_t block = part_block;
   // 16 KB of floats at most, 20 of five lists.
   static constexpr int64_t chunk = (N == 1 ? 4 : N == 2 ? 2 : 1) * piece;
   // Elements worth waking a thread for, as torch has it (at::internal::GRAIN_SIZE).
   static constexpr int64_t grain = 32768;
 
-  // Checks lengths, dtypes and shapes; nothing is written before. `rounding`: of the first list.
+  // Checks lengths, dtypes and shapes; nothing is written before. `rounding`: of the first list,
+  // `scales`: one tensor beside each of it.
   Pass(const char* op, Unit unit, const std::array<NamedList, N>& lists,
-       const std::optional<Tensor>& rounding = std::nullopt)
+       const std::optional<Tensor>& rounding = std::nullopt, const TensorList* scales = nullptr)
       : rounding_(rounding_of(op, rounding)) {
     const size_t length = lists[0].tensors.size();
     for (int k = 0; k < N; ++k) {
@@ -89,7 +95,8 @@ class Pass {
     }
     parts_.reserve(length);
     for (size_t i = 0; i < length; ++i) {
-      add(op, unit, lists, i, facts(lists, i, std::make_index_sequence<N>()));
+      add(op, unit, lists, i, facts(lists, i, std::make_index_sequence<N>()),
+          scales ? (*scales)[i].dim() - 1 : 0);
     }
   }
 
@@ -97,7 +104,8 @@ class Pass {
   int64_t blocks() const { return blocks_; }
   static int64_t blocks(int64_t count) { return (count + block - 1) / block; }
 
-  // Calls body(part, block, pointers, count) for every run of every block, in order within a block.
+  // Calls body(part, at, pointers, count) for every run of every block, in order within a block: of
+  // `count` elements of the part, from element `at` on.
   // pointers[k] holds `count` values in the part's arithmetic (float or double): the tensor's own
   // memory or a copy, which is written back unless the list is only read. The length of a run is a
   // multiple of `piece`, unless it is the last of a tensor.
@@ -125,12 +133,15 @@ class Pass {
     return {Facts(lists[K].tensors[i])...};
   }
 
+  // `batch_dims`: of Unit::blocks.
   void add(const char* op, Unit unit, const std::array<NamedList, N>& lists, size_t i,
-           const std::array<Facts, N>& tensors) {
+           const std::array<Facts, N>& tensors, int64_t batch_dims) {
     const Facts& first = tensors[0];
-    STD_TORCH_CHECK(unit == Unit::tensor || first.dim >= 2, op, ": ", lists[0].name, "[", i,
+    STD_TORCH_CHECK(unit != Unit::matrix || first.dim >= 2, op, ": ", lists[0].name, "[", i,
                     "] must have at least 2 dimensions, got shape ", first.shape());
-    const int64_t dims = unit == Unit::tensor ? first.dim : 2;
+    STD_TORCH_CHECK(0 <= batch_dims && batch_dims <= first.dim, op, ": scales[", i,
+                    "] must have one to ", first.dim + 1, " dimensions, got ", batch_dims + 1);
+    const int64_t dims = unit == Unit::matrix ? 2 : first.dim - batch_dims;
     Part<N> part{};
     part.entry = static_cast<int64_t>(i);
     part.layout = -1;
@@ -141,7 +152,9 @@ class Pass {
       STD_TORCH_CHECK(only || floating(t.dtype), op, ": ", lists[k].name, "[", i,
                       "] must be float32, float64, bfloat16 or float16");
       STD_TORCH_CHECK(!only || t.dtype == *only, op, ": ", lists[k].name, "[", i, "] must be ",
-                      only == ScalarType::Short ? "int16" : "bfloat16");
+                      only == ScalarType::Short  ? "int16"
+                      : only == ScalarType::Byte ? "uint8"
+                                                 : "bfloat16");
       STD_TORCH_CHECK(t.same_shape(first), op, ": ", lists[k].name, "[", i,
                       "] must have the shape of ", lists[0].name, "[", i, "] ", first.shape(),
                       ", got ", t.shape());
@@ -157,7 +170,7 @@ class Pass {
                                  int64_t{1}, std::multiplies<>());
     if (!contiguous && part.count > 0) {
       part.layout = static_cast<int64_t>(layouts_.size());
-      layouts_.emplace_back(tensors, dims);
+      layouts_.emplace_back(tensors, dims, unit != Unit::blocks);
       for (int k = 0; k < N; ++k) part.linear[k] = layouts_.back().linear(k);
     }
     const ScalarType arithmetic = part.wide ? ScalarType::Double : ScalarType::Float;
@@ -197,7 +210,7 @@ class Pass {
       const int64_t count = std::min(run, end - at);
       std::array<A*, N> pointers;
       for (int k = 0; k < N; ++k) pointers[k] = fetch(part, k, at, count, scratch[k]);
-      body(part, part.first_block + index, pointers, count);
+      body(part, at, pointers, count);
       for (int k = 0; k < N; ++k) {
         if (pointers[k] == scratch[k] && uses_[k] != Use::read) {
           put_back(part, k, at, count, scratch[k]);

@@ -21,10 +21,10 @@ Tensor elementwise_moment_(const TensorList& moments, const TensorList& X, doubl
   STD_TORCH_CHECK(roots.size() == X.size(), "elementwise_moment_: corrections must have ",
                   X.size(), " numbers, got ", roots.size());
   std::vector<SquareSum> sums(pass.blocks());
-  pass.run([&]<class A>(const Part<2>& part, int64_t block, const std::array<A*, 2>& at,
+  pass.run([&]<class A>(const Part<2>& part, int64_t begin, const std::array<A*, 2>& at,
                         int64_t count) {
     const ElementwiseMoment<A> c(beta2, eps, roots[part.entry]);
-    SquareSum& sum = sums[block];
+    SquareSum& sum = sums[part.block(begin)];
     specialized([&] {
       for (int64_t i = 0; i < count; i += piece) {  // measured while it is in L1, not yet rounded
         const int64_t length = std::min(piece, count - i);

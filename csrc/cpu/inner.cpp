@@ -27,14 +27,16 @@ double product_sum(const A* x, const A* y, int64_t count) {
 Tensor inner(const TensorList& X, const TensorList& Y) {
   const Pass<2> pass("inner", Unit::matrix, {{{"X", X, Use::read}, {"Y", Y, Use::read}}});
   std::vector<double> sums(pass.blocks());
-  pass.run([&]<class A>(const Part<2>&, int64_t block, const std::array<A*, 2>& at, int64_t count) {
-    double sum = sums[block];
+  pass.run([&]<class A>(const Part<2>& part, int64_t begin, const std::array<A*, 2>& at,
+                        int64_t count) {
+    double& place = sums[part.block(begin)];
+    double sum = place;
     specialized([&] {
       for (int64_t i = 0; i < count; i += piece) {
         sum += product_sum(at[0] + i, at[1] + i, std::min(piece, count - i));
       }
     });
-    sums[block] = sum;
+    place = sum;
   });
   const int64_t count = static_cast<int64_t>(pass.parts().size());
   Tensor result = torch::stable::empty({count}, ScalarType::Double, std::nullopt,

@@ -62,11 +62,19 @@ struct Facts {
 };
 
 // The last `dims` dimensions of N tensors of one shape, outermost first: sorted so that as many of
-// them as possible are walked in memory order, and merged where all of them allow it.
+// them as possible are walked in memory order, or left in their own order; and merged where all of
+// them allow it.
 template <int N>
 class Layout {
  public:
-  Layout(const std::array<Facts, N>& tensors, int64_t dims) {
+  Layout(const std::array<Facts, N>& tensors, int64_t dims, bool sorted = true) {
+    if (!sorted) {
+      for (int64_t d = tensors[0].dim - dims; d < tensors[0].dim; ++d) {
+        if (tensors[0].sizes[d] != 1) append(tensors, d);
+      }
+      complete();
+      return;
+    }
     int most = -1;
     for (int leader = 0; leader < N; ++leader) {
       Layout candidate(tensors, dims, tensors[leader]);
@@ -113,6 +121,10 @@ class Layout {
       return leader.strides[a] > leader.strides[b];
     });
     for (const int64_t d : order) append(tensors, d);
+    complete();
+  }
+
+  void complete() {
     if (sizes_.empty()) sizes_.push_back(1), strides_.emplace_back().fill(1);
   }
 

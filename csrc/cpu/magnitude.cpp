@@ -9,8 +9,10 @@ namespace {
 Tensor magnitude(const TensorList& X) {
   const Pass<1> pass("magnitude", Unit::matrix, {{{"X", X, Use::read}}});
   std::vector<SquareSum> sums(pass.blocks());
-  pass.run([&]<class A>(const Part<1>&, int64_t block, const std::array<A*, 1>& at, int64_t count) {
-    specialized([&] { sums[block] = add_squares(sums[block], at[0], count); });
+  pass.run([&]<class A>(const Part<1>& part, int64_t begin, const std::array<A*, 1>& at,
+                        int64_t count) {
+    SquareSum& sum = sums[part.block(begin)];
+    specialized([&] { sum = add_squares(sum, at[0], count); });
   });
   return norms(pass, sums);
 }

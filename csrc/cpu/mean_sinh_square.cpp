@@ -13,16 +13,17 @@ Tensor mean_sinh_square(const TensorList& X, const Tensor& divisors) {
   STD_TORCH_CHECK(divisors.numel() == count, "mean_sinh_square: divisors must have ", count,
                   " numbers, got ", divisors.numel());
   std::vector<double> sums(pass.blocks());
-  pass.run([&]<class A>(const Part<1>& part, int64_t block, const std::array<A*, 1>& at,
+  pass.run([&]<class A>(const Part<1>& part, int64_t begin, const std::array<A*, 1>& at,
                         int64_t length) {
     const double d = by[&part - pass.parts().data()];
-    double sum = sums[block];
+    double& place = sums[part.block(begin)];
+    double sum = place;
     specialized([&] {
       for (int64_t i = 0; i < length; i += piece) {
         sum += sum_of_sinh_squares(at[0] + i, d, std::min(piece, length - i));
       }
     });
-    sums[block] = sum;
+    place = sum;
   });
   Tensor result = torch::stable::empty({count}, ScalarType::Double, std::nullopt,
                                        torch::stable::Device(torch::headeronly::DeviceType::CPU));

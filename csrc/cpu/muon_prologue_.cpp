@@ -34,8 +34,9 @@ Tensor muon_prologue_(const TensorList& grads, const TensorList& momentum_buffer
                        {"updates", updates, Use::write}}});
   const double mu = item(momentum), scale = item_or(1, grad_scale), inf = item_or(0, found_inf);
   std::vector<SquareSum> sums(pass.blocks());
-  pass.run([&]<class A>(const Part<3>&, int64_t block, const std::array<A*, 3>& at, int64_t count) {
-    SquareSum& sum = sums[block];
+  pass.run([&]<class A>(const Part<3>& part, int64_t begin, const std::array<A*, 3>& at,
+                        int64_t count) {
+    SquareSum& sum = sums[part.block(begin)];
     const MuonPrologue<A> c(mu, nesterov, scale, inf);
     specialized([&] { sum = average_and_measure(sum, c, at[0], at[1], at[2], count); });
   });

@@ -24,7 +24,7 @@ int wanted(bool is_signed, float y) {
   int code = 0;
   for (int i = 0; i < 255; ++i) {
     const float edge =
-        (map.value(static_cast<uint8_t>(i)) + map.value(static_cast<uint8_t>(i + 1))) / 2;
+        (map.value(i) + map.value(i + 1)) / 2;
     code += !(edge >= y);
   }
   return !is_signed && y > 0 && code == 0 ? 1 : code;
@@ -33,7 +33,7 @@ int wanted(bool is_signed, float y) {
 void test_values(bool is_signed) {
   const CodeMap& map = CodeMap::of(is_signed);
   for (int i = 0; i < 255; ++i) {
-    const float a = map.value(static_cast<uint8_t>(i)), b = map.value(static_cast<uint8_t>(i + 1));
+    const float a = map.value(i), b = map.value(i + 1);
     CHECK(a < b, "value %d: %g before %g", i, a, b);
   }
   CHECK(map.value(255) == 1, "the last is %g", map.value(255));
@@ -41,7 +41,7 @@ void test_values(bool is_signed) {
   CHECK(map.value(is_signed ? 128 : 1) == static_cast<float>(is_signed ? 5.5e-7 : 3.25e-7),
         "the least is %g", map.value(is_signed ? 128 : 1));
   for (int i = 0; i < 256; ++i) {
-    const auto code = static_cast<uint8_t>(i);
+    const auto code = i;
     CHECK(map.code(map.value(code)) == i, "value %d has code %d", i, map.code(map.value(code)));
   }
 }
@@ -54,7 +54,7 @@ void test_codes(bool is_signed) {
     if (std::abs(low) <= 1 && std::abs(high) <= 1) points.push_back(low), points.push_back(high);
   }
   for (int i = 0; i < 255; ++i) {
-    const auto code = static_cast<uint8_t>(i), next = static_cast<uint8_t>(i + 1);
+    const auto code = i, next = i + 1;
     const float edge = (map.value(code) + map.value(next)) / 2;
     for (const float y : {edge, std::nextafter(edge, -2.0f), std::nextafter(edge, 2.0f)}) {
       points.push_back(y);

@@ -8,6 +8,7 @@ raises NotImplementedError in eager mode; compiled calls and bare torch ops only
 """
 
 from .blocks import dequantize_blocks_, quantize_blocks_
+from .coded_steps import coded_adamw_step_
 from .light_steps import mean_sinh_square, normalize_columns_, signum_step_
 from .newton_schulz import (
     newton_schulz,
@@ -46,6 +47,7 @@ __all__ = [
     "accumulate_",
     "adamw_step_",
     "apply",
+    "coded_adamw_step_",
     "column_moment_",
     "column_normalize",
     "conda_step_",

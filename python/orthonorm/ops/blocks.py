@@ -47,7 +47,12 @@ def table_of(signed: bool, device: torch.device) -> Tensor:
 
 def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of the scales of matrices (..., m, n)."""
-    return (*shape[:-2], -(-shape[-2] * shape[-1] // BLOCK))
+    return (*shape[:-2], blocks_in(shape[-2:]))
+
+
+def blocks_in(shape: Sequence[int]) -> int:
+    """Return the number of blocks that elements of this shape are cut into."""
+    return -(-math.prod(shape) // BLOCK)
 
 
 @op("quantize_blocks_(Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] X, bool signed=True) -> ()")
@@ -112,6 +117,12 @@ def blocks(t: Tensor) -> Tensor:
     return F.pad(t.flatten(-2), (0, -size % BLOCK)).reshape(-1, BLOCK)
 
 
+def by_scales(t: Tensor, scales: Tensor) -> Tensor:
+    """View a tensor (*batch, ...) as matrices of one row, whose scales are (*batch, blocks)."""
+    batch = scales.dim() - 1
+    return t.reshape(*t.shape[:batch], 1, math.prod(t.shape[batch:]))
+
+
 def unblocked(rows: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Return matrices of the shapes of `like` from their blocks: the reverse of `blocks`."""
     found = []
@@ -126,15 +137,19 @@ def check_coded(
     name: str, label: str, X: list[Tensor], codes: list[Tensor], scales: list[Tensor]
 ) -> None:
     check.tensors(name, label, X, min_dim=2)
-    if not isinstance(codes, (list, tuple)):
-        raise TypeError(f"{name}: codes must be a list of tensors, got {type(codes).__name__}")
-    for i, c in enumerate(codes):
-        if not isinstance(c, Tensor) or c.layout != torch.strided or c.dtype != torch.uint8:
-            got = f"{c.dtype}, {c.layout}" if isinstance(c, Tensor) else type(c).__name__
-            raise TypeError(f"{name}: codes[{i}] must be a dense uint8 Tensor, got {got}")
+    check_codes(name, "codes", codes)
     check.tensors(name, "scales", scales)
     check.same_shapes(name, **{label: X, "codes": codes})
     check.same_lengths(name, **{label: X, "scales": scales})
     for i, (x, s) in enumerate(zip(X, scales, strict=True)):
         check.equal_shape(name, f"scales[{i}]", s, scales_shape(x.shape))
     check.same_device(name, **{label: X, "scales": scales})
+
+
+def check_codes(name: str, label: str, codes: list[Tensor]) -> None:
+    if not isinstance(codes, (list, tuple)):
+        raise TypeError(f"{name}: {label} must be a list of tensors, got {type(codes).__name__}")
+    for i, c in enumerate(codes):
+        if not isinstance(c, Tensor) or c.layout != torch.strided or c.dtype != torch.uint8:
+            got = f"{c.dtype}, {c.layout}" if isinstance(c, Tensor) else type(c).__name__
+            raise TypeError(f"{name}: {label}[{i}] must be a dense uint8 Tensor, got {got}")

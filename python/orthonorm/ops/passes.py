@@ -274,6 +274,23 @@ def _(
     for label, values in lists.items():
         check.tensors(name, label, values)
     check.same_shapes(name, **lists)
+    numbers = (lr, beta1, beta2, eps, weight_decay)
+    check_adamw(name, params, steps, numbers, rounding, grad_scale, found_inf)
+    if mantissas is not None:
+        check_halves(name, params, mantissas, rounding)
+
+
+def check_adamw(
+    name: str,
+    params: list[Tensor],
+    steps: list[Tensor],
+    numbers: tuple[Tensor, float, float, float, Tensor],
+    rounding: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Check what AdamW's step takes besides lists of tensors."""
+    lr, beta1, beta2, eps, weight_decay = numbers
     check.tensors(name, "steps", steps)
     check.same_lengths(name, params=params, steps=steps)
     for step in steps:
@@ -285,7 +302,5 @@ def _(
     check.scalar(name, "weight_decay", weight_decay, params)
     check.seed(name, "rounding", rounding, params)
     check_flags(name, params, grad_scale=grad_scale, found_inf=found_inf)
-    if mantissas is not None:
-        check_halves(name, params, mantissas, rounding)
     if found_inf is not None:  # no host reads it, so steps must be counted on the device
         check.same_device(name, params=params, steps=steps)

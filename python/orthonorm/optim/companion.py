@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import PLAIN
-from ..ops import adamw_step_
+from ..ops import adamw_step_, coded_adamw_step_
 from . import storage
 from .amp import flags_of
 from .state import (
@@ -26,6 +26,7 @@ from .tensors import local, whole
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
+    from .telemetry import Probe
 
 
 def update(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -39,38 +40,49 @@ def update(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) ->
         if not halves:
             update_some(opt, batch, group)
 
-    storage.update(adamw_batch(opt, params, group), ADAMW_STATE, group, some, True)
+    keys = () if group["state_dtype"] == "8bit" else ADAMW_STATE  # its op reads codes itself
+    storage.update(adamw_batch(opt, params, group), keys, group, some, True)
 
 
 def update_some(opt: MatrixOptimizer, batch: Batch, group: dict[str, Any]) -> None:
-    """Update a batch whose state is opened, and all with mantissas or all without."""
-    params, first, second = batch.params, *(batch.state[key] for key in ADAMW_STATE)
-    if group["state_dtype"] == "8bit":  # opened state has the shape (1, elements)
-        first, second = ([*map(Tensor.view_as, ts, params)] for ts in (first, second))
-    device = params[0].device
-    adamw_step_.unchecked(
-        params, batch.grads, first, second, batch.state["step"], opt.scalar(group, "lr", device),
-        *group["betas"], group["eps"], opt.scalar(group, "weight_decay", device),
-        group["decay_first"], group["correct_eps"], storage.seed_of(group),
-        *flags_of(opt, device), batch.mantissas,
+    """Update a batch whose state is opened or codes, and all with mantissas or all without."""
+    params, device = batch.params, batch.params[0].device
+    first, second = (batch.state[key] for key in ADAMW_STATE)
+    numbers = (
+        batch.state["step"], opt.scalar(group, "lr", device), *group["betas"], group["eps"],
+        opt.scalar(group, "weight_decay", device), group["decay_first"], group["correct_eps"],
+        storage.seed_of(group), *flags_of(opt, device),
     )  # fmt: skip
-    if probe := opt.probe(group):
+    probe = opt.probe(group)
+    if group["state_dtype"] == "8bit":
+        scales = [batch.state[key + storage.SCALES] for key in ADAMW_STATE]
+        coded_adamw_step_.unchecked(params, batch.grads, first, second, *scales, *numbers)
+        if probe:
+            measure_codes(probe, batch, group)
+        return
+    adamw_step_.unchecked(params, batch.grads, first, second, *numbers, batch.mantissas)
+    if probe:
         probe.add_momenta(first)
 
 
+def measure_codes(probe: Probe, batch: Batch, group: dict[str, Any]) -> None:
+    """Measure the momenta that codes stand for, as many at a time as fit a work buffer."""
+    key = ADAMW_STATE[0]
+    rows = [t.view(1, -1) for t in batch.state[key]]
+    batch = batch._replace(state={**batch.state, key: rows})
+    for some in storage.parts(batch, [key], group, storage.PASS):
+        probe.add_momenta(some.state[key])
+
+
 def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> Batch:
-    """Return a batch of parameters with AdamW's state; 8-bit state as matrices of one row."""
+    """Return a batch of parameters with AdamW's state."""
     states, own = adamw_state(opt, params, group), all(type(p) in PLAIN for p in params)
 
     def here(tensors: list[Any]) -> list[Tensor]:
         return tensors if own else [local(t) for t in tensors]
 
-    names, small = ["step", *ADAMW_STATE], group["state_dtype"] == "8bit"
-    if small:
-        names += scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)
+    names = ["step", *ADAMW_STATE, *scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)]
     state = {key: here([s[key] for s in states]) for key in names}
-    if small:
-        state |= {key: [t.view(1, -1) for t in state[key]] for key in ADAMW_STATE}
     grads = here([p.grad for p in params])
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))

@@ -155,14 +155,16 @@ class Groups(torch.optim.Optimizer):
         unscales the gradients and reads `found_inf` on the host before it calls the step. It does
         so too, whatever `fused` is, in each of these cases: the host must decide (`_host_decides`);
         the rule reads gradients besides its updates; a constraint or `finish` follows the update;
-        state is smaller than float32 (`state_dtype`); parameters are sharded.
+        state is smaller than float32 (`state_dtype`), but for AdamW's in 8 bits; parameters are
+        sharded.
         """
         return "fused" in self._asked and all(map(self._reads_flags, self.param_groups))
 
     def _reads_flags(self, group: Mapping[str, Any]) -> bool:
+        coded = group["rule"] == "adamw" and group["state_dtype"] == "8bit"  # by one op
         if (
             self._host_decides(group)
-            or group["state_dtype"] in SMALLER
+            or (group["state_dtype"] in SMALLER and not coded)
             or any(map(is_distributed, group["params"]))
         ):
             return False
