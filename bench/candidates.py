@@ -199,7 +199,7 @@ def read(t: Tensor) -> Tensor:
 
 PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "read": read,
-    "update": lambda t: t.mul_(1.0),  # read and write in place; numbers stay unchanged
+    "update": lambda t: t.mul_(1),  # read and write in place; numbers stay unchanged
     "copy": lambda t: t * 1.0,  # read, and write to a new tensor
     "write": lambda t: t.zero_(),
 }

@@ -281,8 +281,8 @@ _ROWS = (
     ),
     Case(
         "coded_adamw_step_", makers.coded_adamw_step, rounded=("exp_avg", "exp_avg_sq"),
-        variants=({"decay_first": False, "correct_eps": False}, {"weight_decay": 0.0, "eps": 0.0},
-                  {"rounding": makers.seed}),
+        variants=({"decay_first": False, "correct_eps": False},
+                  {"weight_decay": makers.no_decay, "eps": 0.0}, {"rounding": makers.seed}),
     ),
     Case(
         "signum_step_", makers.signum_step, dtypes=_STATES,

@@ -171,6 +171,11 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
         "adamw_kernel", ("W", "G", "M", "V", "R", "T"), (),
         {"seed": None, **FLAGS, "DECAY_FIRST": True, "CORRECT_EPS": True},
     ),
+    "coded_adamw_step": (
+        "coded_adamw_kernel", ("W", "G", "M_CODES", "V_CODES", "M_SCALES", "V_SCALES", "T"),
+        (("m_intervals", "*i32"), ("v_intervals", "*i32")),
+        {"seed": None, **FLAGS, "DECAY_FIRST": True, "CORRECT_EPS": True},
+    ),
     "divide_each": ("divide_kernel", ("X", "OUT"), (("divisors", "*fp64"),), {}),
     "magnitude": ("squares_kernel", ("X",), (("sums", "*fp64"),), {}),
     "magnitude_peaks": ("peaks_kernel", ("X",), (("peaks", "*i32"),), {}),
@@ -180,7 +185,9 @@ PASSES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], dict[
         (("corrections", "*fp64"), ("sums", "*fp64")), {},
     ),
     "sign": ("sign_kernel", ("X",), (), {}),
-    "quantize_blocks": ("quantize_kernel", ("X", "CODES", "SCALES"), (), {"SIGNED": False}),
+    "quantize_blocks": (
+        "quantize_kernel", ("X", "CODES", "SCALES"), (("intervals", "*i32"),), {"SIGNED": False}
+    ),
     "dequantize_blocks": ("dequantize_kernel", ("X", "CODES", "SCALES"), (), {}),
     "gram_fold": ("fold_kernel", ("OUT", "X"), (), {}),
     "muon_prologue": (
@@ -195,7 +202,8 @@ def passes(arch: str) -> Iterator[Build]:
     block = each.block_of(each.torch.device("cuda"))
     for op, (name, tensors, arguments, own) in PASSES.items():
         for dtype in (each.torch.bfloat16, each.torch.float32):
-            fixed = {"CODES": each.torch.uint8, "SCALES": each.torch.float32}
+            fixed = {t: each.torch.uint8 for t in tensors if t.endswith("CODES")}
+            fixed |= {t: each.torch.float32 for t in tensors if t.endswith("SCALES")}
             if "R" in tensors:  # mantissas, beside weights of bfloat16
                 fixed |= {"W": each.torch.bfloat16, "R": each.torch.int16}
             types = {f"{t}_TYPE": tables.TYPES[fixed.get(t, dtype)] for t in tensors}

@@ -28,8 +28,9 @@ class CodeMap {
   float value(int32_t code) const { return values_[code]; }
   const float* values() const { return values_.data(); }
 
-  // The code of |y| <= 1, or of NaN the last one. Values are symmetric around 0 but for the last, 1:
-  // edges below -y are those above y. What is negative in an unsigned map has the code of 0.
+  // The code of |y| <= 1, or of NaN the last one. Values are symmetric around 0 but for the last,
+  // 1, so that edges below -y are those above y. A negative y has the code of 0 where the map has
+  // no signs.
   int32_t code(float y) const { return found(y, table_[place(y)], zero_); }
 
   // The same of `count` <= code_block numbers, x / scale: vectors but for the look-ups, as what
@@ -55,14 +56,16 @@ class CodeMap {
     return std::min((bit_cast<int32_t>(y) & 0x7fffffff) >> 16, upper_of_one);
   }
 
+  // By arithmetic alone, as compilers make branches of choices. A number shifted by 31 is -1 if it
+  // is negative, else 0.
   static int32_t found(float y, int32_t interval, int32_t zero) {
-    const int32_t bits = bit_cast<int32_t>(y), size = bits & 0x7fffffff;
-    const int32_t sign = bits >> 31;  // -1 or 0
+    const int32_t bits = bit_cast<int32_t>(y), size = bits & 0x7fffffff, sign = bits >> 31;
     // on an edge the lower code: of a negative number the one away from 0
-    const int32_t past = (interval & no_edge) - (size & 0xffff) + sign;  // negative: past the edge
-    const int32_t below = size == 0 ? 0 : (interval >> 17) - (past >> 31);
-    const int32_t code = std::max(zero + ((below ^ sign) - sign), 0);
-    return size > 0x7f800000 ? 255 : code;
+    const int32_t past = ((interval & no_edge) - (size & 0xffff) + sign) >> 31;
+    const int32_t below = ((interval >> 17) - past) & (-size >> 31);
+    const int32_t code = zero + ((below ^ sign) - sign);
+    const int32_t nan = (0x7f800000 - size) >> 31;
+    return (code & ~(code >> 31)) | (nan & 255);
   }
 
   explicit CodeMap(bool is_signed) : zero_(is_signed ? 127 : 0), table_(upper_of_one + 1) {

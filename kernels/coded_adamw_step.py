@@ -42,7 +42,7 @@ def keep(codes_at, scales_at, mask, inside, new, code, scale, intervals, found_i
 def coded_adamw_kernel(
     table, count, m_values, v_values, m_intervals, v_intervals, lr, weight_decay, seed, grad_scale,
     found_inf, STEPS: tl.constexpr, W_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
-    M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, M_SCALES_TYPE: tl.constexpr,
+    M_CODES_TYPE: tl.constexpr, V_CODES_TYPE: tl.constexpr, M_SCALES_TYPE: tl.constexpr,
     V_SCALES_TYPE: tl.constexpr, T_TYPE: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr,
     BLOCK: tl.constexpr, DECAY_FIRST: tl.constexpr, CORRECT_EPS: tl.constexpr,
 ):  # fmt: skip
@@ -56,8 +56,8 @@ def coded_adamw_kernel(
     entry, batch, start, local, mask = each.place(entries, count, STEPS, FLAT, BLOCK)
     w_at = each.elements(entries, count, entry, batch, start, local, 0, W_TYPE, FLAT)
     g_at = each.elements(entries, count, entry, batch, start, local, 1, G_TYPE, FLAT)
-    m_at = each.elements(entries, count, entry, batch, start, local, 2, M_TYPE, FLAT)
-    v_at = each.elements(entries, count, entry, batch, start, local, 3, V_TYPE, FLAT)
+    m_at = each.elements(entries, count, entry, batch, start, local, 2, M_CODES_TYPE, FLAT)
+    v_at = each.elements(entries, count, entry, batch, start, local, 3, V_CODES_TYPE, FLAT)
     m_scales, inside = scales_at(entries, count, entry, batch, start, 4, M_SCALES_TYPE, BLOCK)
     v_scales, inside = scales_at(entries, count, entry, batch, start, 5, V_SCALES_TYPE, BLOCK)
     steps = tiles.field(entries, count, entry, extras).to(tl.pointer_type(T_TYPE))

@@ -34,8 +34,8 @@ void check_scales(const char* name, size_t i, const Facts& s, const Facts& x, in
   STD_TORCH_CHECK(!s.expanded(), OP, ": ", name, "[", i, "] is written and must not be expanded");
 }
 
-// The scales of every part of the pass. The leading dimensions of exp_avg_scales, which the pass has
-// checked, make parts.
+// The scales of every part of the pass. Parts are what the leading dimensions of exp_avg_scales
+// leave, which the pass has checked.
 std::vector<ScaleRow> scale_rows(const char* name, const TensorList& scales,
                                  const TensorList& params, const TensorList& exp_avg_scales) {
   std::vector<ScaleRow> made;

@@ -1,8 +1,9 @@
 // The codes of block_codes.h against their definition: the number of means of neighbouring values
-// that lie below, for every float at which the table or the answer changes, and its neighbours.
+// that lie below, for every float at which the table or the answer changes, and its neighbours; and
+// AdamW on blocks of codes.
 //
 //   g++ -std=c++20 -O1 -g -fsanitize=address,undefined -Icsrc csrc/tests/test_block_codes.cpp
-#include "block_codes.h"
+#include "coded_adamw_step.h"
 
 #include <cmath>
 #include <limits>
@@ -23,8 +24,7 @@ int wanted(bool is_signed, float y) {
   const CodeMap& map = CodeMap::of(is_signed);
   int code = 0;
   for (int i = 0; i < 255; ++i) {
-    const float edge =
-        (map.value(i) + map.value(i + 1)) / 2;
+    const float edge = (map.value(i) + map.value(i + 1)) / 2;
     code += !(edge >= y);
   }
   return !is_signed && y > 0 && code == 0 ? 1 : code;
@@ -41,8 +41,7 @@ void test_values(bool is_signed) {
   CHECK(map.value(is_signed ? 128 : 1) == static_cast<float>(is_signed ? 5.5e-7 : 3.25e-7),
         "the least is %g", map.value(is_signed ? 128 : 1));
   for (int i = 0; i < 256; ++i) {
-    const auto code = i;
-    CHECK(map.code(map.value(code)) == i, "value %d has code %d", i, map.code(map.value(code)));
+    CHECK(map.code(map.value(i)) == i, "value %d has code %d", i, map.code(map.value(i)));
   }
 }
 
@@ -54,8 +53,7 @@ void test_codes(bool is_signed) {
     if (std::abs(low) <= 1 && std::abs(high) <= 1) points.push_back(low), points.push_back(high);
   }
   for (int i = 0; i < 255; ++i) {
-    const auto code = i, next = i + 1;
-    const float edge = (map.value(code) + map.value(next)) / 2;
+    const float edge = (map.value(i) + map.value(i + 1)) / 2;
     for (const float y : {edge, std::nextafter(edge, -2.0f), std::nextafter(edge, 2.0f)}) {
       points.push_back(y);
     }
@@ -99,9 +97,57 @@ void test_blocks(bool is_signed) {
   }
 }
 
+// A step on codes is reading them, a step on floats, and writing them, to the bit.
+template <class A>
+void test_step() {
+  const CodeMap &first = CodeMap::of(true), &second = CodeMap::of(false);
+  std::mt19937 engine(3);
+  std::normal_distribution<float> normal;
+  std::uniform_int_distribution<int> any(0, 255);
+  const AdamWStep<A> c(AdamWStep<double>({1e-2, 0.9, 0.99, 1e-8, 0.1, true, true, 3}, 5));
+  for (const int64_t n : {1, 2, 15, 16, 17, 100, 255, 256}) {
+    for (const float size : {1.0f, 1e-42f, 1e36f, 0.0f, nan, inf}) {
+      std::vector<A> w(n), g(n), m(n), v(n);
+      std::vector<uint8_t> m_codes(n), v_codes(n);
+      std::vector<float> m_floats(n), v_floats(n);
+      for (int64_t i = 0; i < n; ++i) {
+        w[i] = normal(engine), g[i] = normal(engine) * (std::isfinite(size) ? size : 1);
+        m[i] = m_codes[i] = static_cast<uint8_t>(any(engine));
+        v[i] = v_codes[i] = static_cast<uint8_t>(any(engine));
+      }
+      if (!std::isfinite(size)) g[n / 2] = size;
+      const BlockScales before{0.5f, 0.25f};
+      BlockScales scales = before;
+      std::vector<A> after = w;
+      specialized([&] {
+        coded_adamw_step(c, after.data(), g.data(), m.data(), v.data(), scales, n);
+      });
+      decode_block(first, m_codes.data(), before.exp_avg, n, m_floats.data());
+      decode_block(second, v_codes.data(), before.exp_avg_sq, n, v_floats.data());
+      for (int64_t i = 0; i < n; ++i) {
+        A x = m_floats[i], y = v_floats[i];
+        adamw_step(c, w[i], g[i], x, y);
+        m_floats[i] = static_cast<float>(x), v_floats[i] = static_cast<float>(y);
+        CHECK(after[i] == w[i] || (std::isnan(after[i]) && std::isnan(w[i])),
+              "weight %g instead of %g", static_cast<double>(after[i]), static_cast<double>(w[i]));
+      }
+      const float m_scale = encode_block(first, m_floats.data(), n, m_codes.data());
+      const float v_scale = encode_block(second, v_floats.data(), n, v_codes.data());
+      CHECK(bit_cast<int32_t>(m_scale) == bit_cast<int32_t>(scales.exp_avg) &&
+                bit_cast<int32_t>(v_scale) == bit_cast<int32_t>(scales.exp_avg_sq),
+            "scales %g and %g", scales.exp_avg, scales.exp_avg_sq);
+      for (int64_t i = 0; i < n; ++i) {
+        CHECK(m[i] == m_codes[i] && v[i] == v_codes[i], "codes of %g", static_cast<double>(g[i]));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_step<float>();
+  test_step<double>();
   for (const bool is_signed : {true, false}) {
     test_values(is_signed);
     test_codes(is_signed);

@@ -5,7 +5,7 @@ bfloat16, or 8 bits by block-wise dynamic codes (`ops/blocks.py`).
 
 A step reads smaller state into float32, computes as with float32 state, and rounds once when it
 writes back. It reads as many matrices at a time as fit one work buffer, or all of them for a rule
-that has `prepare`.
+that has `prepare`. AdamW's op reads and writes 8-bit state itself.
 """
 
 from __future__ import annotations

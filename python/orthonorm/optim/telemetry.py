@@ -12,9 +12,9 @@ They are of the last measured step, over all matrices of the group that took par
     skipped        share of updates that nonfinite="skip" left out, over all steps with telemetry
 
 Measures that a rule's own `update` does not compute are absent: Conda and StiefelAdam have only
-gradient_norm and skipped, AdamW momentum_norm too. Of sharded matrices, a rank measures its part of
-the gradient, and the nuclear_norm of the matrices that it owns; of those updated in parts
-(method="gram") only the gradient. A compiled step measures nothing.
+gradient_norm and skipped, AdamW momentum_norm too (of 8-bit state as it is kept). Of sharded
+matrices, a rank measures its part of the gradient, and the nuclear_norm of the matrices that it
+owns; of those updated in parts (method="gram") only the gradient. A compiled step measures nothing.
 """
 
 from __future__ import annotations
