@@ -38,10 +38,12 @@ class SPlus(MatrixOptimizer):
         max_precond_dim: longer sides are not rotated.
         **common: options of every optimizer, see `settings.Common`.
 
-    A basis is used from the step after its refresh on; the first step is along sign(B). The authors
-    decay by lr 2/(m+n), the matrix-whitening study by lr, as here. For the authors' average of the
-    weights use torch.optim.swa_utils; for their other rate of matrices with too long sides, a
-    group of its own.
+    A basis is used from the step after its refresh on; the first step is along sign(B). The
+    matrix-whitening study has the factor 2/(m+n) and decays by lr, as here. The authors' code (at
+    75a63cf) multiplies step and decay by 1/(2 (m+n)): for theirs divide lr by 4, and multiply
+    weight_decay by 2/(m+n). So the default lr, the study's 0.1, is their 0.4. For the authors'
+    average of the weights use torch.optim.swa_utils; for their other rate of matrices with too long
+    sides, a group of its own.
     State: `momentum_buffer`, `left_gram`, `right_gram`, `left_basis`, `right_basis`, `step`; in
     float32 4 bytes per parameter and 8 (m^2 + n^2) per matrix (float32 beside weights of 16 bits
     too).
