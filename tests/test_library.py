@@ -214,3 +214,18 @@ def test_what_is_written_must_not_be_expanded(case: Case) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         tried += 1
     assert tried
+
+
+def test_outputs_that_overlap_are_refused() -> None:
+    """By strides other than 0 too; dense views, slices and dimensions of size 1 pass."""
+    for shape, strides in (((4, 4), (1, 1)), ((3, 3), (2, 1)), ((2, 3, 4), (3, 4, 1))):
+        x = torch.arange(30.0)
+        with pytest.raises(ValueError, match=r"must not have elements that share memory"):
+            ops.sign_([x.as_strided(shape, strides)])
+        assert torch.equal(x, torch.arange(30.0))
+    base = torch.randn(4, 6, 8)
+    views = (base.mT, base.permute(2, 0, 1), base[:, ::2, 1:7:3], base[:, :1].expand(4, 1, 8))
+    for view in (*views, torch.arange(4.0).as_strided((4, 1), (1, 1))):
+        wanted = view.sign()
+        ops.sign_([view])
+        assert torch.equal(view, wanted)

@@ -36,10 +36,19 @@ def tensor(op: str, name: str, value: object, min_dim: int = 0) -> None:
 
 
 def not_expanded(label: str, value: Tensor) -> None:
-    """Check that no elements of a tensor share memory by a stride of 0, so it can be written."""
-    steps = zip(value.shape, value.stride(), strict=True)
-    if 0 not in value.shape and any(n > 1 and step == 0 for n, step in steps):
-        raise ValueError(f"{label} must not be expanded, got strides {value.stride()}")
+    """Check that no two elements of a tensor share memory, so it can be written.
+
+    Each stride must be above the span of all smaller ones, which views of dense tensors fulfil.
+    """
+    if value.is_contiguous() or 0 in value.shape:
+        return
+    steps = zip(value.stride(), value.shape, strict=True)
+    reach = 0  # offset of the last element along the dimensions so far
+    for step, n in sorted(pair for pair in steps if pair[1] > 1):
+        if step <= reach:
+            word = "be expanded" if step == 0 else "have elements that share memory"
+            raise ValueError(f"{label} must not {word}, got strides {value.stride()}")
+        reach += step * (n - 1)
 
 
 def tensors(op: str, name: str, values: object, min_dim: int = 0) -> None:

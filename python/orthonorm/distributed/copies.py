@@ -15,6 +15,7 @@ from ..optim.constraints import constrain_
 from ..optim.decay import decayed_update
 from ..optim.momentum import updates_from
 from ..optim.state import MOMENTUM, Batch, halved, matrix_shapes
+from ..optim.storage import matrix_dtype
 from ..optim.tensors import Ranks, local
 from .exchange import all_gather, read
 from .plan import Bucket, Item, Traveler, cost
@@ -30,13 +31,13 @@ def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
     assert isinstance(ranks, Ranks)
     dtype = torch.float32 if halved(p, group) else p.dtype
 
-    def whole(shape: tuple[int, ...]) -> Traveler:
+    def whole(shape: tuple[int, ...], dtype: torch.dtype) -> Traveler:
         strides = torch.empty(shape, device="meta").stride()
         return Traveler(shape, strides, dtype, ranks.boxes(shape, ()))
 
-    sizes = [p.shape, *(p.shape for _ in written(opt, group))]
-    sizes += [shape for _, named in shapes for *_, shape in named]
-    travelers = tuple(whole(tuple(shape)) for shape in sizes)
+    tensors = [(p.shape, dtype), *((p.shape, dtype) for _ in written(opt, group))]
+    tensors += [(s, matrix_dtype(p, key)) for _, named in shapes for _, key, s in named]
+    travelers = tuple(whole(tuple(shape), kind) for shape, kind in tensors)
     return Item(p, travelers, ranks.places, cost([x for x, _ in shapes]), company=ranks)
 
 

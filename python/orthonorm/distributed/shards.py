@@ -20,6 +20,7 @@ from ..optim.state import (
     widened,
     working_dtype,
 )
+from ..optim.storage import matrix_dtype
 from ..optim.tensors import local, ranks_of, state_placements, whole
 from ..optim.views import VIEW_DEFAULTS, matrices
 from . import copies, gram
@@ -67,8 +68,8 @@ def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
     working = like._replace(dtype=dtype)  # for updates, and state of the parameter's shape
     first = [working] if opt.on_shards(group) else [like, traveler(p, ranks, returns=False)]
     states = [
-        state_traveler(dtype, ranks, shape, state_placements(p, x.dim() - 2))
-        for x, named in shapes for *_, shape in named
+        state_traveler(matrix_dtype(p, key), ranks, shape, state_placements(p, x.dim() - 2))
+        for x, named in shapes for _, key, shape in named
     ]  # fmt: skip
     travelers = (*first, *(working for _ in traveling(opt, group)), *states)
     item = Item(p, travelers, ranks.replicas(p.placements), cost([x for x, _ in shapes]))

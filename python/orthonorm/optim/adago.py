@@ -31,8 +31,8 @@ class AdaGO(Orthogonalizing):
 
     The norm is Frobenius's. Which norm the paper means could not be checked, nor its numbers: the
     defaults are our choice. Other implementations divide by v^2.
-    State: `momentum_buffer`, `norm_sum` (S and its rounding error, so that sums in half types do
-    not stall); 4 bytes per parameter and 8 per matrix in float32.
+    State: `momentum_buffer`, `norm_sum` (S and its rounding error); 4 bytes per parameter and 8 per
+    matrix in float32.
 
     Source: arXiv:2509.02981.
     """

@@ -68,7 +68,8 @@ class MatrixOptimizer(Sharding):
 
     and, where its rule needs it,
 
-    `matrix_state(x, group)`: names and shapes of further state tensors of one matrix.
+    `matrix_state(x, group)`: names and shapes of further state tensors of one matrix, kept in
+        float32 (float64 beside float64), whatever `state_dtype` says.
     `counts_steps`: True to count steps in state["step"]; rules read the count in batch.steps.
     `prepare(batch, group)`: step 3; its result is stored in batch.prepared.
     `factor(matrix, owner, group)`: a number per matrix, by default ADJUST[adjust_lr_fn].

@@ -22,9 +22,8 @@ from .state import (
     matrix_shapes,
     matrix_state_of,
     widened,
-    working_dtype,
 )
-from .storage import SCALES
+from .storage import matrix_dtype
 from .tensors import is_distributed, local, views_here
 from .views import matrices
 
@@ -124,10 +123,9 @@ def zeros_in_stacks(
         if opt.state.get(p) or is_distributed(p) or torch.compiler.is_compiling():
             continue  # inputs of a compiled graph should not share memory
         found[p] = {}
-        dtype = working_dtype(p, group)
         for x, named in known[p.shape]:
             for name, key, shape in named:
-                own = torch.float32 if SCALES in key else dtype
+                own = matrix_dtype(p, key)
                 alike.setdefault((name, x.shape, shape, own, p.device), []).append((p, key))
     for (_, _, shape, dtype, device), places in alike.items():
         zeros = torch.zeros((len(places), *shape), dtype=dtype, device=device)

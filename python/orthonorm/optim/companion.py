@@ -81,7 +81,9 @@ def adamw_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any
     def here(tensors: list[Any]) -> list[Tensor]:
         return tensors if own else [local(t) for t in tensors]
 
-    names = ["step", *ADAMW_STATE, *scales_of(params[0].reshape(1, -1), ADAMW_STATE, group)]
+    names = ["step", *ADAMW_STATE]
+    if group["state_dtype"] == "8bit":
+        names += [key + storage.SCALES for key in ADAMW_STATE]
     state = {key: here([s[key] for s in states]) for key in names}
     grads = here([p.grad for p in params])
     if group["maximize"]:

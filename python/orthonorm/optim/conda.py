@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import _checks as check
 from ..distributed.spread import Sums, folded_size, sum_dtype
 from ..ops import conda_step_
 from ..ops.rotations import rotated, rotated_back
@@ -43,7 +42,7 @@ class Conda(MatrixOptimizer):
             betas, eps and weight_decay of this optimizer, unless it sets others.
 
     State of a matrix: `exp_avg` (rotated), `exp_avg_sq`, `basis`, and `step`, an int; 8 bytes per
-    parameter in float32, and 4 per entry of the basis.
+    parameter in float32, and 4 per entry of the basis (float32 beside weights of 16 bits too).
 
     Source: arXiv:2509.24218 and its code, github.com/jie040109/Conda.
     """
@@ -81,9 +80,6 @@ class Conda(MatrixOptimizer):
     def prepare(self, batch: Batch, group: dict[str, Any]) -> list[tuple[list[int], Tensor]]:
         """Return (indices, new bases) of the matrices whose refresh is due, by shape."""
         momenta, bases = batch.state["exp_avg"], batch.state["basis"]
-        if batch.kept is None:
-            for m, q in zip(momenta, bases, strict=True):
-                check.same_dtype("Conda", exp_avg=m, basis=q)
         due, grams, gap = [], [], group["update_proj_gap"]
         for indices in (indices for indices, t in alike(batch) if (t - 1) % gap == 0):
             Q, M, G = (stacked([values[i] for i in indices])
@@ -116,7 +112,7 @@ class Conda(MatrixOptimizer):
             math.sqrt(1 - beta2**t) / (1 - beta1**t) * group["scale"] for t in batch.steps
         ]
         scales = lr * numbers(corrections, device)
-        bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]  # differ if opened
+        bases = [q.to(m.dtype) for q, m in zip(bases, momenta, strict=True)]
         conda_step_.unchecked(
             batch.params, batch.grads, momenta, batch.state["exp_avg_sq"], bases, scales, lr,
             beta1, beta2, group["eps"], self.weight_decay(group, device),

@@ -32,10 +32,11 @@ class Common(TypedDict, total=False):
         keeps state in float32. Steps are then those of float32 weights, to the bit
         (ops/mantissa.py), also for the AdamW companion. Refused for sharded matrices and with a
         constraint.
-    state_dtype: None keeps state in the parameter's dtype. "float32" keeps state of bfloat16 and
-        float16 parameters in float32; a step computes as for float32 parameters and rounds the
-        weights at its end. "bfloat16" keeps state of the parameter's shape in 2 bytes per element,
-        "8bit" in 1.016 (storage.py); both are refused for sharded parameters and with mantissa.
+    state_dtype: of state of the parameter's shape; other state (bases, Gram matrices, row moments)
+        is in float32 beside 16 bits too. None: the parameter's dtype. "float32": bfloat16 and
+        float16 parameters have it in float32; a step computes as for float32 parameters and rounds
+        the weights at its end. "bfloat16" takes 2 bytes per element, "8bit" 1.016 (storage.py);
+        both are refused for sharded parameters and with mantissa.
         The setting holds for the AdamW companion too. Loading a state dict does not change it.
     stochastic_rounding: round bfloat16 weights stochastically (ops/rounding.py), and the state of
         state_dtype="bfloat16" too; numbers of other dtypes are rounded to nearest. It costs no

@@ -50,7 +50,7 @@ class Shampoo(MatrixOptimizer):
 
     State: `momentum_buffer`, `left_gram`, `right_gram`, `left_root`, `right_root`, `step`, and
     `second_moment` for "study"; in float32 4 bytes per parameter (8 for "study") and
-    8 (m^2 + n^2) per matrix.
+    8 (m^2 + n^2) per matrix (float32 beside weights of 16 bits too).
 
     Source: arXiv:1802.09568.
     """
@@ -102,6 +102,7 @@ class Shampoo(MatrixOptimizer):
                 stacked([values[i] for i in indices])
                 for values in (batch.grads, *(batch.state[f"{side}_gram"] for side in SIDES))
             )
+            G = G.to(old[0].dtype)
             m, n = G.shape[-2:]
             weights = (1 - beta, 1 - beta) if beta < 1 else (1.0, 1.0)
             if study:
@@ -136,8 +137,8 @@ class Shampoo(MatrixOptimizer):
         if study:
             self.normalize_(updates, batch, group)
         roots = [beside(updates, batch.state[f"{side}_root"]) for side in SIDES]
-        triples = zip(updates.stacks, *roots, strict=True)
-        out = [between(left, u, right) for u, left, right in triples]
+        triples = zip(updates.stacks, *roots, strict=True)  # roots are too large for float16
+        out = [between(left, u.to(left.dtype), right) for u, left, right in triples]
         if study:
             for u, A in zip(out, beside(updates, batch.state["right_gram"]), strict=True):
                 diagonal = A.diagonal(dim1=-2, dim2=-1)

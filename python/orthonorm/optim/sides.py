@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..ops import apply, gram, gram_update_, magnitude
-from .stacks import in_place, stacked
-from .state import Batch
+from .stacks import beside, in_place, stacked
+from .state import Batch, Updates
 
 SIDES = ("left", "right")
 
@@ -29,8 +29,9 @@ def side_shapes(x: Tensor, group: dict[str, Any], *kinds: str) -> dict[str, tupl
 
 
 def side_grams(grams: Sequence[Tensor], G: Tensor) -> list[Tensor]:
-    """Return G G^T and G^T G; for a side left out, its empty tensor of `grams`."""
-    return [gram.unchecked(X) if A.numel() else A for A, X in zip(grams, (G, G.mT), strict=True)]
+    """Return G G^T and G^T G in the dtypes of `grams`; of a side left out, its empty tensor."""
+    pairs = zip(grams, (G, G.mT), strict=True)
+    return [gram.unchecked(X.to(A.dtype)) if A.numel() else A for A, X in pairs]
 
 
 def averaged(
@@ -61,6 +62,12 @@ def average_(batch: Batch, indices: list[int], beta: float, weight: float) -> No
         with in_place([batch.state[f"{side}_gram"][i] for i in indices]) as A:
             if A.numel():
                 gram_update_.unchecked(A, X.to(A.dtype), weight, beta)
+
+
+def bases_beside(updates: Updates, bases: list[Tensor]) -> list[Tensor]:
+    """Return bases stacked as the updates are, and rounded to their dtype: products stay in it."""
+    pairs = zip(updates.stacks, beside(updates, bases), strict=True)
+    return [q.to(u.dtype) for u, q in pairs]
 
 
 def between(left: Tensor, X: Tensor, right: Tensor) -> Tensor:

@@ -15,8 +15,17 @@ from ..distributed.spread import Sums, folded_size, sum_dtype
 from ..ops import rotated_adam_
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, optional, whole
-from .sides import SIDES, average_, averaged, between, eigenvectors, side_grams, side_shapes
-from .stacks import alike, beside, stacked, write_
+from .sides import (
+    SIDES,
+    average_,
+    averaged,
+    bases_beside,
+    between,
+    eigenvectors,
+    side_grams,
+    side_shapes,
+)
+from .stacks import alike, stacked, write_
 from .state import Batch, Updates, by_step
 from .tensors import is_distributed, numbers, sharded_dims
 
@@ -55,7 +64,8 @@ class SOAP(MatrixOptimizer):
     The first step only computes L, R and their bases. L and R take in a gradient after it was used.
     The momentum is stored rotated; a refresh turns it into the new basis, which is exact.
     State: `exp_avg` (rotated), `exp_avg_sq`, `left_gram`, `right_gram`, `left_basis`,
-    `right_basis`, `step`; 8 bytes per parameter in float32 and 8 (m^2 + n^2) per matrix.
+    `right_basis`, `step`; 8 bytes per parameter in float32 and 8 (m^2 + n^2) per matrix
+    (float32 beside weights of 16 bits too).
 
     Source: arXiv:2409.11321, github.com/nikhilvyas/SOAP.
     """
@@ -183,7 +193,7 @@ class SOAP(MatrixOptimizer):
                 average_(batch, indices, shampoo_beta(group), 1 - shampoo_beta(group))
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        bases = [beside(updates, batch.state[f"{side}_basis"]) for side in SIDES]
+        bases = [bases_beside(updates, batch.state[f"{side}_basis"]) for side in SIDES]
         triples = list(zip(updates.stacks, *bases, strict=True))
         turned = Updates([between(left.mT, u, right) for u, left, right in triples])
         (beta1, beta2), study = group["betas"], group["variant"] == "study"

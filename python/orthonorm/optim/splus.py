@@ -11,8 +11,17 @@ from typing_extensions import Unpack
 from .base import MatrixOptimizer
 from .norms import to_signs
 from .settings import Common, Rule, whole
-from .sides import SIDES, average_, averaged, between, eigenvectors, side_grams, side_shapes
-from .stacks import alike, beside, stacked, write_
+from .sides import (
+    SIDES,
+    average_,
+    averaged,
+    bases_beside,
+    between,
+    eigenvectors,
+    side_grams,
+    side_shapes,
+)
+from .stacks import alike, stacked, write_
 from .state import Batch, Updates
 
 
@@ -29,12 +38,15 @@ class SPlus(MatrixOptimizer):
         max_precond_dim: longer sides are not rotated.
         **common: options of every optimizer, see `settings.Common`.
 
-    A basis is used from the step after its refresh on; the first step is along sign(B). The authors
-    decay by lr 2/(m+n), the matrix-whitening study by lr, as here. For the authors' average of the
-    weights use torch.optim.swa_utils; for their other rate of matrices with too long sides, a
-    group of its own.
+    A basis is used from the step after its refresh on; the first step is along sign(B). The
+    matrix-whitening study has the factor 2/(m+n) and decays by lr, as here. The authors' code (at
+    75a63cf) multiplies step and decay by 1/(2 (m+n)): for theirs divide lr by 4, and multiply
+    weight_decay by 2/(m+n). So the default lr, the study's 0.1, is their 0.4. For the authors'
+    average of the weights use torch.optim.swa_utils; for their other rate of matrices with too long
+    sides, a group of its own.
     State: `momentum_buffer`, `left_gram`, `right_gram`, `left_basis`, `right_basis`, `step`; in
-    float32 4 bytes per parameter and 8 (m^2 + n^2) per matrix.
+    float32 4 bytes per parameter and 8 (m^2 + n^2) per matrix (float32 beside weights of 16 bits
+    too).
 
     Source: arXiv:2506.07254, github.com/kvfrans/splus; the study is arXiv:2510.25000.
     """
@@ -93,7 +105,7 @@ class SPlus(MatrixOptimizer):
                 average_(batch, indices, group["beta2"], 1 - group["beta2"])
 
     def direction(self, updates: Updates, batch: Batch, group: dict[str, Any]) -> Updates:
-        bases = [beside(updates, started(batch, f"{side}_basis")) for side in SIDES]
+        bases = [bases_beside(updates, started(batch, f"{side}_basis")) for side in SIDES]
         triples = list(zip(updates.stacks, *bases, strict=True))
         turned = to_signs(Updates([between(left.mT, u, right) for u, left, right in triples]))
         pairs = zip(turned.stacks, triples, strict=True)

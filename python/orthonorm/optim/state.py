@@ -14,7 +14,7 @@ from ..ops import dequantize_blocks_, quantize_blocks_
 from ..ops.blocks import scales_shape
 from ..ops.mantissa import joined
 from .constraints import VECTOR, constraint_state
-from .storage import SCALES, UNSIGNED
+from .storage import SCALES, UNSIGNED, matrix_dtype
 from .tensors import bits_as, is_distributed, state_zeros, whole
 from .views import matrices
 
@@ -44,7 +44,7 @@ def widened(p: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def working_dtype(p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype of the updates of `p`, and of its state unless `state_dtype` is smaller."""
+    """Return the dtype of the updates of `p`, and of state of its shape unless that is smaller."""
     return torch.float32 if widened(p, group) else p.dtype
 
 
@@ -166,8 +166,8 @@ def refit(opt: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     for named in () if adamw else (named for _, named in matrix_shapes(opt, p, group)):
         for _, key, _ in named:
             t = state.get(key)
-            if isinstance(t, Tensor) and t.is_floating_point() and SCALES not in key:
-                state[key] = t.to(working_dtype(p, group))
+            if isinstance(t, Tensor) and t.is_floating_point():
+                state[key] = t.to(matrix_dtype(p, key))
     for key in ADAMW_STATE if adamw else opt.elementwise_state(group):
         t, wanted = state.get(key), kept_dtype(group)
         own = wanted or working_dtype(p, group)
@@ -337,7 +337,7 @@ def matrix_state_of(
                 state[key] = zeros[key]
             elif key not in state:
                 made = state_zeros(p, shape, x.dim() - 2)
-                state[key] = made.to(torch.float32 if SCALES in key else dtype)
+                state[key] = made.to(matrix_dtype(p, key))
     return state
 
 

@@ -37,7 +37,8 @@ class StiefelAdam(MatrixOptimizer):
         V <- V - lr X' (P V)^T V, X <- polar(X' + lr P V (X'^T X')).
 
     Args:
-        params: matrices or batches of them; the first step makes them orthonormal.
+        params: matrices or batches of them, of full rank; the first step makes them orthonormal. It
+            raises for singular ones (zeros, a LoRA's B), which have no nearest orthonormal matrix.
         lr: learning rate, a number or a one-element tensor.
         betas, eps: decay rates of the averages; eps is added to the roots.
         metric: a < 1; 1/2 is the canonical metric, 0 the Euclidean one.
@@ -76,6 +77,23 @@ class StiefelAdam(MatrixOptimizer):
         square = (*batch, min(m, n), min(m, n))
         return dict(zip(NAMES, (square, square, (*batch, d, k), (*batch, d, k)), strict=True))
 
+    def prepare(self, batch: Batch, group: dict[str, Any]) -> None:
+        """Raise for singular matrices at their first step; no other step waits for the device."""
+        if torch.compiler.is_compiling():
+            return
+        for indices, t in alike(batch):
+            if t > 1 or batch.params[indices[0]].numel() == 0:
+                continue
+            W = stacked([batch.params[i] for i in indices])
+            fine = full_rank(W.to(accumulator(W))).view(len(indices), -1).all(1).tolist()
+            bad = [batch.owners[i] for i, ok in zip(indices, fine, strict=True) if not ok]
+            if bad:
+                index = next(i for i, p in enumerate(group["params"]) if p is bad[0])
+                raise ValueError(
+                    f"{self.name}: matrices must have full rank at their first step, got a "
+                    f"singular one for parameter {self.label(group, index)}"
+                )
+
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         lr = self.scalar(group, "lr", batch.params[0].device)
         for indices, t in alike(batch):
@@ -113,6 +131,14 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
     for tensors, value in zip(state, (Y, p, V, q), strict=True):
         if tensors[0].dtype != dtype or not in_a_row(tensors):  # else `value` is their memory
             torch._foreach_copy_(tensors, list(value.unbind()))
+
+
+def full_rank(W: Tensor) -> Tensor:
+    """Return whether sigma_min > 8 eps sigma_1, or W is not finite, shape (k, ...)."""
+    finite = W.isfinite().all(-1).all(-1)
+    sigma = torch.linalg.svdvals(torch.where(finite[..., None, None], W, 1.0))
+    least = 8 * torch.finfo(W.dtype).eps
+    return (sigma[..., -1] > least * sigma[..., 0]) | ~finite
 
 
 def retracted(X: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """State stored in another dtype than its parameter's.
 
-It may be float32 beside parameters of 16 bits. Or it is smaller than the arithmetic's dtype:
+It may be float32 beside parameters of 16 bits, as state of matrices (bases, Gram matrices, row
+moments) always is. State of the parameter's shape may also be smaller than the arithmetic's dtype:
 bfloat16, or 8 bits by block-wise dynamic codes (`ops/blocks.py`).
 
 A step reads smaller state into float32, computes as with float32 state, and rounds once when it
@@ -29,6 +30,15 @@ STATE_DTYPES = (None, "float32", *SMALLER)
 # Elements at a time for an elementwise rule, so that few new memory pages are touched: these took
 # a quarter of AdamW's step on one thread (3 million elements, beside other work; 2026-11).
 PASS = 2**20
+
+
+def matrix_dtype(p: Tensor, key: str) -> torch.dtype:
+    """Return the dtype of a state tensor of matrices (`matrix_state`): at least float32.
+
+    An average in bfloat16 stands still once what is added is 1/256 of it, and Gram matrices
+    overflow float16. Scales of 8-bit state are always float32.
+    """
+    return torch.float32 if SCALES in key else torch.promote_types(p.dtype, torch.float32)
 
 
 Rooms = dict[tuple[str, torch.dtype], Tensor]
