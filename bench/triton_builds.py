@@ -207,10 +207,12 @@ def passes(arch: str) -> Iterator[Build]:
             if "R" in tensors:  # mantissas, beside weights of bfloat16
                 fixed |= {"W": each.torch.bfloat16, "R": each.torch.int16}
             types = {f"{t}_TYPE": tables.TYPES[fixed.get(t, dtype)] for t in tensors}
+            home = module(re.sub("_fold|_rounded|_halves|_peaks", "", op))
             constants = dict(
-                STEPS=7, **types, WIDE=each.tl.float32, FLAT=True, BLOCK=block, **own
+                STEPS=7, **types, WIDE=each.tl.float32, FLAT=True,
+                BLOCK=getattr(home, "BLOCK", block), **own,
             )  # fmt: skip
-            kernel = getattr(module(re.sub("_fold|_rounded|_halves|_peaks", "", op)), name)
+            kernel = getattr(home, name)
             yield Build(
                 op, kernel, constants, each.OPTIONS, arch,
                 str(dtype).removeprefix("torch."), False, arguments,

@@ -15,6 +15,8 @@ from .adamw_step import advanced, numbers_of, stepped
 from .quantize_blocks import GRAIN, coded, decoded, encoded, intervals_of, scales_at
 from .rounding import rounded
 
+BLOCK = 2048  # elements of a program: 4096 take all registers, and spill at any strides
+
 
 @triton.jit
 def averages(codes_at, scales_at, mask, inside, values, WIDE: tl.constexpr):
@@ -131,7 +133,7 @@ def coded_adamw_step_(
         some = [i for i, s in enumerate(counts) if s.dtype == dtype]
         given = [[values[i] for i in some] for values in views]
         extras = [(counts[i].data_ptr(), views[0][i].data_ptr()) for i in some]
-        for group in coded(given[:4], given[4:], extras):
+        for group in coded(given[:4], given[4:], extras, BLOCK):
             table = group.table(numbers, device)
             *types, wide, flat, block = group.constants
             coded_adamw_kernel[(table.tiles,)](

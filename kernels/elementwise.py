@@ -143,16 +143,19 @@ class Group(NamedTuple):
         return (*self.types, self.wide, self.flat, self.block)
 
 
-def groups(lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = ()) -> list[Group]:
+def groups(
+    lists: Sequence[Sequence[Tensor]], extras: Sequence[tables.Entry] = (), most: int = 4096
+) -> list[Group]:
     """Return launches of the items (one tensor of each list), by dtypes and by `flat`.
 
     `flat` items have matrices of a multiple of 8 elements, dense, aligned and of the same order.
 
-    `extras` are further int64 fields of each item.
+    `extras` are further int64 fields of each item, and `most` is the most elements of a program.
     """
     if not lists[0]:
         return []
-    return groups_of(tables.items(*lists), tuple(extras), block_of(lists[0][0].device))
+    block = min(most, block_of(lists[0][0].device))
+    return groups_of(tables.items(*lists), tuple(extras), block)
 
 
 @tables.kept

@@ -100,8 +100,9 @@ def coded(
     tensors: Sequence[Sequence[Tensor]],
     scales: Sequence[Sequence[Tensor]],
     extras: Sequence[tables.Entry] = (),
+    most: int = 4096,
 ) -> list[each.Group]:
-    """Return launches over lists of matrices (some of them codes), and lists of their scales.
+    """Return launches (`each.groups`) over lists of matrices or codes, and lists of their scales.
 
     Blocks are cut row by row. So a launch may take elements in the order of memory only if every
     matrix of the lists lies row by row.
@@ -109,7 +110,9 @@ def coded(
     lists = (*tensors, *([s.unsqueeze(-2) for s in values] for values in scales))
     items = [item for item in tables.items(*lists) if not isinstance(item, int)]
     by_rows = all(v.order == 1 for item in items for views in item for v in views)
-    return [group._replace(flat=group.flat and by_rows) for group in each.groups(lists, extras)]
+    return [
+        group._replace(flat=group.flat and by_rows) for group in each.groups(lists, extras, most)
+    ]
 
 
 def quantize_blocks_(
