@@ -20,7 +20,7 @@ from . import elementwise as each
 from . import tables, tiles
 from .rounding import rounded
 
-NUMBERS = tl.constexpr(6)
+NUMBERS = tl.constexpr(5)
 GRAIN = tl.constexpr(32)  # no two tiles of a launch begin in the same GRAIN places of a line
 
 
@@ -40,27 +40,28 @@ def update(
 ):  # fmt: skip
     """Write out <- kept out - step value, unless an infinity was found.
 
-    With numbers n: kept = n0 left + n1 first[0], step = (n2 left + n3 first[0]) factor
-    second[item], left = 1 - first[0] decay. n4 is the address of found_inf or 0, n5 that of decay
-    (float64) or 0. Without an address, `first` or `second`, found_inf, decay and first[0] are 0,
-    second[item] 1. factor and item are the entry's extras. If `second` is a seed (int64), bfloat16
-    is rounded by it instead; item is then the address of the weight's first element.
+    With left = 1 - first[0] decay and numbers n: kept is left if n0 is 1, first[0] if it is 0;
+    step, by n1, is one of these times factor and second[item]. n2 is the address of found_inf or 0,
+    n3 that of decay (float64) or 0. Without an address, `first` or `second`, found_inf, decay and
+    first[0] are 0, second[item] 1. factor and item are the entry's extras. If `second` is a seed
+    (int64), bfloat16 is rounded by it instead; item is then the address of the weight's first
+    element.
     """
     rate = 0.0
     if first is not None:
         rate = tl.load(first).to(tl.float64)
-    decay = tl.load(numbers + 5, volatile=True)
+    # volatile, so that they are read here: read before all tiles, they cost registers (sm_100)
+    decay = tl.load(numbers + 3, volatile=True)
     decay_at = decay.to(tl.pointer_type(tl.float64))
-    left = 1.0 - rate * tl.load(decay_at, mask=decay != 0, other=0.0)
-    kept = (tiles.number(numbers, 0) * left + tiles.number(numbers, 1) * rate).to(tl.float32)
-    step = tiles.number(numbers, 2) * left + tiles.number(numbers, 3) * rate
+    left = 1.0 - rate * tl.load(decay_at, mask=decay != 0, other=0.0, volatile=True)
+    kept = tl.where(tiles.number(numbers, 0) != 0, left, rate).to(tl.float32)
+    step = tl.where(tiles.number(numbers, 1) != 0, left, rate)
     step *= tiles.field(entries, count, entry, EXTRA).to(tl.float64, bitcast=True)
     item = tiles.field(entries, count, entry, EXTRA + 1)
     SEEDED: tl.constexpr = second is not None and second.dtype.element_ty == tl.int64
     if second is not None and not SEEDED:
         step *= tl.load(second + item).to(tl.float64)
-    # volatile, so that it is read here: read before all tiles, it cost registers (sm_100 spilled)
-    flag = tl.load(numbers + 4, volatile=True)
+    flag = tl.load(numbers + 2, volatile=True)
     found = tl.load(flag.to(tl.pointer_type(tl.float32)), mask=flag != 0, other=0.0)
     new = kept * tl.load(at, mask=mask, other=0.0).to(tl.float32) - step.to(tl.float32) * value
     TYPE: tl.constexpr = at.dtype.element_ty
@@ -165,7 +166,7 @@ def muon(
     It writes nothing if `found_inf` (float32) is not 0. With a seed, bfloat16 weights are rounded
     stochastically; items are then addresses of the weights' first elements.
     """
-    return End(update, (1.0, 0.0, 0.0, 1.0, *addresses(found_inf, weight_decay)), lr, seed)
+    return End(update, (1.0, 0.0, *addresses(found_inf, weight_decay)), lr, seed)
 
 
 def squares(sums: Tensor) -> End:
@@ -180,12 +181,12 @@ def slots(length: int) -> int:
 
 def conda(lr: Tensor, weight_decay: Tensor, scales: Tensor) -> End:
     """Return the end W <- (1 - lr weight_decay) (W - scales[item] value), of float64 decay."""
-    return End(update, (1.0, 0.0, 1.0, 0.0, *addresses(None, weight_decay)), lr, scales)
+    return End(update, (1.0, 1.0, *addresses(None, weight_decay)), lr, scales)
 
 
 def decayed(decay: Tensor | None) -> End:
     """Return the end W <- decay W - value; without decay, W <- W - value."""
-    return End(update, (1.0, 0.0, 1.0) if decay is None else (0.0, 1.0, 1.0), decay)
+    return End(update, (1.0 if decay is None else 0.0, 1.0), decay)
 
 
 def moments(beta1: float, beta2: float, eps: float) -> End:
