@@ -31,8 +31,6 @@ SPILLS = {
     for op in ("normuon", "normuon-tall", "muon-rounded")
     for dtype in ("float16", "bfloat16")
 }
-# One register in excess of 128, where ptxas stops although 255 are to be had
-SPILLS |= {f"{op}-tf32-64x128x32-sm_100": 2 for op in ("muon", "muon-rounded", "conda-back")}
 
 
 def bounded(build: Build) -> bool:
