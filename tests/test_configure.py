@@ -146,6 +146,33 @@ def test_every_weight_goes_where_it_belongs_and_trains(kind: str) -> None:
     assert sum(counts) == total and said[0].startswith("NorMuon: ")
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3", "GptOss"])
+def test_stacks_of_experts_in_transformers(kind: str) -> None:
+    """Their gate_up_proj are stacks, which have the name of a fused weight and stay whole."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        n_group=1, topk_group=1, first_k_dense_replace=1, num_experts=4, num_local_experts=4,
+        n_routed_experts=4, num_experts_per_tok=2, layer_types=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    opt = optim.configure(model, "muon", report=None)
+    found = {n: g["split"] for g in opt.param_groups if g["rule"] == "matrix"
+             for n in g["param_names"]}  # fmt: skip
+    stacks = {split for name, split in found.items() if name.endswith("experts.gate_up_proj")}
+    assert stacks == {None}
+    assert not any("embed" in n or "lm_head" in n for n in found)
+
+
+def test_convolutions_may_have_the_names_of_fused_weights() -> None:
+    model = nn.ModuleDict({"kv_proj": nn.Conv2d(6, 8, 1), "qkv": nn.Conv1d(4, 12, 1)})
+    model["out"] = nn.Linear(4, 9)
+    opt = optim.configure(model, "muon", names=["out"], report=None)
+    assert opt.param_groups[0]["split"] is None
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes_by_name(name: str) -> None:
     opt = optim.configure(mlp(), name, report=None)

@@ -86,9 +86,10 @@ def without_last(found: list[Assigned]) -> list[Assigned]:
 def pieces(a: Assigned) -> Assigned:
     """Add the split of a fused weight, if its name and shape are those of one."""
     count = next((FUSED[part] for part in a.name.split(".") if part in FUSED), 0)
-    rows = a.p.shape[0] if a.p.dim() == 2 else 0
-    even = rows % count == 0 if count == 2 else count == 3 and rows == 3 * a.p.shape[-1]
-    if a.reason or a.keys or not count or not even:
+    if a.reason or a.keys or not count or a.p.dim() != 2:
+        return a
+    rows, columns = a.p.shape
+    if rows % 2 if count == 2 else rows != 3 * columns:
         return a
     return a._replace(keys={"split": (rows // count,) * count})
 
