@@ -166,9 +166,10 @@ def test_stacks_of_experts_in_transformers(kind: str) -> None:
     assert not any("embed" in n or "lm_head" in n for n in found)
 
 
-def test_convolutions_may_have_the_names_of_fused_weights() -> None:
+def test_convolutions_and_scalars_may_have_the_names_of_fused_weights() -> None:
     model = nn.ModuleDict({"kv_proj": nn.Conv2d(6, 8, 1), "qkv": nn.Conv1d(4, 12, 1)})
     model["out"] = nn.Linear(4, 9)
+    model.register_parameter("w12", nn.Parameter(torch.ones(())))
     opt = optim.configure(model, "muon", names=["out"], report=None)
     assert opt.param_groups[0]["split"] is None
 
