@@ -189,6 +189,14 @@ def test_a_split_stack_steps_as_its_matrices(name: str) -> None:
         torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-12)
 
 
+def test_convolutions_and_scalars_may_have_the_names_of_fused_weights() -> None:
+    model = nn.ModuleDict({"kv_proj": nn.Conv2d(6, 8, 1), "qkv": nn.Conv1d(4, 12, 1)})
+    model["out"] = nn.Linear(4, 9)
+    model.register_parameter("w12", nn.Parameter(torch.ones(())))
+    opt = optim.configure(model, "muon", names=["out"], report=None)
+    assert opt.param_groups[0]["split"] is None
+
+
 def test_tables_gates_and_depthwise_kernels() -> None:
     model = nn.ModuleDict({
         "rnn": nn.LSTM(6, 4), "gru": nn.GRU(6, 4), "tanh": nn.RNN(6, 4),
