@@ -155,7 +155,7 @@ def matrices_of(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3", "GptOss"])
 def test_stacks_of_experts_in_transformers(kind: str) -> None:
-    """Gate and up are matrices of their own, but where inputs x outputs are stored (GptOss)."""
+    """Gate and up are matrices of their own, but where their columns take turns (GptOss)."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=24,
@@ -169,6 +169,52 @@ def test_stacks_of_experts_in_transformers(kind: str) -> None:
     stacks = {n: s for n, s in found.items() if n.endswith("gate_up_proj")}
     assert stacks and set(stacks.values()) == {None if kind == "GptOss" else (24, 24)}
     assert not any("embed" in n or "lm_head" in n for n in found)
+
+
+def test_weights_of_inputs_by_outputs_in_transformers() -> None:
+    """GPT-2's Conv1D and stacks of experts, with gate and up beside each other (Aria)."""
+    transformers = pytest.importorskip("transformers")
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    )
+    aria = transformers.AutoModel.from_config(transformers.AriaTextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=12, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, moe_num_experts=3, moe_topk=2,
+    ))  # fmt: skip
+    stored: dict[str, Any] = {}
+    for model in (gpt2, aria):
+        heads = {"*.c_attn.weight": 2} if model is gpt2 else None
+        for opt in (optim.configure(model, "muon", lr=0.1, weight_decay=0.0, report=None),
+                    optim.Muon(optim.split_params(model, heads=heads))):  # fmt: skip
+            for g in opt.param_groups:
+                for name in g["param_names"] if g.get("transpose") else ():
+                    stored.setdefault(name, []).append((g["split"], g["heads"]))
+    assert stored == {
+        "transformer.h.0.attn.c_attn.weight": [((16, 16, 16), None), (None, 2)],
+        "transformer.h.0.attn.c_proj.weight": [(None, None)] * 2,
+        "transformer.h.0.mlp.c_fc.weight": [(None, None)] * 2,
+        "transformer.h.0.mlp.c_proj.weight": [(None, None)] * 2,
+        "layers.0.mlp.experts.gate_up_proj": [((12, 12), None), (None, None)],
+        "layers.0.mlp.experts.down_proj": [(None, None)] * 2,
+    }
+
+
+def test_queries_of_conv1d_step_alone() -> None:
+    """A step of GPT-2's c_attn is that of q, k and v, each outputs x inputs."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).double()
+    fused = model.transformer.h[0].attn.c_attn.weight
+    alone = [nn.Parameter(w.mT.clone()) for w in fused.detach().split(16, 1)]
+    opt = optim.configure(model, "muon", lr=0.1, report=None)
+    tokens = torch.arange(8)[None]
+    model(tokens, labels=tokens).loss.backward()
+    for p, g in zip(alone, fused.grad.split(16, 1), strict=True):
+        p.grad = g.mT.clone()
+    opt.step()
+    optim.Muon(alone, lr=0.1).step()
+    for w, p in zip(fused.detach().split(16, 1), alone, strict=True):
+        torch.testing.assert_close(w.mT, p.detach(), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["muon", "normuon", "SOAP", "Conda"])

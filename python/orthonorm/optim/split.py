@@ -34,11 +34,12 @@ def split_params(
 
     AdamW gets vectors and scalars (gains, biases), embeddings and weights tied to them, matrices
     with a side of 1, transposed and depthwise convolutions, and parameters with a path component
-    that matches a pattern of `adamw` (embeddings, heads). It also gets the last Linear if its
-    weight has the shape of an embedding: it then maps back to tokens. Convolution weights are
-    flattened to out x rest, 3-D weights are batches (expert stacks), and the matrices of
-    nn.MultiheadAttention's in_proj_weight and of the gates of nn.LSTM and nn.GRU are split. No
-    group spans devices.
+    that matches a pattern of `adamw` (embeddings, heads). It also gets
+    the last Linear if its weight has the shape of an embedding: it then maps back to tokens.
+    Convolution weights are flattened to out x rest, 3-D weights are batches (expert stacks), and
+    the matrices of nn.MultiheadAttention's in_proj_weight and of the gates of nn.LSTM and nn.GRU
+    are split. Weights that transformers stores as inputs x outputs are transposed (`transpose`).
+    No group spans devices.
 
     Args:
         model: its parameters that require gradients are grouped, each once, with their names.
@@ -150,6 +151,8 @@ def _views(
     keys: dict[str, Any] = {}
     if isinstance(owner, CONVOLUTIONS) and p.dim() == 3:
         keys["flatten"] = True
+    if stores_inputs_first(owner):
+        keys["transpose"] = True
     for label, patterns in (("split", split), ("heads", heads)):
         for pattern, value in patterns.items():
             if fnmatchcase(name, pattern):
@@ -158,6 +161,13 @@ def _views(
     if "split" not in keys and count and p.shape[0] % count == 0:
         keys["split"] = (p.shape[0] // count,) * count
     return keys
+
+
+def stores_inputs_first(owner: nn.Module) -> bool:
+    """True for modules of transformers whose weights, or stacks of them, are inputs x outputs."""
+    kind = type(owner)
+    conv1d = kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+    return conv1d or getattr(owner, "is_transposed", None) is True  # the latter: experts
 
 
 def gates(name: str, owner: nn.Module) -> int:
