@@ -166,6 +166,7 @@ def test_stacks_of_experts_in_transformers(kind: str) -> None:
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     found = matrices_of(model)
+    assert not any("bias" in n for n in found)
     stacks = {n: s for n, s in found.items() if n.endswith("gate_up_proj")}
     assert stacks and set(stacks.values()) == {None if kind == "GptOss" else (24, 24)}
     assert not any("embed" in n or "lm_head" in n for n in found)
@@ -249,6 +250,40 @@ def test_tables_gates_and_depthwise_kernels() -> None:
         "tanh.weight_ih_l0": None, "tanh.weight_hh_l0": None,
         "grouped.weight": None, "kv_proj.weight": None, "out.weight": None,
     }  # fmt: skip
+
+
+def test_tables_beside_layers_are_no_weights() -> None:
+    """Known by the module that holds them; weights beside layers are known by their names."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 9)})
+    alone = nn.ParameterDict({"fn": nn.Parameter(torch.randn(8, 4))})
+    model["alone"] = alone  # a router of its own make: no layers beside it
+    shapes = {"query": (8, 4), "rel_pos_h": (8, 4), "pos_bias_u": (2, 4), "down_proj_bias": (3, 4),
+              "prompt": (1, 8, 4), "experts": (3, 4, 4), "gate_weight": (4, 4), "w1": (4, 4),
+              "q": (4, 4)}  # fmt: skip
+    for name, shape in shapes.items():
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    groups = optim.split_params(model)
+    found = {n for g in groups if g["rule"] == "matrix" for n, _ in g["params"]}
+    assert found == {
+        "experts", "gate_weight", "w1", "q", "alone.fn", "out.weight",
+        "attention.in_proj_weight", "attention.out_proj.weight",
+    }  # fmt: skip
+    said: list[str] = []
+    optim.configure(model, "muon", report=said.append)
+    for why in ("8x4 table beside layers", "2x4 bias", "1x8x4 leading 1"):
+        assert why in " ".join(said[0].split())
+
+
+@pytest.mark.parametrize("kind", ["Blip2QFormer", "Sam", "XLNet", "Mamba"])
+def test_models_of_transformers_with_tables(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        config = {"XLNet": {"n_layer": 1}}.get(kind, {})
+        sub = "Blip2QFormerConfig" if kind == "Blip2QFormer" else f"{kind}Config"
+        made = getattr(transformers, f"{kind}Model")(getattr(transformers, sub)(**config))
+    groups = optim.split_params(made)
+    names = {n for g in groups if g["rule"] == "matrix" for n, _ in g["params"]}
+    assert names and not {n for n in names if any(w in n for w in ("bias", "rel_pos", "A_log"))}
 
 
 def test_a_group_for_each_device() -> None:

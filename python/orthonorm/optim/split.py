@@ -19,6 +19,15 @@ NOT_HIDDEN = (
 )  # fmt: skip
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (
+    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase,
+    nn.MultiheadAttention, *EMBEDDINGS,
+)  # fmt: skip
+# Names of weights that a module holds beside its layers.
+WEIGHTS = (
+    "*weight*", "*proj*", "*gate*", "*kernel*", "*lora*", "up", "down", "[qkvow]", "w_*",
+    "w*[0-9]", "W*",
+)  # fmt: skip
 GATED = {(nn.LSTM, nn.LSTMCell): 4, (nn.GRU, nn.GRUCell): 3}
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -34,7 +43,8 @@ def split_params(
 
     AdamW gets vectors and scalars (gains, biases), embeddings and weights tied to them, matrices
     with a side of 1, transposed and depthwise convolutions, and parameters with a path component
-    that matches a pattern of `adamw` (embeddings, heads). It also gets
+    that matches a pattern of `adamw` (embeddings, heads). Of what modules hold besides layers it
+    gets biases of any shape, tensors with a leading 1 and tables (queries, prompts). It also gets
     the last Linear if its weight has the shape of an embedding: it then maps back to tokens.
     Convolution weights are flattened to out x rest, 3-D weights are batches (expert stacks), and
     the matrices of nn.MultiheadAttention's in_proj_weight and of the gates of nn.LSTM and nn.GRU
@@ -138,6 +148,25 @@ def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[s
         for pattern in adamw:
             if fnmatchcase(part, pattern):
                 return f"named {pattern}"
+    return _no_weight(name.rpartition(".")[2], p, owner)
+
+
+def _no_weight(name: str, p: Tensor, owner: nn.Module | None) -> str:
+    """Return why a parameter held by a module that is no layer of torch is no weight, or "".
+
+    Biases of experts and of attention have two dimensions; what is shared by a batch has a leading
+    1; and a matrix beside layers in one module is a table (queries, prompts), if it is not named
+    as weights are. Stacks of three dimensions are weights: of experts, or of heads.
+    """
+    if isinstance(owner, LAYERS):
+        return ""
+    if "bias" in name:
+        return "bias"
+    if p.dim() > 2 and p.shape[0] == 1:
+        return "leading 1"
+    beside = owner is not None and any(isinstance(m, LAYERS) for m in owner.children())
+    if p.dim() == 2 and beside and not any(fnmatchcase(name, x) for x in WEIGHTS):
+        return "table beside layers"
     return ""
 
 
