@@ -122,17 +122,6 @@ def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
     return sorted(groups.values(), key=lambda g: str(g["rule"]) == "adamw")
 
 
-def is_hidden(
-    name: str, p: Tensor, owner: nn.Module | None = None, adamw: Sequence[str] = NOT_HIDDEN
-) -> bool:
-    """True if a parameter of module `owner` looks like a hidden matrix by name, shape and module.
-
-    `split_params` knows the model too: it also gives AdamW embeddings under other names, weights
-    tied to them, and a last Linear of the same shape.
-    """
-    return not _not_hidden(name, p, owner, adamw)
-
-
 def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[str]) -> str:
     """Return the reason why a parameter is not a hidden matrix, or "" if it is one."""
     if p.dim() < 2:
@@ -155,7 +144,7 @@ def _no_weight(name: str, p: Tensor, owner: nn.Module | None) -> str:
     """Return why a parameter held by a module that is no layer of torch is no weight, or "".
 
     Biases of experts and of attention have two dimensions; what is shared by a batch has a leading
-    1; and a matrix beside layers in one module is a table (queries, prompts), if it is not named
+    1; and a matrix of a module that has layers in it is a table (queries, prompts), if it is not named
     as weights are. Stacks of three dimensions are weights: of experts, or of heads.
     """
     if isinstance(owner, LAYERS):
@@ -164,7 +153,7 @@ def _no_weight(name: str, p: Tensor, owner: nn.Module | None) -> str:
         return "bias"
     if p.dim() > 2 and p.shape[0] == 1:
         return "leading 1"
-    beside = owner is not None and any(isinstance(m, LAYERS) for m in owner.children())
+    beside = owner is not None and any(isinstance(m, LAYERS) for m in owner.modules())
     if p.dim() == 2 and beside and not any(fnmatchcase(name, x) for x in WEIGHTS):
         return "table beside layers"
     return ""
