@@ -144,8 +144,8 @@ def _no_weight(name: str, p: Tensor, owner: nn.Module | None) -> str:
     """Return why a parameter held by a module that is no layer of torch is no weight, or "".
 
     Biases of experts and of attention have two dimensions; what is shared by a batch has a leading
-    1; and a matrix of a module that has layers in it is a table (queries, prompts), if it is not named
-    as weights are. Stacks of three dimensions are weights: of experts, or of heads.
+    1; and a matrix of a module that has layers in it is a table (queries, prompts), if it is not
+    named as weights are. Stacks of three dimensions are weights: of experts, or of heads.
     """
     if isinstance(owner, LAYERS):
         return ""
