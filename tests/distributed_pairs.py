@@ -103,14 +103,15 @@ def pair(
     cls, kwargs = OPTIMIZERS[name]
     kwargs = {**kwargs, **more}
     torch.manual_seed(0)
-    shapes = (*SHAPES, (30, 8), (40, 6))
+    shapes = (*SHAPES, (30, 8), (40, 6), (6, 20), (14, 9))
     plain = [nn.Parameter(torch.randn(s).to(like or dtype).to(dtype)) for s in shapes]
 
     def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-        *some, fused, heads = params
+        *some, fused, heads, stored, parts = params
         return [
             {"params": some}, {"params": [fused], "split": (16, 14), "heads": (2, 1)},
-            {"params": [heads], "heads": 8},
+            {"params": [heads], "heads": 8}, {"params": [stored], "transpose": True},
+            {"params": [parts], "transpose": True, "split": (5, 4)},
         ]  # fmt: skip
 
     ours = [nn.Parameter(put(p.detach().clone(), mesh, places)) for p in plain]

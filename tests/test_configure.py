@@ -155,7 +155,7 @@ def matrices_of(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3", "GptOss"])
 def test_stacks_of_experts_in_transformers(kind: str) -> None:
-    """Gate and up are matrices of their own, but where inputs x outputs are stored (GptOss)."""
+    """Gate and up are matrices of their own, but where their columns take turns (GptOss)."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=24,
@@ -166,9 +166,56 @@ def test_stacks_of_experts_in_transformers(kind: str) -> None:
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     found = matrices_of(model)
+    assert not any("bias" in n for n in found)
     stacks = {n: s for n, s in found.items() if n.endswith("gate_up_proj")}
     assert stacks and set(stacks.values()) == {None if kind == "GptOss" else (24, 24)}
     assert not any("embed" in n or "lm_head" in n for n in found)
+
+
+def test_weights_of_inputs_by_outputs_in_transformers() -> None:
+    """GPT-2's Conv1D and stacks of experts, with gate and up beside each other (Aria)."""
+    transformers = pytest.importorskip("transformers")
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    )
+    aria = transformers.AutoModel.from_config(transformers.AriaTextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=12, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, moe_num_experts=3, moe_topk=2,
+    ))  # fmt: skip
+    stored: dict[str, Any] = {}
+    for model in (gpt2, aria):
+        heads = {"*.c_attn.weight": 2} if model is gpt2 else None
+        for opt in (optim.configure(model, "muon", lr=0.1, weight_decay=0.0, report=None),
+                    optim.Muon(optim.split_params(model, heads=heads))):  # fmt: skip
+            for g in opt.param_groups:
+                for name in g["param_names"] if g.get("transpose") else ():
+                    stored.setdefault(name, []).append((g["split"], g["heads"]))
+    assert stored == {
+        "transformer.h.0.attn.c_attn.weight": [((16, 16, 16), None), (None, 2)],
+        "transformer.h.0.attn.c_proj.weight": [(None, None)] * 2,
+        "transformer.h.0.mlp.c_fc.weight": [(None, None)] * 2,
+        "transformer.h.0.mlp.c_proj.weight": [(None, None)] * 2,
+        "layers.0.mlp.experts.gate_up_proj": [((12, 12), None), (None, None)],
+        "layers.0.mlp.experts.down_proj": [(None, None)] * 2,
+    }
+
+
+def test_queries_of_conv1d_step_alone() -> None:
+    """A step of GPT-2's c_attn is that of q, k and v, each outputs x inputs."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).double()
+    fused = model.transformer.h[0].attn.c_attn.weight
+    alone = [nn.Parameter(w.mT.clone()) for w in fused.detach().split(16, 1)]
+    opt = optim.configure(model, "muon", lr=0.1, report=None)
+    tokens = torch.arange(8)[None]
+    model(tokens, labels=tokens).loss.backward()
+    for p, g in zip(alone, fused.grad.split(16, 1), strict=True):
+        p.grad = g.mT.clone()
+    opt.step()
+    optim.Muon(alone, lr=0.1).step()
+    for w, p in zip(fused.detach().split(16, 1), alone, strict=True):
+        torch.testing.assert_close(w.mT, p.detach(), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["muon", "normuon", "SOAP", "Conda"])
@@ -211,6 +258,40 @@ def test_tables_gates_and_depthwise_kernels() -> None:
         "tanh.weight_ih_l0": None, "tanh.weight_hh_l0": None,
         "grouped.weight": None, "kv_proj.weight": None, "out.weight": None,
     }  # fmt: skip
+
+
+def test_tables_beside_layers_are_no_weights() -> None:
+    """Known by the module that holds them; weights beside layers are known by their names."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 9)})
+    alone = nn.ParameterDict({"fn": nn.Parameter(torch.randn(8, 4))})
+    model["alone"] = alone  # a router of its own make: no layers beside it
+    shapes = {"query": (8, 4), "rel_pos_h": (8, 4), "pos_bias_u": (2, 4), "down_proj_bias": (3, 4),
+              "prompt": (1, 8, 4), "experts": (3, 4, 4), "gate_weight": (4, 4), "w1": (4, 4),
+              "q": (4, 4)}  # fmt: skip
+    for name, shape in shapes.items():
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    groups = optim.split_params(model)
+    found = {n for g in groups if g["rule"] == "matrix" for n, _ in g["params"]}
+    assert found == {
+        "experts", "gate_weight", "w1", "q", "alone.fn", "out.weight",
+        "attention.in_proj_weight", "attention.out_proj.weight",
+    }  # fmt: skip
+    said: list[str] = []
+    optim.configure(model, "muon", report=said.append)
+    for why in ("8x4 table beside layers", "2x4 bias", "1x8x4 leading 1"):
+        assert why in " ".join(said[0].split())
+
+
+@pytest.mark.parametrize("kind", ["Blip2QFormer", "Sam", "XLNet", "Mamba"])
+def test_models_of_transformers_with_tables(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        config = {"XLNet": {"n_layer": 1}}.get(kind, {})
+        sub = "Blip2QFormerConfig" if kind == "Blip2QFormer" else f"{kind}Config"
+        made = getattr(transformers, f"{kind}Model")(getattr(transformers, sub)(**config))
+    groups = optim.split_params(made)
+    names = {n for g in groups if g["rule"] == "matrix" for n, _ in g["params"]}
+    assert names and not {n for n in names if any(w in n for w in ("bias", "rel_pos", "A_log"))}
 
 
 def test_a_group_for_each_device() -> None:

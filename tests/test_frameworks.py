@@ -225,10 +225,10 @@ def test_timm_groups() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
-            self.scales = nn.Parameter(torch.ones(3, 2))
+            self.scale_weight = nn.Parameter(torch.ones(3, 2))
 
         def no_weight_decay(self) -> set[str]:
-            return {"scales"}
+            return {"scale_weight"}
 
     def groups(model: Any = None, **settings: Any) -> dict[str, tuple[str, float]]:
         optimizer = create_optimizer_v2(model or Net(), weight_decay=0.1, **settings)
@@ -239,9 +239,9 @@ def test_timm_groups() -> None:
 
     found = groups()
     assert found["first.weight"] == ("matrix", 0.1) and found["first.bias"] == ("adamw", 0.0)
-    assert found["scales"] == ("matrix", 0.0)
+    assert found["scale_weight"] == ("matrix", 0.0)
     found = groups(fallback_no_weight_decay=True, fallback_list=["sec*"], filter_bias_and_bn=False)
-    assert found["scales"] == ("adamw", 0.0) and found["second.weight"] == ("adamw", 0.1)
+    assert found["scale_weight"] == ("adamw", 0.0) and found["second.weight"] == ("adamw", 0.1)
     assert found["first.bias"] == ("adamw", 0.1)
     assert set(groups(opt="AdamW").values()) == {("adamw", 0.1), ("adamw", 0.0)}
     conda = create_optimizer_v2(Net(), "conda", betas=(0.8, 0.9))
@@ -251,7 +251,9 @@ def test_timm_groups() -> None:
     head = Net()
     head.get_classifier = lambda: head.second  # type: ignore[assignment]
     assert groups(head)["second.weight"] == ("adamw", 0.1)
-    made = create_optimizer_v2(Net(), param_group_fn=lambda m: [dict(params=[m.scales], lr=0.25)])
+    made = create_optimizer_v2(
+        Net(), param_group_fn=lambda m: [dict(params=[m.scale_weight], lr=0.25)]
+    )
     assert made.param_groups[0]["lr"] == 0.25
     with pytest.raises(ValueError, match="layer_decay must be None"):
         create_optimizer_v2(Net(), layer_decay=0.7)
@@ -299,7 +301,12 @@ def test_torchtitan_container() -> None:
         ],
     ).build(model_parts=[network()])  # fmt: skip
     assert [type(o) for o in mixed] == [torch.optim.AdamW, optim.Conda]
-    assert [g["lr"] for g in list(mixed)[1].param_groups] == [0.003, 0.01]
+    assert [g["lr"] for g in list(mixed)[1].param_groups] == [0.01, 0.003]
+    fused = nn.ModuleDict({"qkv": nn.Linear(4, 12), "rnn": nn.GRU(4, 4), "out": nn.Linear(4, 8)})
+    (made,) = muon_config(lr=0.02).build(model_parts=[fused])
+    split = {n: g.get("split") for g in made.param_groups for n in g["param_names"]}
+    assert split["qkv.weight"] == split["rnn.weight_ih_l0"] == (4, 4, 4)
+    assert split["out.weight"] is None and split.keys() == dict(fused.named_parameters()).keys()
     with pytest.raises(ValueError, match="optimizer must be one of"):
         muon_config("Moun")
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from optimizer_rows import ROWS, Row, build, make, set_grads
 from orthonorm import optim
 from torch import Tensor, nn
+
+MATRIX = [row for row in ROWS if row.name != "AdamW"]
 
 
 class Tiny(nn.Module):
@@ -83,6 +88,52 @@ def test_views_are_the_matrices_they_stand_for(name: str) -> None:
         torch.testing.assert_close(x, p, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("row", MATRIX, ids=lambda r: r.name)
+def test_inputs_by_outputs_step_as_their_transposes(row: Row) -> None:
+    """Shape factors, rows, columns, split, heads and stacks are those of W^T; so is state."""
+    shapes = ((5, 12), (9, 6), (3, 6, 4), (8, 8))
+    keys: list[dict[str, Any]] = [{"split": (8, 4)}, {"heads": 2}, {"split": (3, 1)}, {}]
+    stored, turned = make(shapes=shapes), make(shapes=shapes)
+    for p in turned:
+        p.data = p.data.mT.contiguous()
+
+    def groups(params: list[nn.Parameter], **more: bool) -> list[dict[str, Any]]:
+        return [{"params": [p], **k, **more} for p, k in zip(params, keys, strict=True)]
+
+    a, b = build(row, groups(stored, transpose=True)), build(row, groups(turned))
+    for step in range(4):
+        set_grads(step, stored)
+        for p, q in zip(stored, turned, strict=True):
+            assert p.grad is not None
+            q.grad = p.grad.mT.clone()
+        a.step()
+        b.step()
+    for p, q in zip(stored, turned, strict=True):
+        torch.testing.assert_close(p.detach().mT, q.detach(), rtol=1e-9, atol=1e-10)
+    sizes = [[t.numel() for t in opt.state[p].values() if isinstance(t, Tensor)]
+             for opt, params in ((a, stored), (b, turned)) for p in params]  # fmt: skip
+    assert sizes[:4] == sizes[4:]
+
+
+@pytest.mark.parametrize(
+    "more", [{"mantissa": True}, {"state_dtype": "float32"}, {"state_dtype": "8bit"},
+             {"state_dtype": "bfloat16"}, {"constraint": "normalize"}, {"decay": "cautious"}],
+    ids=str,
+)  # fmt: skip
+def test_inputs_by_outputs_with_every_storage(more: dict[str, Any]) -> None:
+    stored = make(torch.bfloat16, [(5, 12)])
+    turned = [nn.Parameter(p.detach().mT.contiguous()) for p in stored]
+    a = optim.NorMuon([{"params": stored, "split": (8, 4), "transpose": True}], lr=0.02, **more)
+    b = optim.NorMuon([{"params": turned, "split": (8, 4)}], lr=0.02, **more)
+    for step in range(3):
+        set_grads(step, stored)
+        assert stored[0].grad is not None
+        turned[0].grad = stored[0].grad.mT.clone()
+        a.step()
+        b.step()
+    assert torch.equal(stored[0].mT, turned[0])
+
+
 def test_channels_last_and_transposed_weights() -> None:
     weight = torch.randn(8, 6, 3, 3)
     plain = nn.Parameter(weight.clone())
@@ -103,10 +154,13 @@ def test_bad_views_are_refused() -> None:
     p = nn.Parameter(torch.ones(12, 5))
     for keys, word in (
         ({"heads": 5}, "heads"), ({"split": (6, 5)}, "split"),
-        ({"split": (6, 6), "heads": (1,)}, "heads"),
+        ({"split": (6, 6), "heads": (1,)}, "heads"), ({"transpose": 2}, "transpose"),
+        ({"transpose": True, "split": (6, 6)}, "add up to 5"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             optim.Muon([{"params": [p], **keys}])
+    with pytest.raises(ValueError, match="transpose must be False for flattened weights"):
+        optim.Muon([{"params": [nn.Parameter(torch.ones(2, 3, 4, 4))], "transpose": True}])
     with pytest.raises(ValueError, match="heads must divide the 3 rows"):
         optim.Muon([{"params": [nn.Parameter(torch.ones(2, 3, 4))], "heads": 2}])
 

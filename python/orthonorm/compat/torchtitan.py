@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torchtitan.components import optimizer as titan
 
 from ..optim import MatrixOptimizer
-from ..optim.configure import by_name
-from ..optim.split import NOT_HIDDEN, is_hidden
+from ..optim.configure import by_name, routed
+from ..optim.split import NOT_HIDDEN, Assigned, grouped
 
 __all__ = [
     "OptimizersContainer",
@@ -35,8 +36,8 @@ ParamGroupConfig = titan.ParamGroupConfig
 class OptimizersContainer(titan.OptimizersContainer):
     """torchtitan's container, in which `optimizer_name="orthonorm.Muon"` names an optimizer here.
 
-    Of the parameters that a pattern matches, hidden matrices take the optimizer's rule. All others
-    take its AdamW, whose settings are `optimizer_kwargs["adamw"]`.
+    Of the parameters that a pattern matches, hidden matrices take the optimizer's rule, fused ones
+    split. All others take its AdamW, whose settings are `optimizer_kwargs["adamw"]`.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -49,21 +50,45 @@ class OptimizersContainer(titan.OptimizersContainer):
             return partial(_build, by_name(name.removeprefix(PREFIX)))
         return titan.OptimizersContainer._resolve_optimizer_factory(name)
 
+    @staticmethod
+    def _build_param_groups(
+        model: nn.Module, param_group_configs: Any, impl_kwargs: dict[str, Any]
+    ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[str]]]:
+        """Divide torchtitan's groups of optimizers here, as `optim.configure` divides a model."""
+        groups, patterns = titan.OptimizersContainer._build_param_groups(
+            model, param_group_configs, impl_kwargs
+        )
+        known = {id(a.p): a for a in routed(model, NAMES)}
+        for name in (name for name in groups if name.startswith(PREFIX)):
+            parts = [_parts(given, known) for given in groups[name]]
+            patterns[name] = [
+                x for x, made in zip(patterns[name], parts, strict=True) for _ in made
+            ]
+            groups[name] = [group for made in parts for group in made]
+        return groups, patterns
+
 
 def _build(
     cls: type[MatrixOptimizer], groups: list[dict[str, Any]], **settings: Any
 ) -> MatrixOptimizer:
-    """Make `cls` from torchtitan's groups, each split into hidden matrices and the rest."""
-    split = []
-    for given in groups:
-        keys = {k: v for k, v in given.items() if k not in ("fused", "foreach")}
-        pairs = list(zip(keys.pop("param_names"), keys.pop("params"), strict=True))
-        rules = {"adamw": keys.pop("adamw", {}), "matrix": keys}
-        for rule, values in rules.items():
-            params = [x for x in pairs if is_hidden(*x, adamw=NAMES) == (rule == "matrix")]
-            if params:
-                split.append({"params": params, "rule": rule, **values})
-    return cls(split, **settings)
+    """Make `cls` from groups with `params` and `param_names` in two lists."""
+    named = [{**g, "params": list(zip(g["param_names"], g["params"], strict=True))} for g in groups]
+    for group in named:
+        del group["param_names"]
+    return cls(named, **settings)
+
+
+def _parts(given: dict[str, Any], known: dict[int, Assigned]) -> list[dict[str, Any]]:
+    """Return torchtitan's group as one for AdamW and one for each kind of matrices."""
+    settings = {
+        k: v for k, v in given.items() if k not in ("fused", "foreach", "params", "param_names")
+    }
+    adamw = settings.pop("adamw", {})
+    pairs = zip(given["param_names"], given["params"], strict=True)
+    found = grouped([known[id(p)]._replace(name=name) for name, p in pairs])
+    for group in found:
+        group["param_names"], group["params"] = map(list, zip(*group["params"], strict=True))
+    return [{**(adamw if g["rule"] == "adamw" else settings), **g} for g in found]
 
 
 def muon_config(

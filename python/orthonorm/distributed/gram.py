@@ -19,6 +19,7 @@ from ..ops import divide_each
 from ..ops.words import triples_of
 from ..optim.state import Batch, matrix_shapes, widened
 from ..optim.tensors import local, sharded_dims
+from ..optim.views import is_matrix
 from ..orthogonalize import choose
 from ..polar import Polynomial
 from .plan import Bucket, Item, Traveler
@@ -40,7 +41,7 @@ def spread_of(opt: MatrixOptimizer, item: Item, group: dict[str, Any]) -> Item:
     if group.get("method") != "gram" or not (opt.on_shards(group) or opt.on_lines(group)):
         return item
     dims = sharded_dims(p)
-    if p.dim() != 2 or len(dims) != 1 or group["split"] is not None or group["heads"] is not None:
+    if p.dim() != 2 or len(dims) != 1 or not is_matrix(group):
         return item
     if p.shape[p.placements[dims[0]].dim] == min(p.shape):
         return item

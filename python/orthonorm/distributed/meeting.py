@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..optim.tensors import is_distributed, mesh_places, mesh_ranks
+from ..optim.views import VIEW_DEFAULTS
 from .company import shared
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ Digests = dict[str, list[int]]  # by the digest of a mesh's entries: its ranks
 
 def describe(opt: MatrixOptimizer, p: Any, group: dict[str, Any], index: int) -> str:
     # settings that decide whether and how the parameter travels
-    keys = ("flatten", "split", "heads", "method", "decay", "constraint", "state_dtype")
-    views = {k: group[k] for k in keys if group.get(k) not in (None, "auto", "decoupled")}
+    keys = (*VIEW_DEFAULTS, "method", "decay", "constraint", "state_dtype")
+    usual = (None, "auto", "decoupled")
+    views = {k: group[k] for k in keys if group.get(k) not in (*usual, VIEW_DEFAULTS.get(k))}
     place = "a plain tensor"
     if is_distributed(p):
         place = f"{tuple(p.placements)} on mesh {mesh_ranks(p.device_mesh)}"

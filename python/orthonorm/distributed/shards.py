@@ -33,8 +33,6 @@ from .spread import Travel
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
 
-FLAT = {"flatten": True}
-
 
 def plan(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]) -> list[Bucket]:
     """Return the buckets of sharded parameters, and make state that is missing.
@@ -163,7 +161,8 @@ def shard_rows(
         lists = {"param": data, "grad": local(p.grad), "update": block}
         if opt.momentum_key in opt.elementwise_state(group):
             lists["momentum"] = local(state[opt.momentum_key])
-        views = {key: matrices(t, data, FLAT)[0] for key, t in lists.items()}
+        form = {"flatten": True, "transpose": turned(p, group)}
+        views = {key: matrices(t, data, form)[0] for key, t in lists.items()}
         if group["maximize"]:
             views["grad"] = -views["grad"]
         for x, start, length in cuts(bucket, item, group):
@@ -186,7 +185,7 @@ def cuts(bucket: Bucket, item: Item, group: dict[str, Any]) -> list[tuple[Tensor
     """
     p = item.param
     pieces = matrices(whole(p), whole(p), group)
-    first, count = item.travelers[0].boxes[bucket.ranks.rank][0]
+    first, count = item.travelers[0].boxes[bucket.ranks.rank][1 if turned(p, group) else 0]
     if len(pieces) == 1:
         return [(pieces[0], 0, count)]
     parts, begin = [], 0
@@ -196,6 +195,11 @@ def cuts(bucket: Bucket, item: Item, group: dict[str, Any]) -> list[tuple[Tensor
         parts.append((x, low - first, max(0, high - low)))
         begin = end
     return parts
+
+
+def turned(p: Tensor, group: dict[str, Any]) -> bool:
+    """True if rows of the matrices of `p` are its columns; stacks are cut as they are stored."""
+    return bool(group["transpose"]) and p.dim() == 2
 
 
 def directions(

@@ -25,7 +25,7 @@ from .state import (
 )
 from .storage import matrix_dtype
 from .tensors import is_distributed, local, views_here
-from .views import matrices
+from .views import is_matrix, matrices
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
@@ -38,8 +38,8 @@ def matrix_batch(opt: MatrixOptimizer, params: list[Tensor], group: dict[str, An
     halves = [halved(p, group) for p in params] if group.get("mantissa") else [False] * len(params)
     known = made_states(opt, params, halves, group)
     states = [opt.state[p] for p in params]
-    own = group.get("split") is None and group.get("heads") is None
-    own = own and all(type(p) in PLAIN and p.dim() == 2 for p in params)  # each is one matrix
+    plain = all(type(p) in PLAIN and p.dim() == 2 for p in params)
+    own = plain and is_matrix(group)  # each is one matrix
     like = [] if own else [(local(p), views_here(p, group)) for p in params]
     counts = [len(matrices(data, data, views)) for data, views in like]
 

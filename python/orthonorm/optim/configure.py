@@ -97,21 +97,25 @@ def without_last(found: list[Assigned]) -> list[Assigned]:
 def pieces(a: Assigned) -> Assigned:
     """Add the split of a fused weight, if its name and shape are those of one."""
     count = next((FUSED[part] for part in a.name.split(".") if part in FUSED), 0)
-    if a.reason or a.keys or not count or not fused(a, count):
+    if a.reason or not count or a.keys.keys() & {"flatten", "split", "heads"}:
         return a
-    return a._replace(keys={"split": (a.p.shape[-2] // count,) * count})
+    *stack, rows, columns = a.p.mT.shape if "transpose" in a.keys else a.p.shape
+    if len(stack) > 1 or not fused(a, count, rows, columns):
+        return a
+    return a._replace(keys={**a.keys, "split": (rows // count,) * count})
 
 
-def fused(a: Assigned, count: int) -> bool:
+def fused(a: Assigned, count: int, rows: int, columns: int) -> bool:
     """True if the rows of a weight, or of every matrix of a stack, are `count` matrices' rows."""
     if a.p.dim() == 2:
-        rows, columns = a.p.shape
         return rows % 2 == 0 if count == 2 else rows == 3 * columns
-    down = getattr(a.owner, "down_proj", None)  # other stacks are stored as inputs x outputs
-    if count != 2 or a.p.dim() != 3 or not isinstance(down, nn.Parameter):
+    down = getattr(a.owner, "down_proj", None)
+    if count != 2 or not isinstance(down, nn.Parameter) or rows % 2:
         return False
-    _, rows, columns = a.p.shape
-    return down.shape[1:] == (columns, rows // 2) and rows % 2 == 0
+    if not getattr(a.owner, "is_concatenated", True):  # transformers: gate and up take turns
+        return False
+    shape = (down.mT if "transpose" in a.keys else down).shape
+    return shape[1:] == (columns, rows // 2)
 
 
 def describe(found: list[Assigned], optimizer: MatrixOptimizer) -> str:

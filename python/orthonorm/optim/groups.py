@@ -212,7 +212,7 @@ class Groups(torch.optim.Optimizer):
             if group["mantissa"] and group["constraint"] is not None:
                 raise ValueError(f"{self.name}: constraint must be None with mantissa=True")
             self.check_group(group)
-            if any(group[key] is not None for key in VIEW_DEFAULTS):
+            if any(group[key] != default for key, default in VIEW_DEFAULTS.items()):
                 self._check_views(group)
 
     def _check_rounding(self, group: Mapping[str, Any]) -> None:

@@ -47,8 +47,8 @@ class Scion(Orthogonalizing):
         scale: radius of the ball.
         normalized: take the first of the two forms. None is the authors' default: True, but False
             for "column".
-        transpose: take the LMO of D^T (norms of rows and columns only), as "column" needs for
-            embeddings stored vocabulary x width.
+        transpose: take the LMO of D^T, as "column" needs for embeddings stored vocabulary x width
+            (views.py).
         largest: raise spectral factors below 1 to 1 (before prod(k) divides them).
         unconstrained: do not shrink W.
         norm_eps: as in the norms.
@@ -68,7 +68,7 @@ class Scion(Orthogonalizing):
     self_contained = True
     rules: ClassVar[dict[str, Rule]] = {
         "momentum": scheduled(0.0, 1.0), "norm": one_of(*NORMS),
-        "scale": at_least(0.0), "normalized": one_of(None, True, False), "transpose": FLAG,
+        "scale": at_least(0.0), "normalized": one_of(None, True, False),
         "largest": FLAG, "unconstrained": FLAG, "norm_eps": at_least(0.0),
     }  # fmt: skip
 
@@ -131,7 +131,7 @@ class Scion(Orthogonalizing):
             size = math.sqrt(m / (n / taps)) if normalized(norm, group) else math.sqrt(m)
             size = (max(1.0, size) if group["largest"] else size) / taps
         elif norm in ROWS:
-            size = (m if group["transpose"] else n) ** ROWS[norm]
+            size = n ** ROWS[norm]
         return group["scale"] * size
 
 
@@ -149,16 +149,13 @@ def normalized(norm: str, group: dict[str, Any]) -> bool:
 
 def lines(D: Tensor, norm: str, group: dict[str, Any]) -> Tensor:
     """Return the LMO of D for norms of rows or columns."""
-    X = D.mT if group["transpose"] else D
-    m, n = X.shape[-2:]
+    m, n = D.shape[-2:]
     eps = group["norm_eps"]
     if norm == "row" or norm in ROWS:
         full = norm == "row" and normalized(norm, group)
-        Y = row_normalize.unchecked(X, math.sqrt(n) if full else 1.0, eps)
-    else:
-        full = norm == "column" and normalized(norm, group)
-        Y = column_normalize.unchecked(X, (n if full else 1.0) / math.sqrt(m), eps)
-    return Y.mT if group["transpose"] else Y
+        return row_normalize.unchecked(D, math.sqrt(n) if full else 1.0, eps)
+    full = norm == "column" and normalized(norm, group)
+    return column_normalize.unchecked(D, (n if full else 1.0) / math.sqrt(m), eps)
 
 
 class ScionLight(Scion):

@@ -169,6 +169,7 @@ RULES: dict[str, Rule] = {  # checks of keys that mean the same in every optimiz
     "nonfinite": one_of(*NONFINITE),
     "maximize": FLAG,
     "heavy_ball": FLAG,
+    "transpose": FLAG,
     "mantissa": FLAG,
     "state_dtype": one_of(*STATE_DTYPES),
     "stochastic_rounding": FLAG,

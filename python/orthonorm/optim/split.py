@@ -19,6 +19,15 @@ NOT_HIDDEN = (
 )  # fmt: skip
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (
+    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase,
+    nn.MultiheadAttention, *EMBEDDINGS,
+)  # fmt: skip
+# Names of weights that a module holds beside its layers.
+WEIGHTS = (
+    "*weight*", "*proj*", "*gate*", "*kernel*", "*lora*", "up", "down", "[qkvow]", "w_*",
+    "w*[0-9]", "W*",
+)  # fmt: skip
 GATED = {(nn.LSTM, nn.LSTMCell): 4, (nn.GRU, nn.GRUCell): 3}
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -34,11 +43,13 @@ def split_params(
 
     AdamW gets vectors and scalars (gains, biases), embeddings and weights tied to them, matrices
     with a side of 1, transposed and depthwise convolutions, and parameters with a path component
-    that matches a pattern of `adamw` (embeddings, heads). It also gets the last Linear if its
-    weight has the shape of an embedding: it then maps back to tokens. Convolution weights are
-    flattened to out x rest, 3-D weights are batches (expert stacks), and the matrices of
-    nn.MultiheadAttention's in_proj_weight and of the gates of nn.LSTM and nn.GRU are split. No
-    group spans devices.
+    that matches a pattern of `adamw` (embeddings, heads). Of what modules hold besides layers it
+    gets biases of any shape, tensors with a leading 1 and tables (queries, prompts). It also gets
+    the last Linear if its weight has the shape of an embedding: it then maps back to tokens.
+    Convolution weights are flattened to out x rest, 3-D weights are batches (expert stacks), and
+    the matrices of nn.MultiheadAttention's in_proj_weight and of the gates of nn.LSTM and nn.GRU
+    are split. Weights that transformers stores as inputs x outputs are transposed (`transpose`).
+    No group spans devices.
 
     Args:
         model: its parameters that require gradients are grouped, each once, with their names.
@@ -111,17 +122,6 @@ def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
     return sorted(groups.values(), key=lambda g: str(g["rule"]) == "adamw")
 
 
-def is_hidden(
-    name: str, p: Tensor, owner: nn.Module | None = None, adamw: Sequence[str] = NOT_HIDDEN
-) -> bool:
-    """True if a parameter of module `owner` looks like a hidden matrix by name, shape and module.
-
-    `split_params` knows the model too: it also gives AdamW embeddings under other names, weights
-    tied to them, and a last Linear of the same shape.
-    """
-    return not _not_hidden(name, p, owner, adamw)
-
-
 def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[str]) -> str:
     """Return the reason why a parameter is not a hidden matrix, or "" if it is one."""
     if p.dim() < 2:
@@ -137,6 +137,25 @@ def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[s
         for pattern in adamw:
             if fnmatchcase(part, pattern):
                 return f"named {pattern}"
+    return _no_weight(name.rpartition(".")[2], p, owner)
+
+
+def _no_weight(name: str, p: Tensor, owner: nn.Module | None) -> str:
+    """Return why a parameter held by a module that is no layer of torch is no weight, or "".
+
+    Biases of experts and of attention have two dimensions; what is shared by a batch has a leading
+    1; and a matrix of a module that has layers in it is a table (queries, prompts), if it is not
+    named as weights are. Stacks of three dimensions are weights: of experts, or of heads.
+    """
+    if isinstance(owner, LAYERS):
+        return ""
+    if "bias" in name:
+        return "bias"
+    if p.dim() > 2 and p.shape[0] == 1:
+        return "leading 1"
+    beside = owner is not None and any(isinstance(m, LAYERS) for m in owner.modules())
+    if p.dim() == 2 and beside and not any(fnmatchcase(name, x) for x in WEIGHTS):
+        return "table beside layers"
     return ""
 
 
@@ -150,6 +169,8 @@ def _views(
     keys: dict[str, Any] = {}
     if isinstance(owner, CONVOLUTIONS) and p.dim() == 3:
         keys["flatten"] = True
+    if stores_inputs_first(owner):
+        keys["transpose"] = True
     for label, patterns in (("split", split), ("heads", heads)):
         for pattern, value in patterns.items():
             if fnmatchcase(name, pattern):
@@ -158,6 +179,13 @@ def _views(
     if "split" not in keys and count and p.shape[0] % count == 0:
         keys["split"] = (p.shape[0] // count,) * count
     return keys
+
+
+def stores_inputs_first(owner: nn.Module) -> bool:
+    """True for modules of transformers whose weights, or stacks of them, are inputs x outputs."""
+    kind = type(owner)
+    conv1d = kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+    return conv1d or getattr(owner, "is_transposed", None) is True  # the latter: experts
 
 
 def gates(name: str, owner: nn.Module) -> int:

@@ -240,7 +240,9 @@ def meets_owner(p: Any, group: Mapping[str, Any]) -> bool:
 
 def has_whole_heads(p: Any, group: Mapping[str, Any]) -> bool:
     """True if `p` is cut between heads: along rows, by a number of ranks that divides `heads`."""
-    if group.get("heads") is None or group.get("split") is not None or cuts_stacks(p.shape, group):
+    if group.get("heads") is None or group.get("split") is not None or group.get("transpose"):
+        return False
+    if cuts_stacks(p.shape, group):
         return False
     dims = sharded_dims(p)
     (heads,) = heads_of(group, [p])

@@ -1,11 +1,13 @@
 """The matrices of a parameter: views, never copies, of the parameter and its state.
 
 Param-group keys, all optional, apply to every parameter of the group:
-    flatten  True: (out, ...) becomes out x rest; False: leading dimensions are a batch; None: 4-D
-             and 5-D weights (convolutions) are flattened, 3-D ones (expert stacks) are batches.
-    split    row counts of the matrices fused along their rows, as (d, d_kv, d_kv) of a QKV weight;
-             of a batch, every matrix is cut so.
-    heads    number of equal row blocks that are matrices of their own, or one per split piece.
+    flatten    True: (out, ...) becomes out x rest; False: leading dimensions are a batch; None:
+               4-D and 5-D weights (convolutions) are flattened, 3-D ones (expert stacks) batches.
+    transpose  True: the matrix is W^T, for weights and stacks stored as inputs x outputs
+               (transformers' Conv1D). It is no key of convolutions.
+    split      row counts of the matrices fused along their rows, as (d, d_kv, d_kv) of a QKV
+               weight; of a batch, every matrix is cut so.
+    heads      number of equal row blocks that are matrices of their own, or one per split piece.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from .. import _checks as check
 
-VIEW_DEFAULTS: dict[str, Any] = {"flatten": None, "split": None, "heads": None}
+VIEW_DEFAULTS: dict[str, Any] = {
+    "flatten": None, "transpose": False, "split": None, "heads": None,
+}  # fmt: skip
 
 
 def heads_of(group: Mapping[str, Any], pieces: Sequence[Any]) -> Sequence[int]:
@@ -32,6 +36,12 @@ def flattens(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
     """True if a parameter of this shape becomes out x rest."""
     flatten = group.get("flatten")
     return len(shape) > 3 if flatten is None else bool(flatten) and len(shape) > 2
+
+
+def is_matrix(group: Mapping[str, Any]) -> bool:
+    """True if a parameter of two dimensions is itself its one matrix."""
+    keys = ("transpose", "split", "heads")
+    return all(group.get(key, VIEW_DEFAULTS[key]) == VIEW_DEFAULTS[key] for key in keys)
 
 
 def cuts_stacks(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
@@ -50,12 +60,17 @@ def check_views(
             "put it in a group with rule='adamw' (orthonorm.optim.split_params does)"
         )
     check.choice(name, "flatten", group.get("flatten"), (None, True, False))
+    flat, turned = flattens(shape, group), group.get("transpose", False)
+    if flat and turned:
+        raise ValueError(
+            f"{name}: transpose must be False for flattened weights, got shape {tuple(shape)}"
+        )
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:
         return
     if len(shape) < 2:
         raise ValueError(f"{name}: split and heads need matrices, got shape {tuple(shape)}")
-    rows = shape[0] if flattens(shape, group) else shape[-2]
+    rows = shape[0] if flat else shape[-1 if turned else -2]
     pieces = (rows,) if split is None else check_counts(name, "split", split)
     if sum(pieces) != rows:
         raise ValueError(f"{name}: split must be row counts that add up to {rows}, got {split}")
@@ -92,6 +107,8 @@ def matrices(t: Tensor, like: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
         return [t.reshape(-1, 1)]
     if flattens(like.shape, group):
         t = t.permute(memory_order(like)).reshape(t.shape[0], -1)
+    elif group.get("transpose"):
+        t = t.mT
     split, heads = group.get("split"), group.get("heads")
     if split is None and heads is None:
         return [t]
