@@ -163,17 +163,18 @@ def kernels_of(call: Callable[[], Any]) -> list[Callable[[], Any]]:
 def _repeatable(kernel: Callable[[], Any]) -> Callable[[], Any]:
     """Return a kernel call that can be repeated.
 
-    `scaled_polynomial_` overwrites X by its polar factor. Its call is changed to a copy of X, over
-    the norm of that copy. Divided by another norm, entries would vanish or overflow in repeats, and
-    such numbers are multiplied faster.
+    `scaled_polynomial_` overwrites X by its polar factor, or reads a work buffer. Its call is
+    changed to read a copy of that, over the norm of the copy. Divided by another norm, entries
+    would vanish or overflow in repeats, and such numbers are multiplied faster.
     """
     assert isinstance(kernel, functools.partial)
     if kernel.func._opname != "scaled_polynomial_":
         return kernel
-    X, _, *rest = kernel.args
-    X = X.clone()  # X is a work buffer of the step, to which other kernels write
-    norms = torch.linalg.matrix_norm(X.double()).reshape(-1)
-    return functools.partial(kernel.func, X, norms, *rest, **kernel.keywords)
+    X, _, *how = kernel.args
+    # both are work buffers of the step, to which other kernels write
+    X, *read = (t.clone() for t in (X, *how[4:]))
+    norms = torch.linalg.matrix_norm((read or [X])[0].double()).reshape(-1)
+    return functools.partial(kernel.func, X, norms, *how[:4], *read)
 
 
 def served_by(call: Callable[[], Any]) -> str:

@@ -171,7 +171,8 @@ _ROWS = (
     ),
     Case(
         "scaled_polynomial_", makers.scaled_polynomial, work.direct_polynomial,
-        variants=({"gram": True, "restarts": [2]}, {"coefficients": CUBIC}),
+        variants=({"gram": True, "restarts": [2]}, {"coefficients": CUBIC},
+                  {"source": makers.source}),
         shapes=("768x3072", "2048x2048", "12x768x768"),
     ),
     Case("divide_each", makers.divide_each, maps=True, scale_free=True),

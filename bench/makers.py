@@ -10,7 +10,7 @@ import torch
 from orthonorm.ops.blocks import scales_shape
 from torch import Tensor
 
-from .inputs import Arguments, Inputs
+from .inputs import Arguments, Inputs, place
 from .shapes import Shape
 
 KELLER = [3.4445, -4.7750, 2.0315] * 5
@@ -110,6 +110,11 @@ def scaled_polynomial(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     made = gram_form(shapes, inputs)
     norms = torch.linalg.matrix_norm(made["X"].double()).reshape(-1)
     return {**made, "divisors": norms, "gram": False, "dtype": inputs.dtype}
+
+
+def source(arguments: Arguments) -> Tensor:
+    """Return what `scaled_polynomial_` reads in place of X, in another memory layout."""
+    return place(2 * arguments["X"], "transposed")
 
 
 def magnitude(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:

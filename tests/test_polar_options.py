@@ -165,7 +165,7 @@ def test_method_and_restarts_are_obeyed(
     iterate = module.scaled_polynomial_.overload
 
     def told(*arguments: Any) -> None:
-        *_, restarts, gram, _ = arguments
+        *_, restarts, gram, _, _ = arguments
         seen.extend([restarts] if gram else [])
         iterate(*arguments)
 

@@ -1,5 +1,5 @@
-// X <- the polynomial of X over its norm, in place: scaled into memory that calls leave to each
-// other, iterated there, written back in the dtype of X.
+// X <- the polynomial of X, or of `source`, over its norm: scaled into memory that calls leave to
+// each other, iterated there, written in the dtype of X.
 #include "../orthonorm.h"
 
 #include "elementwise.h"
@@ -63,7 +63,7 @@ void over_runs(const Lines& lines, const F& f) {
 }
 
 template <class T, class O>
-void run(const MatrixView& v, ScalarType iterated, const std::vector<double>& divisors,
+void run(const MatrixView& from, const MatrixView& v, ScalarType iterated, const std::vector<double>& divisors,
          const std::vector<gemm::Triple>& triples,
          const std::vector<std::vector<gemm::Triple>>& segments) {
   using gemm::Workspace;
@@ -71,7 +71,7 @@ void run(const MatrixView& v, ScalarType iterated, const std::vector<double>& di
   constexpr bool same = std::is_same_v<T, O>;
   constexpr bool writes = same || (sizeof(T) == 2 && std::is_same_v<O, float>);  // O, from T
   const bool by_columns = v.stride_row == 1 && v.stride_col != 1;
-  const Lines lines(v, by_columns);
+  const Lines given(from, by_columns), lines(v, by_columns);
   const int64_t size = v.rows * v.cols;
   const bool straight = same || (writes && size < PACKED);
   Workspace memory((straight ? 1 : 2) * Workspace::bytes_for<T>(v.batch * size));
@@ -79,10 +79,10 @@ void run(const MatrixView& v, ScalarType iterated, const std::vector<double>& di
   T* const result = straight ? nullptr : memory.take<T>(v.batch * size);
   over_runs(lines, [&](int64_t line, int64_t place, int64_t count) {
     alignas(64) A values[RUN];
-    const A* const from = load<A>(lines.at(line, place), v.dtype, lines.step, count, values);
+    const A* const x = load<A>(given.at(line, place), v.dtype, given.step, count, values);
     T* const to = scaled + line * lines.length + place;
     const double divisor = divisors[line / lines.count];
-    specialized([=] { scale_run(from, divisor, count, to); });
+    specialized([=] { scale_run(x, divisor, count, to); });
   });
   // As matrices with the short side first.
   const bool turned = v.rows > v.cols;
@@ -115,21 +115,30 @@ void run(const MatrixView& v, ScalarType iterated, const std::vector<double>& di
 }
 
 void scaled_polynomial_(Tensor X, Tensor divisors, std::vector<double> coefficients,
-                        std::vector<int64_t> restarts, bool gram, ScalarType dtype) {
+                        std::vector<int64_t> restarts, bool gram, ScalarType dtype,
+                        std::optional<Tensor> source) {
   const char* const op = "scaled_polynomial_";
   check_matrix(op, "X", X);
+  if (source) {
+    check_matrix(op, "source", *source);
+    const Facts to(X), from(*source);
+    STD_TORCH_CHECK(from.same_shape(to) && from.dtype == to.dtype, op,
+                    ": source must have the shape and dtype of X ", to.shape(), ", got ",
+                    from.shape());
+  }
   const std::vector<gemm::Triple> triples = triples_of(op, coefficients);
   const auto segments = gram ? segments_of(op, triples, restarts)
                              : std::vector<std::vector<gemm::Triple>>();
   const std::vector<double> by = numbers(op, "divisors", divisors);
   const Tensor x = batched(X);
-  const MatrixView v = view(x);
+  const Tensor y = source ? batched(*source) : x;
+  const MatrixView v = view(x), from = view(y);
   STD_TORCH_CHECK(static_cast<int64_t>(by.size()) == v.batch, op, ": divisors must have ", v.batch,
                   " numbers, got ", by.size());
   if (v.numel() == 0) return;
   with_element(op, dtype, [&](auto iterated) {
     with_element(op, v.dtype, [&](auto stored) {
-      run<decltype(iterated), decltype(stored)>(v, dtype, by, triples, segments);
+      run<decltype(iterated), decltype(stored)>(from, v, dtype, by, triples, segments);
     });
   });
   if (x.data_ptr() != X.data_ptr()) torch::stable::copy_(X, x);

@@ -84,7 +84,7 @@ def _(
 
 @op(
     "scaled_polynomial_(Tensor(a!) X, Tensor divisors, float[] coefficients, int[] restarts, "
-    "bool gram, ScalarType dtype) -> ()",
+    "bool gram, ScalarType dtype, Tensor? source=None) -> ()",
     composite=True,
 )
 def scaled_polynomial_(
@@ -94,15 +94,17 @@ def scaled_polynomial_(
     restarts: list[int],
     gram: bool,
     dtype: torch.dtype,
+    source: Tensor | None = None,
 ) -> None:
-    """X <- the polynomial of X / divisor, of each matrix of a batch in place.
+    """X <- the polynomial of X / divisor, of each matrix of a batch in place, or of `source`.
 
     It is `divide_each`, then `gram_form` or `direct_polynomial`, in `dtype`. A kernel keeps the
     intermediate results in memory of its own: new memory costs a CPU more than the passes over it.
 
-    Shapes: X is (..., m, n); divisors (batch,), float64, 0 for matrices of zeros.
+    Shapes: X is (..., m, n), and source in the dtype of X; divisors (batch,), float64, 0 for
+    matrices of zeros.
     """
-    y = divide_each(X, divisors, dtype)
+    y = divide_each(X if source is None else source, divisors, dtype)
     y = gram_form(y, coefficients, restarts) if gram else direct_polynomial(y, coefficients)
     X.copy_(y)
 
@@ -115,12 +117,16 @@ def _(
     restarts: list[int],
     gram: bool,
     dtype: torch.dtype,
+    source: Tensor | None = None,
 ) -> None:
     name = "scaled_polynomial_"
     check.tensor(name, "X", X, min_dim=2)
     check.tensor(name, "divisors", divisors)
     check.equal_shape(name, "divisors", divisors, (math.prod(X.shape[:-2]),))
     check.same_device(name, X=[X], divisors=[divisors])
+    if source is not None:
+        check.same_shapes(name, X=[X], source=[source])
+        check.same_dtype(name, X=X, source=source)
     check_coefficients(name, coefficients)
     check_restarts(name, restarts, len(coefficients) // 3)
     check.choice(name, "dtype", dtype, check.FLOATS)
@@ -213,10 +219,11 @@ def _iterated(
         elif scale == "frobenius" and x.dtype != torch.float64:
             norm = each_norm[i]
             norm = magnitude([x]) if norm is None else norm.reshape(-1)
-            out[i] = x if over else x.clone(memory_format=torch.contiguous_format)
+            source = None if over else x
+            out[i] = x if over else torch.empty_like(x, memory_format=torch.contiguous_format)
             divisors = safety * norm.clamp(min=eps)
             gram_too = choice.form == "gram"
-            how = (coefficients, restarts, gram_too, choice.dtype)
+            how = (coefficients, restarts, gram_too, choice.dtype, source)
             scaled_polynomial_.overload(out[i], divisors, *how)
         else:
             y = scaled(x, scale, eps, safety, choice.dtype, each_norm[i])
