@@ -84,9 +84,8 @@ class StiefelAdam(MatrixOptimizer):
         for indices, t in alike(batch):
             if t > 1 or batch.params[indices[0]].numel() == 0:
                 continue
-            W = stacked([batch.params[i] for i in indices])
-            fine = full_rank(W.to(accumulator(W))).view(len(indices), -1).all(1).tolist()
-            bad = [batch.owners[i] for i, ok in zip(indices, fine, strict=True) if not ok]
+            found = singular(stacked([batch.params[i] for i in indices]))
+            bad = [batch.owners[i] for i, lost in zip(indices, found, strict=True) if lost]
             if bad:
                 index = next(i for i, p in enumerate(group["params"]) if p is bad[0])
                 raise ValueError(
@@ -133,12 +132,13 @@ def move_(batch: Batch, t: int, lr: Tensor, group: dict[str, Any]) -> None:
             torch._foreach_copy_(tensors, list(value.unbind()))
 
 
-def full_rank(W: Tensor) -> Tensor:
-    """Return whether sigma_min > 8 eps sigma_1, or W is not finite, shape (k, ...)."""
-    finite = W.isfinite().all(-1).all(-1)
+def singular(W: Tensor) -> list[bool]:
+    """Return which entries have a finite matrix of sigma_min <= 8 eps sigma_1: the host waits."""
+    W = W.to(accumulator(W))
+    finite = W.isfinite().flatten(-2).all(-1)
     sigma = torch.linalg.svdvals(torch.where(finite[..., None, None], W, 1.0))
-    least = 8 * torch.finfo(W.dtype).eps
-    return (sigma[..., -1] > least * sigma[..., 0]) | ~finite
+    low = sigma[..., -1] <= 8 * torch.finfo(W.dtype).eps * sigma[..., 0]
+    return (low & finite).view(len(W), -1).any(1).tolist()
 
 
 def retracted(X: Tensor) -> Tensor:
