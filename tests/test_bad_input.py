@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_rows import NUMBERS, ROWS, Row, build, make, set_grads, snapshot
-from orthonorm import gram_iteration, optim, power_iteration, spectral_norm
+from orthonorm import _checks, gram_iteration, optim, power_iteration, spectral_norm
 from orthonorm.optim import AdamW, Conda, Muon, split_params
 from torch import nn
 
@@ -364,3 +364,9 @@ def test_bad_patterns(change: dict[str, Any], error: type[Exception], word: str)
     with pytest.raises(error) as caught:
         split_params(**{"model": MODEL, **change})
     assert word in str(caught.value) and str(caught.value).startswith("split_params")
+
+
+def test_a_rate_on_no_device_is_refused_by_where_it_may_be() -> None:
+    rate = torch.ones((), device="meta")
+    with pytest.raises(ValueError, match="op: lr must be on cpu, got meta"):
+        _checks.scalar("op", "lr", rate, [W])

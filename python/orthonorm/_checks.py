@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -107,8 +108,9 @@ def one_beside(op: str, name: str, value: Tensor, beside: Sequence[Tensor]) -> N
     """Check that `value` has one element, on the CPU or the device of `beside`."""
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
-    if beside and value.device.type not in ("cpu", beside[0].device.type):
-        raise ValueError(f"{op}: {name} must be on cpu or {beside[0].device}, got {value.device}")
+    places = dict.fromkeys(("cpu", *(str(t.device) for t in beside[:1])))
+    if beside and value.device.type not in (torch.device(place).type for place in places):
+        raise ValueError(f"{op}: {name} must be on {' or '.join(places)}, got {value.device}")
 
 
 def seed(op: str, name: str, value: object, beside: Sequence[Tensor]) -> None:
@@ -143,20 +145,31 @@ def fraction(op: str, name: str, value: object) -> None:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
 
 
+def plain(value: Any) -> Any:
+    """Return Python's own int or float for other real numbers (NumPy's), also in tuples."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(map(plain, value))
+    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def _real(op: str, name: str, value: object) -> float | torch.SymFloat | torch.SymInt:
-    """Return `value`; raise TypeError unless it is a number (and not a bool)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    """Return `value` by `plain`; raise TypeError unless it is a real number (and not a bool)."""
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    return value
+    return found
 
 
 def integer(op: str, name: str, value: object, low: int) -> None:
     """Check that `value` is an integer in [low, 2^63)."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-    if value < low:
+    if found < low:
         raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
-    if value >= 2**63:  # integers of op schemas have 64 bits
+    if found >= 2**63:  # integers of op schemas have 64 bits
         raise ValueError(f"{op}: {name} must be below 2**63, got {value}")
 
 
@@ -164,7 +177,8 @@ def choice(op: str, name: str, value: object, options: Collection[Any]) -> None:
     """Check that `value` is one of `options`."""
     if value not in options:
         known = ", ".join(repr(o) for o in options)
-        raise ValueError(f"{op}: {name} must be one of {known}, got {value!r}")
+        word = "one of " if len(options) > 1 else ""
+        raise ValueError(f"{op}: {name} must be {word}{known}, got {value!r}")
 
 
 def same_dtype(op: str, **values: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Literal
 
@@ -57,7 +57,7 @@ def _triples(value: object) -> Triples:
 
 
 def _check_steps(steps: int) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool):
+    if not isinstance(steps, Integral) or isinstance(steps, bool):
         raise TypeError(f"coefficients: steps must be an int, got {steps!r}")
     if not 1 <= steps < 100:
         raise ValueError(f"coefficients: steps must be in [1, 99], got {steps}")

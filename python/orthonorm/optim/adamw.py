@@ -19,11 +19,15 @@ class AdamW(MatrixOptimizer):
             of the groups of `split_params` are ignored.
         lr: learning rate, a number or a one-element tensor.
         betas, eps, weight_decay: as torch.optim.AdamW; the decay may be a tensor, as lr.
+        amsgrad: must be False.
         nonfinite: "propagate", "skip" (leave parameter and state, count in group["skipped"]) or
             "error".
         maximize: step along the gradient instead of against it.
         telemetry, mantissa, state_dtype, stochastic_rounding, foreach, fused, capturable,
             differentiable: see settings.Common.
+
+    It loads state dicts of torch.optim.AdamW, and of torch.optim.Adam with decoupled_weight_decay;
+    with amsgrad or L2 decay they are refused.
 
     State: `exp_avg`, `exp_avg_sq`, `step`; 8 bytes per parameter in float32. With mantissa=True
     bfloat16 parameters also have `mantissa`, 2 bytes per element.
@@ -40,6 +44,7 @@ class AdamW(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: Any = 1e-2,
+        amsgrad: bool = False,
         *,
         nonfinite: str = "propagate",
         maximize: bool = False,
@@ -57,8 +62,9 @@ class AdamW(MatrixOptimizer):
         settings |= dict(state_dtype=state_dtype, stochastic_rounding=stochastic_rounding)
         settings |= dict(mantissa=mantissa)
         torchs = dict(
-            foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
-        )
+            amsgrad=amsgrad, foreach=foreach, fused=fused, capturable=capturable,
+            differentiable=differentiable,
+        )  # fmt: skip
         super().__init__(params, {"rule": "adamw", **settings}, torchs, settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ class Groups(torch.optim.Optimizer):
                 f"{sorted(known)}, got {sorted(unknown)}"
             )
         for key, value in known.items():
-            group.setdefault(key, value)
+            group[key] = check.plain(group.get(key, value))
         super().add_param_group(self._named(group))
         added = self.param_groups[-1]
         try:

@@ -184,6 +184,8 @@ RULES: dict[str, Rule] = {  # checks of keys that mean the same in every optimiz
     "eps": at_least(0.0),
     "decay_first": FLAG,
     "correct_eps": FLAG,
+    "amsgrad": one_of(False),  # groups of torch.optim's AdamW have this and the next
+    "decoupled_weight_decay": one_of(True),
 }
 
 TORCH: dict[str, Rule] = {  # checks of torch.optim keywords that groups do not store
@@ -191,6 +193,7 @@ TORCH: dict[str, Rule] = {  # checks of torch.optim keywords that groups do not 
     "fused": one_of(None, True, False),
     "capturable": FLAG,
     "differentiable": FLAG,
+    "amsgrad": one_of(False),
 }
 
 
