@@ -35,7 +35,8 @@ void decayed_update_(const TensorList& params, const TensorList& updates, const 
     return update_halves(params, updates, *mantissas, rate, decay, factors, found_inf);
   }
   const Pass<2> pass("decayed_update_", Unit::tensor,
-                     {{{"params", params, Use::update}, {"updates", updates, Use::read}}}, rounding);
+                     {{{"params", params, Use::update}, {"updates", updates, Use::read}}},
+                     rounding);
   if (item_or(0, found_inf) != 0) return;
   pass.run([&]<class A>(const Part<2>& part, int64_t, const std::array<A*, 2>& at, int64_t count) {
     const DecayedUpdate<A> c(rate, decay, factors[part.entry]);

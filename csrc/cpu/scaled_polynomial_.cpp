@@ -63,8 +63,8 @@ void over_runs(const Lines& lines, const F& f) {
 }
 
 template <class T, class O>
-void run(const MatrixView& from, const MatrixView& v, ScalarType iterated, const std::vector<double>& divisors,
-         const std::vector<gemm::Triple>& triples,
+void run(const MatrixView& from, const MatrixView& v, ScalarType iterated,
+         const std::vector<double>& divisors, const std::vector<gemm::Triple>& triples,
          const std::vector<std::vector<gemm::Triple>>& segments) {
   using gemm::Workspace;
   using A = std::conditional_t<sizeof(T) == 8 || sizeof(O) == 8, double, float>;
