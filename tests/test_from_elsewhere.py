@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from orthonorm import gram_iteration, ops, optim, polar
@@ -26,13 +28,14 @@ def test_states_of_another_adam_are_refused(settings: dict[str, bool]) -> None:
 
 
 @pytest.mark.parametrize("name", optim.REGISTRY)
-def test_numbers_of_numpy_are_numbers(name: str) -> None:
+@pytest.mark.parametrize("real", ["float32", "float64"])  # the latter is a kind of float
+def test_numbers_of_numpy_are_numbers(name: str, real: str) -> None:
     """They step as Python's, and saved groups have none of NumPy's."""
     numpy = pytest.importorskip("numpy")
     made = optim.REGISTRY[name]([P(torch.ones(1, 1))]).param_groups[0]
-    kinds = {float: numpy.float32, int: numpy.int64}
+    kinds = {float: getattr(numpy, real), int: numpy.int64}
     given = {k: kinds[type(v)](v) for k, v in made.items() if type(v) in kinds}
-    given["betas"] = tuple(map(numpy.float32, made.get("betas", ())))
+    given["betas"] = tuple(map(kinds[float], made.get("betas", ())))
     given = {k: v for k, v in given.items() if k in made}
     assert "lr" in given
     torch.manual_seed(0)
@@ -47,6 +50,23 @@ def test_numbers_of_numpy_are_numbers(name: str) -> None:
     assert torch.equal(*params)
     a, b = (optimizer.state_dict()["param_groups"] for optimizer in both)
     assert a == b and [*map(type, a[0].values())] == [*map(type, b[0].values())]
+    saved = io.BytesIO()
+    torch.save(a, saved)
+    saved.seek(0)
+    torch.load(saved, weights_only=True)  # which refuses numbers of NumPy
+
+
+def test_counts_of_numpy_cut_weights() -> None:
+    numpy = pytest.importorskip("numpy")
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(3, 4), "kv": torch.nn.Linear(3, 6)})
+    one, two = numpy.array([1, 2])
+    heads, split = {"q.weight": two}, {"kv.weight": (two * 2, two)}
+    groups = optim.split_params(model, heads=heads, split=split)
+    assert [(g.get("heads"), g.get("split")) for g in groups[:2]] == [(2, None), (None, (4, 2))]
+    kinds = [type(groups[0]["heads"]), *map(type, groups[1]["split"])]
+    assert kinds == [int] * 3
+    optimizer = optim.Muon([{"params": [model["kv"].weight], "split": [one, one * 5]}])
+    assert [*map(type, optimizer.param_groups[0]["split"])] == [int, int]
 
 
 def test_numbers_of_numpy_in_ops() -> None:

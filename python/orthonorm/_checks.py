@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import sys
 from collections.abc import Collection, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -146,10 +147,12 @@ def fraction(op: str, name: str, value: object) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return Python's own int or float for other real numbers (NumPy's), also in tuples."""
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(map(plain, value))
-    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
+    """Return Python's own int or float for other real numbers (NumPy's), also in tuples, lists."""
+    if type(value) in (tuple, list):
+        found = type(value)(map(plain, value))
+        return value if all(map(is_, found, value)) else found
+    kept = isinstance(value, int) or type(value) is float  # numpy.float64 is a kind of float
+    if kept or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .views import check_counts
 
 # Names (a component of the dotted path) of weights that map to or from tokens and classes, and of
@@ -174,7 +175,8 @@ def _views(
     for label, patterns in (("split", split), ("heads", heads)):
         for pattern, value in patterns.items():
             if fnmatchcase(name, pattern):
-                keys[label] = value if isinstance(value, int) else tuple(value)
+                value = check.plain(value)
+                keys[label] = value if isinstance(value, int) else check.plain(tuple(value))
     count = gates(name, owner)
     if "split" not in keys and count and p.shape[0] % count == 0:
         keys["split"] = (p.shape[0] // count,) * count
@@ -209,5 +211,5 @@ def _check_patterns(model: nn.Module, **patterns: Mapping[str, Any] | None) -> N
                 raise ValueError(
                     f"split_params: {label} pattern must match a parameter name, got {pattern!r}"
                 )
-            single = label == "heads" and isinstance(counts, int)
+            single = label == "heads" and isinstance(check.plain(counts), int)
             check_counts("split_params", label, [counts] if single else counts)
