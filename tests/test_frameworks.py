@@ -307,6 +307,19 @@ def test_torchtitan_container() -> None:
     split = {n: g.get("split") for g in made.param_groups for n in g["param_names"]}
     assert split["qkv.weight"] == split["rnn.weight_ih_l0"] == (4, 4, 4)
     assert split["out.weight"] is None and split.keys() == dict(fused.named_parameters()).keys()
+    (made,) = muon_config("AdamW", lr=0.01).build(model_parts=[fused])
+    assert [g["lr"] for g in made.param_groups] == [0.01]
+    own: list[tuple[str, dict[str, Any]]] = [("qkv.weight", {"split": (8, 2, 2)}),
+           ("rnn.weight", {"rule": "adamw"}), (".*", {"weight_decay": 0.0})]  # fmt: skip
+    (made,) = OptimizersContainer.Config(param_groups=[
+        ParamGroupConfig(
+            pattern=pattern, optimizer_name="orthonorm.Muon", optimizer_kwargs={"lr": 0.1, **more}
+        ) for pattern, more in own
+    ]).build(model_parts=[fused])  # fmt: skip
+    found = {n: (g["rule"], g.get("split"), g["lr"]) for g in made.param_groups
+             for n in g["param_names"]}  # fmt: skip
+    assert found["qkv.weight"] == ("matrix", (8, 2, 2), 0.1)
+    assert found["rnn.weight_ih_l0"] == ("adamw", None, 0.1)
     with pytest.raises(ValueError, match="optimizer must be one of"):
         muon_config("Moun")
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torchtitan.components import optimizer as titan
 
-from ..optim import MatrixOptimizer
+from ..optim import AdamW, MatrixOptimizer
 from ..optim.configure import by_name, routed
 from ..optim.split import NOT_HIDDEN, Assigned, grouped
 
@@ -60,7 +60,8 @@ class OptimizersContainer(titan.OptimizersContainer):
         )
         known = {id(a.p): a for a in routed(model, NAMES)}
         for name in (name for name in groups if name.startswith(PREFIX)):
-            parts = [_parts(given, known) for given in groups[name]]
+            cls = by_name(name.removeprefix(PREFIX))
+            parts = [_parts(cls, given, known) for given in groups[name]]
             patterns[name] = [
                 x for x, made in zip(patterns[name], parts, strict=True) for _ in made
             ]
@@ -78,17 +79,24 @@ def _build(
     return cls(named, **settings)
 
 
-def _parts(given: dict[str, Any], known: dict[int, Assigned]) -> list[dict[str, Any]]:
-    """Return torchtitan's group as one for AdamW and one for each kind of matrices."""
+def _parts(
+    cls: type[MatrixOptimizer], given: dict[str, Any], known: dict[int, Assigned]
+) -> list[dict[str, Any]]:
+    """Return torchtitan's group as one for AdamW and one for each kind of matrices.
+
+    It stays one if all of it is AdamW's. What it sets itself (`split`) comes before what is found.
+    """
     settings = {
         k: v for k, v in given.items() if k not in ("fused", "foreach", "params", "param_names")
     }
     adamw = settings.pop("adamw", {})
+    if issubclass(cls, AdamW) or settings.get("rule") == "adamw":
+        return [{**settings, "params": given["params"], "param_names": given["param_names"]}]
     pairs = zip(given["param_names"], given["params"], strict=True)
     found = grouped([known[id(p)]._replace(name=name) for name, p in pairs])
     for group in found:
         group["param_names"], group["params"] = map(list, zip(*group["params"], strict=True))
-    return [{**(adamw if g["rule"] == "adamw" else settings), **g} for g in found]
+    return [{**g, **(adamw if g["rule"] == "adamw" else settings)} for g in found]
 
 
 def muon_config(
