@@ -256,8 +256,19 @@ def test_tables_gates_and_depthwise_kernels() -> None:
         "rnn.weight_ih_l0": (4,) * 4, "rnn.weight_hh_l0": (4,) * 4,
         "gru.weight_ih_l0": (4,) * 3, "gru.weight_hh_l0": (4,) * 3,
         "tanh.weight_ih_l0": None, "tanh.weight_hh_l0": None,
-        "grouped.weight": None, "kv_proj.weight": None, "out.weight": None,
+        "grouped.weight": None, "kv_proj.weight": None,
     }  # fmt: skip
+
+
+def test_layers_may_have_the_names_of_tables() -> None:
+    """SAM's attention from image to token; lists of tokens and a stack of one expert are none."""
+    model = nn.ModuleDict({"image_to_token": nn.ModuleDict({"q_proj": nn.Linear(4, 6)})})
+    model["mask_tokens"] = nn.ParameterList(nn.Parameter(torch.randn(8, 4)) for _ in range(2))
+    model["out"] = nn.Linear(4, 9)
+    experts = nn.Module()
+    experts.up_proj = nn.Parameter(torch.randn(1, 6, 4))
+    model["experts"] = experts
+    assert matrices_of(model) == {"image_to_token.q_proj.weight": None, "experts.up_proj": None}
 
 
 def test_tables_beside_layers_are_no_weights() -> None:

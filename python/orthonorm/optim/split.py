@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .views import check_counts
 
-# Names (a component of the dotted path) of weights that map to or from tokens and classes, and of
-# tables: learned tokens, position biases, the decay rates of state-space models.
+# Names (a component of the dotted path) of weights that map to or from tokens and classes.
 NOT_HIDDEN = (
-    "*embed*", "wte", "wpe", "tok_emb*", "pos_emb*", "*_token", "*_tokens", "latents",
-    "*bias_table*", "A_log", "lm_head", "head", "output_layer", "classifier", "unembed*", "score",
-    "logits",
+    "*embed*", "wte", "wpe", "tok_emb*", "pos_emb*", "lm_head", "head", "output_layer",
+    "classifier", "unembed*", "score", "logits",
 )  # fmt: skip
+# The same of tables that are no layers' weights: learned tokens, decay rates of state-space models.
+TABLES = ("*_token", "*_tokens", "latents", "A_log")
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (
@@ -45,7 +45,7 @@ def split_params(
     AdamW gets vectors and scalars (gains, biases), embeddings and weights tied to them, matrices
     with a side of 1, transposed and depthwise convolutions, and parameters with a path component
     that matches a pattern of `adamw` (embeddings, heads). Of what modules hold besides layers it
-    gets biases of any shape, tensors with a leading 1 and tables (queries, prompts). It also gets
+    gets biases of any shape, tensors with a leading 1 and tables (tokens, queries). It also gets
     the last Linear if its weight has the shape of an embedding: it then maps back to tokens.
     Convolution weights are flattened to out x rest, 3-D weights are batches (expert stacks), and
     the matrices of nn.MultiheadAttention's in_proj_weight and of the gates of nn.LSTM and nn.GRU
@@ -138,26 +138,31 @@ def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[s
         for pattern in adamw:
             if fnmatchcase(part, pattern):
                 return f"named {pattern}"
-    return _no_weight(name.rpartition(".")[2], p, owner)
+    return _no_weight(name, p, owner)
 
 
-def _no_weight(name: str, p: Tensor, owner: nn.Module | None) -> str:
+def _no_weight(path: str, p: Tensor, owner: nn.Module | None) -> str:
     """Return why a parameter held by a module that is no layer of torch is no weight, or "".
 
-    Biases of experts and of attention have two dimensions; what is shared by a batch has a leading
-    1; and a matrix of a module that has layers in it is a table (queries, prompts), if it is not
-    named as weights are. Stacks of three dimensions are weights: of experts, or of heads.
+    Biases of experts and of attention have two dimensions. If it is not named as weights are, what
+    has a leading 1 is shared by a batch, and a matrix of a module that has layers in it is a table
+    (queries, prompts). Stacks of three dimensions are weights: of experts, or of heads.
     """
+    name = path.rpartition(".")[2]
     if isinstance(owner, LAYERS):
         return ""
     if "bias" in name:
         return "bias"
+    for part in path.split("."):
+        for pattern in TABLES:
+            if fnmatchcase(part, pattern):
+                return f"table {pattern}"
+    if any(fnmatchcase(name, x) for x in WEIGHTS):
+        return ""
     if p.dim() > 2 and p.shape[0] == 1:
         return "leading 1"
     beside = owner is not None and any(isinstance(m, LAYERS) for m in owner.modules())
-    if p.dim() == 2 and beside and not any(fnmatchcase(name, x) for x in WEIGHTS):
-        return "table beside layers"
-    return ""
+    return "table beside layers" if p.dim() == 2 and beside else ""
 
 
 def _views(
