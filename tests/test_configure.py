@@ -271,6 +271,28 @@ def test_layers_may_have_the_names_of_tables() -> None:
     assert matrices_of(model) == {"image_to_token.q_proj.weight": None, "experts.up_proj": None}
 
 
+def test_parametrized_weights_are_their_layers() -> None:
+    """As in HiFi-GAN and EnCodec: convolutions of direction and length are no stacks."""
+    weight_norm = torch.nn.utils.parametrizations.weight_norm
+    model = nn.ModuleDict({
+        "conv": weight_norm(nn.Conv1d(4, 6, 3)), "up": weight_norm(nn.ConvTranspose1d(6, 4, 3)),
+        "rnn": weight_norm(nn.LSTM(4, 5), "weight_hh_l0"),
+        "attention": weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"),
+        "linear": nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)),
+        "out": weight_norm(nn.Conv1d(4, 1, 3)),
+    })  # fmt: skip
+    opt = optim.configure(model, "muon", report=None)
+    found = {n.removesuffix(".original1"): (g["flatten"], g["split"]) for g in opt.param_groups
+             if g["rule"] == "matrix" for n in g["param_names"]}  # fmt: skip
+    assert found == {
+        "conv.parametrizations.weight": (True, None), "rnn.weight_ih_l0": (None, (5,) * 4),
+        "rnn.parametrizations.weight_hh_l0": (None, (5,) * 4),
+        "attention.parametrizations.in_proj_weight": (None, (4,) * 3),
+        "attention.out_proj.weight": (None, None),
+        "linear.parametrizations.weight.original": (None, None),
+    }  # fmt: skip
+
+
 def test_tables_beside_layers_are_no_weights() -> None:
     """Known by the module that holds them; weights beside layers are known by their names."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 9)})
@@ -325,6 +347,11 @@ def test_unfreezing_adds_groups() -> None:
     opt.step()
     assert not any(map(torch.equal, before, model.parameters()))
     opt.load_state_dict(opt.state_dict())
+
+
+def test_a_head_of_one_output_is_the_last_layer() -> None:
+    model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1))
+    assert matrices_of(model) == {"0.weight": None, "2.weight": None}
 
 
 @pytest.mark.parametrize("name", CLASSES)

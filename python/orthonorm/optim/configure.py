@@ -86,10 +86,15 @@ def by_name(name: object) -> type[MatrixOptimizer]:
 
 
 def without_last(found: list[Assigned]) -> list[Assigned]:
-    """Give the last weight of a Linear or convolution to AdamW, unless it is the only one."""
+    """Give the last weight of a Linear or convolution to AdamW, unless it is the only one.
+
+    A last layer with a single output is there already.
+    """
     kinds = (nn.Linear, *CONVOLUTIONS)
-    weights = [i for i, a in enumerate(found) if not a.reason and isinstance(a.owner, kinds)]
-    for i in weights[1:][-1:]:
+    layers = [i for i, a in enumerate(found) if a.p.dim() > 1 and isinstance(a.owner, kinds)]
+    weights = [i for i in layers if not found[i].reason]
+    single = any(found[i].reason == "side of 1" for i in layers[-1:])
+    for i in () if single else weights[1:][-1:]:
         found[i] = found[i]._replace(reason="last layer", keys={})
     return found
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import _checks as check
 from .views import check_counts
@@ -90,7 +91,7 @@ def assign(
     _check_patterns(model, heads=heads, split=split)
     found = []
     tied = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters()}
-    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    owners = _owners(model)
     to_tokens = unembedding(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -100,6 +101,15 @@ def assign(
                 reason = reason or "shape of an embedding"
             keys = {} if reason else _views(name, p, owner, heads or {}, split or {})
             found.append(Assigned(name, p, owner, keys, reason))
+    return found
+
+
+def _owners(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the module of each parameter, by its id; of a parametrized weight its layer."""
+    found = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    for m in filter(parametrize.is_parametrized, model.modules()):
+        for held in getattr(m, "parametrizations").values():
+            found |= {id(p): m for p in held.parameters(recurse=False)}
     return found
 
 
@@ -197,9 +207,12 @@ def stores_inputs_first(owner: nn.Module) -> bool:
 
 def gates(name: str, owner: nn.Module) -> int:
     """Return the number of matrices that torch's own modules fuse in a weight; 0 if it is one."""
-    if name.endswith("in_proj_weight"):
+    *path, own = name.split(".")
+    if own.startswith("original") and "parametrizations" in path[-2:-1]:
+        own = path[-1]
+    if own == "in_proj_weight":
         return 3
-    if name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")):
+    if own.startswith(("weight_ih", "weight_hh")):
         return next((n for kinds, n in GATED.items() if isinstance(owner, kinds)), 0)
     return 0
 
