@@ -15,6 +15,12 @@ from .split import CONVOLUTIONS, NOT_HIDDEN, Assigned, assign, grouped
 # Path component of a fused weight -> the number of matrices along dim 0. "query_key_value" is left
 # out: some libraries order its rows by heads, others by q, k and v.
 FUSED = {"qkv": 3, "Wqkv": 3, "c_attn": 3, "qkv_proj": 3, "kv_proj": 2, "gate_up_proj": 2, "w12": 2}
+# Beginnings of classes of transformers -> their weight whose rows are in another order: by heads or
+# blocks, or one projection that is both key and value.
+UNLIKE = {
+    "CodeGen": "qkv_proj", "GPTBigCode": "c_attn", "MiniMaxLightning": "qkv_proj",
+    "DeepseekV4": "kv_proj",
+}  # fmt: skip
 
 
 def configure(
@@ -32,10 +38,10 @@ def configure(
     It serves transformers (dense, MoE, MLA), ConvNets and MLPs. Matrices are hidden weights,
     convolutions (out x rest), expert stacks (batches), routers and low-rank projections. Weights
     with a name in FUSED are split: into q, k, v if they have three times as many rows as columns,
-    into two (as gate, up) if their number of rows is even. Stacks of gate and up are split if
-    `down_proj` beside them shows that their rows are both. Embeddings, vectors and heads go to
-    AdamW. If no matrix goes there by its name or by an embedding's type or shape, the last Linear
-    or convolution is taken for the head. It is not, if `names` are given.
+    into two (as gate, up) if their number of rows is even; layers in UNLIKE are not. Stacks of gate
+    and up are split if `down_proj` beside them shows that their rows are both. Embeddings, vectors
+    and heads go to AdamW. If no matrix goes there by its name or by an embedding's type or shape,
+    the last Linear or convolution is taken for the head. It is not, if `names` are given.
 
     Args:
         model: all its parameters that require gradients are updated, each once.
@@ -70,7 +76,10 @@ def routed(
     outside = any(a.reason.startswith(told) and a.p.dim() > 1 for a in found)
     if adamw is NOT_HIDDEN and not outside:
         found = without_last(found)
-    return [pieces(a) for a in found]
+    holders = {
+        id(m): type(holder).__name__ for holder in model.modules() for m in holder.children()
+    }
+    return [pieces(a, holders.get(id(a.owner), "")) for a in found]
 
 
 def by_name(name: object) -> type[MatrixOptimizer]:
@@ -99,11 +108,19 @@ def without_last(found: list[Assigned]) -> list[Assigned]:
     return found
 
 
-def pieces(a: Assigned) -> Assigned:
-    """Add the split of a fused weight, if its name and shape are those of one."""
-    count = next((FUSED[part] for part in a.name.split(".") if part in FUSED), 0)
-    if a.reason or not count or a.keys.keys() & {"flatten", "split", "heads"}:
+def pieces(a: Assigned, holder: str = "") -> Assigned:
+    """Add the split of a fused weight, if its name and shape are those of one.
+
+    `holder` is the class of the module that has its layer.
+    """
+    part = next((part for part in a.name.split(".") if part in FUSED), "")
+    if a.reason or not part or a.keys.keys() & {"flatten", "split", "heads"}:
         return a
+    if any(holder.startswith(kind) and part == name for kind, name in UNLIKE.items()):
+        return a
+    if "lora_a" in a.name.lower():  # of the rows of B A, B's are fused
+        return a
+    count = FUSED[part]
     *stack, rows, columns = a.p.mT.shape if "transpose" in a.keys else a.p.shape
     if len(stack) > 1 or not fused(a, count, rows, columns):
         return a
@@ -117,7 +134,8 @@ def fused(a: Assigned, count: int, rows: int, columns: int) -> bool:
     down = getattr(a.owner, "down_proj", None)
     if count != 2 or not isinstance(down, nn.Parameter) or rows % 2:
         return False
-    if not getattr(a.owner, "is_concatenated", True):  # transformers: gate and up take turns
+    turns = type(a.owner).__name__.startswith("GptOss")  # gate and up take turns
+    if not getattr(a.owner, "is_concatenated", not turns):
         return False
     shape = (down.mT if "transpose" in a.keys else down).shape
     return shape[1:] == (columns, rows // 2)

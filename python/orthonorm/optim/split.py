@@ -108,7 +108,8 @@ def _owners(model: nn.Module) -> dict[int, nn.Module]:
     """Return the module of each parameter, by its id; of a parametrized weight its layer."""
     found = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
     for m in filter(parametrize.is_parametrized, model.modules()):
-        for held in getattr(m, "parametrizations").values():
+        lists: Any = m.parametrizations
+        for held in lists.values():
             found |= {id(p): m for p in held.parameters(recurse=False)}
     return found
 
@@ -202,7 +203,13 @@ def stores_inputs_first(owner: nn.Module) -> bool:
     """True for modules of transformers whose weights, or stacks of them, are inputs x outputs."""
     kind = type(owner)
     conv1d = kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
-    return conv1d or getattr(owner, "is_transposed", None) is True  # the latter: experts
+    if conv1d or getattr(owner, "is_transposed", None) is True:  # the latter: experts
+        return True
+    up, down = (getattr(owner, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not (isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter)):
+        return False
+    stacks = up.dim() == down.dim() == 3
+    return stacks and up.shape[1:] == (down.shape[2], 2 * down.shape[1])  # Llama 4's do not say so
 
 
 def gates(name: str, owner: nn.Module) -> int:
