@@ -175,3 +175,12 @@ def test_waiting_is_seen() -> None:
             torch.tensor([1.0], device=CUDA)
             x.cpu()
         assert waits.found == ["_to_copy"] * 3
+
+
+def test_nothing_made_for_a_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a CUDA graph writes holds nothing before its first replay: no step reads it."""
+    made, cpu = tensors.Numbers(), torch.device("cpu")
+    monkeypatch.setattr(tensors, "captured", lambda device: True)
+    own = made(0.5, cpu)
+    assert own.dtype == torch.float64 and own.shape == () and own == 0.5
+    assert not made._ones and not made._kept

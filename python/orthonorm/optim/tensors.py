@@ -66,10 +66,13 @@ class Numbers:
     def __call__(self, value: float, device: torch.device) -> Tensor:
         """Return a number as a 0-d float64 tensor on a device.
 
-        A CUDA graph gets its own: one that is kept here may be dropped before it is replayed.
+        A CUDA graph gets its own: one that is kept here may be dropped before it is replayed. None
+        of the graph's is kept, which would hold nothing until the graph is replayed.
         """
-        if torch.compiler.is_compiling() or captured(device):
+        if torch.compiler.is_compiling():
             return self._product(value, device)
+        if captured(device):
+            return torch.full((), value, dtype=torch.float64, device=device)
         key = (value, device, stream_of(device))
         found = self._kept.get(key)
         if found is None:
