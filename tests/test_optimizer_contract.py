@@ -303,7 +303,7 @@ def test_adamw_takes_the_groups_of_a_model() -> None:
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(a, b)
     opts[0].param_groups[0]["rule"] = "matrix"
-    with pytest.raises(ValueError, match="AdamW: rule must be one of 'adamw', got 'matrix'"):
+    with pytest.raises(ValueError, match="AdamW: rule must be 'adamw', got 'matrix'"):
         opts[0].step()
 
 
