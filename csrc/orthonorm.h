@@ -76,7 +76,9 @@ inline double item(const Tensor& t, int64_t index = 0) {
   switch (t.scalar_type()) {
     case ScalarType::Double: return static_cast<const double*>(t.data_ptr())[at];
     case ScalarType::Float: return static_cast<const float*>(t.data_ptr())[at];
-    default: STD_TORCH_CHECK(false, "orthonorm: numbers are float32 or float64 tensors");
+    case ScalarType::BFloat16: return static_cast<const BFloat16*>(t.data_ptr())[at];
+    case ScalarType::Half: return static_cast<const Half*>(t.data_ptr())[at];
+    default: STD_TORCH_CHECK(false, "orthonorm: numbers are floating-point tensors");
   }
 }
 

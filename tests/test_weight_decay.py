@@ -185,3 +185,22 @@ def test_ops_refuse(name: str, value: Any, error: type[Exception], match: str) -
     with pytest.raises(error, match=f"{name}: .*{match}"):
         CASES[name].op(**{**arguments, "weight_decay": value})
     assert all(map(torch.equal, arguments["params"], before))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_rates_of_16_bits_are_their_numbers(row: Row, dtype: torch.dtype) -> None:
+    """An op that refused them would do so behind others that have written state."""
+    numbers, tensors = (build(row, make(torch.float32)) for _ in range(2))
+    for mine, theirs in zip(numbers.param_groups, tensors.param_groups, strict=True):
+        for key in ("lr", "weight_decay"):
+            if key in mine:
+                theirs[key] = tensor(0.1, dtype)
+                mine[key] = float(theirs[key])
+    params = [[p for group in opt.param_groups for p in group["params"]]
+              for opt in (numbers, tensors)]  # fmt: skip
+    for i in range(2):
+        set_grads(i, *params)
+        numbers.step()
+        tensors.step()
+    assert all(map(torch.equal, snapshot(numbers), snapshot(tensors)))
