@@ -44,3 +44,14 @@ def test_the_first_step_makes_matrices_orthonormal(shape: tuple[int, ...]) -> No
     opt.step()
     sigma = torch.linalg.svdvals(p.detach())
     torch.testing.assert_close(sigma, torch.ones_like(sigma))
+
+
+def test_a_compiled_step_does_not_look() -> None:
+    """It breaks no graph: what is singular becomes NaN, and nothing else does."""
+    good, bad = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.zeros(6, 3))
+    opt = optim.StiefelAdam([good, bad])
+    for p in (good, bad):
+        p.grad = torch.randn(6, 3)
+    torch._dynamo.reset()
+    torch.compile(opt.step, backend="eager", fullgraph=True)()
+    assert good.isfinite().all() and bad.isnan().all()

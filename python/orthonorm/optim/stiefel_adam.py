@@ -39,6 +39,7 @@ class StiefelAdam(MatrixOptimizer):
     Args:
         params: matrices or batches of them, of full rank; the first step makes them orthonormal. It
             raises for singular ones (zeros, a LoRA's B), which have no nearest orthonormal matrix.
+            A step under torch.compile does not look, and makes NaN of them.
         lr: learning rate, a number or a one-element tensor.
         betas, eps: decay rates of the averages; eps is added to the roots.
         metric: a < 1; 1/2 is the canonical metric, 0 the Euclidean one.
