@@ -169,3 +169,22 @@ def test_models_of_transformers_with_tables(kind: str) -> None:
     groups = optim.split_params(made)
     names = {n for g in groups if g["rule"] == "matrix" for n, _ in g["params"]}
     assert names and not {n for n in names if any(w in n for w in ("bias", "rel_pos", "A_log"))}
+
+
+def test_a_pattern_leaves_fused_weights_whole() -> None:
+    """By name, by torch's own modules, and the group is that of all other matrices."""
+    model = nn.ModuleDict({
+        "qkv": nn.Linear(4, 12), "w12": nn.Linear(4, 6), "attention": nn.MultiheadAttention(4, 2),
+        "out": nn.Linear(4, 7),
+    })  # fmt: skip
+    assert matrices_of(model)["qkv.weight"] == matrices_of(model)["attention.in_proj_weight"]
+    said: list[str] = []
+    opt = optim.configure(
+        model, "muon", split={"qkv*": None, "*in_proj_weight": None}, report=said.append
+    )
+    split = {g["split"]: g["param_names"] for g in opt.param_groups if g["rule"] == "matrix"}
+    assert split == {
+        None: ["qkv.weight", "attention.in_proj_weight", "attention.out_proj.weight"],
+        (3, 3): ["w12.weight"],
+    }
+    assert said[0].count("split=None") == 2

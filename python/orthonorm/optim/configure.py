@@ -29,7 +29,7 @@ def configure(
     *,
     names: Sequence[str] = NOT_HIDDEN,
     heads: Mapping[str, int | Sequence[int]] | None = None,
-    split: Mapping[str, Sequence[int]] | None = None,
+    split: Mapping[str, Sequence[int] | None] | None = None,
     report: Callable[[str], Any] | None = print,
     **settings: Any,
 ) -> MatrixOptimizer:
@@ -68,7 +68,7 @@ def routed(
     model: nn.Module,
     adamw: Sequence[str] = NOT_HIDDEN,
     heads: Mapping[str, int | Sequence[int]] | None = None,
-    split: Mapping[str, Sequence[int]] | None = None,
+    split: Mapping[str, Sequence[int] | None] | None = None,
 ) -> list[Assigned]:
     """Return what `split_params` assigns, with a last layer for AdamW and fused weights split."""
     found = assign(model, adamw=adamw, heads=heads, split=split)

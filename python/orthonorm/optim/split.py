@@ -39,7 +39,7 @@ def split_params(
     *,
     adamw: Sequence[str] = NOT_HIDDEN,
     heads: Mapping[str, int | Sequence[int]] | None = None,
-    split: Mapping[str, Sequence[int]] | None = None,
+    split: Mapping[str, Sequence[int] | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return param groups of a model: hidden matrices with rule="matrix", all else "adamw".
 
@@ -59,7 +59,7 @@ def split_params(
         heads: {pattern: number of heads}: matching weights are one matrix per head. The pattern is
             matched against the dotted name ("*.attn.q_proj.weight").
         split: {pattern: row counts}: matching fused weights are split along their rows; `heads` may
-            then give one number per piece.
+            then give one number per piece. None in place of counts leaves them whole.
 
     Returns: groups with `params` as (name, parameter) pairs; the optimizer adds other settings.
     """
@@ -81,7 +81,7 @@ def assign(
     *,
     adamw: Sequence[str],
     heads: Mapping[str, int | Sequence[int]] | None,
-    split: Mapping[str, Sequence[int]] | None,
+    split: Mapping[str, Sequence[int] | None] | None,
 ) -> list[Assigned]:
     """Return the assignment of every trained parameter, in the order of the model."""
     if not isinstance(model, nn.Module):
@@ -128,7 +128,8 @@ def grouped(found: list[Assigned]) -> list[dict[str, Any]]:
     """Return param groups, one per rule, keys and device, matrix groups first."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for a in found:
-        keys = {"rule": "adamw" if a.reason else "matrix", **a.keys}
+        keys = {"rule": "adamw" if a.reason else "matrix"}
+        keys |= {k: v for k, v in a.keys.items() if v is not None}
         slot = (a.p.device, *sorted((k, str(v)) for k, v in keys.items()))
         groups.setdefault(slot, {"params": [], **keys})["params"].append((a.name, a.p))
     return sorted(groups.values(), key=lambda g: str(g["rule"]) == "adamw")
@@ -181,7 +182,7 @@ def _views(
     p: Tensor,
     owner: nn.Module,
     heads: Mapping[str, int | Sequence[int]],
-    split: Mapping[str, Sequence[int]],
+    split: Mapping[str, Sequence[int] | None],
 ) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if isinstance(owner, CONVOLUTIONS) and p.dim() == 3:
@@ -191,8 +192,8 @@ def _views(
     for label, patterns in (("split", split), ("heads", heads)):
         for pattern, value in patterns.items():
             if fnmatchcase(name, pattern):
-                value = check.plain(value)
-                keys[label] = value if isinstance(value, int) else check.plain(tuple(value))
+                counts = tuple(value) if isinstance(value, (tuple, list)) else value
+                keys[label] = check.plain(counts)
     count = gates(name, owner)
     if "split" not in keys and count and p.shape[0] % count == 0:
         keys["split"] = (p.shape[0] // count,) * count
@@ -236,5 +237,7 @@ def _check_patterns(model: nn.Module, **patterns: Mapping[str, Any] | None) -> N
                 raise ValueError(
                     f"split_params: {label} pattern must match a parameter name, got {pattern!r}"
                 )
+            if label == "split" and counts is None:
+                continue
             single = label == "heads" and isinstance(check.plain(counts), int)
             check_counts("split_params", label, [counts] if single else counts)
