@@ -370,3 +370,19 @@ def test_a_rate_on_no_device_is_refused_by_where_it_may_be() -> None:
     rate = torch.ones((), device="meta")
     with pytest.raises(ValueError, match="op: lr must be on cpu, got meta"):
         _checks.scalar("op", "lr", rate, [W])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(), "beta2 must be below 1 with variant='study', got 1.0"),
+        (dict(beta2=0.99), "precondition_frequency must be larger .* grow by 1e70, got 1"),
+        (dict(beta2=0.999, precondition_frequency=10), "grow by 1e73, got 10"),
+    ],
+)
+def test_shampoo_of_the_study_needs_averages_that_stay_finite(
+    settings: dict[str, Any], message: str
+) -> None:
+    """It became NaN: at once, or once its Gram matrices had overflowed."""
+    with pytest.raises(ValueError, match=f"Shampoo: .*{message}"):
+        optim.Shampoo([P(torch.ones(3, 2))], variant="study", **settings)

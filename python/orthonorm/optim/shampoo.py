@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +18,8 @@ from .sides import SIDES, averaged_with, between, inverse_root, side_shapes
 from .stacks import alike, beside, stacked, write_
 from .state import Batch, Updates
 from .tensors import numbers
+
+LARGEST = 1e32  # what the Gram matrices of "study" may grow by; their entries begin near 1
 
 
 class Side(NamedTuple):
@@ -45,7 +50,9 @@ class Shampoo(MatrixOptimizer):
             stored so. The bias-corrected momentum is divided in the same way, preconditioned with
             the roots of the step before, and multiplied by the mean of sqrt(R_jj).
             Its roots amplify rounding by 1e4 where L or R is singular. All but square matrices have
-            a singular one until steps times min(m, n) reach the long side.
+            a singular one until steps times min(m, n) reach the long side. They grow by
+            1 / (1 - beta2^t) at each new root: beta2 >= 1, and growth beyond LARGEST (beta2 = 0.99
+            with new roots at every step), are refused.
         **common: options of every optimizer, see `settings.Common`.
 
     State: `momentum_buffer`, `left_gram`, `right_gram`, `left_root`, `right_root`, `step`, and
@@ -85,6 +92,18 @@ class Shampoo(MatrixOptimizer):
             nesterov=nesterov, variant=variant,
         )  # fmt: skip
         super().__init__(params, settings, common)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        if group["variant"] != "study":
+            return
+        beta, every = group["beta2"], group["precondition_frequency"]
+        if beta >= 1:
+            raise ValueError(f"{self.name}: beta2 must be below 1 with variant='study', got {beta}")
+        if (growth := log_growth(beta, every) / math.log(10)) > math.log10(LARGEST):
+            raise ValueError(
+                f"{self.name}: precondition_frequency must be larger with variant='study' and "
+                f"beta2={beta}, whose Gram matrices would grow by 1e{growth:.0f}, got {every}"
+            )
 
     def elementwise_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         more = ("second_moment",) if group["variant"] == "study" else ()
@@ -156,3 +175,13 @@ class Shampoo(MatrixOptimizer):
         means = [1 / (1 - group["momentum"] ** t) for t in batch.steps]
         corrections = numbers(means, V[0].device)
         torch._foreach_mul_(matrices, list(corrections.to(matrices[0].dtype).unbind()))
+
+
+@lru_cache(64)
+def log_growth(beta: float, every: int) -> float:
+    """Return log prod_k 1 / (1 - beta^t), t = 1 + k every: what "study" multiplies averages by."""
+    total, power = 0.0, beta
+    while power > 1e-6 and total < 1e3:
+        total -= math.log1p(-power)
+        power *= beta**every
+    return total
