@@ -159,16 +159,18 @@ def plain(value: Any) -> Any:
 
 def _real(op: str, name: str, value: object) -> float | torch.SymFloat | torch.SymInt:
     """Return `value` by `plain`; raise TypeError unless it is a real number (and not a bool)."""
-    found = plain(value)
-    if isinstance(found, bool) or not isinstance(found, (int, float, torch.SymFloat, torch.SymInt)):
+    kinds = (int, float, torch.SymFloat, torch.SymInt)
+    found = value if isinstance(value, kinds) else plain(value)  # traced calls stop at the former
+    if isinstance(found, bool) or not isinstance(found, kinds):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     return found
 
 
 def integer(op: str, name: str, value: object, low: int) -> None:
     """Check that `value` is an integer in [low, 2^63)."""
-    found = plain(value)
-    if isinstance(found, bool) or not isinstance(found, (int, torch.SymInt)):
+    kinds = (int, torch.SymInt)
+    found = value if isinstance(value, kinds) else plain(value)
+    if isinstance(found, bool) or not isinstance(found, kinds):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if found < low:
         raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
