@@ -222,3 +222,25 @@ def test_update_survives_extreme_gradient_scales(name: str, scale: float) -> Non
         assert q.isfinite().all()
         if name == "Muon":  # scale invariance; Conda's squares leave float32 at these scales
             torch.testing.assert_close(p, q, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["zero", "tiny", "one row", "rank 1"])
+def test_shampoo_without_eps_takes_the_pseudo_inverse(kind: str) -> None:
+    """U V^T of the first gradient's nonzero singular values; zeros and underflow are no step."""
+    torch.manual_seed(0)
+    grad = torch.randn(2, 6, 4)
+    grad = {
+        "zero": 0 * grad, "tiny": 1e-25 * grad, "one row": grad * torch.eye(6)[0][:, None],
+        "rank 1": grad[..., :1] @ grad[:, :1, :],
+    }[kind]  # fmt: skip
+    p = torch.nn.Parameter(torch.zeros(2, 6, 4))
+    optimizer = optim.Shampoo([p], lr=1.0, eps=0.0)
+    p.grad = grad
+    optimizer.step()
+    U, sigma, Vh = torch.linalg.svd(grad.double(), full_matrices=False)
+    kept = (sigma > 1e-6 * sigma[:, :1]) & (sigma > 1e-20)
+    wanted = -(U * kept[:, None, :]) @ Vh
+    torch.testing.assert_close(p.detach().double(), wanted, rtol=1e-4, atol=1e-4)
+    for _ in range(3):
+        optimizer.step()
+    assert p.isfinite().all()

@@ -41,7 +41,7 @@ class Shampoo(MatrixOptimizer):
         momentum, nesterov: of U; momentum 0, as published, makes U the gradient.
         beta2: 1, as published, sums G G^T; below 1, L <- beta2 L + (1-beta2) G G^T.
         eps: eps I is added to L and R before the root, as if they had started there for beta2 = 1;
-            "study" adds eps to sqrt(V) only.
+            0 takes roots of the pseudo-inverse. "study" adds eps to sqrt(V) only.
         precondition_frequency: steps between new roots.
         max_precond_dim: longer sides are not preconditioned.
         variant: "textbook", or "study" (the code of arXiv:2510.25000). The study divides G by

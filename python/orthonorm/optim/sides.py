@@ -89,10 +89,16 @@ def eigenvectors(A: Tensor) -> Tensor:
 
 
 def inverse_root(A: Tensor, power: float, eps: float, ridge: float) -> Tensor:
-    """Return Q diag(1 / (|lambda|^power + eps)) Q^T, A + ridge I = Q diag(lambda) Q^T, float64."""
+    """Return Q diag(1 / (|lambda|^power + eps)) Q^T, A + ridge I = Q diag(lambda) Q^T, float64.
+
+    Without eps and ridge it is the pseudo-inverse: 0 where lambda is a rounding error of A.
+    """
     A64, unknown = finite(A)
     values, Q = torch.linalg.eigh(A64)
     divisors = (values + ridge).abs() ** power + eps
+    if eps == ridge == 0:
+        least = A.shape[-1] * torch.finfo(A.dtype).eps * values.abs().amax(-1, keepdim=True)
+        divisors = torch.where(values > least, divisors, torch.inf)
     return (Q / (divisors.unsqueeze(-2) + unknown)) @ Q.mT
 
 
