@@ -45,6 +45,9 @@ class StiefelAdam(MatrixOptimizer):
         metric: a < 1; 1/2 is the canonical metric, 0 the Euclidean one.
         **common: options of every optimizer, see `settings.Common`. There is no weight decay.
 
+    The step depends on the gradient's scale by lr V Y: V grows without bound and becomes NaN where
+    lr sigma_1(Y) stays above 2 or so (gradients of 1e3 at the default lr). Clip such gradients.
+
     Square X has no V. As in the authors' code, V is not divided by 1-beta1^t, and xi acts by one
     Euler step (the default of their three choices). Their polar factor takes ten coupled iterations
     on X^T X, ours STEPS on X. Their wide matrices are transposed along the batch. Where gradient
