@@ -109,8 +109,8 @@ def one_beside(op: str, name: str, value: Tensor, beside: Sequence[Tensor]) -> N
     """Check that `value` has one element, on the CPU or the device of `beside`."""
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must have one element, got shape {shape(value)}")
-    places = dict.fromkeys(("cpu", *(str(t.device) for t in beside[:1])))
-    if beside and value.device.type not in (torch.device(place).type for place in places):
+    if beside and value.device.type not in ("cpu", beside[0].device.type):
+        places = dict.fromkeys(("cpu", str(beside[0].device)))
         raise ValueError(f"{op}: {name} must be on {' or '.join(places)}, got {value.device}")
 
 
