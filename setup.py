@@ -1,7 +1,8 @@
 """Wheel build: the package map, and the compiled libraries from folder globs.
 
-Every csrc/cpu/*.cpp goes into _C.so, every csrc/cuda/*.cu into _C_cuda.so (only where torch is a
-CUDA build and nvcc is there). ORTHONORM_PURE=1 builds neither and imports no torch.
+Every csrc/cpu/*.cpp goes into _C.so, every csrc/cuda/*.cu into _C_cuda.so: where torch is a CUDA
+build and nvcc is there, for the GPUs of this machine or those that TORCH_CUDA_ARCH_LIST names.
+ORTHONORM_PURE=1 builds neither and imports no torch.
 """
 
 from __future__ import annotations
@@ -27,22 +28,15 @@ NVCC_FLAGS = [
     "-O3", "-std=c++20", "-DUSE_CUDA", "--fmad=false", "-Xcompiler=-fvisibility=hidden",
     "-diag-suppress=20013,20015",
 ]  # fmt: skip
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # code of x.0 serves x.y too
 
 
-def architectures(cuda_home: str, has_gpu: bool) -> str:
-    """What TORCH_CUDA_ARCH_LIST says; else the GPUs of this machine, else all nvcc knows."""
+def architectures() -> str:
+    """What TORCH_CUDA_ARCH_LIST says, else the GPUs of this machine: "" where there are none."""
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        if has_gpu:
-            import torch
+        import torch
 
-            found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-            names = [f"{a}.{b}" for a, b in sorted(found)]
-        else:
-            command = [os.path.join(cuda_home, "bin", "nvcc"), "--list-gpu-code"]
-            known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            names = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known.split()]
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{a}.{b}" for a, b in sorted(found))
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
 
 
@@ -103,8 +97,9 @@ def compiled() -> dict:
         why = "this torch is a CPU build"
     elif CUDA_HOME is None:
         why = "there is no nvcc (CUDA_HOME)"
+    elif not (names := architectures()):
+        why = "there is no GPU; TORCH_CUDA_ARCH_LIST would name those to build for"
     else:
-        names = architectures(CUDA_HOME, torch.cuda.is_available())
         why = f"torch {torch.__version__}, CUDA {torch.version.cuda}, sm {names}"
         built_for = f'-DORTHONORM_BUILT_FOR="{why}"'
         extensions.append(
