@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import compress
+from operator import not_
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from .._checks import PLAIN
 from ..optim.tensors import Ranks, is_cut, is_distributed, meets_owner, mesh_places
 
 if TYPE_CHECKING:
@@ -84,3 +88,13 @@ def held_by_all(company: Ranks, p: Any) -> bool:
 def owned(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> bool:
     """True if one rank computes the direction of `p` for others."""
     return meets_owner(p, group) or (opt.company is not None and shared(opt, p, group))
+
+
+def owned_among(
+    opt: MatrixOptimizer, params: list[Tensor], group: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that are `owned`, and the others."""
+    if opt.company is None and all(type(p) in PLAIN for p in params):
+        return [], params
+    flags = [owned(opt, p, group) for p in params]
+    return list(compress(params, flags)), list(compress(params, map(not_, flags)))

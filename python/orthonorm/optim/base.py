@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import agreement, shards
-from ..distributed.company import owned
+from ..distributed.company import owned_among
 from ..distributed.plan import Bucket
 from ..ops import magnitude
 from ..ops.steps import stacks_in_turn, work_parts
@@ -318,8 +318,7 @@ class MatrixOptimizer(Sharding):
                     plans.append((None, []))
                     continue
                 batch = None
-                cut = [p for p in params if owned(self, p, group)]
-                whole = [p for p in params if not owned(self, p, group)] if cut else params
+                cut, whole = owned_among(self, params, group)
                 if whole:
                     batch = matrix_batch(self, whole, group)
                     if group["state_dtype"] in storage.SMALLER and self.prepares:

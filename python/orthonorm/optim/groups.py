@@ -274,18 +274,18 @@ class Groups(torch.optim.Optimizer):
             check_placements(f"{self.name}: parameter {self.label(group, i)}", p, cut)
 
     def _with_gradients(self, group: dict[str, Any]) -> list[int]:
-        indices = []
+        indices, strided = [], torch.strided
         for i, p in enumerate(group["params"]):
             g = p.grad
             if g is None or p.numel() == 0:
                 continue
             indices.append(i)
-            if is_distributed(g) and g.placements != p.placements:
+            if type(g) not in check.PLAIN and is_distributed(g) and g.placements != p.placements:
                 raise ValueError(
                     f"{self.name}: a gradient must be placed as its parameter, "
                     f"{p.placements}, got {g.placements} for parameter {self.label(group, i)}"
                 )
-            if g.layout != torch.strided or g.dtype not in check.FLOATS:
+            if g.layout is not strided or g.dtype not in check.FLOATS:
                 raise ValueError(
                     f"{self.name}: gradients must be dense and real, got {g.layout}, {g.dtype} "
                     f"for parameter {self.label(group, i)}"
