@@ -170,7 +170,7 @@ def test_flags_of_the_scaler() -> None:
 
 
 def test_halves() -> None:
-    test_amp.check_halves()
+    test_amp.check_halves(emulated=True)
 
 
 # wide, tall and batched, in several tiles; small
