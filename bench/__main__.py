@@ -40,7 +40,7 @@ from .environment import describe, environment
 from .inputs import DTYPE_NAMES, SPECTRA
 from .items import Item
 from .measure import Request, measure
-from .options import TASKS, check_device, check_paths, parser, requests
+from .options import HURRIED, QUICK_SUITE, TASKS, check_device, check_paths, parser, requests
 from .packages import SOURCES
 from .public import ITEMS
 from .records import DRIFT, Record, Run, one_each
@@ -79,20 +79,27 @@ def _progress(text: str = "") -> None:
 
 
 def _measured(
-    wanted: Sequence[Request], limits: bool, again: bool = False
+    wanted: Sequence[Request], passes: int, limits: bool, quick: bool
 ) -> Iterator[list[Record]]:
-    """Measure the requests; yield and print the records of each group.
+    """Measure the requests, all of them in each pass; yield and print the records of each group.
 
-    `again` marks a repeated pass, which is neither printed nor checked for errors.
+    Repeated passes are neither printed nor checked for errors. Those of the quick suite leave out
+    the definitions, which are slow, and its groups that are behind its pace take only HURRIED.
     """
     start = time.monotonic()
-    for i, request in enumerate(wanted, 1):
-        left = (time.monotonic() - start) / max(1, i - 1) * (len(wanted) - i + 1)
-        about = f", about {left:.0f} s left" if i > 1 else ""
-        _progress(f"[{i}/{len(wanted)}{about}] {request.id}")
+    visits = [(again, request) for again in range(passes) for request in wanted]
+    for done, (again, request) in enumerate(visits):
+        passed = time.monotonic() - start
+        left = passed / max(1, done) * (len(visits) - done)
+        about = f", about {left:.0f} s left" if done else ""
+        _progress(f"[{done + 1}/{len(visits)}{about}] {request.id}")
         threads = request.threads or torch.get_num_threads()
         rates = ceilings.measured(request.device, threads) if limits else {}
-        found = measure(replace(request, limits=rates, refcheck=request.refcheck and not again))
+        late = quick and passed > QUICK_SUITE * done / len(visits)
+        plan = HURRIED if late and request.plan.rounds is None else request.plan
+        kinds = tuple(k for k in request.kinds if not (quick and again and k == "reference"))
+        judged = request.refcheck and not again
+        found = measure(replace(request, limits=rates, plan=plan, kinds=kinds, refcheck=judged))
         _progress()
         if not again:
             print(report.table(found), end="\n\n", flush=True)
@@ -191,10 +198,9 @@ def _run_here(options: argparse.Namespace, wanted: Sequence[Request], found: Run
     try:
         if options.ceilings and (wanted or "claims" in options.names):
             found.ceilings = ceilings.measured(options.device, torch.get_num_threads())
-        for again in range(passes):
-            for group in _measured(wanted, options.ceilings, again > 0):
-                visits.extend(group)
-                keep(one_each(visits))
+        for group in _measured(wanted, passes, options.ceilings, options.quick):
+            visits.extend(group)
+            keep(one_each(visits))
         if moved := [r for r in found.records if passes > 1 and abs(r.drift or 0.0) > DRIFT]:
             print(f"apart by over {DRIFT:.0%} between passes:", report.table(moved), sep="\n\n")
         if "claims" in options.names:

@@ -159,28 +159,29 @@ _ROWS = (
     Case(
         "direct_polynomial", makers.direct_polynomial, work.direct_polynomial,
         variants=({"coefficients": CUBIC},), shapes=("768x3072", "2048x2048", "12x768x768"),
+        quick="384x1536",
     ),
     Case(
         "gram_form", makers.gram_form, work.direct_polynomial,
         variants=({"coefficients": CUBIC, "restarts": [1, 3]},),
-        shapes=("768x3072", "1024x4096", "12x768x768"),
+        shapes=("768x3072", "1024x4096", "12x768x768"), quick="384x1536",
     ),
     Case(
         "polar_iteration", makers.polar_iteration, work.polar_iteration, scale_free=True,
-        shapes=("768x768", "64x128x128"), quick="64x128x128",
+        shapes=("768x768", "64x128x128"), quick="16x128x128",
     ),
     Case(
         "scaled_polynomial_", makers.scaled_polynomial, work.direct_polynomial,
         variants=({"gram": True, "restarts": [2]}, {"coefficients": CUBIC},
                   {"source": makers.source}),
-        shapes=("768x3072", "2048x2048", "12x768x768"),
+        shapes=("768x3072", "2048x2048", "12x768x768"), quick="384x1536",
     ),
     Case("divide_each", makers.divide_each, maps=True, scale_free=True),
     Case(
         "small_newton_schulz", makers.small_newton_schulz, work.polynomial, scale_free=True,
         variants=({"eps": 1e-7, "safety": 1.05}, {"coefficients": CUBIC},
                   {"norms": makers.norms, "dtype": torch.float32}),
-        shapes=SMALL, limit=128, polar=True,
+        shapes=SMALL, limit=128, polar=True, quick="100x32x32",
     ),
     Case(
         "newton_schulz", makers.newton_schulz, work.polynomial, scale_free=True, variants=_FORMS,
@@ -254,11 +255,11 @@ _ROWS = (
     ),
     Case(
         "quantize_blocks_", makers.quantize_blocks, written=("codes", "scales"),
-        dtypes=("float32",), variants=({"signed": False},), shapes=_MODEL,
+        dtypes=("float32",), variants=({"signed": False},), shapes=_MODEL, quick="llama-3m",
     ),
     Case(
         "dequantize_blocks_", makers.dequantize_blocks, written=("out",), dtypes=("float32",),
-        variants=({"signed": False},), shapes=_MODEL,
+        variants=({"signed": False},), shapes=_MODEL, quick="llama-3m",
     ),
     Case(
         "muon_prologue_", makers.muon_prologue, written=("updates",), dtypes=_STATES,
@@ -284,6 +285,7 @@ _ROWS = (
         "coded_adamw_step_", makers.coded_adamw_step, rounded=("exp_avg", "exp_avg_sq"),
         variants=({"decay_first": False, "correct_eps": False},
                   {"weight_decay": makers.no_decay, "eps": 0.0}, {"rounding": makers.seed}),
+        quick="llama-3m",
     ),
     Case(
         "signum_step_", makers.signum_step, dtypes=_STATES,

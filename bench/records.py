@@ -24,6 +24,7 @@ NOISY = 1.25  # rows with a larger p90 / p10 are flagged
 # this. Of 182 rows above 1 ms 54 differed by more than 5 % between two runs of `--quick`; a limit
 # of 0.05 flagged 44 of them, this one 52 (2026-11).
 DRIFT = 0.03
+ENOUGH = 5  # rounds; the spread of fewer says little, so such rows are flagged too
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,11 @@ class Record:
 
     @property
     def noisy(self) -> bool:
-        """True if its spread is above NOISY or its drift above DRIFT."""
+        """True if its spread is above NOISY, its drift above DRIFT, or its rounds below ENOUGH."""
         if self.median_ms is None or self.p10_ms is None or self.p90_ms is None:
             return False
-        return self.p90_ms > NOISY * self.p10_ms or abs(self.drift or 0.0) > DRIFT
+        spread, few = self.p90_ms > NOISY * self.p10_ms, (self.rounds or ENOUGH) < ENOUGH
+        return spread or few or abs(self.drift or 0.0) > DRIFT
 
     @property
     def rate(self) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .records import DRIFT, NOISY, Record, Run, grouped
+from .records import DRIFT, ENOUGH, NOISY, Record, Run, grouped
 
 ENVIRONMENT = ("date", "orthonorm", "commit", "torch", "device", "cores")
 COLUMNS = (*ENVIRONMENT, *(f.name for f in fields(Record)), "noisy", "rate", "unit")
@@ -105,7 +105,10 @@ def legend(records: Sequence[Record]) -> list[str]:
         lines.append("polar: distance to the polar factor, which a few steps only approach;")
         lines.append("sigmas: smallest and largest singular value of the result")
     if any(r.noisy for r in records):
-        lines.append(f"!: noisy, p90 above {NOISY} p10 or medians of halves over {DRIFT:.0%} apart")
+        lines.append(
+            f"!: noisy, p90 above {NOISY} p10, medians of halves or passes over {DRIFT:.0%} apart, "
+            f"or fewer than {ENOUGH} rounds"
+        )
     return lines
 
 
