@@ -243,14 +243,16 @@ template <class In, class E>
 void all(Isa isa, Arithmetic arithmetic) {
   const int64_t shapes[][2] = {{1, 1},   {1, 128},  {128, 1},  {2, 3},    {5, 4},    {7, 16},
                                {15, 15}, {16, 16},  {17, 33},  {33, 17},  {31, 32},  {33, 33},
-                               {48, 48}, {49, 50},  {65, 63},  {30, 101}, {96, 97}, {128, 127},
-                               {128, 128}, {1, 9001}, {300, 1}, {2, 301}, {1500, 7}};
+                               {48, 48}, {49, 50},  {65, 63},  {30, 101}, {128, 128}, {1, 9001},
+                               {300, 1}, {2, 301}, {1500, 7}};
   for (const auto& [m, n] : shapes) {
     accuracy<In, E>(isa, arithmetic, m, n, muon);
     if (m + n < 100) accuracy<In, E>(isa, arithmetic, m, n, cubic);
     identities<In, E>(isa, arithmetic, m, n);
     edges<In, E>(isa, arithmetic, m, n);
   }
+  accuracy<In, E>(isa, arithmetic, 96, 97, muon);
+  accuracy<In, E>(isa, arithmetic, 128, 127, muon);
 }
 
 }  // namespace
