@@ -12,7 +12,8 @@ owner: matrices that are cut (FSDP2, HSDP, tensor parallel, both at once). Momen
     bucket runs while another bucket computes. Owners are balanced by the cost of Newton-Schulz,
     over replicas too. Some rules need more than updates and state (Conda, SOAP, Shampoo, ...). For
     these, for constraints and for clipped decay, everything travels to the owner: parameters,
-    gradients and all state. Results are those of one process, bit for bit.
+    gradients and all state. Results are those of one process, bit for bit; of 16-bit weights, up to
+    the rounding of the direction that travels.
 gram: method="gram" of Muon, Scion, NorMuon, Conda and SOAP. It serves matrices that are cut along
     their long side, if it sends less than an owner would. n x n Gram matrices are summed, and
     updates travel nowhere. Every rank then computes for every such matrix, so this is for slow
