@@ -38,6 +38,7 @@ HEADLINES = {
     ("100 layers of 64x64", "torch spectral_norm"): "spectral norms of 100 layers of 64x64",
     ("conda_step_, 21 M parameters", "eager, three products"): "Conda's step, 21 M parameters",
 }
+DEVICES = 3  # with tables of their promises; the index page has all
 SHOWN = ("Muon", "NorMuon", "Scion", "SCALE", "Conda", "SOAP", "AdamW")  # of all optimizers
 
 
@@ -127,9 +128,9 @@ def claims_table(name: str, run: Run) -> str:
 
 
 def claimed(found: dict[str, Run]) -> list[tuple[str, Run]]:
-    """Return the newest run with promises of every device, GPUs first."""
+    """Return the newest run with promises of the DEVICES measured last, GPUs first."""
     chosen = [(name, run) for name, run in latest(found).values() if run.claims]
-    return sorted(chosen, key=lambda pair: not on_gpu(pair[1]))
+    return sorted(chosen, key=lambda pair: not on_gpu(pair[1]))[:DEVICES]
 
 
 def on_gpu(run: Run) -> bool:
