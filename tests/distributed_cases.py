@@ -64,6 +64,26 @@ for _name in OPTIMIZERS:
     add_optimizer(_name)
 
 
+class Counted(optim.Signum, abstract=True):
+    """An elementwise rule as a user may write one: it has state beside the momentum, and counts."""
+
+    state_names = ("momentum_buffer", "exp_avg_sq")
+    counts_steps = True
+
+    def direction(self, updates: Any, batch: Any, group: dict[str, Any]) -> Any:
+        triples = zip(updates.matrices, batch.state["exp_avg_sq"], batch.steps, strict=True)
+        for u, v, t in triples:
+            v.mul_(0.9).addcmul_(u, u, value=0.1)
+            u.div_((v / (1 - 0.9**t)).sqrt() + 1e-8)
+        return updates
+
+
+@case(2)
+def elementwise_rules_get_state_and_steps(context: Context) -> None:
+    OPTIMIZERS["Counted"] = (Counted, {})
+    follow("Counted", context.world)
+
+
 # ---- checkpoints, predictions, accuracy --------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,25 @@ def test_every_block_of_the_page_is_a_step() -> None:
 
 def test_optimizer(tree: Path) -> None:
     passed(tree, "Lion or has_a_row", "test_optimizers.py", "test_optimizer_contract.py")
+
+
+def test_optimizer_on_two_ranks(tree: Path, tmp_path: Path) -> None:
+    """Its row of distributed_pairs.py alone; test_distributed.py runs them all."""
+    case, env = "equal_bits_Lion", {**os.environ, "PYTHONPATH": str(tree / "python")}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "distributed_cases.py", str(rank), "2", str(tmp_path)],
+            cwd=tree / "tests", env={**env, "CASE": case, "OMP_NUM_THREADS": "1"},
+        ) for rank in range(2)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(300) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0, 0]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {case: ""}
 
 
 def test_op_and_kernel(tree: Path) -> None:

@@ -151,29 +151,30 @@ def shard_rows(
 ) -> tuple[Batch, list[float]]:
     """Return this rank's rows of every matrix, and the factor of each such matrix.
 
-    In this batch `owners` holds the rows of `blocks`, to which the updates are written.
+    In this batch `owners` holds the rows of `blocks`, to which the updates are written, and `state`
+    the momentum, or all elementwise state of a rule whose directions are made here.
     """
     rows, factors = Batch([], [], {}, [], []), []
     for item, state, block in zip(bucket.items, states, blocks, strict=True):
         p, data = item.param, local(item.param)
         if data.numel() == 0:
             continue
-        lists = {"param": data, "grad": local(p.grad), "update": block}
-        if opt.momentum_key in opt.elementwise_state(group):
-            lists["momentum"] = local(state[opt.momentum_key])
+        keys = [k for k in opt.elementwise_state(group) if opt.elementwise or k == opt.momentum_key]
         form = {"flatten": True, "transpose": turned(p, group)}
-        views = {key: matrices(t, data, form)[0] for key, t in lists.items()}
+        tensors = (data, local(p.grad), block, *(local(state[key]) for key in keys))
+        views = [matrices(t, data, form)[0] for t in tensors]
         if group["maximize"]:
-            views["grad"] = -views["grad"]
+            views[1] = -views[1]
         for x, start, length in cuts(bucket, item, group):
             if length == 0:
                 continue
-            cut = {key: t.narrow(0, start, length) for key, t in views.items()}
-            rows.params.append(cut["param"])
-            rows.grads.append(cut["grad"])
-            rows.owners.append(cut["update"])
-            if "momentum" in cut:
-                rows.state.setdefault(opt.momentum_key, []).append(cut["momentum"])
+            w, g, u, *kept = (t.narrow(0, start, length) for t in views)
+            rows.params.append(w)
+            rows.grads.append(g)
+            rows.owners.append(u)
+            rows.steps.append(state["step"] if opt.counts_steps else 0)
+            for key, t in zip(keys, kept, strict=True):
+                rows.state.setdefault(key, []).append(t)
             factors.append(opt.factor(x, p, group))
     return rows, factors
 

@@ -19,7 +19,8 @@ class Sharding(Groups):
     default: parameter, gradient and all state travel to one rank, which computes as if alone.
     `self_contained`: `direction` reads updates, state, shapes and numbers, but neither batch.params
         nor batch.grads. Only updates then travel to that rank, and directions back.
-    `elementwise`: `direction` acts on every entry alone. Nothing travels.
+    `elementwise`: a self-contained `direction` acts on every entry alone. Nothing travels. It gets
+        the `elementwise_state` and steps of this rank's rows; `matrix_state` must be empty.
     `polar_first`, `after_polar`: with method="gram", ranks sum small Gram matrices instead. This is
         for rules whose `direction` is a polar factor and what follows from it.
     `by_lines`: the same for rules without a polar factor. `prepare` takes what it needs of a whole
