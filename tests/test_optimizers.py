@@ -244,3 +244,18 @@ def test_shampoo_without_eps_takes_the_pseudo_inverse(kind: str) -> None:
     for _ in range(3):
         optimizer.step()
     assert p.isfinite().all()
+
+
+def test_scion_takes_a_stack_of_four_dimensions_for_its_matrices() -> None:
+    """norm="auto" took its last two dimensions for the taps of a convolution."""
+    torch.manual_seed(0)
+    stack, grad = torch.randn(2, 2, 3, 5), torch.randn(2, 2, 3, 5)
+    one, each = torch.nn.Parameter(stack.clone()), [
+        torch.nn.Parameter(x.clone()) for x in stack.flatten(0, 1)
+    ]  # fmt: skip
+    one.grad = grad
+    for p, g in zip(each, grad.flatten(0, 1), strict=True):
+        p.grad = g
+    optim.Scion([{"params": [one], "flatten": False}]).step()
+    optim.Scion(each).step()
+    assert torch.equal(one.detach().flatten(0, 1), torch.stack([p.detach() for p in each]))

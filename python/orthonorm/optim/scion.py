@@ -17,6 +17,7 @@ from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
 from .settings import FLAG, Rule, at_least, one_of, scheduled
 from .state import Batch, Updates
 from .tensors import local
+from .views import flattens
 
 # Disco's row norms -> p in D_i / (|D_i| + norm_eps) n^p
 ROWS = {"embed_linear": 1.0, "embed_sqrt": 0.5, "unembed_linear": -1.0, "unembed_sqrt": -0.5}
@@ -140,7 +141,7 @@ def norm_of(owner: Tensor, group: Mapping[str, Any]) -> str:
         return group["norm"]
     if owner.dim() < 2:
         return "bias_rms"
-    return "spectral_conv" if owner.dim() > 3 or group["flatten"] else "spectral"
+    return "spectral_conv" if flattens(owner.shape, group) else "spectral"
 
 
 def normalized(norm: str, group: dict[str, Any]) -> bool:
