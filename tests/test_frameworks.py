@@ -246,6 +246,17 @@ def test_timm_groups() -> None:
     assert set(groups(opt="AdamW").values()) == {("adamw", 0.1), ("adamw", 0.0)}
     conda = create_optimizer_v2(Net(), "conda", betas=(0.8, 0.9))
     assert conda.param_groups[0]["betas"] == (0.8, 0.9)
+    for name in ("scion", "scionlight", "stiefeladam"):  # their rules take no weight decay
+        assert "weight_decay" not in create_optimizer_v2(Net(), name, weight_decay=0.1).defaults
+        made = create_optimizer_v2(Net(), name, weight_decay=0.1, filter_bias_and_bn=False)
+        decays = {g["rule"]: g.get("weight_decay") for g in made.param_groups}
+        assert decays == {"matrix": None, "adamw": 0.1}
+    for name in ("muon", "conda", "scion", "adamw"):
+        for more, decay in ({}, 0.1), (dict(adamw=dict(weight_decay=0.3)), 0.3):
+            if name != "adamw" or not more:
+                rest = {"params": [nn.Parameter(torch.ones(2))], "rule": "adamw"}
+                made = create_optimizer_v2([rest], name, weight_decay=0.1, **more)
+                assert made.param_groups[0]["weight_decay"] == decay
     params = [nn.Parameter(torch.ones(3, 2))]
     assert create_optimizer_v2(params, lr=0.5).param_groups[0]["lr"] == 0.5
     head = Net()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..optim import MatrixOptimizer
+from ..optim import AdamW, MatrixOptimizer
 from ..optim.configure import by_name
 from ..optim.split import NOT_HIDDEN
 from .factory import groups_of
@@ -49,7 +49,7 @@ def create_optimizer_v2(
         lr: learning rate of matrices; None takes the optimizer's default. AdamW's is
             `adamw=dict(lr=...)`, by default 3e-4.
         weight_decay: of all parameters except those that the model's no_weight_decay() names, and
-            except vectors if `filter_bias_and_bn`.
+            except vectors if `filter_bias_and_bn`; of AdamW's alone if the rule takes none (Scion).
         momentum: used by optimizers that have it.
         foreach: has no effect here, because all steps are fused.
         filter_bias_and_bn: True exempts vectors from weight decay.
@@ -77,12 +77,14 @@ def create_optimizer_v2(
             groups = _grouped(groups, cls, weight_decay, exempt, fallback, filter_bias_and_bn)
     takes = inspect.signature(cls).parameters
     settings = {"weight_decay": weight_decay, **kwargs} if "weight_decay" in takes else kwargs
+    adam = {"weight_decay": weight_decay}
     if lr is not None:
         settings["lr"] = lr
     if "momentum" in takes:
         settings.setdefault("momentum", momentum)
     if "betas" not in takes:
-        adam = {key: settings.pop(key) for key in ("betas", "eps") if key in settings}
+        adam |= {key: settings.pop(key) for key in ("betas", "eps") if key in settings}
+    if not issubclass(cls, AdamW):
         settings["adamw"] = {**adam, **(settings.get("adamw") or {})}
     return cls(groups, **settings)
 
@@ -104,6 +106,7 @@ def _grouped(
     vectors_exempt: bool,
 ) -> list[dict[str, Any]]:
     """Return param groups of the model, one for each pair of rule and weight decay."""
+    takes = inspect.signature(cls).parameters
     groups: list[dict[str, Any]] = []
     for group in groups_of(model, cls, adamw=NOT_HIDDEN):
         sorts: dict[tuple[bool, bool], list[Any]] = {}
@@ -112,6 +115,10 @@ def _grouped(
             given = group.get("rule") == "matrix" and any(fnmatchcase(name, x) for x in fallback)
             sorts.setdefault((free, given), []).append((name, p))
         for (free, given), params in sorts.items():
-            keys = {"rule": "adamw"} if given else {k: v for k, v in group.items() if k != "params"}
-            groups.append({**keys, "params": params, "weight_decay": 0.0 if free else weight_decay})
+            keys = {k: v for k, v in group.items() if k != "params"}
+            if given:
+                keys = {"rule": "adamw"}
+            if keys.get("rule") == "adamw" or "weight_decay" in takes:
+                keys["weight_decay"] = 0.0 if free else weight_decay
+            groups.append({**keys, "params": params})
     return groups
