@@ -323,3 +323,16 @@ def test_changed_settings_are_checked_at_the_next_step() -> None:
     group["betas"][1] = 1.5
     with pytest.raises(ValueError, match="betas"):
         opt.step()
+
+
+def test_groups_of_another_optimizer_are_taken() -> None:
+    """With what steps add to them; seeds of rounding, which count steps, are the new one's own."""
+    params = make(torch.bfloat16, ((3, 2), (4, 4)))
+    old = optim.Muon(params, nonfinite="skip", stochastic_rounding=True)
+    set_grads(0, params)
+    params[0].grad[0, 0] = float("nan")
+    old.step()
+    new = optim.Muon(old.param_groups)
+    assert new.param_groups[0]["skipped"] == 1
+    new.step()
+    assert [int(opt.param_groups[0]["rounding_seed"]) for opt in (old, new)] == [1, 2]

@@ -15,8 +15,8 @@ from .storage import SMALLER
 from .tensors import check_placements, is_distributed, meets_owner
 from .views import VIEW_DEFAULTS, check_views, cuts_stacks
 
-# Keys of a group that are no settings: torch and its schedulers add them; `seeded` adds the last.
-FOREIGN = ("params", "param_names", "initial_lr", "name", "rounding_seed")
+# Keys of a group that are no settings: torch and its schedulers add them; steps count in the last.
+FOREIGN = ("params", "param_names", "initial_lr", "name", "skipped", "rounding_seed")
 
 
 class Groups(torch.optim.Optimizer):
@@ -308,6 +308,7 @@ class Groups(torch.optim.Optimizer):
 
 
 def seeded(group: dict[str, Any]) -> None:
-    """Add the seed, which counts steps, to a group that rounds stochastically."""
+    """Give a group that rounds stochastically a seed of its own, which counts steps."""
     if group["stochastic_rounding"]:
-        group.setdefault("rounding_seed", torch.zeros((), dtype=torch.int64))
+        seed, zero = group.get("rounding_seed"), torch.zeros((), dtype=torch.int64)
+        group["rounding_seed"] = zero if seed is None else seed.clone()
