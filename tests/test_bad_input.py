@@ -378,6 +378,10 @@ def test_a_rate_on_no_device_is_refused_by_where_it_may_be() -> None:
         (dict(), "beta2 must be below 1 with variant='study', got 1.0"),
         (dict(beta2=0.99), "precondition_frequency must be larger .* grow by 1e70, got 1"),
         (dict(beta2=0.999, precondition_frequency=10), "grow by 1e73, got 10"),
+        (
+            dict(beta2=0.9, precondition_frequency=10, momentum=1.0),
+            "momentum must be below 1 with variant='study', got 1.0",
+        ),
     ],
 )
 def test_shampoo_of_the_study_needs_averages_that_stay_finite(

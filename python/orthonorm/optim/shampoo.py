@@ -97,8 +97,11 @@ class Shampoo(MatrixOptimizer):
         if group["variant"] != "study":
             return
         beta, every = group["beta2"], group["precondition_frequency"]
-        if beta >= 1:
-            raise ValueError(f"{self.name}: beta2 must be below 1 with variant='study', got {beta}")
+        for key in ("beta2", "momentum"):
+            if not isinstance(group[key], Tensor) and group[key] >= 1:
+                raise ValueError(
+                    f"{self.name}: {key} must be below 1 with variant='study', got {group[key]}"
+                )
         if (growth := log_growth(beta, every) / math.log(10)) > math.log10(LARGEST):
             raise ValueError(
                 f"{self.name}: precondition_frequency must be larger with variant='study' and "
