@@ -174,6 +174,7 @@ def test_bad_hyperparameters(row: Row) -> None:
             with pytest.raises((ValueError, TypeError)) as caught:
                 build(row, pair(), **{key: value})
             assert WORDS.get(key, key) in str(caught.value), (key, value, str(caught.value))
+            assert str(caught.value).split(":")[0] in (row.name, "coefficients")
             assert "must" in str(caught.value) or "use " in str(caught.value)
             with pytest.raises((ValueError, TypeError)):  # the same in a group
                 build(row, [{"params": pair(), key: value}])

@@ -14,6 +14,7 @@ from ._library import without_gradient
 from .coefficients import ROUNDOFF, Coefficients, check_safe, default_restarts, resolve
 from .exact import polar_exact
 from .ops.newton_schulz import FORMS, PRECISIONS, SCALES, newton_schulz
+from .ops.words import check_coefficients
 
 Matrices = TypeVar("Matrices", Tensor, list[Tensor])
 
@@ -36,19 +37,25 @@ def polynomial(
     restarts: Any = "auto",
     precision: str = "auto",
     device: torch.device | None = None,
+    name: str = "polar",
 ) -> Polynomial:
-    """Resolve coefficients and restarts; raise ValueError for combinations known to blow up."""
-    check.choice("polar", "method", method, FORMS)
-    check.choice("polar", "precision", precision, PRECISIONS)
+    """Resolve coefficients and restarts; raise ValueError for combinations known to blow up.
+
+    `name` stands in error messages.
+    """
+    check.choice(name, "method", method, FORMS)
+    check.choice(name, "precision", precision, PRECISIONS)
     coefficients = _frozen(coefficients)
     if not isinstance(coefficients, (str, tuple, Coefficients)):
         resolve(coefficients)  # raises
     if isinstance(restarts, (list, tuple)):
         for r in restarts:
-            check.integer("polar", "restarts", r, 1)
+            check.integer(name, "restarts", r, 1)
         restarts = tuple(restarts)
     elif restarts != "auto":
-        raise TypeError(f"polar: restarts must be 'auto' or a list of iterations, got {restarts!r}")
+        raise TypeError(
+            f"{name}: restarts must be 'auto' or a list of iterations, got {restarts!r}"
+        )
     on_gpu = device is not None and device.type != "cpu"
     return _polynomial(coefficients, steps, method, restarts, precision, on_gpu)
 
@@ -156,6 +163,7 @@ def polar(
         raise TypeError(f"polar: X must be a Tensor or a list of them, got {type(X).__name__}")
     matrices = [X] if isinstance(X, Tensor) else list(X)
     check.tensors("polar", "X", matrices, min_dim=2)
+    check.choice("polar", "precision", precision, (*PRECISIONS, "exact"))
     if precision == "exact":
         _left_alone(steps=(steps, None), method=(method, "auto"), restarts=(restarts, "auto"),
                     scale=(scale, None), eps=(eps, 0.0))  # fmt: skip
@@ -210,8 +218,7 @@ def odd_polynomial(
     for triple in coefficients:
         if not isinstance(triple, (list, tuple)) or len(triple) != 3:
             raise ValueError(f"{name}: coefficients must be triples (a, b, c), got {triple!r}")
-        for x in triple:
-            check.number(name, "coefficients", x)
-            flat.append(float(x))
-    how: tuple[Any, ...] = (flat, [], "direct", precision, "none")
+        flat += triple
+    check_coefficients(name, flat)
+    how: tuple[Any, ...] = ([float(x) for x in flat], [], "direct", precision, "none")
     return without_gradient(name, lambda: newton_schulz([X], *how), [X])[0]

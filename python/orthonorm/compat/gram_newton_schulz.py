@@ -64,7 +64,7 @@ class GramNewtonSchulz:
         check.tensor("GramNewtonSchulz", "X", X, min_dim=2)
         p = polynomial(
             self.ns_coefficients, method=self.method, restarts=self.restarts, device=X.device,
-            precision="full" if X.device.type == "cpu" else "auto",
+            precision="full" if X.device.type == "cpu" else "auto", name="GramNewtonSchulz",
         )  # fmt: skip
         norms = magnitude([X]) + self.ns_epsilon
         return newton_schulz(

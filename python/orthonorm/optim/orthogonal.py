@@ -58,6 +58,7 @@ class Orthogonalizing(MatrixOptimizer, abstract=True):
         return polynomial(
             group["ns_coefficients"], group["ns_steps"], method=group["method"],
             restarts=group["restarts"], precision=group["precision"], device=device,
+            name=self.name,
         )  # fmt: skip
 
     def polar(self, updates: Updates, group: Mapping[str, Any], keep: bool = False) -> Updates:
