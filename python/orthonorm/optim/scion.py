@@ -163,9 +163,13 @@ class ScionLight(Scion):
     """Scion with its average in the gradient itself: D = G, then G <- (1-alpha) G. No state at all.
 
     Do not call `zero_grad`: `backward` adds to the gradient that the step leaves. No other
-    optimizer here writes gradients. D is then sum_k (1-alpha)^k G_{t-k}, which is 1/alpha times
-    Scion's average: the same step but for eps. A gradient that `nonfinite` skips stays in `.grad`
-    until it is set to None. Arguments are Scion's.
+    optimizer here writes gradients. Since they are its state, nothing else may rewrite them: use
+    neither `clip_grad_norm_` nor GradScaler, with `fused=True` or without it. A scaler would divide
+    what a step left by its scale again, and find an inf in it at every later step.
+
+    D is sum_k (1-alpha)^k G_{t-k}, which is 1/alpha times Scion's average: the same step but for
+    eps. A gradient that `nonfinite` skips stays in `.grad` until it is set to None. Arguments are
+    Scion's.
 
     Source: as Scion's.
     """
