@@ -75,7 +75,7 @@ def newton_schulz(
     check.tensor(name, "x", x, min_dim=2)
     if x.dtype != torch.float32 or x.dim() > 3:
         raise TypeError(f"{name}: x must be float32, 2-D or 3-D, got {x.dtype}, {x.dim()}-D")
-    coefficients = _coefficients(name, coefficient_type, custom_coefficient_sets, steps)
+    coefficients = _coefficients(name, coefficient_type, custom_coefficient_sets)
     medium = torch.get_float32_matmul_precision() == "medium"
     if tp_group is None:
         method, precision = ("auto", "auto") if medium else ("direct", "full")
@@ -85,7 +85,7 @@ def newton_schulz(
     return _spread(x.mT if transpose else x, coefficients, steps, eps, tp_group, transpose)
 
 
-def _coefficients(name: str, kind: str, custom: Any, steps: int) -> Coefficients:
+def _coefficients(name: str, kind: str, custom: Any) -> Coefficients:
     """Return the schedule of a `coefficient_type`; `name` stands in error messages."""
     if kind == "custom":
         if not custom:

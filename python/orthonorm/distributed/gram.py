@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import divide_each
+from ..ops.normalize import accumulator
 from ..ops.words import triples_of
 from ..optim.state import Batch, matrix_shapes, widened
 from ..optim.tensors import local, sharded_dims
@@ -23,7 +24,7 @@ from ..optim.views import is_matrix
 from ..orthogonalize import choose
 from ..polar import Polynomial
 from .plan import Bucket, Item, Traveler
-from .spread import Part, Spread, Travel, sum_dtype
+from .spread import Part, Spread, Travel
 
 if TYPE_CHECKING:
     from ..optim.base import MatrixOptimizer
@@ -81,7 +82,7 @@ def directions(
         divisor = (p.safety * norm.clamp(min=group["eps"])).reshape(1)
         y = divide_each(block, divisor, dtype) if block.numel() else block.to(dtype)
         parts.append(y.mT if rows_cut(x.param) else y)
-    dtype = sum_dtype(bucket.items[0].param)
+    dtype = accumulator(bucket.items[0].param)
     parts = yield from spread.polynomial(parts, triples_of(p.coefficients), p.restarts, dtype)
     for x, block, y in zip(bucket.items, blocks, parts, strict=True):
         block.copy_(y.mT if rows_cut(x.param) else y)
@@ -143,7 +144,7 @@ def update_lines(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) ->
     assert spread is not None
     tensors = [t for some in small for t, _, _ in some.values() if t.numel()]
     if tensors:
-        sums = yield from spread.sums([t.to(sum_dtype(t)) for t in tensors])
+        sums = yield from spread.sums([t.to(accumulator(t)) for t in tensors])
         torch._foreach_copy_(tensors, sums)
     batch, originals = Batch([], [], {}, [], [], spread=spread), list[tuple[Tensor, Tensor]]()
     for item, state, some in zip(bucket.items, states, small, strict=True):

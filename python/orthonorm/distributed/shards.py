@@ -13,6 +13,7 @@ from ..optim.constraints import constrain_
 from ..optim.decay import decayed_update
 from ..optim.momentum import updates_from
 from ..optim.state import (
+    MOMENTUM,
     Batch,
     Updates,
     matrix_shapes,
@@ -76,7 +77,7 @@ def item_of(opt: MatrixOptimizer, p: Any, group: dict[str, Any]) -> Item:
 
 def traveling(opt: MatrixOptimizer, group: dict[str, Any]) -> list[str]:
     """Return keys of elementwise state that owners need; not the momentum if shards update it."""
-    skipped = opt.momentum_key if opt.on_shards(group) else None
+    skipped = MOMENTUM if opt.on_shards(group) else None
     return [key for key in opt.elementwise_state(group) if key != skipped]
 
 
@@ -107,7 +108,7 @@ def update_rows(opt: MatrixOptimizer, bucket: Bucket, group: dict[str, Any]) -> 
     rows, factors = shard_rows(opt, bucket, states, blocks, group)
     updates = Updates([u.unsqueeze(0) for u in rows.owners])
     if rows.params:  # a rank may hold no row of a whole bucket
-        mu = opt.momentum(group, device) if opt.momentum_key in rows.state else None
+        mu = opt.momentum(group, device) if MOMENTUM in rows.state else None
         updates_from(rows, updates.stacks, mu, group)
     if bucket.spread is not None:
         yield from gram.directions(opt, bucket, states, blocks, group)
@@ -159,7 +160,7 @@ def shard_rows(
         p, data = item.param, local(item.param)
         if data.numel() == 0:
             continue
-        keys = [k for k in opt.elementwise_state(group) if opt.elementwise or k == opt.momentum_key]
+        keys = [k for k in opt.elementwise_state(group) if opt.elementwise or k == MOMENTUM]
         form = {"flatten": True, "transpose": turned(p, group)}
         tensors = (data, local(p.grad), block, *(local(state[key]) for key in keys))
         views = [matrices(t, data, form)[0] for t in tensors]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ops import apply, gram_polynomial, magnitude
 from ..ops import gram as gram_of
+from ..ops.normalize import accumulator
 from ..ops.scaling import frobenius
 from ..ops.words import Triples, segments
 from .agreement import reporting
@@ -30,11 +31,6 @@ class Sums(NamedTuple):
 
     bytes: tuple[int, ...]
     norms: int = 0
-
-
-def sum_dtype(p: Tensor) -> torch.dtype:
-    """Return the dtype in which ranks sum tensors of the dtype of `p`."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 class Spread(NamedTuple):
@@ -60,7 +56,7 @@ class Spread(NamedTuple):
 
     def total(self, grams: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of symmetric matrices, each in its dtype, after waiting for them."""
-        summed = finished(self.symmetric([A.to(sum_dtype(A)) for A in grams])) if grams else []
+        summed = finished(self.symmetric([A.to(accumulator(A)) for A in grams])) if grams else []
         return [T.to(A.dtype) for T, A in zip(summed, grams, strict=True)]
 
     def norms(self, parts: Sequence[Tensor]) -> Travel[Tensor]:

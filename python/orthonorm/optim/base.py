@@ -85,7 +85,6 @@ class MatrixOptimizer(Sharding):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    momentum_key: ClassVar[str] = MOMENTUM
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

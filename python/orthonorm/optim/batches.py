@@ -104,14 +104,14 @@ def made_states(
         if any(key not in have for key in wanted[p.shape]) or (half and MANTISSA not in have)
     ]
     if lacking:
-        zeros = zeros_in_stacks(opt, lacking, known, group)
+        zeros = zeros_in_stacks(opt, lacking, known)
         for p in lacking:
             matrix_state_of(opt, p, group, known[p.shape], zeros.get(p))
     return known
 
 
 def zeros_in_stacks(
-    opt: MatrixOptimizer, params: list[Tensor], known: Mapping[Any, Shapes], group: dict[str, Any]
+    opt: MatrixOptimizer, params: list[Tensor], known: Mapping[Any, Shapes]
 ) -> dict[Tensor, dict[str, Tensor]]:
     """Return {parameter: {key: zeros}} for matrices of new parameters, cut from shared stacks.
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..distributed.spread import Sums, folded_size, sum_dtype
+from ..distributed.spread import Sums, folded_size
 from ..ops import conda_step_
+from ..ops.normalize import accumulator
 from ..ops.rotations import rotated, rotated_back
 from ..ops.scaling import divide, frobenius
 from .base import MatrixOptimizer
@@ -97,7 +98,7 @@ class Conda(MatrixOptimizer):
         The Gram matrix is the momentum's.
         """
         k, due = min(p.shape), (step - 1) % group["update_proj_gap"] == 0
-        return Sums((k * k * sum_dtype(p).itemsize, *([folded_size(k) * 8] * due)))
+        return Sums((k * k * accumulator(p).itemsize, *([folded_size(k) * 8] * due)))
 
     def update(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

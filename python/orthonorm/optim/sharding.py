@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..distributed.spread import Part, Spread, Sums, Travel, folded_size, sum_dtype
+from ..distributed.spread import Part, Spread, Sums, Travel, folded_size
+from ..ops.normalize import accumulator
 from ..ops.words import segments, triples_of
 from ..polar import Polynomial
 from .groups import Groups
@@ -59,7 +60,7 @@ class Sharding(Groups):
         if polynomial is None or polynomial.scale != "frobenius":
             return None
         times = len(segments(triples_of(polynomial.coefficients), polynomial.restarts))
-        return Sums((folded_size(min(p.shape)) * sum_dtype(p).itemsize,) * times, norms=1)
+        return Sums((folded_size(min(p.shape)) * accumulator(p).itemsize,) * times, norms=1)
 
     def on_shards(self, group: dict[str, Any]) -> bool:
         """True if ranks that hold parts of a matrix need its owner for the direction alone."""

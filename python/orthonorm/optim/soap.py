@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import _checks as check
-from ..distributed.spread import Sums, folded_size, sum_dtype
+from ..distributed.spread import Sums, folded_size
 from ..ops import rotated_adam_
+from ..ops.normalize import accumulator
 from .base import MatrixOptimizer
 from .settings import Common, Rule, one_of, optional, whole
 from .sides import (
@@ -164,7 +165,7 @@ class SOAP(MatrixOptimizer):
         k = min(p.shape)
         if k > group["max_precond_dim"]:
             return Sums(())
-        size = sum_dtype(p).itemsize
+        size = accumulator(p).itemsize
         return Sums((2 * k * k * size, folded_size(k) * size))
 
     def check_shardings(self, group: Mapping[str, Any]) -> None:
