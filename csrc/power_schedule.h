@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "power_matrix.h"
+#include "scratch.h"
 
 namespace orthonorm::power {
 
@@ -70,8 +71,10 @@ class Team {
         isa_(chosen),
         slots_(std::min<int64_t>(plan.threads, static_cast<int64_t>(plan.shared.size()))),
         own_bytes_(plan.small_bytes + plan.scratch_bytes),
-        memory_(allocate(static_cast<int64_t>(slots_.size()) * plan.shared_bytes +
-                         plan.threads * own_bytes_)) {}
+        bytes_(static_cast<int64_t>(slots_.size()) * plan.shared_bytes +
+               plan.threads * own_bytes_),
+        held_(bytes_),
+        memory_(allocate(bytes_)) {}
 
   // The work of member `t` of plan.threads; returns when there is none left for it.
   void work(int64_t t) {
@@ -206,7 +209,8 @@ class Team {
   const Plan& plan_;
   const Isa isa_;
   std::vector<Slot> slots_;
-  const int64_t own_bytes_;
+  const int64_t own_bytes_, bytes_;
+  const Held held_;
   Memory memory_;
   std::mutex mutex_;
   size_t opened_ = 0, bundled_ = 0;

@@ -157,6 +157,7 @@ void run_units(const Job& job) {
       std::min<int64_t>(count, torch::stable::get_num_threads());
   if (threads == 0) return;
   const int64_t bytes = job.staging_bytes + job.workspace_bytes;
+  const Held held(bytes * threads);
   const auto release = [](std::byte* p) { ::operator delete(p, std::align_val_t{64}); };
   const std::unique_ptr<std::byte, decltype(release)> memory(
       static_cast<std::byte*>(
