@@ -56,7 +56,7 @@ class View:
         self.fields = fields
         address, skip, row, column = fields
         self.order = 1 if column == 1 else (0 if row == 1 else 2)
-        self.regular = address % 16 == 0 and skip % 8 == 0
+        self.regular = address % 16 == skip * dtype.itemsize % 16 == 0
         across, along = ((row, columns), (column, rows))[self.order == 0]
         whole = self.order < 2 and rows % 8 == columns % 8 == 0
         # `skip` has no bound: offsets of whole matrices are of 64 bits

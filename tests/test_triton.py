@@ -41,6 +41,21 @@ def test_kernels_in_the_interpreter() -> None:
     passes("interpreted.py", TRITON_INTERPRET="1")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "skip", "regular"),
+    [(torch.uint8, 24, False), (torch.uint8, 32, True), (torch.bfloat16, 4, False),
+     (torch.bfloat16, 8, True), (torch.float32, 2, False), (torch.float32, 4, True),
+     (torch.float64, 2, True)],
+)  # fmt: skip
+def test_what_is_promised_of_a_batch_is_in_bytes(
+    dtype: torch.dtype, skip: int, regular: bool
+) -> None:
+    """Kernels are told that each matrix of a regular batch begins at a multiple of 16 bytes."""
+    from orthonorm.kernels import tables
+
+    assert tables.place(dtype, 2, 1, 8, (2**20, skip, 8, 1)).regular is regular
+
+
 def test_what_is_kept_by_address_has_one_bound() -> None:
     """New addresses every step, as of gradients, must not fill the memory."""
     import orthonorm.kernels as package
