@@ -159,7 +159,9 @@ def _on_clusters(X: Tensor, coefficients: list[float]) -> bool:
         return True
     device = torch.cuda.get_device_properties(X.device)
     blocks = CLUSTER_BLOCKS * math.prod(X.shape[:-2])
-    return device.major >= 9 and blocks <= device.multi_processor_count
+    # a cluster lies in one GPC, of at least 16 multiprocessors: 18 hold no more clusters of 4
+    resident = device.multi_processor_count // 16 * 16
+    return device.major >= 9 and blocks <= resident
 
 
 @op("direct_polynomial(Tensor X, float[] coefficients) -> Tensor", composite=True)
