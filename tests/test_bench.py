@@ -288,6 +288,11 @@ def test_extra_memory_is_counted() -> None:
     assert not found
     if LOADED.served.get(("gram", "CPU")) == "C++":
         assert 4 * 300 * 400 <= beside < 4 * 2**20
+        u, v = torch.randn(300), torch.randn(400)
+        assert peak_extra_memory(lambda: ops.power_iteration_([X], [u], [v])) >= 4 * (300 + 400)
+        small, triple = [torch.randn(32, 32)], [3.4445, -4.7750, 2.0315]
+        taken = peak_extra_memory(lambda: ops.small_newton_schulz(small, triple, torch.float32))
+        assert taken >= 2 * 4 * 32 * 32  # the result and the iterate
     assert peak_extra_memory(lambda: None) == 0
 
 

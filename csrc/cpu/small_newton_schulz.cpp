@@ -8,6 +8,7 @@
 #include <numeric>
 #include <optional>
 
+#include "../scratch.h"
 #include "convert.h"
 
 namespace orthonorm {
