@@ -31,10 +31,6 @@ struct MatrixView {
   int64_t stride_batch, stride_row, stride_col;
 
   int64_t numel() const { return batch * rows * cols; }
-  bool contiguous() const {
-    return (cols <= 1 || stride_col == 1) && (rows <= 1 || stride_row == cols) &&
-           (batch <= 1 || stride_batch == rows * cols);
-  }
 };
 
 // Whether the leading dimensions of `t` collapse into one batch stride (trivially, if it is empty).

@@ -3,6 +3,8 @@ graphs, no waiting for the device, the same bits again and in company."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -135,6 +137,20 @@ def test_company(case: Case) -> None:
         assert torch.equal(values[0].reshape(wanted.shape), wanted), name
 
 
+@pytest.fixture(autouse=True)
+def sticky() -> Iterator[None]:
+    """After some errors every later call of the process fails too: end it with the test at fault.
+
+    xdist then says which test it was, and goes on in a new process.
+    """
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(error, file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -180,14 +196,20 @@ def test_graph(case: Case) -> None:
     LOADED.served.get(("divide_each", "CUDA")) != "CUDA", reason="needs the CUDA library"
 )
 def test_numbers_of_the_host_in_a_graph() -> None:
-    """What the graph would copy from the host's memory in every replay is refused."""
+    """What a graph would copy from the host's memory, or not count, in every replay is refused."""
     X, divisors = torch.randn(3, 4, 5, device="cuda"), torch.ones(3, dtype=torch.float64)
+    arguments = made(CASES["adamw_step_"], ((4, 5),), inputs("float32"))
+    arguments["steps"] = [torch.tensor(3.0)]
     graph = torch.cuda.CUDAGraph()
     rule = r"divide_each: divisors must be on the device of X.0. in a CUDA graph, got 3 numbers"
     with torch.cuda.graph(graph):
         X.add_(1)  # torch warns of empty graphs
         with pytest.raises(RuntimeError, match=rule):
             ops.divide_each.overload(X, divisors, torch.float32)
+        rule = "adamw_step_: steps must be on the device of params in a CUDA graph"
+        with pytest.raises(RuntimeError, match=rule):
+            ops.adamw_step_.overload(**arguments)
+    assert arguments["steps"][0] == 3
 
 
 @EACH

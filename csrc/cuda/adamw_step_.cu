@@ -13,7 +13,8 @@ double counted_on_host(const Tensor& step) {
   return *static_cast<float*>(step.data_ptr()) += 1;
 }
 
-void check_steps(const TensorList& steps, const TensorList& params, bool flagged) {
+void check_steps(const Call& call, const TensorList& steps, const TensorList& params,
+                 bool flagged) {
   std::unordered_set<const void*> seen;
   for (const Tensor& step : steps) {
     STD_TORCH_CHECK(step.is_cpu() || step.device() == params[0].device(),
@@ -21,6 +22,9 @@ void check_steps(const TensorList& steps, const TensorList& params, bool flagged
     STD_TORCH_CHECK(!flagged || step.device() == params[0].device(),
                     "adamw_step_: steps must be on the device of params ",
                     "where found_inf is given");
+    // The host counts once, and every replay would take the step of that count.
+    STD_TORCH_CHECK(step.device() == params[0].device() || !call.captured(),
+                    "adamw_step_: steps must be on the device of params in a CUDA graph");
     STD_TORCH_CHECK(step.numel() == 1, "adamw_step_: steps must have one element, got ",
                     step.numel());
     const ScalarType dtype = step.scalar_type();
@@ -53,7 +57,7 @@ void adamw_step_(const TensorList& params, const TensorList& grads, const Tensor
   call.same_shapes(0);
   if (mantissas) call.halves();
   call.same_length("steps", steps.size());
-  check_steps(steps, params, found_inf.has_value());
+  check_steps(call, steps, params, found_inf.has_value());
   const AdamWRule rule{0, beta1, beta2, eps, 0, decay_first, correct_eps};
   const AdamWNumbers numbers{call.number("lr", lr), call.number("weight_decay", weight_decay),
                              call.number("grad_scale", grad_scale, 1),

@@ -279,6 +279,7 @@ class Call {
     return use(stream);
   }
 
+ public:
   // Whether launches go into a CUDA graph; the stable ABI has no question of its own for it.
   bool captured() const {
     return with_stream([](cudaStream_t stream) {
@@ -288,6 +289,7 @@ class Call {
     });
   }
 
+ private:
   template <class Launches>
   void with_device(const Launches& launches) {
     with_stream([&](cudaStream_t stream) {

@@ -141,8 +141,6 @@ class Lists {
   Lists(Unit unit, int64_t tile, Launch launch)
       : unit_(unit), tile_(tile), launch_(std::move(launch)) {}
 
-  int64_t matrices() const { return first_; }
-
   void add(const std::array<Strided, N>& tensors, int64_t extra = 0) {
     const Strided& x = tensors[0];
     const int64_t outer = unit_ == Unit::matrix ? x.dim - 2 : 0;
