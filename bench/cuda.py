@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .timing import quantile, time_cuda
+from .timing import quantile, repeats_of, time_cuda
 
 SAMPLES = 20
 
@@ -32,11 +32,8 @@ def cold(call: Callable[[], Any], device: str) -> float:
     return quantile(times, 0.5)
 
 
-def replayed(call: Callable[[], Any]) -> float:
-    """Return the median seconds of a call replayed from a CUDA graph.
-
-    Raise RuntimeError if it cannot be captured.
-    """
+def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of a call; raise RuntimeError if it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -45,8 +42,19 @@ def replayed(call: Callable[[], Any]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
+    return graph
+
+
+def replayed(call: Callable[[], Any]) -> float:
+    """Return the median seconds of a call replayed from a CUDA graph, time after time.
+
+    One replay alone would be timed with the latency of its launch. Raise RuntimeError if the call
+    cannot be captured.
+    """
+    graph = captured(call)
     graph.replay()
-    return quantile([time_cuda(graph.replay, 1) for _ in range(SAMPLES)], 0.5)
+    repeats = repeats_of(time_cuda(graph.replay, 10))
+    return quantile([time_cuda(graph.replay, repeats) for _ in range(SAMPLES)], 0.5)
 
 
 def host(call: Callable[[], Any]) -> float:

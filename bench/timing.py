@@ -102,6 +102,11 @@ def time_cuda(call: Call, repeats: int) -> float:
     return float(start.elapsed_time(end)) * 1e-3 / repeats
 
 
+def repeats_of(once: float) -> int:
+    """Return how often to repeat a call of so many seconds, for a sample of SAMPLE."""
+    return max(1, min(10_000, math.ceil(SAMPLE / max(once, 1e-7))))
+
+
 def interleave(
     candidates: Mapping[str, Call],
     plan: Plan | None = None,
@@ -123,7 +128,7 @@ def interleave(
         if not warm:
             call()
         once = clock(call, 1)
-        repeats[name] = max(1, min(10_000, math.ceil(SAMPLE / max(once, 1e-7))))
+        repeats[name] = repeats_of(once)
         costs[name] = once * repeats[name]
     slow = {
         n for n, cost in costs.items() if plan.rounds is None and plan.low * cost > plan.seconds

@@ -7,22 +7,24 @@ are faster than a chain in one launch, and write tables for `kernels/configs/`.
 Without: time the forms of the Newton-Schulz iteration and the function of `torch.optim.Muon` in the
 same rounds, and write this processor's row of `orthonorm/rates.json`.
 
-For each tile shape the sweep keeps the fastest warps and stages. Of these records it keeps those
-that are fastest for some side, largest first, which is the order that `configs.pick` reads. It also
-stores the side from which torch is faster. All records share block_k, so that no choice changes a
-result.
+For each tile shape the sweep keeps the fastest warps and stages. It begins with the stored records,
+so that a sweep cut short is no worse than they are. All are timed in CUDA graphs. Of these records
+it keeps those that are fastest for some side, largest first, which is the order that `configs.pick`
+reads. It also stores the side from which torch is faster. All records share block_k, so that no
+choice changes a result.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,23 +35,47 @@ from orthonorm.ops import gram_polynomial, newton_schulz
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
+from .cuda import replayed
 from .environment import environment
-from .timing import Plan, interleave, quantile, time_cuda
+from .timing import Plan, interleave, quantile
 
 SIDES = (768, 1024, 2048, 4096)
 SHAPES = {
     "symmetric": ((128, 128), (64, 64)),
     "product": ((128, 256), (128, 128), (64, 128), (64, 64)),
 }
-WARPS, STAGES = (4, 8), (3, 4, 5)
+WARPS, STAGES = (8, 4), (3, 4, 5)
 CHAIN_SIDES = (96, 128, 160, 192, 256)
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Return the median of five samples; infinite if the record does not fit the device."""
+@contextlib.contextmanager
+def tables_laid() -> Iterator[None]:
+    """Lay tables on the device before a call is captured, as calls outside of graphs find them.
+
+    A graph writes them in every replay, which would be timed with the kernel.
+    """
+    tables = importlib.import_module("orthonorm.kernels.tables")
+    laid: dict[tuple[int, ...], Tensor] = {}
+    own = tables.upload
+
+    def upload(values: tuple[int, ...], device: torch.device, earlier: Any = None) -> Tensor:
+        if values not in laid:
+            laid[values] = tables.copied(values, device)
+        return laid[values]
+
+    tables.upload = upload
     try:
-        call()
-        return quantile([time_cuda(call, 5) for _ in range(5)], 0.5)
+        yield
+    finally:
+        tables.upload = own
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Return the seconds in a CUDA graph; infinite if the record does not fit the device."""
+    try:
+        with tables_laid():
+            call()
+            return replayed(call)
     except Exception as error:  # the module of Triton's OutOfResources differs between versions
         if "resource" not in type(error).__name__.lower() + str(error).lower():
             raise
@@ -100,27 +126,42 @@ def torch_from(ours: dict[int, float], torchs: dict[int, float]) -> int | None:
     return found
 
 
-def sweep(
-    op: str, dtype: torch.dtype, block_k: int, deadline: float
-) -> tuple[list[Any], int | None]:
-    """Measure a row of a table; return its records and the side from which torch is faster."""
+def fitting(op: str, known: Sequence[Any], block_k: int, shared: int) -> list[Any]:
+    """Return the records to measure: known ones, then all whose tiles fit the shared memory."""
     configs = importlib.import_module("orthonorm.kernels.configs")
+    shapes = dict.fromkeys([*SHAPES[op], *((r.block_m, r.block_n) for r in known)])
+    every = (
+        configs.Config(*shape, block_k, warps, stages)
+        for shape, warps, stages in itertools.product(shapes, WARPS, STAGES)
+    )
+    fit = (r for r in every if (r.block_m + r.block_n) * block_k * 2 * r.stages <= shared)
+    return list(dict.fromkeys([*known, *fit]))
+
+
+def sweep(
+    op: str, dtype: torch.dtype, block_k: int, deadline: float, stored: Sequence[Any], shared: int
+) -> tuple[list[Any], int | None]:
+    """Measure a row of a table; return its records and the side from which torch is faster.
+
+    `stored` records are measured whatever the deadline; `shared` bytes are a block's memory.
+    """
+    known = [r for r in stored if r.block_k == block_k]
     launchers = {side: launcher(op, side, dtype) for side in SIDES}
     best: dict[tuple[int, int], tuple[Any, dict[int, float]]] = {}
-    for shape in SHAPES[op]:
-        for warps, stages in itertools.product(WARPS, STAGES):
-            if time.monotonic() > deadline and shape in best:
-                break
-            record = configs.Config(*shape, block_k, warps, stages)
-            times = {s: seconds_of(lambda r=record, f=f: f(r)) for s, f in launchers.items()}
-            print(op, dtype, record, {s: f"{t * 1e6:.1f} us" for s, t in times.items()}, flush=True)
-            if shape not in best or sum(times.values()) < sum(best[shape][1].values()):
-                best[shape] = record, times
+    for record in fitting(op, known, block_k, shared):
+        if time.monotonic() > deadline and best and record not in known:
+            break
+        shape = record.block_m, record.block_n
+        times = {s: seconds_of(lambda r=record, f=f: f(r)) for s, f in launchers.items()}
+        print(op, dtype, record, {s: f"{t * 1e6:.1f} us" for s, t in times.items()}, flush=True)
+        if shape not in best or sum(times.values()) < sum(best[shape][1].values()):
+            best[shape] = record, times
     winners = {min(best, key=lambda s: best[s][1][side]) for side in SIDES}
     ours = {side: min(times[side] for _, times in best.values()) for side in SIDES}
     torchs = {side: torch_seconds(op, side, dtype) for side in SIDES}
     print(op, dtype, "torch", {s: f"{t * 1e6:.1f} us" for s, t in torchs.items()}, flush=True)
-    return [best[s][0] for s in SHAPES[op] if s in winners], torch_from(ours, torchs)
+    largest_first = sorted(winners, key=lambda s: (s[0] * s[1], s[1]), reverse=True)
+    return [best[s][0] for s in largest_first], torch_from(ours, torchs)
 
 
 def chain_from(
@@ -215,11 +256,15 @@ def main(arguments: list[str] | None = None) -> None:
         return tune_cpu(options.out, options.seconds)
     configs = importlib.import_module("orthonorm.kernels.configs")
     arch, _ = configs.device_of(torch.device("cuda"))
+    dtype = getattr(torch, options.dtype)
+    device = torch.cuda.get_device_properties("cuda")
+    shared = int(device.shared_memory_per_block_optin)  # type: ignore[attr-defined]
     start = time.monotonic()
     for i, op in enumerate(SHAPES, 1):
         deadline = start + options.seconds * i / len(SHAPES)
         block_k = 64 if int(arch) >= 90 else 32
-        records, limit = sweep(op, getattr(torch, options.dtype), block_k, deadline)
+        known = configs.records(op, dtype, arch)
+        records, limit = sweep(op, dtype, block_k, deadline, known, shared)
         table, row = stored(op, arch)
         row[options.dtype] = [asdict(r) for r in records]
         row["torch_from"].pop(options.dtype, None)
@@ -227,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
             row["torch_from"][options.dtype] = limit
         (options.out / f"{op}.json").write_text(json.dumps(table, indent=1) + "\n")
     table, row = stored("chain", arch)
-    row["torch_from"][options.dtype] = chain_from(getattr(torch, options.dtype))
+    row["torch_from"][options.dtype] = chain_from(dtype)
     (options.out / "chain.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -14,7 +13,7 @@ import pytest
 import torch
 from orthonorm import ops
 from orthonorm._library import LOADED
-from orthonorm.bench import candidates, claims, packages, records, report, shapes, timing, tune
+from orthonorm.bench import candidates, claims, packages, records, report, shapes, timing
 from orthonorm.bench.__main__ import main
 from orthonorm.bench.cases import CASES, NAMES, STEPS, Case
 from orthonorm.bench.environment import environment, peak_extra_memory
@@ -359,33 +358,6 @@ def test_claims_say_whether_they_held() -> None:
     rows = measure(request)
     found = claims.compare(rows, rows[1].backend, "gram", ">=", 0.0)
     assert found.held and found.ours and found.other
-
-
-@pytest.mark.parametrize(
-    ("torchs", "side"), [((2, 2, 2), None), ((2, 1, 0.5), 20), ((0.5, 2, 0.5), 30)]
-)
-def test_where_torch_is_faster(torchs: tuple[float, ...], side: int | None) -> None:
-    sides = (10, 20, 30)
-    ours = dict(zip(sides, (1, 1.5, 1), strict=True))
-    assert tune.torch_from(ours, dict(zip(sides, torchs, strict=True))) == side
-
-
-def test_tuning_times_chains_beside_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    from orthonorm.kernels import gram_polynomial as kernels
-
-    made: list[torch.Tensor] = []
-    monkeypatch.setattr(tune, "seconds_of", lambda call: made.append(call()) or len(made) % 3)
-    definition = ops.gram_polynomial.definition  # there is no device for either here
-    flat = itertools.chain.from_iterable
-    monkeypatch.setattr(kernels, "gram_polynomial", definition)
-    monkeypatch.setattr(kernels, "by_products", lambda R, t: definition(R, list(flat(t))))
-    assert tune.chain_from(torch.float32, (8, 16, 24), 2, "cpu") == 24  # 1 and 2, 0 and 1, 2 and 0
-    for chain, words in zip(made[::2], made[1::2], strict=True):
-        torch.testing.assert_close(chain, words)
-    table, row = tune.stored("chain", "100")  # another's row by name, here its own to change
-    row["torch_from"]["float16"] = 1
-    assert table["100"] is row and table["90"]["torch_from"]["float16"] == 257
 
 
 def test_served_by_names_the_backend() -> None:
