@@ -49,7 +49,10 @@ def _instructions() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the source, with "+" if files differ from it; "" outside git."""
+    """Return the commit of the source, with "+" if files differ from it.
+
+    Outside git it is what ORTHONORM_COMMIT says, or "".
+    """
     folder = Path(orthonorm.__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -62,7 +65,9 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short", "HEAD")
-    return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
+    if not head:
+        return os.environ.get("ORTHONORM_COMMIT", "")
+    return head + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
 def pinned() -> bool:
