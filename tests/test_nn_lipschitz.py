@@ -270,3 +270,40 @@ def test_lipschitz_report_needs_rules() -> None:
     rules = {Residual: lambda m: 1 + on.lipschitz_report(m.f).bound}
     report = on.lipschitz_report(model, rules)
     assert norm(torch.eye(4) + model[1].f.weight) * norm(model[0].weight) <= report.bound
+
+
+class Skip(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class Double(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Named(nn.Sequential):
+    """A subclass that keeps the forward of its kind."""
+
+
+def test_lipschitz_report_asks_a_rule_for_forwards_of_subclasses() -> None:
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: 5 * x  # type: ignore[method-assign]
+    for module in (Skip(nn.Linear(4, 4)), Scaled(4, 4), Double(), patched):
+        with pytest.raises(TypeError, match=f"rules must have one for {type(module).__name__}"):
+            on.lipschitz_report(nn.Sequential(nn.Linear(4, 4), module))
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))  # of a class torch makes
+    assert len(on.lipschitz_report(Named(linear, nn.ReLU())).rows) == 2
+
+
+def test_lipschitz_report_counts_a_shared_layer_each_time() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data = 2 * torch.eye(4)
+    report = on.lipschitz_report(nn.Sequential(layer, layer))
+    assert [path for path, *_ in report.rows] == ["0", "1"]
+    assert report.bound >= 4

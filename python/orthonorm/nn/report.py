@@ -48,8 +48,8 @@ def lipschitz_report(
 
     Bounds linear and convolutional layers by Gram iteration (`layer_bound`), activations by their
     largest slope, and batch norms in evaluation by their largest factor. A chain is an
-    `nn.Sequential`, nested in any way. A module with a forward of its own needs a rule, because
-    what it does with its children is unknown.
+    `nn.Sequential`, nested in any way. A module with a forward of its own needs a rule, subclasses
+    of these included, because what it does with its weights or children is unknown.
 
     Args:
         model: the network; weights are taken as they are now.
@@ -79,30 +79,36 @@ def _rows(
     """Return (path, kind, bound) of a module, or of each child if it is a chain without a rule."""
     kinds = type(module).__mro__
     rule = next((rules[k] for k in kinds if k in rules), None)
-    if rule is None and isinstance(module, nn.Sequential):
+    if rule is None and _runs(module, nn.Sequential):  # a child that it runs twice counts twice
         return [
-            row for name, child in module.named_children()
+            row for name, child in module._modules.items() if child is not None
             for row in _rows(f"{path}.{name}" if path else name, child, rules)
         ]  # fmt: skip
     value = float(rule(module)) if rule is not None else _known(path, module)
     return [(path or "model", type(module).__name__, value)]
 
 
+def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return whether a module is of one of these kinds, and its forward is that kind's own."""
+    forward = getattr(module.forward, "__func__", None)
+    return any(isinstance(module, kind) and forward is kind.forward for kind in kinds)
+
+
 def _known(path: str, module: nn.Module) -> float:
     """Return the built-in bound of a module; raise TypeError if there is none."""
-    if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+    if _runs(module, nn.Linear, *CONVOLUTIONS):
         return layer_bound(module).item()
-    if isinstance(module, NORMS) and module.running_var is not None:
+    if _runs(module, *NORMS) and module.running_var is not None:
         factor = (module.running_var + module.eps).rsqrt()
         factor = factor if module.weight is None else factor * module.weight.abs()
         return factor.max().item()
-    if isinstance(module, (nn.LeakyReLU, nn.ELU)):
+    if _runs(module, nn.LeakyReLU, nn.ELU):
         slope = module.negative_slope if isinstance(module, nn.LeakyReLU) else module.alpha
         return max(1.0, abs(slope))
-    if isinstance(module, DROPOUTS):
+    if _runs(module, *DROPOUTS):
         return 1.0  # in evaluation
     for kind, slope in SLOPES.items():
-        if isinstance(module, kind):
+        if _runs(module, kind):
             return slope
     name = type(module).__name__
     raise TypeError(f"lipschitz_report: rules must have one for {name} at {path or 'model'!r}")
