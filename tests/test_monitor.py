@@ -74,6 +74,23 @@ def test_two_optimizers_of_one_model_and_others_of_another() -> None:
                 assert watch.series("frobenius", kind, name)[0] == [1, 2, 3]
 
 
+def test_one_row_per_step_and_name_whichever_optimizers_step_and_how_often() -> None:
+    """A foreign optimizer after the forward pass, as of a discriminator; one that steps thrice."""
+    net, other = model(), model()
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (net[:3], net[4]))
+    foreign = torch.optim.SGD(other.parameters(), lr=0.1)
+    with Monitor(net, every=1, budget=None) as watch:
+        for _ in range(3):
+            step(net, foreign, first, second, second, second)
+        for kind in ("weights", "updates"):
+            for name in ("0.weight", "4.weight"):
+                assert watch.series("frobenius", kind, name)[0] == [1, 2, 3]
+        step(net, first)
+        step(net, second, first)  # has no rows of step 4 yet, and does not take the inputs of 5
+        assert watch.series("sign_diversity", "activations", "2")[0] == [1, 2, 3, 4, 5]
+        assert not watch.failures
+
+
 def test_loops_without_an_optimizer_and_user_fed_tensors() -> None:
     net = model()
     cache = torch.randn(2, 3, 10, 4)

@@ -128,6 +128,7 @@ class Monitor:
         self._before: dict[str, Tensor] = {}
         self._layer_hooks: list[Any] = []
         self._measuring = self._armed = False
+        self._measured: set[str] = set()  # names of parameters with rows of this step
         self._leader: Callable[[], Optimizer | None] = lambda: None
         self.records = Records(keep, out, None)
         with self._guard("tensorboard"):
@@ -145,25 +146,28 @@ class Monitor:
         with self._guard("step"):
             self._begin()
             if self._measuring:
-                self._measure_before(self._parameters)
+                self._measure_before(self._parameters, True)
             self._end()
 
     def _pre_step(self, optimizer: Optimizer, *_: Any) -> None:
         with self._guard("step"):
             if self._leader() is None and self._held(optimizer):
                 self._leader = weakref.ref(optimizer)
-            if self._leader() is optimizer:
+            leads = self._leader() is optimizer
+            if leads:
                 self._begin()
             if self._measuring:
-                held = self._held(optimizer)
-                self._measure_before(held)
+                held = {n: p for n, p in self._held(optimizer).items() if n not in self._measured}
+                self._measured.update(held)
+                if held:  # inputs kept when another optimizer steps may be the next step's
+                    self._measure_before(held, leads)
                 if "updates" in self.kinds:
                     self._before.update({n: p.detach().clone() for n, p in held.items()})
 
     def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
         with self._guard("step"):
-            if self._measuring:
-                held = [n for n in self._held(optimizer) if n in self._before]
+            held = [n for n in self._held(optimizer) if n in self._before] if self._before else []
+            if held:
                 with self._timed():
                     changes = {n: self._parameters[n].detach() - self._before.pop(n) for n in held}
                     self._measure_parameters("updates", changes)
@@ -179,6 +183,7 @@ class Monitor:
         self._started = self._started or time.perf_counter()
         self.steps += 1
         self._measuring = self._armed
+        self._measured.clear()
         self._last_cost = 0.0 if self._measuring else self._last_cost
 
     def _end(self) -> None:
@@ -242,15 +247,15 @@ class Monitor:
         with self._guard(f"{kind} of {name}"), self._timed():
             self._measure(kind, stack(name, X.detach(), False), self.steps + 1)
 
-    def _measure_before(self, parameters: Mapping[str, Tensor]) -> None:
-        """Measure everything but updates, before the weights change."""
+    def _measure_before(self, parameters: Mapping[str, Tensor], inputs: bool) -> None:
+        """Measure weights, gradients and, if wanted, the layers' inputs, before a step."""
         with self._timed():
             if "weights" in self.kinds:
                 self._measure_parameters("weights", parameters)
             if "gradients" in self.kinds:
                 grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
                 self._measure_parameters("gradients", grads)
-            if self._inputs:
+            if inputs and self._inputs:
                 self._measure("activations", list(self._inputs.items()))
                 self._align()
                 self._inputs.clear()
