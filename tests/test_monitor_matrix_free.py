@@ -57,6 +57,15 @@ def test_top_eigenvalues_with_deflation() -> None:
         assert abs(flat(found.vectors[i]) @ vectors[:, order[i]]).item() > 1 - 1e-6
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_eigenvectors_belong_to_their_values_when_steps_run_out(steps: int) -> None:
+    loss, params, H = problem()
+    found = monitor.top_hessian_eigenvalues(loss, params, 1, steps=steps, tol=0.0)
+    v, value = flat(found.vectors[0]), found.values[0]
+    torch.testing.assert_close(v @ H @ v, value)
+    torch.testing.assert_close((H @ v - value * v).norm(), found.residuals[0])
+
+
 def test_hutchinson_diagonal() -> None:
     loss, params, H = problem()
     got = flat(monitor.hessian_diagonal(loss, params, 400))

@@ -109,13 +109,14 @@ def _power(
 ) -> tuple[Tensor, Vectors, Tensor]:
     """Find an eigenvector orthogonal to those found; return (lambda, v, |H v - lambda v|)."""
     v = _unit(_without(v, found))
-    for _ in range(steps):
+    for left in reversed(range(steps)):
         w = _without(product(v), found)
         value = _inner(v, w)
         difference = torch._foreach_sub(w, torch._foreach_mul(v, value))
         residual = _inner(difference, difference).sqrt()
         size = _inner(w, w).sqrt()
-        if residual <= tol * value.abs() or size == 0 or not size.isfinite():
+        done = residual <= tol * value.abs() or size == 0 or not size.isfinite()
+        if done or left == 0:  # value and residual belong to this v, not to a next one
             break
         v = _unit(_without(torch._foreach_div(w, size), found))
     return value, v, residual
