@@ -74,6 +74,23 @@ def test_rank_one_keeps_its_direction(c: Coefficients) -> None:
             assert max(errors) <= 2 * max(plain), (form, name)
 
 
+@pytest.mark.parametrize("best", ["other", "avx512bf16", "amx"])
+@pytest.mark.parametrize("wish", [None, "AMX", "portable", "avx2", "avx512", "avx512bf16", "amx"])
+def test_rates_are_those_of_the_kernels(
+    best: str, wish: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ORTHONORM_ISA may only lower the instruction set, and other names leave it, as in isa.h."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: best != "other")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: best == "amx")
+    monkeypatch.delenv("ORTHONORM_ISA", raising=False)
+    if wish is not None:
+        monkeypatch.setenv("ORTHONORM_ISA", wish)
+    rows = ["other", "avx512bf16", "amx"]  # from the lowest
+    low = wish in ("portable", "avx2", "avx512")
+    lowered = 0 if low else rows.index(wish) if wish in rows else len(rows)
+    assert k1.processor.__wrapped__() == rows[min(lowered, rows.index(best))]
+
+
 def test_auto_leaves_bfloat16_to_the_sets_it_is_safe_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding to bfloat16 takes polar_express_raw above 1: 1.47 for a rank-1 matrix, not 1.12."""
     monkeypatch.setattr(k1, "processor", lambda: "avx512bf16")

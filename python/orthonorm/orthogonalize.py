@@ -141,7 +141,8 @@ def table() -> dict[str, Rates]:
 @lru_cache
 def processor() -> str:
     """Return the name of the table's row for this processor and ORTHONORM_ISA."""
-    lowered = os.environ.get("ORTHONORM_ISA") in ("portable", "avx2", "avx512")
-    if lowered or not torch.cpu._is_avx512_bf16_supported():
+    wish = os.environ.get("ORTHONORM_ISA")  # as csrc/cpu/isa.h: it may only lower
+    if wish in ("portable", "avx2", "avx512") or not torch.cpu._is_avx512_bf16_supported():
         return "other"
-    return "amx" if torch.cpu._is_amx_tile_supported() else "avx512bf16"
+    amx = wish != "avx512bf16" and torch.cpu._is_amx_tile_supported()
+    return "amx" if amx else "avx512bf16"
