@@ -140,6 +140,13 @@ def number(op: str, name: str, value: object, low: float = -LARGEST, high: float
         raise ValueError(f"{op}: {name} must be in [{low:g}, {high:g}], got {value}")
 
 
+def positive(op: str, name: str, value: Any) -> None:
+    """Check that `value` is a finite number above 0."""
+    number(op, name, value)
+    if value <= 0:
+        raise ValueError(f"{op}: {name} must be above 0, got {value}")
+
+
 def fraction(op: str, name: str, value: object) -> None:
     """Check that `value` is a decay rate in [0, 1)."""
     if not 0.0 <= _real(op, name, value) < 1.0:

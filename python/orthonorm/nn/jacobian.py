@@ -27,9 +27,7 @@ def jacobian_square(f: Function, x: Tensor, sigma: float = 1e-2, samples: int = 
     """
     op = "jacobian_square"
     check.tensor(op, "x", x, min_dim=1)
-    check.number(op, "sigma", sigma)
-    if not sigma > 0:
-        raise ValueError(f"{op}: sigma must be above 0, got {sigma}")
+    check.positive(op, "sigma", sigma)
     check.integer(op, "samples", samples, 1)
     y, total = f(x), x.new_zeros(len(x))
     for _ in range(samples):

@@ -28,12 +28,6 @@ HARD_CAP_RANGE = 3.4
 STEPS = 16  # default number of power steps
 
 
-def _positive(op: str, name: str, value: object) -> None:
-    check.number(op, name, value)
-    if not value > 0:  # type: ignore[operator]
-        raise ValueError(f"{op}: {name} must be above 0, got {value}")
-
-
 def _triple(W: Tensor, steps: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return sigma_1 (..., 1, 1), u_1 (..., m, 1) and v_1^T (..., 1, n), ready to broadcast."""
     sigma, u, v = top_triple(W, steps, start)
@@ -54,7 +48,7 @@ def spectral_normalize(
 
     Returns: (..., m, n). Cost: steps + 1 passes over W. Source: arXiv:2507.13338.
     """
-    _positive("spectral_normalize", "cap", cap)
+    check.positive("spectral_normalize", "cap", cap)
     sigma, _, _ = _triple(W, steps, start)
     return (W / (sigma / cap).clamp(min=1.0)).to(W.dtype)
 
@@ -68,7 +62,7 @@ def spectral_hammer(
     A zero matrix has no u_1 and stays zero. Arguments, shapes and cost as `spectral_normalize`.
     Source: arXiv:2507.13338.
     """
-    _positive("spectral_hammer", "cap", cap)
+    check.positive("spectral_hammer", "cap", cap)
     sigma, u, v = _triple(W, steps, start)
     return (W + (cap - sigma) * u * v).to(W.dtype)
 
@@ -106,7 +100,7 @@ def soft_cap_strength(cap: float, update: float, decay: float = 0.0) -> float:
     Shapes: all are numbers. Cost: 60 bisections. Source: arXiv:2507.13338 (modula/atom.py).
     """
     op = "soft_cap_strength"
-    _positive(op, "cap", cap)
+    check.positive(op, "cap", cap)
     check.number(op, "update", update, 0.0)
     check.number(op, "decay", decay, 0.0, 1.0)
     reached = cap * (1 - decay) + update
@@ -152,7 +146,7 @@ def hard_cap(W: Tensor, cap: float = 1.0, method: str = "exact") -> Tensor:
     Returns: (..., m, n). Cost: two `polar_exact`, the second of the short side; or four quintics
     and a `gram_iteration`. Source: arXiv:2507.13338; leloykun.github.io/ponder/spectral-clipping.
     """
-    _positive("hard_cap", "cap", cap)
+    check.positive("hard_cap", "cap", cap)
     check.choice("hard_cap", "method", method, ("exact", "polynomial"))
     if method == "exact":
         return _clipped(W, None, cap)
@@ -246,5 +240,5 @@ def embed_cap(E: Tensor, inflation: float = 1.0) -> Tensor:
     Returns: (..., vocabulary, d). Cost: one pass. Source: arXiv:2507.13338.
     """
     check.tensor("embed_cap", "E", E, min_dim=2)
-    _positive("embed_cap", "inflation", inflation)
+    check.positive("embed_cap", "inflation", inflation)
     return row_normalize(E, E.shape[-1] ** -0.5, 1 / inflation, "clamp")

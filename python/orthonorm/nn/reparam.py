@@ -107,9 +107,7 @@ class StableRank(SpectralNorm):
 
 
 def _target(target: object) -> Any:
-    check.number("stable_rank_norm", "target", target, 0.0)
-    if target == 0:
-        raise ValueError("stable_rank_norm: target must be above 0, got 0")
+    check.positive("stable_rank_norm", "target", target)
     return target
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .. import _checks as check
 from ..ops import magnitude
 from .norms import multiply_each_
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
-from .settings import Rule, at_least, positive
+from .settings import Rule, at_least
 from .state import Batch, Updates
 
 
@@ -38,7 +39,8 @@ class AdaGO(Orthogonalizing):
     """
 
     state_names = ("momentum_buffer",)
-    rules: ClassVar[dict[str, Rule]] = {"gamma": positive, "floor": at_least(0.0), "v0": positive}
+    rules: ClassVar[dict[str, Rule]] = {"gamma": check.positive, "floor": at_least(0.0),
+                                        "v0": check.positive}  # fmt: skip
 
     def __init__(
         self,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .. import _checks as check
 from ..ops import column_normalize, magnitude
 from ..ops.normalize import accumulator
 from .base import MatrixOptimizer
 from .norms import counts
-from .settings import Common, Rule, positive, scheduled
+from .settings import Common, Rule, scheduled
 from .stacks import beside, write_beside_
 from .state import Batch, Updates
 
@@ -41,7 +42,7 @@ class Dion(MatrixOptimizer):
     state_names = ("residual_buffer",)
     counts_steps = True
     rules: ClassVar[dict[str, Rule]] = {
-        "momentum": scheduled(0.0, 1.0), "rank_fraction": positive,
+        "momentum": scheduled(0.0, 1.0), "rank_fraction": check.positive,
     }  # fmt: skip
 
     def __init__(

@@ -132,15 +132,9 @@ def number_below(high: float) -> Rule:
     return rule
 
 
-def positive(name: str, key: str, value: Any) -> None:
-    check.number(name, key, value)
-    if value <= 0:
-        raise ValueError(f"{name}: {key} must be above 0, got {value}")
-
-
 def part(name: str, key: str, value: Any) -> None:
     check.number(name, key, value, 0.0, 1.0)
-    positive(name, key, value)
+    check.positive(name, key, value)
 
 
 def whole(low: int) -> Rule:
@@ -173,7 +167,7 @@ RULES: dict[str, Rule] = {  # checks of keys that mean the same in every optimiz
     "mantissa": FLAG,
     "state_dtype": one_of(*STATE_DTYPES),
     "stochastic_rounding": FLAG,
-    "bound": positive,
+    "bound": check.positive,
     "telemetry": whole(0),
     "constraint": lambda name, key, value: check.choice(name, key, value, (None, *CONSTRAINTS)),
     "momentum": scheduled(0.0, 1.0),

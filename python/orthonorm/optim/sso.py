@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .. import _checks as check
 from ..ops import divide_each, inner, magnitude, power_iteration_
 from ..ops.normalize import accumulator
 from ..ops.spectral import start_vector
 from .orthogonal import NEWTON_SCHULZ, NewtonSchulz, Orthogonalizing
-from .settings import FLAG, Rule, positive, whole
+from .settings import FLAG, Rule, whole
 from .stacks import beside
 from .state import Batch, Updates
 from .tensors import numbers
@@ -50,7 +51,7 @@ class SSO(Orthogonalizing):
     state_names = ("momentum_buffer",)
     counts_steps = True
     mantissas = False
-    rules: ClassVar[dict[str, Rule]] = {"radius": positive, "power_steps": whole(1),
+    rules: ClassVar[dict[str, Rule]] = {"radius": check.positive, "power_steps": whole(1),
              "bisections": whole(1), "retract": FLAG}  # fmt: skip
 
     def __init__(
