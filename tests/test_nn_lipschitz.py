@@ -185,6 +185,26 @@ def test_bad_arguments() -> None:
             f()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["spectral_normalize", "spectral_hammer", "spectral_decay", "hard_cap", "spectral_clip",
+     "clipped_decay", "soft_cap", "stiefel", "embed_cap"],
+)  # fmt: skip
+def test_messages_name_the_function_that_was_called(name: str) -> None:
+    bounds = (0.0, 1.0) if name == "spectral_clip" else (0.5,)
+    with pytest.raises(ValueError, match=f"^{name}: . must have at least 2 dimensions"):
+        getattr(on, name)(torch.ones(3), *bounds)
+    if name in ("spectral_normalize", "spectral_hammer", "spectral_decay"):
+        with pytest.raises(ValueError, match=f"^{name}: steps must be at least 1, got 0"):
+            getattr(on, name)(torch.ones(3, 3), 0.5, 0)
+    if name in ("hard_cap", "clipped_decay"):
+        rate = (0.5,) if name == "clipped_decay" else ()
+        with pytest.raises(ValueError, match=f"^{name}: cap must be above 0, got -1"):
+            getattr(on, name)(torch.ones(3, 3), *rate, cap=-1.0)
+        with pytest.raises(ValueError, match=f"^{name}: W must have at least 2 dimensions"):
+            getattr(on, name)(torch.ones(3), *rate, method="polynomial")
+
+
 # ---- constraints and initialization --------------------------------------------------------------
 def test_after_step_of_any_optimizer() -> None:
     """SGD and AdamW keep norms at the cap, in units of the spectral condition where asked."""

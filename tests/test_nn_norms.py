@@ -39,6 +39,12 @@ def test_operator_is_the_layer(make: Callable[[], nn.Module], size: tuple[int, .
             A.square_norm(W)
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_conv_spectral_norm_takes_steps(steps: int) -> None:
+    with pytest.raises(ValueError, match=r"^conv_spectral_norm: steps must be at least 1"):
+        on.conv_spectral_norm(nn.Conv1d(2, 3, 3), (6,), steps)
+
+
 @EACH_CONV
 def test_conv_spectral_norm(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
     """The SVD's norm and gradient of the matrix that the layer is."""

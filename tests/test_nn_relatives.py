@@ -55,6 +55,29 @@ def same_gradients(a: nn.Module, b: nn.Module) -> None:
         torch.testing.assert_close(grad, p.grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("name", ["spectral_norm", "sigma_reparam", "stable_rank_norm"])
+@pytest.mark.parametrize("together", ["", "_"])
+def test_messages_name_the_function_that_was_called(name: str, together: str) -> None:
+    f, m = getattr(on, name + together), nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=f"^{name}{together}: n_power_iterations must be"):
+        f(m if together else m[0], n_power_iterations=0)
+    f(m if together else m[0])
+    with pytest.raises(ValueError, match=f"^{name}{together}: 'weight' of ParametrizedLinear has"):
+        f(m if together else m[0])
+    if together:
+        with pytest.raises(ValueError, match=f"^{name}_: ReLU has no layers"):
+            f(nn.ReLU())
+        with pytest.raises(ValueError, match=f"^{name}_: layers must be in the model"):
+            f(m, layers=[nn.Linear(2, 2)])
+    if name != "spectral_norm":
+        norm, rule = nn.LayerNorm(3), {"gamma": ""} if name == "sigma_reparam" else {"target": 0}
+        layers = {"layers": [norm]} if together else {}
+        with pytest.raises(ValueError, match=f"^{name}{together}: weight must have at least 2"):
+            f(norm, **layers)
+        with pytest.raises(ValueError, match=f"^{name}{together}: (gamma|target) must be"):
+            f(norm, **layers, **rule)
+
+
 @EACH_WAY
 def test_two_forwards_before_the_backward(way: Callable[[nn.Module], object]) -> None:
     """The graph of the first is that of its own vectors, whatever the second did to them."""

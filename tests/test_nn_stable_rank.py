@@ -87,3 +87,6 @@ def test_stable_rank_conv_gradient() -> None:
         m(randn(2, 2, 7))
     with pytest.raises(TypeError, match="got Linear"):
         on.StableRankConv(nn.Linear(2, 3), (6,))
+    for target in (0, 0.0, -1.0):
+        with pytest.raises(ValueError, match=r"^StableRankConv: target must be above 0"):
+            on.StableRankConv(conv, (6,), target)

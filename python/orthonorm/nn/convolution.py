@@ -194,12 +194,14 @@ def conv_spectral_norm(
 
     Source: arXiv:1811.07457 (power iteration by convolutions).
     """
+    op = "conv_spectral_norm"
+    check.integer(op, "steps", steps, 1)
     A = ConvOperator(conv, size)
     W: Tensor = conv.weight  # type: ignore[assignment]
     if start is None:
         k = torch.arange(math.prod(A.domain), dtype=torch.float64, device=W.device)
         start = (torch.frac((k * 12.9898).sin() * 43758.5453) + 0.25).view(A.domain).to(W.dtype)
-    check.equal_shape("conv_spectral_norm", "start", start, A.domain)
+    check.equal_shape(op, "start", start, A.domain)
     u, v = W.new_zeros(A.range), start.clone()
     A.power_iteration(W.detach(), u, v, steps, "u_first", 0.0)
     return A.form(W, u, v)

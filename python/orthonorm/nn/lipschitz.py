@@ -15,6 +15,7 @@ from .. import _checks as check
 from ..exact import polar_exact
 from ..ops import gram_iteration, row_normalize
 from ..ops import spectral_norm as top_triple
+from ..ops.spectral import check_top_triple
 from ..polar import odd_polynomial, polar
 
 # Four odd quintics that approximate min(1, x) on [0, 3.4] to 0.034; modula/atom.py, same repository
@@ -28,8 +29,12 @@ HARD_CAP_RANGE = 3.4
 STEPS = 16  # default number of power steps
 
 
-def _triple(W: Tensor, steps: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sigma_1 (..., 1, 1), u_1 (..., m, 1) and v_1^T (..., 1, n), ready to broadcast."""
+def _triple(op: str, W: Tensor, steps: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the arguments of `op`; return sigma_1 (..., 1, 1), u_1 (..., m, 1), v_1^T (..., 1, n).
+
+    They are ready to broadcast.
+    """
+    check_top_triple(op, W, steps, start)
     sigma, u, v = top_triple(W, steps, start)
     return sigma[..., None, None], u.unsqueeze(-1), v.unsqueeze(-2)
 
@@ -49,7 +54,7 @@ def spectral_normalize(
     Returns: (..., m, n). Cost: steps + 1 passes over W. Source: arXiv:2507.13338.
     """
     check.positive("spectral_normalize", "cap", cap)
-    sigma, _, _ = _triple(W, steps, start)
+    sigma, _, _ = _triple("spectral_normalize", W, steps, start)
     return (W / (sigma / cap).clamp(min=1.0)).to(W.dtype)
 
 
@@ -63,7 +68,7 @@ def spectral_hammer(
     Source: arXiv:2507.13338.
     """
     check.positive("spectral_hammer", "cap", cap)
-    sigma, u, v = _triple(W, steps, start)
+    sigma, u, v = _triple("spectral_hammer", W, steps, start)
     return (W + (cap - sigma) * u * v).to(W.dtype)
 
 
@@ -77,7 +82,7 @@ def spectral_decay(
     Other arguments, shapes and cost as `spectral_normalize`. Source: arXiv:2507.13338.
     """
     check.number("spectral_decay", "rate", rate, 0.0, 1.0)
-    sigma, u, v = _triple(W, steps, start)
+    sigma, u, v = _triple("spectral_decay", W, steps, start)
     return (W - rate * sigma * u * v).to(W.dtype)
 
 
@@ -124,6 +129,7 @@ def soft_cap(W: Tensor, strength: float) -> Tensor:
     Shapes: W is (..., m, n), the result too. Cost: 8 m n min(m, n) operations. Source:
     arXiv:2507.13338.
     """
+    check.tensor("soft_cap", "W", W, min_dim=2)
     check.number("soft_cap", "strength", strength, 0.0)
     return odd_polynomial(W, [(1.0, -strength, 0.0), (1.0, strength, 0.0)])
 
@@ -146,8 +152,14 @@ def hard_cap(W: Tensor, cap: float = 1.0, method: str = "exact") -> Tensor:
     Returns: (..., m, n). Cost: two `polar_exact`, the second of the short side; or four quintics
     and a `gram_iteration`. Source: arXiv:2507.13338; leloykun.github.io/ponder/spectral-clipping.
     """
-    check.positive("hard_cap", "cap", cap)
-    check.choice("hard_cap", "method", method, ("exact", "polynomial"))
+    return _capped("hard_cap", W, cap, method)
+
+
+def _capped(op: str, W: Tensor, cap: float, method: str) -> Tensor:
+    """Check the arguments of `op`; return `hard_cap` of them."""
+    check.tensor(op, "W", W, min_dim=2)
+    check.positive(op, "cap", cap)
+    check.choice(op, "method", method, ("exact", "polynomial"))
     if method == "exact":
         return _clipped(W, None, cap)
     bound = gram_iteration(W, 6)[..., None, None] / (HARD_CAP_RANGE * cap)
@@ -165,14 +177,15 @@ def spectral_clip(W: Tensor, low: float, high: float) -> Tensor:
     Shapes: W is (..., m, n), the result too. Cost: three `polar_exact`. Source:
     leloykun.github.io/ponder/spectral-clipping.
     """
-    check.number("spectral_clip", "low", low, 0.0)
-    check.number("spectral_clip", "high", high, low)
+    op = "spectral_clip"
+    check.tensor(op, "W", W, min_dim=2)
+    check.number(op, "low", low, 0.0)
+    check.number(op, "high", high, low)
     return _clipped(W, low, high)
 
 
 def _clipped(W: Tensor, low: float | None, high: float) -> Tensor:
     """Return W with singular values clipped to [low, high]; low=None clips from above only."""
-    check.tensor("hard_cap", "W", W, min_dim=2)
     tall = W.shape[-2] >= W.shape[-1]
     X = (W if tall else W.mT).to(torch.promote_types(W.dtype, torch.float32))
     Q = polar_exact(X).factor
@@ -204,8 +217,9 @@ def clipped_decay(W: Tensor, rate: float, cap: float = 1.0, method: str = "exact
 
     Source: leloykun.github.io/ponder/spectral-clipping.
     """
-    check.number("clipped_decay", "rate", rate, 0.0, 1.0)
-    return torch.lerp(W, hard_cap(W, cap, method), rate)
+    op = "clipped_decay"
+    check.number(op, "rate", rate, 0.0, 1.0)
+    return torch.lerp(W, _capped(op, W, cap, method), rate)
 
 
 @torch.no_grad()
@@ -220,6 +234,7 @@ def stiefel(W: Tensor, scale: float = 1.0, coefficients: object = "you6") -> Ten
     Returns: (..., m, n). Cost: 6 Newton-Schulz steps, or a `polar_exact`. Source:
     arXiv:2507.13338.
     """
+    check.tensor("stiefel", "W", W, min_dim=2)
     check.number("stiefel", "scale", scale)
     if coefficients == "exact":
         return polar_exact(W).factor.mul_(scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .normalized import SpectralNorm, as_matrix
-from .spectral_norm import check_free, maker, register, register_together
+from .spectral_norm import Make, maker, register_alone, register_together
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,9 +38,10 @@ class SigmaReparam(SpectralNorm):
         return self.gamma * normal
 
 
-def _gamma(gamma: object) -> Any:
-    check.choice("sigma_reparam", "gamma", gamma, ("sigma", "one"))
-    return gamma
+def _scaled(op: str, steps: int, eps: float, gamma: str) -> Make:
+    """Check the arguments of `op`; return the function that makes a layer's `SigmaReparam`."""
+    check.choice(op, "gamma", gamma, ("sigma", "one"))
+    return maker(op, SigmaReparam, steps, eps, gamma=gamma)
 
 
 def sigma_reparam(
@@ -64,10 +65,8 @@ def sigma_reparam(
 
     Source: arXiv:2303.06296; github.com/apple/ml-sigma-reparam.
     """
-    make = maker(SigmaReparam, n_power_iterations, eps, None, "u_first", None, gamma=_gamma(gamma))
-    check_free(module, name, min_dim=2)
-    register(module, name, make(module, getattr(module, name)))
-    return module
+    op = "sigma_reparam"
+    return register_alone(op, module, name, _scaled(op, n_power_iterations, eps, gamma), 2)
 
 
 def sigma_reparam_(
@@ -78,8 +77,9 @@ def sigma_reparam_(
 
     Arguments, shapes and cost as `spectral_norm_`, and `gamma`. Source: arXiv:2303.06296.
     """
-    make = maker(SigmaReparam, n_power_iterations, eps, None, "u_first", None, gamma=_gamma(gamma))
-    return register_together(model, name, make, layers)
+    op = "sigma_reparam_"
+    make = _scaled(op, n_power_iterations, eps, gamma)
+    return register_together(op, model, name, make, layers, 2)
 
 
 class StableRank(SpectralNorm):
@@ -106,9 +106,10 @@ class StableRank(SpectralNorm):
         return A.to(normal.dtype)
 
 
-def _target(target: object) -> Any:
-    check.positive("stable_rank_norm", "target", target)
-    return target
+def _lowered(op: str, steps: int, eps: float, target: float) -> Make:
+    """Check the arguments of `op`; return the function that makes a layer's `StableRank`."""
+    check.positive(op, "target", target)
+    return maker(op, StableRank, steps, eps, target=target)
 
 
 def stable_rank_norm(
@@ -130,10 +131,8 @@ def stable_rank_norm(
 
     Source: arXiv:1906.04659.
     """
-    rule = maker(StableRank, n_power_iterations, eps, None, "u_first", None, target=_target(target))
-    check_free(module, name, min_dim=2)
-    register(module, name, rule(module, getattr(module, name)))
-    return module
+    op = "stable_rank_norm"
+    return register_alone(op, module, name, _lowered(op, n_power_iterations, eps, target), 2)
 
 
 def stable_rank_norm_(
@@ -144,5 +143,6 @@ def stable_rank_norm_(
 
     Arguments, shapes and cost as `spectral_norm_`, and `target`. Source: arXiv:1906.04659.
     """
-    rule = maker(StableRank, n_power_iterations, eps, None, "u_first", None, target=_target(target))
-    return register_together(model, name, rule, layers)
+    op = "stable_rank_norm_"
+    make = _lowered(op, n_power_iterations, eps, target)
+    return register_together(op, model, name, make, layers, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,7 +95,7 @@ def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) and forward is kind.forward for kind in kinds)
 
 
-def _known(path: str, module: nn.Module) -> float:
+def _known(path: str, module: Any) -> float:
     """Return the built-in bound of a module; raise TypeError if there is none."""
     if _runs(module, nn.Linear, *CONVOLUTIONS):
         return layer_bound(module).item()

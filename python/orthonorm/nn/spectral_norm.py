@@ -64,10 +64,9 @@ def spectral_norm(
 
     Source: arXiv:1802.05957; torch/nn/utils/parametrizations.py.
     """
-    make = maker(SpectralNorm, n_power_iterations, eps, dim, order, size)
-    check_free(module, name)
-    register(module, name, make(module, getattr(module, name)))
-    return module
+    op = "spectral_norm"
+    make = maker(op, SpectralNorm, n_power_iterations, eps, dim, order, size)
+    return register_alone(op, module, name, make)
 
 
 def spectral_norm_(
@@ -98,16 +97,16 @@ def spectral_norm_(
 
     Source: arXiv:1802.05957.
     """
-    make = maker(SpectralNorm, n_power_iterations, eps, None, order, None)
-    return register_together(model, name, make, layers)
+    op = "spectral_norm_"
+    make = maker(op, SpectralNorm, n_power_iterations, eps, order=order)
+    return register_together(op, model, name, make, layers)
 
 
 def maker(
-    kind: type[SpectralNorm], steps: int, eps: float, dim: int | None, order: str, size: Any,
-    **more: Any,
+    op: str, kind: type[SpectralNorm], steps: int, eps: float, dim: int | None = None,
+    order: str = "u_first", size: Any = None, **more: Any,
 ) -> Make:  # fmt: skip
-    """Check the arguments; return a function that makes the parametrization of one layer."""
-    op = "spectral_norm"
+    """Check the arguments of `op`; return a function that makes one layer's parametrization."""
     check.integer(op, "n_power_iterations", steps, 1)
     check.number(op, "eps", eps, 0.0)
     check.choice(op, "order", order, ORDERS)
@@ -132,7 +131,16 @@ def register(module: nn.Module, name: str, layer: SpectralNorm) -> None:
     StateNames(name, layer.dim, layer.order == "v_first").install(module)
 
 
-def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Module] | None) -> M:
+def register_alone(op: str, module: M, name: str, make: Make, min_dim: int = 1) -> M:
+    """Register the parametrization of one weight, of at least `min_dim` dimensions."""
+    check_free(op, module, name, min_dim)
+    register(module, name, make(module, getattr(module, name)))
+    return module
+
+
+def register_together(
+    op: str, model: M, name: str, make: Make, layers: Iterable[nn.Module] | None, min_dim: int = 1
+) -> M:
     """Register parametrizations of a model's layers, and hooks that compute them together."""
     if layers is None:
         chosen = [m for m in model.modules() if isinstance(m, LAYERS)]
@@ -141,13 +149,13 @@ def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Modul
         inside = {id(m) for m in model.modules()}
         for m in chosen:
             if id(m) not in inside:
-                raise ValueError(f"spectral_norm_: layers must be in the model, got {m}")
+                raise ValueError(f"{op}: layers must be in the model, got {m}")
     if not chosen:
-        raise ValueError(f"spectral_norm_: {type(model).__name__} has no layers to normalize")
+        raise ValueError(f"{op}: {type(model).__name__} has no layers to normalize")
     for m in chosen:
-        check_free(m, name)
+        check_free(op, m, name, min_dim)
         if parametrize.is_parametrized(m, name):
-            raise ValueError(f"spectral_norm_: {name!r} of {m} is parametrized already")
+            raise ValueError(f"{op}: {name!r} of {m} is parametrized already")
     made = [make(m, getattr(m, name)) for m in chosen]
     for m, layer in zip(chosen, made, strict=True):
         register(m, name, layer)
@@ -157,9 +165,9 @@ def register_together(model: M, name: str, make: Make, layers: Iterable[nn.Modul
     return model
 
 
-def check_free(module: nn.Module, name: str, min_dim: int = 1) -> None:
+def check_free(op: str, module: nn.Module, name: str, min_dim: int) -> None:
     """Raise ValueError or TypeError unless `name` is a weight without a spectral norm."""
-    op, kind = "spectral_norm", type(module).__name__
+    kind = type(module).__name__
     taken = [*_parametrizations(module, name), *module._forward_pre_hooks.values()]
     for other in taken:
         theirs = type(other).__name__ in ("_SpectralNorm", "SpectralNorm")  # torch's two

@@ -46,7 +46,7 @@ class StableRankConv(nn.Module):
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
-        check.number("StableRankConv", "target", target, 0.0)
+        check.positive("StableRankConv", "target", target)
         self.operator = ConvOperator(conv, size)
         self.operator.square_norm(conv.weight.detach())  # type: ignore[operator]
         rank = min(math.prod(self.operator.domain), math.prod(self.operator.range))

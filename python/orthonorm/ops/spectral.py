@@ -166,7 +166,11 @@ def spectral_norm(
 
 @spectral_norm.check
 def _(W: Tensor, steps: int = 32, start: Tensor | None = None) -> None:
-    name = "spectral_norm"
+    check_top_triple("spectral_norm", W, steps, start)
+
+
+def check_top_triple(name: str, W: Tensor, steps: int, start: Tensor | None) -> None:
+    """Check the arguments of the function `name`, which takes a top singular triple."""
     check.tensor(name, "W", W, min_dim=2)
     check.integer(name, "steps", steps, 1)
     if start is not None:
