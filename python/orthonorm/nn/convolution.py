@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from .. import _checks as check
+from ..ops.spectral import start_vector
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -199,8 +200,7 @@ def conv_spectral_norm(
     A = ConvOperator(conv, size)
     W: Tensor = conv.weight  # type: ignore[assignment]
     if start is None:
-        k = torch.arange(math.prod(A.domain), dtype=torch.float64, device=W.device)
-        start = (torch.frac((k * 12.9898).sin() * 43758.5453) + 0.25).view(A.domain).to(W.dtype)
+        start = start_vector(W.new_empty(0, math.prod(A.domain))).view(A.domain).to(W.dtype)
     check.equal_shape(op, "start", start, A.domain)
     u, v = W.new_zeros(A.range), start.clone()
     A.power_iteration(W.detach(), u, v, steps, "u_first", 0.0)

@@ -134,7 +134,7 @@ def start_vector(W: Tensor) -> Tensor:
     """Return a fixed, aperiodic unit vector for every matrix of the batch, shape (..., n)."""
     n = W.shape[-1]
     k = torch.arange(1, n + 1, device=W.device, dtype=torch.float64)
-    x = torch.frac((k * 12.9898).sin() * 43758.5453) + 0.25  # positive and aperiodic
+    x = torch.frac((k * 12.9898).sin() * 43758.5453) + 0.25  # in (-0.75, 1.25)
     x = x / torch.linalg.vector_norm(x)
     return x.to(accumulator(W)).expand(*W.shape[:-2], n).contiguous()
 
