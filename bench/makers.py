@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from orthonorm._polynomials import KELLER as QUINTIC
 from orthonorm.ops.blocks import scales_shape
 from torch import Tensor
 
 from .inputs import Arguments, Inputs, place
 from .shapes import Shape
 
-KELLER = [3.4445, -4.7750, 2.0315] * 5
+KELLER = [*QUINTIC] * 5
 Make = Callable[[Sequence[Shape], Inputs], Arguments]
 
 
@@ -40,7 +41,7 @@ def symmetric_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     C = A - 0.25 * B
     lower = (C, A, B.tril() + B.tril(-1).mT)
     C, A, B = (inputs.put(t.tril() + t.tril(-1).mT) for t in lower)
-    return {"C": C, "A": A, "B": B, "alpha": 2.0315, "beta": -4.775}
+    return {"C": C, "A": A, "B": B, "alpha": QUINTIC[2], "beta": QUINTIC[1]}
 
 
 def gram_update(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
@@ -86,7 +87,7 @@ def polar_iteration(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
 
 def apply(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:
     B = inputs.put(_symmetric(inputs, shapes[0]))
-    return {"X": inputs.matrix("X", shapes[0]), "B": B, "a": 3.4445, "b": 0.75}
+    return {"X": inputs.matrix("X", shapes[0]), "B": B, "a": QUINTIC[0], "b": 0.75}
 
 
 def newton_schulz(shapes: Sequence[Shape], inputs: Inputs) -> Arguments:

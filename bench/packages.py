@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from orthonorm._polynomials import KELLER
 from torch import Tensor
 
 from .candidates import Peer, Running, Unavailable
@@ -50,7 +51,7 @@ def triples_of(arguments: Arguments) -> Triples:
 
 def repeated(triples: Sequence[tuple[float, ...]]) -> bool:
     """True if all triples are Keller Jordan's (3.4445, -4.775, 2.0315)."""
-    return set(triples) == {(3.4445, -4.7750, 2.0315)}
+    return set(triples) == {KELLER}
 
 
 def _half(arguments: Arguments, on_gpu: torch.dtype = torch.bfloat16) -> torch.dtype:

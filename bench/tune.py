@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from orthonorm import orthogonalize as k1
+from orthonorm._polynomials import KELLER
 from orthonorm.ops import gram_polynomial, newton_schulz
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
@@ -173,7 +174,7 @@ def chain_from(
     """
     ours, words = {}, {}
     kernels = importlib.import_module("orthonorm.kernels.gram_polynomial")
-    triples = [(3.4445, -4.7750, 2.0315)] * 5
+    triples = [KELLER] * 5
     flat = [number for triple in triples for number in triple]
     for side in sides:
         X = torch.randn(batch, side, side, device=device) / side
@@ -204,7 +205,7 @@ def measure_rates(plan: Plan) -> dict[str, list[float]]:
 
     One iteration with c = 0 in Gram form is a sweep alone, because its chain has no product.
     """
-    triple, line = (3.4445, -4.7750, 2.0315), (1.0, 1.0, 0.0)
+    triple, line = KELLER, (1.0, 1.0, 0.0)
     rates: dict[str, list[float]] = {"sides": []}
     for n in CPU_SIDES:
         X = [torch.randn(n, ASPECT * n)]

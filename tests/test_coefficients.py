@@ -320,4 +320,4 @@ def test_default_restarts_follow_dtype_steps_and_length() -> None:
         c = resolve("keller", steps)
         restarts = k.default_restarts(c, "float16")
         assert k.gram_condition(c.triples, restarts) <= 400
-        assert k.default_restarts(resolve(k._KELLER, steps), "float16") == restarts
+        assert k.default_restarts(resolve(k.KELLER, steps), "float16") == restarts

@@ -21,8 +21,8 @@ def test_resolve_names_triples_and_lists() -> None:
             **{**dataclasses.asdict(COEFFICIENTS["you5"]), "past_end": "error"}
         )
     )
-    assert resolve("simple").triples == resolve(k._KELLER).triples == (k._KELLER,) * 5
-    assert resolve([3.4445, -4.775, 2.0315], 7).triples == (k._KELLER,) * 7
+    assert resolve("simple").triples == resolve(k.KELLER).triples == (k.KELLER,) * 5
+    assert resolve([3.4445, -4.775, 2.0315], 7).triples == (k.KELLER,) * 7
     assert resolve([(2, -1.5, 0.5), [1, 0, 0]]).triples == ((2.0, -1.5, 0.5), (1.0, 0.0, 0.0))
     assert resolve([(2, -1.5, 0.5)], 1).default_steps == 1
     pe = resolve("polar_express")

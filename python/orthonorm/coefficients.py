@@ -21,9 +21,9 @@ from typing import get_args
 
 # fmt: off
 from ._polynomials import (  # isort: skip
-    LAMBDA_MIN, ROUNDOFF, Form, PastEnd, Prescale, Triple, Triples, _check_steps, _choice, _image,
-    _restarts, _search, _sequence, _triples, best_restarts, evaluate, gram_condition, image,
-    polar_express, slope,
+    CUBING, KELLER, LAMBDA_MIN, ROUNDOFF, Form, PastEnd, Prescale, Triple, Triples, _check_steps,
+    _choice, _image, _restarts, _search, _sequence, _triples, best_restarts, evaluate,
+    gram_condition, image, polar_express, slope,
 )
 
 __all__ = [
@@ -94,7 +94,6 @@ class Coefficients:
 
 
 # ---- data, each with its source ------------------------------------------------------------------
-_KELLER: Triple = (3.4445, -4.7750, 2.0315)
 _RAW: Triples = (  # polar_express() with its default arguments
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -103,7 +102,7 @@ _RAW: Triples = (  # polar_express() with its default arguments
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
+    CUBING,
 )
 _MNG: Triples = (  # polar_express(cushion=0.02, safety=1.02)
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -128,7 +127,7 @@ _OVERSHOOT = "no safety factor: f(1.01) is about 1e95, so half precision is refu
 # fmt: off
 _SETS = (
     Coefficients(
-        "keller", (_KELLER,), "https://kellerjordan.github.io/posts/muon/", restarts=(3,),
+        "keller", (KELLER,), "https://kellerjordan.github.io/posts/muon/", restarts=(3,),
         note="without restart in float16 a rank-1 X comes out x1.06 (n = 256) to x1.8 (48 x 192)",
     ),
     Coefficients("you5", (
@@ -162,7 +161,7 @@ _SETS = (
     Coefficients("polar_express_nvidia", (
         (8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
         (3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585),
-        (1.8564, -1.2132, 0.3568), (1.875, -1.25, 0.375),
+        (1.8564, -1.2132, 0.3568), CUBING,
     ), f"{_EO} (1.01 divided in, rounded)", restarts=(1, 2)),
     # Here the fit itself accounts for safety: polar_express(steps=8, cushion=0.02, safety=s).
     Coefficients("polar_express_rederived_1.01", (
@@ -204,7 +203,7 @@ _SETS = (
     ), f'{_EO} "aol"', 4, "cycle", prescale="aol",
         note="BROKEN: reverses every singular direction above 0.884 (f(1) = -0.99)"),
     Coefficients(
-        "deepseek_v4", (_KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
+        "deepseek_v4", (KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
         "https://huggingface.co/deepseek-ai/DeepSeek-V4-Pro/resolve/main/DeepSeek_V4.pdf", 10,
         "error", restarts=(2, 4, 6),
     ),
@@ -215,7 +214,7 @@ _SETS = (
         note="safety is ours (published: 1): p_1 < 0 above sigma = 1.0035, which the rounding of a "
         "rank-1 X to bfloat16 reaches (cosine -0.33 measured for a constant 8 x 127 matrix)"),
     Coefficients("classic_cubic", ((1.5, -0.5, 0.0),), _ARXIV + "2409.20325", restarts=()),
-    Coefficients("classic_quintic", ((1.875, -1.25, 0.375),), _ARXIV + "2409.20325", restarts=()),
+    Coefficients("classic_quintic", (CUBING,), _ARXIV + "2409.20325", restarts=()),
     Coefficients(
         "convergent_quintic", ((2.0, -1.5, 0.5),), "https://kellerjordan.github.io/posts/muon/",
         restarts=(), note="the convergent baseline of that post and the tail of deepseek_v4",
@@ -230,7 +229,7 @@ _SETS = (
         (2.7766085124882527, -2.070643152532662, 0.46302261050004967),
         (1.9913142104341506, -1.373936700681269, 0.3875934979568538),
         (1.8754637749479246, -1.2505152090010534, 0.37505152463617264),
-        (1.874999066623701, -1.2499981332141676, 0.37499906659046633), (1.875, -1.25, 0.375),
+        (1.874999066623701, -1.2499981332141676, 0.37499906659046633), CUBING,
     ), "LoRA-Muon, appendix B.4, table 2", 7, restarts=(2,),
         note="made for P^(-1/2): W = a + bP + cP^2, P <- PW^2; its source divides P by 1.001"),
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import optim
+from .._polynomials import KELLER
 from ..ops import muon_prologue_
 from .drop_in import half
 
@@ -28,7 +29,6 @@ __all__ = [
     "zeropower_via_newtonschulz5",
 ]
 
-KELLER = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
 AUX_ADAM: dict[str, Any] = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
 
 

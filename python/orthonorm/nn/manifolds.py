@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as check
+from .._polynomials import CUBING
 from ..exact import polar_exact
 from ..polar import polar
-
-CUBING = (1.875, -1.25, 0.375)  # x (15 - 10 x^2 + 3 x^4) / 8 cubes the distance of x to 1
 
 
 def grassmann_tangent(S: Tensor, D: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import op
+from .._polynomials import CUBING, KELLER
 from .normalize import accumulator
 from .scaling import scaled
 from .spectral import start_vector
 from .words import apply, gram, symmetric_update
 
-# sigma -> [0.68, 1.13] from below, kellerjordan.github.io/posts/muon
-LIFT = (3.4445, -4.7750, 2.0315)
-POLISH = (1.875, -1.25, 0.375)
+# a lift takes sigma to [0.68, 1.13] from below
+LIFT, POLISH = KELLER, CUBING
 # (lifts, polishes); the lifts suffice for singular values down to eps sigma_1
 STEPS = {torch.float32: (15, 4), torch.float64: (31, 5)}
 # Range of sigma^2 that is above rounding and has one preimage under a lift; a lift from below 0.043

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .._polynomials import KELLER
 from ..ops import newton_schulz, newton_schulz_
 from ..ops.newton_schulz import FORMS, PRECISIONS
 from ..polar import Polynomial, polynomial
@@ -33,7 +34,7 @@ class NewtonSchulz(Common, total=False):
 
 
 NEWTON_SCHULZ: dict[str, Any] = {
-    "ns_coefficients": (3.4445, -4.7750, 2.0315),  # kellerjordan.github.io/posts/muon
+    "ns_coefficients": KELLER,
     "ns_steps": 5,
     "eps": 0.0,
     "method": "auto",
