@@ -18,7 +18,7 @@ PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (*PLAIN, *TRANSPOSED)
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
-FORWARD: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
+FORWARD: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)  # by spatial dimensions - 1
 BACKWARD: tuple[Any, ...] = (conv1d_input, conv2d_input, conv3d_input)
 
 

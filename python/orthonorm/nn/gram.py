@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import _checks as check
 from ..ops import gram_iteration
-from .convolution import CONVOLUTIONS
+from .convolution import CONVOLUTIONS, FORWARD
 
 M = TypeVar("M", bound=nn.Module)
-CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def _kernel(op: str, K: Tensor) -> None:
@@ -151,7 +149,7 @@ def _correlated(K: Tensor) -> Tensor:
     Shape: (outputs, outputs, *taps), with 2 taps - 1 in place of taps.
     """
     pad = [k - 1 for k in K.shape[2:]]
-    convolve = CONVOLVE[K.dim()]
+    convolve = FORWARD[K.dim() - 3]
     product: Tensor = convolve(K, K, padding=pad)
     return product
 

@@ -8,9 +8,19 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.convolution import PLAIN
 from .adamw import AdamW
 from .base import REGISTRY, MatrixOptimizer
-from .split import CONVOLUTIONS, NOT_HIDDEN, Assigned, assign, grouped
+from .split import (
+    EMBEDDING,
+    LIKE_EMBEDDING,
+    NAMED,
+    NOT_HIDDEN,
+    SIDE,
+    Assigned,
+    assign,
+    grouped,
+)
 
 # Path component of a fused weight -> the number of matrices along dim 0. "query_key_value" is left
 # out: some libraries order its rows by heads, others by q, k and v.
@@ -72,7 +82,7 @@ def routed(
 ) -> list[Assigned]:
     """Return what `split_params` assigns, with a last layer for AdamW and fused weights split."""
     found = assign(model, adamw=adamw, heads=heads, split=split)
-    told = ("named", "embedding", "shape of")
+    told = (NAMED, EMBEDDING, LIKE_EMBEDDING)
     outside = any(a.reason.startswith(told) and a.p.dim() > 1 for a in found)
     if adamw is NOT_HIDDEN and not outside:
         found = without_last(found)
@@ -99,12 +109,12 @@ def without_last(found: list[Assigned]) -> list[Assigned]:
 
     A last layer with a single output is there already.
     """
-    kinds = (nn.Linear, *CONVOLUTIONS)
+    kinds = (nn.Linear, *PLAIN)
     layers = [i for i, a in enumerate(found) if a.p.dim() > 1 and isinstance(a.owner, kinds)]
     weights = [i for i in layers if not found[i].reason]
-    single = any(found[i].reason == "side of 1" for i in layers[-1:])
-    for i in () if single else weights[1:][-1:]:
-        found[i] = found[i]._replace(reason="last layer", keys={})
+    if len(weights) > 1 and found[layers[-1]].reason != SIDE:
+        last = weights[-1]
+        found[last] = found[last]._replace(reason="last layer", keys={})
     return found
 
 
