@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.convolution import PLAIN
 from .adamw import AdamW
 from .base import REGISTRY, MatrixOptimizer
 from .split import (
+    CONVOLUTIONS,
     EMBEDDING,
     LIKE_EMBEDDING,
     NAMED,
@@ -109,7 +109,7 @@ def without_last(found: list[Assigned]) -> list[Assigned]:
 
     A last layer with a single output is there already.
     """
-    kinds = (nn.Linear, *PLAIN)
+    kinds = (nn.Linear, *CONVOLUTIONS)
     layers = [i for i, a in enumerate(found) if a.p.dim() > 1 and isinstance(a.owner, kinds)]
     weights = [i for i in layers if not found[i].reason]
     if len(weights) > 1 and found[layers[-1]].reason != SIDE:

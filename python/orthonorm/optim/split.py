@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import _checks as check
-from ..nn.convolution import PLAIN, TRANSPOSED
 from .views import check_counts
 
 # Names (a component of the dotted path) of weights that map to or from tokens and classes.
@@ -21,6 +20,7 @@ NOT_HIDDEN = (
 # The same of tables that are no layers' weights: learned tokens, decay rates of state-space models.
 TABLES = ("*_token", "*_tokens", "latents", "A_log")
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase,
     nn.MultiheadAttention, *EMBEDDINGS,
@@ -30,6 +30,7 @@ WEIGHTS = (
     "*weight*", "*proj*", "*gate*", "*kernel*", "*lora*", "up", "down", "[qkvow]", "w_*",
     "w*[0-9]", "W*",
 )  # fmt: skip
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 GATED = {(nn.LSTM, nn.LSTMCell): 4, (nn.GRU, nn.GRUCell): 3}
 # Reasons for AdamW by which `configure` decides.
 SIDE, NAMED, EMBEDDING, LIKE_EMBEDDING = "side of 1", "named", "embedding", "shape of an embedding"
@@ -142,9 +143,9 @@ def _not_hidden(name: str, p: Tensor, owner: nn.Module | None, adamw: Sequence[s
         return "vector" if p.dim() else "scalar"
     if isinstance(owner, TRANSPOSED):
         return "transposed convolution"
-    if isinstance(owner, PLAIN) and 1 < owner.groups == owner.in_channels:
+    if isinstance(owner, CONVOLUTIONS) and 1 < owner.groups == owner.in_channels:
         return "depthwise convolution"
-    rows, cols = (p.shape[0], p[0].numel()) if isinstance(owner, PLAIN) else p.shape[-2:]
+    rows, cols = (p.shape[0], p[0].numel()) if isinstance(owner, CONVOLUTIONS) else p.shape[-2:]
     if min(rows, cols) < 2:
         return SIDE
     for part in name.split("."):
@@ -186,7 +187,7 @@ def _views(
     split: Mapping[str, Sequence[int] | None],
 ) -> dict[str, Any]:
     keys: dict[str, Any] = {}
-    if isinstance(owner, PLAIN) and p.dim() == 3:
+    if isinstance(owner, CONVOLUTIONS) and p.dim() == 3:
         keys["flatten"] = True
     if stores_inputs_first(owner):
         keys["transpose"] = True
