@@ -105,7 +105,7 @@ def test_tables_are_laid_before_a_call_is_captured(monkeypatch: pytest.MonkeyPat
 def test_a_graph_is_replayed_for_a_whole_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay of 4 us behind a launch of 20 is not one of 24."""
     graph = type("Graph", (), {"replay": lambda self: None})()
-    monkeypatch.setattr(cuda, "captured", lambda call: graph, raising=False)
+    monkeypatch.setattr(cuda, "captured", lambda call: graph)
     counts = []
 
     def time_cuda(call: object, repeats: int) -> float:
